@@ -1,0 +1,44 @@
+"""Argument checks shared by the operators: one clear sentence that names the argument."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_tensor(
+    name: str,
+    tensor: object,
+    shape: Sequence[int | str],
+    dtypes: Sequence[torch.dtype] | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Require a tensor of the given shape (a string stands for a dimension of any size).
+
+    Raises ``TypeError`` if it is no tensor, ``ValueError`` if its shape, dtype or device is wrong.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
+    got = tuple(tensor.shape)
+    fits = len(got) == len(shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(shape, got, strict=True)
+    )
+    if not fits:
+        want = "[" + ", ".join(str(s) for s in shape) + "]"
+        raise ValueError(f"{name} has shape {list(got)}; expected {want}")
+    if dtypes is not None and tensor.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(
+            f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}; expected {names}"
+        )
+    if device is not None and tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; expected {device} like the others")
+
+
+def check_positive(name: str, value: float) -> None:
+    """Require a number greater than zero."""
+    if not value > 0:
+        raise ValueError(f"{name} is {value}; expected a number greater than 0")

@@ -1,0 +1,66 @@
+"""Which implementation of an operator runs.
+
+Every operator exists twice: ``fused`` (a kernel) and ``reference`` (plain PyTorch). The public
+functions take ``impl="auto" | "fused" | "reference"``; ``auto`` takes the fused one where it can and
+says once, in one line, when it cannot. ``fused`` never falls back: it raises instead, so that a test
+or a benchmark that asks for the kernel knows that it got it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import torch
+
+logger = logging.getLogger("quietstar_ext")
+
+IMPLEMENTATIONS = ("auto", "fused", "reference")
+
+_default = os.environ.get("QUIETSTAR_IMPL", "auto")
+_said: set[tuple[str, str]] = set()
+
+
+@contextlib.contextmanager
+def use_impl(impl: str) -> Iterator[None]:
+    """Let every call inside the block that leaves ``impl`` at ``"auto"`` use ``impl`` instead.
+
+    The environment variable ``QUIETSTAR_IMPL`` sets the same default for a whole process.
+    """
+    global _default
+    _check(impl)
+    previous, _default = _default, impl
+    try:
+        yield
+    finally:
+        _default = previous
+
+
+def choose_impl(operator: str, impl: str, why_not_fused: str | None) -> str:
+    """Return ``"fused"`` or ``"reference"``.
+
+    ``why_not_fused`` is None where the fused kernel can take this call, otherwise half a sentence with
+    the reason. Raises ``ValueError`` for an unknown ``impl`` and ``RuntimeError`` when ``"fused"`` was
+    asked for and cannot be had.
+    """
+    _check(impl)
+    if impl == "auto":
+        impl = _default
+        _check(impl)
+    if impl == "reference":
+        return "reference"
+    if why_not_fused is None:
+        return "fused"
+    if impl == "fused":
+        raise RuntimeError(f"{operator}: impl='fused' cannot be used here: {why_not_fused}")
+    if not torch.compiler.is_compiling() and (operator, why_not_fused) not in _said:
+        _said.add((operator, why_not_fused))
+        logger.warning("%s: using the PyTorch reference: %s", operator, why_not_fused)
+    return "reference"
+
+
+def _check(impl: str) -> None:
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}")
