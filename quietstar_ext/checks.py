@@ -42,3 +42,35 @@ def check_positive(name: str, value: float) -> None:
     """Require a number greater than zero."""
     if not value > 0:
         raise ValueError(f"{name} is {value}; expected a number greater than 0")
+
+
+def check_index_range(name: str, indices: torch.Tensor, stop: int, also: int | None = None) -> None:
+    """Require ``0 <= index < stop`` everywhere; the value ``also`` is allowed too.
+
+    Looks only where looking is cheap: at CPU tensors outside ``torch.compile``, because reading a
+    CUDA tensor would wait for the device.
+    """
+    if torch.compiler.is_compiling() or indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    outside = (indices < 0) | (indices >= stop)
+    if also is not None:
+        outside &= indices != also
+    if outside.any():
+        value = int(indices[outside][0])
+        exception = "" if also is None else f" or {also}"
+        raise ValueError(
+            f"{name} contains {value}; expected values from 0 to {stop - 1}{exception}"
+        )
+
+
+def banned_ids(
+    banned: torch.Tensor | Sequence[int] | None, vocabulary: int, device: torch.device
+) -> torch.Tensor | None:
+    """Return the banned token ids as an int64 tensor [n] on ``device``, or None if there are none."""
+    if banned is None:
+        return None
+    if not isinstance(banned, torch.Tensor):
+        banned = torch.tensor(list(banned), dtype=torch.int64, device=device)
+    check_tensor("banned", banned, ["n"], [torch.int64], device)
+    check_index_range("banned", banned, vocabulary)
+    return banned if banned.numel() else None

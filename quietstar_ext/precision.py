@@ -1,0 +1,32 @@
+"""Which dtype an operator computes in, and how it behaves under autocast."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def autocast_inputs(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cast to autocast's dtype where autocast is on, as it would for the matrix product inside.
+
+    Without this, bf16 hidden states meet fp32 parameters in mixed-precision training. float64 stays.
+    """
+    kind = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """A block in which matrix products keep the dtype of their operands."""
+    return torch.autocast(tensor.device.type, enabled=False)
