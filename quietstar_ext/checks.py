@@ -66,7 +66,7 @@ def check_index_range(name: str, indices: torch.Tensor, stop: int, also: int | N
 def banned_ids(
     banned: torch.Tensor | Sequence[int] | None, vocabulary: int, device: torch.device
 ) -> torch.Tensor | None:
-    """Return the banned token ids as an int64 tensor [n] on ``device``, or None if there are none."""
+    """Return the banned ids as an int64 tensor [n] on ``device``, or None if there are none."""
     if banned is None:
         return None
     if not isinstance(banned, torch.Tensor):

@@ -1,8 +1,8 @@
 """Cross entropy straight from hidden states, without holding rows x vocabulary logits.
 
-``linear_cross_entropy`` returns the loss of every row, ``linear_cross_entropy_sum`` their weighted sum.
-The sum knows every row's gradient before the backward pass, so it takes the gradients while the logits
-are there: three matrix products instead of four. The chunked products are in
+``linear_cross_entropy`` returns the loss of every row, ``linear_cross_entropy_sum`` their weighted
+sum. The sum knows every row's gradient before the backward pass, so it takes the gradients while
+the logits are there: three matrix products instead of four. The chunked products are in
 ``linear_cross_entropy_chunks.py``.
 """
 
@@ -17,7 +17,8 @@ from quietstar_ext import checks
 from quietstar_ext import linear_cross_entropy_chunks as chunks
 from quietstar_ext.dispatch import choose_impl
 from quietstar_ext.precision import autocast_inputs, compute_dtype, without_autocast
-from quietstar_ext.reference import linear_cross_entropy as reference
+from quietstar_ext.reference.linear_cross_entropy import linear_cross_entropy as _reference
+from quietstar_ext.reference.linear_cross_entropy import linear_cross_entropy_sum as _reference_sum
 
 
 def linear_cross_entropy(
@@ -36,34 +37,36 @@ def linear_cross_entropy(
 
     ::
 
-        x = cap(logit_scale · hidden weightᵀ) / temperature      cap(a) = softcap · tanh(a / softcap)
+        x = cap(logit_scale · hidden weightᵀ) / temperature    cap(a) = softcap · tanh(a / softcap)
         nll[r] = log Σ_{v not banned} exp(x[r, v]) - x[r, targets[r]]
 
-    Rows whose target is ``ignore_index`` have nll 0 and no gradient, whatever their hidden state holds.
-    The fused path works on chunks of rows in at most 64 MiB (one row at least) and leaves out ignored
-    rows, and in the backward pass every row whose incoming gradient is 0; each costs no product.
+    Rows whose target is ``ignore_index`` have nll 0 and no gradient, whatever their hidden state
+    holds. The fused path works on chunks of rows in at most 64 MiB (one row at least) and leaves
+    out ignored rows, and in the backward pass every row whose incoming gradient is 0; each costs no
+    product.
 
     Args:
         hidden: [rows, d], float32, bfloat16, float16 or float64 (reference only).
         weight: [V, d], dtype and device of hidden.
-        targets: [rows] int64, in 0 .. V-1 or ``ignore_index``. Checked on the CPU only, where it costs
-            no wait; out of range on CUDA is an error of PyTorch's or undefined.
+        targets: [rows] int64, in 0 .. V-1 or ``ignore_index``. Checked on the CPU only, where it
+            costs no wait; out of range on CUDA is an error of PyTorch's or undefined.
         temperature: greater than 0.
-        banned: ids [n] that the softmax leaves out: an int64 tensor on hidden's device, a sequence of
-            int, or None. The nll of a banned target is inf; not every id may be banned.
+        banned: ids [n] that the softmax leaves out: an int64 tensor on hidden's device, a sequence
+            of int, or None. The nll of a banned target is inf; not every id may be banned.
         ignore_index: the target that marks a row without a loss.
         softcap: c > 0, or None.
         logit_scale: factor on the logits, before the cap.
         impl: ``"auto"``, ``"fused"`` or ``"reference"``.
 
     Returns:
-        nll [rows], float32 (float64 for float64 inputs), with gradients for hidden and weight. Softmax
-        and sums are taken in that dtype. Under autocast hidden and weight are cast first, as for a
-        matrix product.
+        nll [rows], float32 (float64 for float64 inputs), with gradients for hidden and weight.
+        Softmax and sums are taken in that dtype. Under autocast hidden and weight are cast first,
+        as for a matrix product.
 
     Raises:
         TypeError: an argument that must be a tensor is none.
-        ValueError: a shape, dtype, device, id or option does not fit; the message names the argument.
+        ValueError: a shape, dtype, device, id or option does not fit; the message names the
+            argument.
         RuntimeError: ``impl="fused"`` and there is no kernel for this call.
     """
     hidden, weight = autocast_inputs(hidden, weight)
@@ -75,7 +78,7 @@ def linear_cross_entropy(
             return _fused(
                 hidden, weight, targets, banned, temperature, ignore_index, softcap, logit_scale
             )
-        return reference.linear_cross_entropy(
+        return _reference(
             hidden,
             weight,
             targets,
@@ -103,21 +106,21 @@ def linear_cross_entropy_sum(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``Σ_r row_weights[r] · nll[r]``, for row weights that are known before the call.
 
-    A mean over n rows has weights 1/n, a REINFORCE term weights -advantage/count. The fused path takes
-    the gradients in the forward pass, row chunk by row chunk, and the backward pass only scales them:
-    three matrix products where ``linear_cross_entropy`` needs four.
+    A mean over n rows has weights 1/n, a REINFORCE term weights -advantage/count. The fused path
+    takes the gradients in the forward pass, row chunk by row chunk, and the backward pass only
+    scales them: three matrix products where ``linear_cross_entropy`` needs four.
 
     Args:
-        row_weights: [rows], float32 or the dtype that hidden is summed in; gets no gradient. Rows of
-            weight 0 get no gradient either.
+        row_weights: [rows], float32 or the dtype that hidden is summed in; gets no gradient. Rows
+            of weight 0 get no gradient either.
         skip_zero_weight: leave rows of weight 0 out altogether; their nll is then 0. False computes
             their nll.
-        hidden, weight, targets, temperature, banned, ignore_index, softcap, logit_scale, impl: as in
-            ``linear_cross_entropy``.
+        hidden, weight, targets, temperature, banned, ignore_index, softcap, logit_scale, impl: as
+            in ``linear_cross_entropy``.
 
     Returns:
-        the loss, a scalar with gradients for hidden and weight, and nll [rows] without gradient; both
-        float32 (float64 for float64 inputs).
+        the loss, a scalar with gradients for hidden and weight, and nll [rows] without gradient;
+        both float32 (float64 for float64 inputs).
 
     Raises:
         as ``linear_cross_entropy``.
@@ -145,7 +148,7 @@ def linear_cross_entropy_sum(
                 logit_scale,
                 skip_zero_weight,
             )
-        return reference.linear_cross_entropy_sum(
+        return _reference_sum(
             hidden,
             weight,
             targets,
@@ -204,7 +207,7 @@ def _fused(
 ) -> torch.Tensor:
     options = (float(temperature), ignore_index, softcap, float(logit_scale))
     nll: torch.Tensor
-    nll = _LinearCrossEntropy.apply(hidden, weight, targets, banned, options)  # type: ignore[no-untyped-call]
+    nll = _LinearCrossEntropy.apply(hidden, weight, targets, banned, options)
     return nll
 
 
@@ -224,14 +227,14 @@ def _fused_sum(
     # Asked here, because inside the Function's forward no tensor requires a gradient any more.
     grads = torch.is_grad_enabled()
     wanted = (grads and hidden.requires_grad, grads and weight.requires_grad)
-    loss, nll = _LinearCrossEntropySum.apply(  # type: ignore[no-untyped-call]
+    loss, nll = _LinearCrossEntropySum.apply(
         hidden, weight, targets, row_weights, banned, options, wanted
     )
     return loss, nll
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """nll per row; the backward pass computes the logits of a chunk again (four products in all)."""
+    """nll per row; the backward pass computes the logits again (four products in all)."""
 
     @staticmethod
     def forward(
@@ -276,8 +279,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         options: tuple[float, int, float | None, float, bool],
         wanted: tuple[bool, bool],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # Gradients are taken for weights of at most 1 and scaled at the end: weights of 1/count would
-        # push them below what float16 can hold.
+        # Gradients are taken for weights of at most 1 and scaled at the end: weights of 1/count
+        # would push them below what float16 can hold.
         largest = row_weights.abs().amax() if row_weights.numel() else row_weights.new_zeros(())
         unit_weights = row_weights / largest.masked_fill(largest == 0, 1)
         nll, grad_hidden, grad_weight = chunks.forward_and_backward(

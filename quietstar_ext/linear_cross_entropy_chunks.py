@@ -1,15 +1,15 @@
 """The fused path of linear_cross_entropy: row chunks through the framework's GEMM.
 
-A chunk of rows is multiplied with the vocabulary layer, the logits are turned in place into losses or
-into gradients, and the gradients go through the GEMM again before the next chunk takes the same
-memory. At most ``WORKSPACE_BYTES`` of logits are alive (one row at least). Rows that cannot contribute
-are gathered away first, so they cost no product.
+A chunk of rows is multiplied with the vocabulary layer, the logits are turned in place into losses
+or into gradients, and the gradients go through the GEMM again before the next chunk takes the same
+memory. At most ``WORKSPACE_BYTES`` of logits are alive (one row at least). Rows that cannot
+contribute are gathered away first, so they cost no product.
 
-Counted for rows x vocabulary logits of width d: 2·rows·V·d operations a product; forward one product,
-backward three (the logits again, and one for each gradient), forward_and_backward three.
+Counted for rows x vocabulary logits of width d: 2·rows·V·d operations a product; forward one
+product, backward three (the logits again, and one for each gradient), forward_and_backward three.
 
-The three functions at the end are ``torch.library`` operators: opaque to ``torch.compile``, because how
-many rows remain is known at run time only.
+The three are registered with ``torch.library``, opaque to ``torch.compile``, because how many rows
+remain is known at run time only.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def backward(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of Σ grad · nll, in the dtype of hidden; one that is not wanted is an empty tensor."""
+    """Gradients of Σ grad · nll in the dtype of hidden; empty where it is not wanted."""
     gradients: tuple[torch.Tensor, torch.Tensor]
     gradients = torch.ops.quietstar.linear_cross_entropy_backward(
         grad,
@@ -149,8 +149,8 @@ def forward_and_backward(
     want_hidden: bool,
     want_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """nll [rows], and the gradients of Σ row_weights · nll for hidden (its dtype) and weight (float32
-    or float64, so that a factor that comes later is applied before it is rounded)."""
+    """nll [rows], and the gradients of Σ row_weights · nll for hidden (its dtype) and weight
+    (float32 or float64, so that a factor that comes later is applied before it is rounded)."""
     results: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     results = torch.ops.quietstar.linear_cross_entropy_forward_and_backward(
         hidden,

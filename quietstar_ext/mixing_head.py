@@ -36,29 +36,31 @@ def mixing_head(
     applied once to each of the P base rows, however many thought rows refer to it.
 
     Args:
-        base: [P, d] hidden states without a thought; float32, bfloat16, float16 or float64 (reference
-            only).
+        base: [P, d] hidden states without a thought; float32, bfloat16, float16 or float64
+            (reference only).
         thought: [rows, d] hidden states after a thought, dtype and device of base.
         w1, b1: [d, 2d] (columns of the base first) and [d].
         w2, b2: [d, d] and [d].
         w3: [1, d], no bias. All parameters have base's dtype and device.
         activation: ``"identity"`` (w is unbounded) or ``"sigmoid"``.
-        base_index: [rows] int64 in 0 .. P-1, the base row of each thought row; None is row for row and
-            needs P == rows. Checked on the CPU; out of range it is an error of PyTorch's on CUDA.
+        base_index: [rows] int64 in 0 .. P-1, the base row of each thought row; None is row for row
+            and needs P == rows. Checked on the CPU; out of range it is an error of PyTorch's on
+            CUDA.
         impl: ``"auto"``, ``"fused"`` or ``"reference"``.
 
     Returns:
-        mixed [rows, d] and w [rows, 1], both in base's dtype and both with gradients for base, thought
-        and the five parameters. The blend uses w before it is rounded to that dtype. Under autocast all
-        seven tensors are cast first, as for a matrix product.
+        mixed [rows, d] and w [rows, 1], both in base's dtype and both with gradients for base,
+        thought and the five parameters. The blend uses w before it is rounded to that dtype. Under
+        autocast all seven tensors are cast first, as for a matrix product.
 
     Raises:
         TypeError: an argument that must be a tensor is none.
-        ValueError: a shape, dtype, device, index or option does not fit; the message names the argument.
+        ValueError: a shape, dtype, device, index or option does not fit; the message names the
+            argument.
         RuntimeError: ``impl="fused"`` and there is no kernel for this call.
 
-    Source: Zelikman et al. 2024 (arXiv 2403.09629), section 4.3. Mixing hidden states is mixing logits
-    as long as the vocabulary layer is linear.
+    Source: Zelikman et al. 2024 (arXiv 2403.09629), section 4.3. Mixing hidden states is mixing
+    logits as long as the vocabulary layer is linear.
     """
     base, thought, w1, b1, w2, b2, w3 = autocast_inputs(base, thought, w1, b1, w2, b2, w3)
     _check(base, thought, w1, b1, w2, b2, w3, activation, base_index)

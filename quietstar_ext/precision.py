@@ -15,7 +15,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def autocast_inputs(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Cast to autocast's dtype where autocast is on, as it would for the matrix product inside.
 
-    Without this, bf16 hidden states meet fp32 parameters in mixed-precision training. float64 stays.
+    Without this, bf16 hidden states meet fp32 parameters in mixed-precision training. float64 is
+    left alone.
     """
     kind = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
     if not torch.is_autocast_enabled(kind):

@@ -73,8 +73,8 @@ def thought_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of slot queries over ranged text keys and the keys of their own column.
 
-    Query slot s of column m (s = 0 .. Sq-1) stands at depth ``s + 1 + Sk - Sq`` below its anchor, which
-    is text position ``text_stop[m] - 1``. It sees
+    Query slot s of column m (s = 0 .. Sq-1) stands at depth ``s + 1 + Sk - Sq`` below its anchor,
+    which is text position ``text_stop[m] - 1``. It sees
 
     - text key j where ``text_start[m] <= j < text_stop[m]`` and, with a window W,
       ``j >= text_stop[m] + depth - W``;
@@ -84,31 +84,31 @@ def thought_attention(
 
         lse = log( Σ exp(x) + exp(sink) )        out = Σ exp(x - lse) v
 
-    ``Sq == Sk`` is the packed pass, ``Sq == 1`` a rollout step, and ``Sk == 0`` with ``Sq == 1`` plain
-    attention over a range (depth 0), which is what a text row is. Columns may come in any order and
-    share anchors. A row that sees nothing gives out = 0, lse = -inf (the sink, if there is one) and
-    no gradient.
+    ``Sq == Sk`` is the packed pass, ``Sq == 1`` a rollout step, and ``Sk == 0`` with ``Sq == 1``
+    plain attention over a range (depth 0), which is what a text row is. Columns may come in any
+    order and share anchors. A row that sees nothing gives out = 0, lse = -inf (the sink, if there
+    is one) and no gradient.
 
     Args:
         q: [B, Hq, Sq, M, D], float32, bfloat16, float16 or float64 (reference only); any strides.
-        k_text, v_text: [B, Hkv, N, D], dtype and device of q; Hq is a multiple of Hkv, and query head h
-            reads key head ``h // (Hq // Hkv)``.
+        k_text, v_text: [B, Hkv, N, D], dtype and device of q; Hq is a multiple of Hkv, and query
+            head h reads key head ``h // (Hq // Hkv)``.
         k_thought, v_thought: [B, Hkv, Sk, M, D], dtype and device of q; strided views are fine.
         text_start, text_stop: [B, M] int32, the range of text keys of each column. Parts of a range
             outside 0 .. N hold no keys.
         scale: factor on the scores; None is ``D ** -0.5``.
         sliding_window: W >= 1 in tokens, or None.
         softcap: c > 0, or None.
-        sinks: [Hq] float, one more logit in the softmax of every row of that head, which has no value
-            and is neither scaled nor capped; or None.
+        sinks: [Hq] float, one more logit in the softmax of every row of that head, which has no
+            value and is neither scaled nor capped; or None.
         return_lse: also return the natural logarithm of the softmax denominator.
         impl: ``"auto"``, ``"fused"`` or ``"reference"``.
 
     Returns:
         out [B, Hq, Sq, M, D] in q's dtype, and with ``return_lse`` lse [B, Hq, Sq, M] in float32
-        (float64 for float64 inputs). Sums are taken in float32 or wider. Both carry gradients to q and
-        the four key and value tensors, and in the reference to the sinks as well. Under autocast the
-        five tensors are cast first, as for a matrix product.
+        (float64 for float64 inputs). Sums are taken in float32 or wider. Both carry gradients to q
+        and the four key and value tensors, and in the reference to the sinks as well. Under
+        autocast the five tensors are cast first, as for a matrix product.
 
     Raises:
         TypeError: an argument that must be a tensor is none.

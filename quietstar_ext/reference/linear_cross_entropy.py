@@ -21,7 +21,7 @@ def linear_cross_entropy(
     """Return nll [rows]; arguments as in the public function, ``banned`` a tensor or None."""
     ignored = targets == ignore_index
     targets = targets.masked_fill(ignored, 0)[:, None]
-    # An ignored row may hold anything: masked before the product, so that 0 x inf cannot reach weight.
+    # An ignored row may hold anything; masked before the product, its inf cannot reach weight.
     hidden = hidden.to(compute_dtype(hidden.dtype)).masked_fill(ignored[:, None], 0)
     logits = (hidden @ weight.to(hidden.dtype).T) * logit_scale
     if softcap is not None:
@@ -46,7 +46,7 @@ def linear_cross_entropy_sum(
     logit_scale: float = 1.0,
     skip_zero_weight: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (Σ row_weights · nll, nll [rows] without gradient); arguments as in the public function."""
+    """Return (Σ row_weights · nll, nll [rows] detached); arguments as in the public function."""
     without_weight = row_weights == 0
     if skip_zero_weight:
         targets = targets.masked_fill(without_weight, ignore_index)

@@ -1,4 +1,4 @@
-"""Attention of thought slots over a range of the text and over their own column, in plain PyTorch."""
+"""Attention of thought slots over a text range and their own column, in plain PyTorch."""
 
 from __future__ import annotations
 
