@@ -1,0 +1,163 @@
+"""Configuration of a Quiet-STaR model: the thought settings around a nested decoder configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+START_TOKEN = "<|startthought|>"
+END_TOKEN = "<|endthought|>"
+
+ACTIVATIONS = ("identity", "sigmoid")
+THOUGHT_KINDS = ("sampled", "pause", "none")
+THINK_AT = ("all", "stride", "random", "entropy")
+
+
+class QuietStarConfig(PretrainedConfig):
+    """How a model thinks, talks and learns. All fields but the token ids may change between steps.
+
+    The defaults suit small models; :meth:`from_reference` gives the constants of the paper's code.
+
+    Args:
+        text_config: configuration of the decoder that is wrapped (any causal language model).
+        thought_length: T, sampled tokens in a thought; the two meta tokens are not counted.
+        talk_length: K, true tokens predicted after a thought.
+        num_rationales: R, thoughts sampled per position while training.
+        thought_temperature: temperature at which thoughts are sampled while training.
+        reinforce_temperature: temperature of the log-probabilities in the policy term.
+        policy_weight: weight of the policy term in the loss; 0 turns REINFORCE off.
+        base_loss_weight: weight of the base prediction's cross entropy; the talk steps share the rest.
+        embedding_scale: the start and end embeddings are stored divided by this, so that Adam moves
+            them that much faster than the rest.
+        mixing_activation: ``"identity"`` (the paper: an unbounded weight) or ``"sigmoid"``.
+        think_at: which positions think: ``"all"``, ``"stride:k"`` (every k-th), ``"random:p"`` (a share
+            p of them, drawn anew each step), ``"entropy:p"`` (the share p with the highest base
+            entropy).
+        thought_kind: ``"sampled"``; ``"pause"`` (a control: the start embedding stands in every thought
+            slot, nothing is sampled); ``"none"`` (a control: plain language modelling).
+        start_token_id, end_token_id: the meta tokens' ids; they are never sampled.
+    """
+
+    model_type = "quietstar"
+    sub_configs = {"text_config": AutoConfig}
+
+    def __init__(
+        self,
+        text_config: PretrainedConfig | dict[str, Any] | None = None,
+        thought_length: int = 5,
+        talk_length: int = 1,
+        num_rationales: int = 2,
+        thought_temperature: float = 1.0,
+        reinforce_temperature: float = 1.0,
+        policy_weight: float = 10.0,
+        base_loss_weight: float = 0.5,
+        embedding_scale: float = 100.0,
+        mixing_activation: str = "identity",
+        think_at: str = "all",
+        thought_kind: str = "sampled",
+        start_token_id: int | None = None,
+        end_token_id: int | None = None,
+        **kwargs: Any,
+    ):
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        elif text_config is None:
+            text_config = AutoConfig.for_model("llama")
+        self.text_config = text_config
+        self.thought_length = thought_length
+        self.talk_length = talk_length
+        self.num_rationales = num_rationales
+        self.thought_temperature = thought_temperature
+        self.reinforce_temperature = reinforce_temperature
+        self.policy_weight = policy_weight
+        self.base_loss_weight = base_loss_weight
+        self.embedding_scale = embedding_scale
+        self.mixing_activation = mixing_activation
+        self.think_at = think_at
+        self.thought_kind = thought_kind
+        self.start_token_id = start_token_id
+        self.end_token_id = end_token_id
+        kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
+        super().__init__(**kwargs)
+        self.check_thoughts()
+
+    @classmethod
+    def from_reference(
+        cls, *, n_ahead: int, n_ahead_talk: int, n_passes: int, **fields: Any
+    ) -> QuietStarConfig:
+        """The reference code's counting and constants (Zelikman et al. 2024).
+
+        ``n_ahead`` counts the text pass, both meta tokens and the sampled tokens, so T = n_ahead - 3;
+        ``n_ahead_talk`` is K and ``n_passes`` is R. ``fields`` override anything.
+        """
+        if n_ahead < 4:
+            raise ValueError(
+                f"n_ahead is {n_ahead}; expected at least 4 (text pass, start, one token, end)"
+            )
+        preset: dict[str, Any] = {
+            "thought_length": n_ahead - 3,
+            "talk_length": n_ahead_talk,
+            "num_rationales": n_passes,
+            "thought_temperature": 1.0,
+            "reinforce_temperature": 3.0,
+            "policy_weight": 1e6,
+            "base_loss_weight": 0.5,
+            "embedding_scale": 100.0,
+            "mixing_activation": "identity",
+        }
+        return cls(**{**preset, **fields})
+
+    @property
+    def num_slots(self) -> int:
+        """S, slots in a column: start, T sampled, end, and K - 1 talk tokens."""
+        return self.thought_length + 2 + self.talk_length - 1
+
+    @property
+    def thinks(self) -> bool:
+        """Whether this model has thoughts at all."""
+        return self.thought_kind != "none"
+
+    def parse_think_at(self) -> tuple[str, float]:
+        """``think_at`` as (rule, number); the number is 1 for ``"all"``."""
+        rule, _, number = str(self.think_at).partition(":")
+        try:
+            value = float(number) if number else 1.0
+        except ValueError:
+            value = -1.0
+        share = rule in ("random", "entropy") and 0 < value <= 1
+        stride = rule == "stride" and value >= 1 and value == int(value)
+        if not (self.think_at == "all" or share or stride):
+            raise ValueError(
+                f"think_at is {self.think_at!r}; expected 'all', 'stride:k' with a whole number k >= 1,"
+                " 'random:p' or 'entropy:p' with 0 < p <= 1"
+            )
+        return rule, value
+
+    def check_thoughts(self) -> None:
+        """Raise ``ValueError`` naming the first field that cannot work. Cheap; run before each pass."""
+        for name in ("thought_length", "talk_length", "num_rationales"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}; expected a whole number >= 1")
+        for name in ("reinforce_temperature", "embedding_scale"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ValueError(f"{name} is {value!r}; expected a number > 0")
+        for name in ("thought_temperature", "policy_weight"):
+            value = getattr(self, name)
+            if not value >= 0:
+                raise ValueError(f"{name} is {value!r}; expected a number >= 0")
+        if not 0 <= self.base_loss_weight <= 1:
+            raise ValueError(
+                f"base_loss_weight is {self.base_loss_weight!r}; expected a number from 0 to 1"
+            )
+        if self.mixing_activation not in ACTIVATIONS:
+            raise ValueError(
+                f"mixing_activation is {self.mixing_activation!r}; expected one of {ACTIVATIONS}"
+            )
+        if self.thought_kind not in THOUGHT_KINDS:
+            raise ValueError(
+                f"thought_kind is {self.thought_kind!r}; expected one of {THOUGHT_KINDS}"
+            )
+        self.parse_think_at()

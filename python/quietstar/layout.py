@@ -1,0 +1,132 @@
+"""Where the text tokens and the thoughts' slots lie in one pass, and which text each of them sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class LayerKeys:
+    """What one layer keeps during a rollout: the text's keys and values, and the slots' so far.
+
+    ``k_text``/``v_text`` [B, Hkv, N, D]; ``k_thought``/``v_thought`` [B, Hkv, S, M, D], filled slot by
+    slot so that no step copies what earlier steps wrote.
+    """
+
+    k_text: Tensor
+    v_text: Tensor
+    k_thought: Tensor | None = None
+    v_thought: Tensor | None = None
+
+
+class ThoughtLayout:
+    """The plan of one pass through the decoder; travels to every attention layer as a keyword.
+
+    A *column* is one thought: it hangs from a text position, its anchor, and holds one slot per depth.
+    Two kinds of pass use a layout:
+
+    - the **packed** pass, one differentiable forward over ``[text N | slot 1: M | ... | slot S: M]``;
+    - the **rollout**, without gradients: one text pass that keeps each layer's keys and values here,
+      then one pass per slot over all M columns at once.
+
+    Not a dataclass on purpose: FSDP rebuilds dataclass arguments when it casts inputs, and a rebuilt
+    layout would lose the keys that the attention layers leave in it.
+
+    Attributes:
+        text_length: N.
+        row_start, row_stop: [B, N] int32, the text range that each text token sees.
+        anchors: [B, M] int64, the text position of each column.
+        text_start, text_stop: [B, M] int32, the text range that each column sees.
+        num_slots: S.
+        phase: ``"packed"``, ``"text"`` (the rollout's first pass) or ``"slot"``.
+        slot: in phase ``"slot"``, the slot being computed, counted from 0.
+        plain_text: True when every text token sees exactly the tokens before it and itself (no left
+            padding, no document boundary), so that any ordinary causal kernel may serve the text rows.
+    """
+
+    def __init__(
+        self,
+        row_start: Tensor,
+        row_stop: Tensor,
+        anchors: Tensor,
+        num_slots: int,
+        *,
+        phase: str = "packed",
+        plain_text: bool = False,
+    ):
+        self.text_length = row_start.shape[1]
+        self.row_start = row_start
+        self.row_stop = row_stop
+        self.anchors = anchors
+        self.text_start = row_start.gather(1, anchors)
+        self.text_stop = row_stop.gather(1, anchors)
+        self.num_slots = num_slots
+        self.phase = phase
+        self.slot = 0
+        self.plain_text = plain_text
+        self.keys: dict[int, LayerKeys] = {}
+        self.layers_seen: dict[int, int] = {}
+
+    @property
+    def num_columns(self) -> int:
+        """M."""
+        return self.anchors.shape[1]
+
+    def packed_positions(self) -> Tensor:
+        """Position ids [B, N + S*M] of the packed sequence: an anchor's own plus the slot's depth."""
+        text = text_positions(self.row_start, self.row_stop)
+        depth = torch.arange(1, self.num_slots + 1, device=text.device)
+        slots = text.gather(1, self.anchors)[:, None, :] + depth[None, :, None]
+        return torch.cat([text, slots.flatten(1)], dim=1)
+
+    def slot_positions(self) -> Tensor:
+        """Position ids [B, M] of the slot that a rollout is at."""
+        text = text_positions(self.row_start, self.row_stop)
+        return text.gather(1, self.anchors) + self.slot + 1
+
+
+def text_positions(row_start: Tensor, row_stop: Tensor) -> Tensor:
+    """Position ids [B, N] of the text: counted from the first token that a token sees."""
+    return (row_stop - 1 - row_start).clamp(min=0).long()
+
+
+def text_ranges(attention_mask: Tensor | None, input_ids: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """The range of text that each text token sees, from the attention mask.
+
+    Args:
+        attention_mask: [B, N], nonzero where a token is text, or None for all of them. Padding may
+            stand at either end of a row.
+        input_ids: [B, N].
+
+    Returns:
+        ``row_start``, ``row_stop`` [B, N] int32 (a padding token sees nothing), and whether the text is
+        plain, i.e. padded at the right only, if at all.
+
+    Raises:
+        ValueError: if the mask has another shape, or a hole between two text tokens of a row.
+    """
+    batch, length = input_ids.shape
+    stop = torch.arange(1, length + 1, device=input_ids.device, dtype=torch.int32).expand(batch, -1)
+    if attention_mask is None:
+        return torch.zeros_like(stop), stop, True
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {list(attention_mask.shape)}; expected {list(input_ids.shape)}"
+            " like input_ids"
+        )
+    is_text = attention_mask != 0
+    starts = is_text & ~torch.nn.functional.pad(is_text, (1, 0))[:, :-1]
+    # One look at the device for both questions.
+    most_starts, plain = torch.stack(
+        [starts.sum(1).max(), (is_text[:, 0] | ~is_text.any(1)).all().long()]
+    ).tolist()
+    if most_starts > 1:
+        raise ValueError(
+            "attention_mask has a hole in the middle of a row; expected padding at the ends only"
+        )
+    first = torch.where(is_text.any(1), is_text.int().argmax(1), 0).to(torch.int32)
+    start = torch.where(is_text, first[:, None], stop)
+    return start, stop, bool(plain)

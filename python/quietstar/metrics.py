@@ -1,0 +1,127 @@
+"""What a training step says about itself, added up on the device without keeping a graph alive."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from .modeling import QuietStarOutput
+
+logger = logging.getLogger("quietstar")
+
+# The share of tokens that counts as hard: those with the highest base loss of a batch.
+HARD_SHARE = 0.1
+
+
+def describe(output: QuietStarOutput) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sums and counts of what is worth watching in one batch, as scalars on its device.
+
+    The mean mixing weight hides success where few tokens profit from a thought, so it is split into
+    hard tokens (highest base loss), easy ones, and the highest weights.
+    """
+    base_losses = output.base_losses
+    assert base_losses is not None
+    one = torch.ones((), device=base_losses.device)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(name: str, total: Tensor, count: Tensor = one) -> None:
+        found[name] = (total.detach().float(), count.float())
+
+    assert output.base_loss is not None
+    add("base_loss", output.base_loss)
+    if output.talk_losses is None:
+        return found
+    assert output.talk_loss is not None and output.has_target is not None
+    assert output.anchors is not None and output.mixing_weight is not None
+    for k, loss in enumerate(output.talk_loss):
+        add(f"talk_loss_{k}", loss)
+    has_target = output.has_target[0]
+    spoken = output.anchors.clamp(max=base_losses.shape[1] - 1)
+    base = base_losses.gather(1, spoken) * has_target
+    mixed = output.talk_losses[0].mean(1)
+    add("gain", ((base - mixed) * has_target).sum(), has_target.sum())
+
+    weight = output.mixing_weight[0].mean(1) * has_target
+    top = max(1, int(HARD_SHARE * weight.numel()))
+    hard = torch.zeros_like(weight).flatten().index_fill(0, base.flatten().topk(top).indices, 1.0)
+    hard = hard.view_as(weight) * has_target
+    easy = has_target.float() - hard
+    add("mixing_weight", weight.sum(), has_target.sum())
+    add("mixing_weight_hard", (weight * hard).sum(), hard.sum())
+    add("mixing_weight_easy", (weight * easy).sum(), easy.sum())
+    add("mixing_weight_top", weight.flatten().topk(top).values.mean())
+
+    assert output.reward is not None and output.advantage is not None
+    length = base_losses.shape[1] + 1
+    counts = (output.anchors <= length - 2 - len(output.talk_loss))[:, None]
+    total = counts.sum() * output.reward.shape[1]
+    add("reward", (output.reward * counts).sum(), total)
+    add("positive_advantages", ((output.advantage > 0) & counts).sum(), total)
+    if output.policy_loss is not None:
+        add("policy_loss", output.policy_loss)
+    if output.thought_logprobs is not None:
+        # The mean of -log p over samples from p estimates its entropy.
+        add("thought_entropy", -output.thought_logprobs.mean())
+    return found
+
+
+class Average:
+    """Running means of :func:`describe`'s entries; nothing is read from the device before ``pop``."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def add(self, found: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Add one batch."""
+        for name, (total, count) in found.items():
+            old_total, old_count = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (old_total + total, old_count + count)
+
+    def pop(self, reduce) -> dict[str, float]:
+        """The means so far, over all processes, and a fresh start.
+
+        Args:
+            reduce: sums a tensor over processes (accelerate's ``reduce``).
+        """
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        stacked = torch.stack([torch.stack(self._sums[name]) for name in names])
+        totals, counts = reduce(stacked).unbind(1)
+        self._sums.clear()
+        return dict(zip(names, (totals / counts.clamp(min=1)).tolist(), strict=True))
+
+
+class Watch:
+    """Warns, once each and with a remedy, when training goes where it is known to fail."""
+
+    def __init__(self, patience: int = 3) -> None:
+        self._patience = patience
+        self._seen: dict[str, int] = {}
+
+    def look(self, logs: dict[str, float], policy_weight: float, max_grad_norm: float) -> list[str]:
+        """Examine one log entry; returns (and logs) the warnings it gave rise to."""
+        policy = abs(logs.get("policy_loss", 0.0)) * policy_weight
+        signs = {
+            "The mixing weight stays at 0, so thoughts have no say: raise the learning rate or"
+            " embedding_scale, or check that the data has anything a thought could help with.": abs(
+                logs.get("mixing_weight_top", 1.0)
+            )
+            < 1e-3,
+            "The policy term is far larger than the language-model loss; after gradient clipping it is"
+            " nearly the whole update: lower policy_weight (1 to 100 works on small models).": (
+                max_grad_norm > 0 and policy > 1000 * max(logs.get("base_loss", 1.0), 1e-3)
+            ),
+            "Thoughts have collapsed to nearly the same tokens (entropy near 0): lower policy_weight or"
+            " the learning rate, or raise thought_temperature.": logs.get("thought_entropy", 1.0) < 0.01
+            and logs.get("gain", 0.0) <= 0.01,
+        }
+        said = []
+        for message, holds in signs.items():
+            self._seen[message] = self._seen.get(message, 0) + 1 if holds else 0
+            if self._seen[message] == self._patience:
+                logger.warning(message)
+                said.append(message)
+        return said

@@ -1,0 +1,457 @@
+"""The model: a Hugging Face decoder that thinks before it speaks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import ModelOutput
+
+from .attention import check_supported, implementation_name
+from .config import QuietStarConfig
+from .layout import text_positions, text_ranges
+from .learn import Reward, policy_loss, reward_thoughts
+from .talk import IGNORE, MixingHead, base_nll, mix_talk_steps, talk
+from .think import (
+    ThoughtEmbedding,
+    Thoughts,
+    check_head,
+    choose_anchors,
+    depth_of_end,
+    output_head,
+    packed_pass,
+    rollout,
+    run_decoder_plain,
+    text_pass,
+)
+from .tokens import add_meta_tokens, meta_token_ids
+
+
+@dataclass
+class QuietStarOutput(ModelOutput):
+    """What one call returns; everything but ``loss`` and ``logits`` is free of gradients.
+
+    Sizes: B rows, N tokens, A anchors per row, R rationales, K talk steps, T thought tokens.
+
+    Attributes:
+        loss: nll_loss + policy_weight * policy_loss (None without labels).
+        nll_loss: weighted cross entropy of the base and the mixed predictions.
+        base_losses: [B, N-1]; base_loss: their mean over tokens that count.
+        talk_losses: [K, B, R, A], 0 where there is no target; talk_loss: [K] means.
+        reward, advantage: [B, R, A]; 0 for anchors without all talk steps inside the text.
+        policy_loss: mean over thought tokens of -(advantage · log-probability), unweighted.
+        mixing_weight: [K, B, R, A].
+        anchors: [B, A], the positions that thought; has_target: [K, B, A] bool.
+        thought_ids: [B, R, A, T]; thought_logprobs: [B, R, A, T] if sampled in this call.
+        logits: [B, kept, V], mixed; only without labels.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    nll_loss: Tensor | None = None
+    base_losses: Tensor | None = None
+    base_loss: Tensor | None = None
+    talk_losses: Tensor | None = None
+    talk_loss: Tensor | None = None
+    reward: Tensor | None = None
+    advantage: Tensor | None = None
+    policy_loss: Tensor | None = None
+    mixing_weight: Tensor | None = None
+    anchors: Tensor | None = None
+    has_target: Tensor | None = None
+    thought_ids: Tensor | None = None
+    thought_logprobs: Tensor | None = None
+
+
+class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
+    """Wraps any supported Hugging Face decoder with thoughts (see :class:`QuietStarConfig`).
+
+    The decoder is ``self.base``, unmodified; the model adds ``thought_embedding`` and ``mixing_head``.
+    """
+
+    config_class = QuietStarConfig
+    base_model_prefix = "base"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: QuietStarConfig, base: PreTrainedModel | None = None):
+        super().__init__(config)
+        if base is None:
+            base = AutoModelForCausalLM.from_config(config.text_config)
+        check_supported(base)
+        # The layers look their attention up in this very object at every call.
+        base.config._attn_implementation = implementation_name(type(base))
+        config.text_config = base.config
+        self.base = base
+        width = base.get_input_embeddings().embedding_dim
+        self.thought_embedding = ThoughtEmbedding(width)
+        self.mixing_head = MixingHead(width)
+        self._head_checked = False
+        self.post_init()
+        self.generation_config.use_cache = False
+
+    # ---- building -------------------------------------------------------------------------------
+
+    @classmethod
+    def from_base(
+        cls,
+        base: PreTrainedModel | str,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        init_embedding_from: str = "---",
+        **fields: Any,
+    ) -> QuietStarForCausalLM:
+        """Give a decoder thoughts.
+
+        Args:
+            base: a causal language model, or its name or path.
+            tokenizer: gets the two meta tokens if it lacks them, and the embeddings are resized to
+                match. May be left out if ``start_token_id`` and ``end_token_id`` are given.
+            init_embedding_from: the start and end embeddings begin as the mean embedding of this
+                text's tokens (as in the paper); needs a tokenizer.
+            fields: of :class:`QuietStarConfig`.
+
+        Raises:
+            ValueError: for a model family that cannot think, or meta tokens that are nowhere to be had.
+        """
+        if isinstance(base, str):
+            base = AutoModelForCausalLM.from_pretrained(base)
+        check_supported(base)
+        if tokenizer is not None:
+            add_meta_tokens(tokenizer)
+            fields = {**meta_token_ids(tokenizer), **fields}
+            # Vocabularies are often padded beyond the tokenizer; never shrink them.
+            if len(tokenizer) > base.get_input_embeddings().num_embeddings:
+                base.resize_token_embeddings(len(tokenizer))
+        for name in ("start_token_id", "end_token_id"):
+            if fields.get(name) is None:
+                raise ValueError(f"{name} is missing; give it, or a tokenizer to add the meta tokens to")
+        for module in base.modules():
+            # Its weights are set: transformers must not initialise them again under the wrapper.
+            module._is_hf_initialized = True  # type: ignore[assignment]
+        model = cls(QuietStarConfig(text_config=base.config, **fields), base=base)
+        embedding = base.get_input_embeddings().weight
+        model.thought_embedding.to(device=embedding.device, dtype=embedding.dtype)
+        model.mixing_head.to(device=embedding.device, dtype=embedding.dtype)
+        if tokenizer is not None:
+            ids = tokenizer(init_embedding_from, add_special_tokens=False)["input_ids"]
+            if not ids:
+                raise ValueError(
+                    f"init_embedding_from is {init_embedding_from!r}; expected text with a token"
+                )
+            with torch.no_grad():
+                mean = embedding[ids].mean(0) / model.config.embedding_scale
+                model.thought_embedding.start.copy_(mean)
+                model.thought_embedding.end.copy_(mean)
+        return model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, MixingHead):
+            module.reset_parameters()
+        elif isinstance(module, ThoughtEmbedding):
+            std = getattr(self.config.text_config, "initializer_range", 0.02)
+            for parameter in (module.start, module.end):
+                nn.init.normal_(parameter, std=std / self.config.embedding_scale)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.base.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return self.base.base_model
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Refused: the decoder's attention function is what lets it think."""
+        raise ValueError(
+            f"attn_implementation is {attn_implementation!r}; a Quiet-STaR model keeps its own attention"
+            " function, which uses torch's fused attention for the text where that is exact"
+        )
+
+    # ---- thinking -------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        thought_ids: Tensor | None = None,
+        anchors: Tensor | None = None,
+        logits_to_keep: int = 0,
+        thought_temperature: float | None = None,
+        **ignored: Any,
+    ) -> QuietStarOutput:
+        """Think at the anchors, then predict.
+
+        Args:
+            input_ids: [B, N] int64.
+            attention_mask: [B, N], nonzero for text; padding at either end. Position ids follow from it.
+            labels: [B, N] int64, -100 where a token does not count. With labels the result holds the
+                losses; without, ``logits`` of the mixed prediction.
+            thought_ids: [B, R, N, T] or [B, R, A, T] int64, thoughts to use instead of sampling.
+            anchors: [B, A] int64 ascending positions that think; default: ``config.think_at``.
+            logits_to_keep: without labels, think and predict at the last so many positions only
+                (0: all).
+            thought_temperature: default: the configuration's while training, 0 (the most likely
+                thought, one rationale) in evaluation mode.
+
+        Raises:
+            ValueError: names the argument that cannot be used, before anything is computed.
+        """
+        config = self.config
+        config.check_thoughts()
+        _check_ignored(ignored)
+        _check_text(config, input_ids, labels)
+        ranges = text_ranges(attention_mask, input_ids)
+        if labels is not None and attention_mask is not None:
+            labels = labels.masked_fill(attention_mask == 0, IGNORE)
+        if labels is not None and not bool((labels[:, 1:] != IGNORE).any()):
+            raise ValueError("labels are all ignored (-100 or padding); expected at least one target")
+        if not self._head_checked:
+            check_head(self.base, self.get_input_embeddings()(input_ids[:1, :4]).detach())
+            self._head_checked = True
+        if not config.thinks:
+            return self._plain(input_ids, attention_mask, ranges, labels, logits_to_keep)
+        temperature = thought_temperature
+        if temperature is None:
+            temperature = config.thought_temperature if self.training else 0.0
+        if labels is None:
+            return self._predict(input_ids, ranges, logits_to_keep, temperature)
+        return self._learn(input_ids, ranges, labels, thought_ids, anchors, temperature)
+
+    def _plain(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        ranges: tuple[Tensor, Tensor, bool],
+        labels: Tensor | None,
+        logits_to_keep: int,
+    ) -> QuietStarOutput:
+        """The decoder without thoughts (``thought_kind="none"``)."""
+        head = output_head(self.base)
+        positions = text_positions(ranges[0], ranges[1])
+        hidden = run_decoder_plain(self.base, input_ids, attention_mask, positions)
+        if labels is None:
+            return QuietStarOutput(logits=head.logits(hidden[:, -logits_to_keep:]))
+        loss, losses = base_nll(head, hidden, labels, 1.0)
+        return QuietStarOutput(
+            loss=loss, nll_loss=loss.detach(), base_losses=losses, base_loss=loss.detach()
+        )
+
+    def _predict(
+        self,
+        input_ids: Tensor,
+        ranges: tuple[Tensor, Tensor, bool],
+        logits_to_keep: int,
+        temperature: float,
+    ) -> QuietStarOutput:
+        """Mixed logits of the last positions: a rollout up to the end token, nothing behind it."""
+        config, head = self.config, output_head(self.base)
+        batch, length = input_ids.shape
+        kept = logits_to_keep or length
+        anchors = torch.arange(length - kept, length, device=input_ids.device).expand(batch, -1)
+        thoughts = self._rollout(
+            input_ids,
+            ranges,
+            anchors=anchors,
+            temperature=temperature,
+            to_the_end=True,
+            num_slots=depth_of_end(config),
+        )
+        assert thoughts.slot_hidden is not None
+        one_step = mix_talk_steps(
+            config, self.mixing_head, thoughts.text_hidden, thoughts.slot_hidden, anchors, steps=1
+        )
+        mixed, weight = one_step
+        return QuietStarOutput(
+            logits=head.logits(mixed[0]),
+            mixing_weight=weight[:, :, None].detach(),
+            anchors=anchors,
+            thought_ids=_by_rationale(thoughts.ids, 1),
+            thought_logprobs=_by_rationale(thoughts.logprobs, 1),
+        )
+
+    def _learn(
+        self,
+        input_ids: Tensor,
+        ranges: tuple[Tensor, Tensor, bool],
+        labels: Tensor,
+        thought_ids: Tensor | None,
+        anchors: Tensor | None,
+        temperature: float,
+    ) -> QuietStarOutput:
+        """Losses, rewards and the policy term for one batch."""
+        config, head = self.config, output_head(self.base)
+        meta = self.thought_embedding(config.embedding_scale)
+        with_grad = torch.is_grad_enabled()
+        rationales = config.num_rationales if self.training else 1
+        if config.thought_kind == "pause":
+            rationales = 1
+        thoughts = None
+        if thought_ids is None:
+            thoughts = self._rollout(
+                input_ids,
+                ranges,
+                anchors=anchors,
+                rationales=rationales,
+                temperature=temperature,
+                to_the_end=not with_grad,
+            )
+            columns, ids, logprobs = thoughts.anchors, thoughts.ids, thoughts.logprobs
+        else:
+            columns, ids = self._forced(input_ids, ranges, thought_ids, anchors)
+            logprobs, rationales = None, thought_ids.shape[1]
+        if thoughts is not None and thoughts.slot_hidden is not None:
+            text_hidden, slot_hidden = thoughts.text_hidden, thoughts.slot_hidden
+        else:
+            text_hidden, slot_hidden = packed_pass(
+                self.base, config, meta, input_ids, ranges, columns, ids
+            )
+        anchors = columns[:, ::rationales]
+        talked = talk(
+            config, head, self.mixing_head, text_hidden, slot_hidden, labels, anchors, rationales
+        )
+        earned = reward_thoughts(talked, anchors, input_ids.shape[1])
+        loss, policy = talked.nll, None
+        if ids is not None:
+            policy = self._policy(slot_hidden, ids, earned)
+            if config.policy_weight and with_grad:
+                loss = loss + config.policy_weight * policy
+            elif config.policy_weight:
+                loss = loss + config.policy_weight * policy.detach()
+        return QuietStarOutput(
+            loss=loss,
+            nll_loss=talked.nll.detach(),
+            base_losses=talked.base_losses,
+            base_loss=talked.base_loss,
+            talk_losses=talked.talk_losses.transpose(2, 3),
+            talk_loss=talked.talk_loss,
+            reward=earned.reward.transpose(1, 2),
+            advantage=earned.advantage.transpose(1, 2),
+            policy_loss=None if policy is None else policy.detach(),
+            mixing_weight=talked.mixing_weight.transpose(2, 3),
+            anchors=anchors,
+            has_target=talked.has_target,
+            thought_ids=_by_rationale(ids, rationales),
+            thought_logprobs=_by_rationale(logprobs, rationales),
+        )
+
+    def _policy(self, slot_hidden: Tensor, ids: Tensor, earned: Reward) -> Tensor:
+        config, head = self.config, output_head(self.base)
+        if not config.policy_weight:
+            with torch.no_grad():
+                return policy_loss(config, head, slot_hidden, ids, earned)
+        return policy_loss(config, head, slot_hidden, ids, earned)
+
+    def _rollout(
+        self, input_ids: Tensor, ranges: tuple[Tensor, Tensor, bool], **options: Any
+    ) -> Thoughts:
+        meta = self.thought_embedding(self.config.embedding_scale)
+        # Drawn from torch's generator, so that torch.manual_seed and a resumed run repeat the thoughts.
+        seed = int(torch.randint(2**62, ()))
+        return rollout(self.base, self.config, meta, input_ids, ranges, seed=seed, **options)
+
+    def _forced(
+        self,
+        input_ids: Tensor,
+        ranges: tuple[Tensor, Tensor, bool],
+        thought_ids: Tensor,
+        anchors: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Columns [B, A*R] and tokens [B, A*R, T] from given thoughts."""
+        config = self.config
+        batch, length = input_ids.shape
+        if anchors is None:
+            hidden = None
+            if config.parse_think_at()[0] == "entropy":
+                hidden, _ = text_pass(self.base, input_ids, ranges)
+            is_text = ranges[0] < ranges[1]
+            anchors = choose_anchors(config, input_ids, is_text, hidden, output_head(self.base))
+        count = anchors.shape[1]
+        given = tuple(thought_ids.shape)
+        fits = len(given) == 4 and given[0] == batch and given[2] in (length, count)
+        if not fits or given[1] < 1 or given[3] != config.thought_length:
+            raise ValueError(
+                f"thought_ids has shape {list(given)}; expected [{batch}, rationales, {length},"
+                f" {config.thought_length}] (rows, rationales, positions, thought_length)"
+            )
+        if given[2] != count:
+            index = anchors[:, None, :, None].expand(-1, given[1], -1, given[3])
+            thought_ids = thought_ids.gather(2, index)
+        columns = anchors.repeat_interleave(given[1], dim=1)
+        return columns, thought_ids.transpose(1, 2).flatten(1, 2)
+
+    # ---- generation -----------------------------------------------------------------------------
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **ignored: Any
+    ) -> dict[str, Any]:
+        """Each new token thinks once, at the end of the text."""
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
+
+
+# What generation and the Trainer hand over and this model has no use for.
+_IGNORABLE = {
+    "cache_position",
+    "output_attentions",
+    "output_hidden_states",
+    "past_key_values",
+    "position_ids",
+    "return_dict",
+    "token_type_ids",
+    "use_cache",
+}
+
+
+def _check_ignored(ignored: dict[str, Any]) -> None:
+    unknown = sorted(set(ignored) - _IGNORABLE)
+    if unknown:
+        raise TypeError(f"forward() got an argument it does not know: {unknown[0]!r}")
+    if ignored.get("past_key_values") is not None:
+        raise ValueError("past_key_values was given; a Quiet-STaR model keeps no cache between calls yet")
+
+
+def _check_text(config: QuietStarConfig, input_ids: Tensor, labels: Tensor | None) -> None:
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(f"input_ids has shape {list(input_ids.shape)}; expected [rows, tokens]")
+    if labels is None:
+        return
+    if labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels has shape {list(labels.shape)}; expected {list(input_ids.shape)} like input_ids"
+        )
+    shortest = config.talk_length + 2 if config.thinks else 2
+    if input_ids.shape[1] < shortest:
+        raise ValueError(
+            f"input_ids has {input_ids.shape[1]} tokens per row; expected at least {shortest}"
+            " (talk_length + 2)"
+        )
+
+
+def _by_rationale(columns: Tensor | None, rationales: int) -> Tensor | None:
+    """[B, A*R, T] -> [B, R, A, T]."""
+    if columns is None:
+        return None
+    return columns.unflatten(1, (-1, rationales)).transpose(1, 2)
+
+
+AutoConfig.register("quietstar", QuietStarConfig, exist_ok=True)
+AutoModelForCausalLM.register(QuietStarConfig, QuietStarForCausalLM, exist_ok=True)

@@ -1,0 +1,192 @@
+"""Talk: mix each prediction with the one made after a thought, and compare both with the true text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quietstar_ext import linear_cross_entropy_sum, mixing_head
+
+from .config import QuietStarConfig
+from .think import Head, depth_of_end
+
+IGNORE = -100
+
+
+class MixingHead(nn.Module):
+    """The network that decides how much a prediction listens to its thought.
+
+    An MLP 2d -> d -> ReLU -> d -> ReLU -> 1 on [base ; thought]; the last layer has no bias and starts
+    at zero, so that an untrained head leaves the base prediction as it is (with the identity
+    activation).
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(2 * hidden_size, hidden_size)
+        self.fc2 = nn.Linear(hidden_size, hidden_size)
+        self.fc3 = nn.Linear(hidden_size, 1, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Torch's own initialisation, with the last layer at zero."""
+        self.fc1.reset_parameters()
+        self.fc2.reset_parameters()
+        nn.init.zeros_(self.fc3.weight)
+
+    def forward(
+        self, base: Tensor, thought: Tensor, activation: str, base_index: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """base [P, d], thought [rows, d], base_index [rows] -> mixed [rows, d], weight [rows, 1]."""
+        return mixing_head(
+            base,
+            thought,
+            self.fc1.weight,
+            self.fc1.bias,
+            self.fc2.weight,
+            self.fc2.bias,
+            self.fc3.weight,
+            activation,
+            base_index=base_index,
+        )
+
+
+@dataclass
+class Talk:
+    """Losses per token; entries without a target are zero.
+
+    Attributes:
+        nll: scalar, w·base + (1-w)/K · sum of the talk steps' means, with its gradient.
+        base_losses: [B, N-1] fp32, no gradient (as all below).
+        talk_losses: [K, B, A, R] fp32.
+        base_loss: scalar mean; talk_loss: [K] means.
+        mixing_weight: [K, B, A, R] fp32.
+        has_target: [K, B, A] bool.
+    """
+
+    nll: Tensor
+    base_losses: Tensor
+    talk_losses: Tensor
+    base_loss: Tensor
+    talk_loss: Tensor
+    mixing_weight: Tensor
+    has_target: Tensor
+
+
+def base_nll(head: Head, text_hidden: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Cross entropy of the base prediction of every token.
+
+    Args:
+        text_hidden: [B, N, d]; labels: [B, N], -100 where a token does not count.
+        weight: of the mean in the returned loss.
+
+    Returns:
+        weight times the mean over tokens that count, and the losses per token [B, N-1].
+    """
+    targets = labels[:, 1:]
+    share = (targets != IGNORE).float()
+    share = weight * share / share.sum().clamp(min=1)
+    loss, losses = linear_cross_entropy_sum(
+        text_hidden[:, :-1].flatten(0, 1).to(head.weight.dtype),
+        head.weight,
+        targets.flatten(),
+        share.flatten(),
+        ignore_index=IGNORE,
+        skip_zero_weight=False,
+        **head.options(),
+    )
+    return loss, losses.view_as(targets)
+
+
+def talk_targets(labels: Tensor, anchors: Tensor, talk_length: int) -> Tensor:
+    """The true token that talk step k of an anchor predicts: labels[anchor + 1 + k], [K, B, A]."""
+    length = labels.shape[1]
+    ahead = anchors[None] + 1 + torch.arange(talk_length, device=labels.device)[:, None, None]
+    picked = labels.expand(talk_length, -1, -1).gather(2, ahead.clamp(max=length - 1))
+    return torch.where(ahead < length, picked, IGNORE)
+
+
+def mix_talk_steps(
+    config: QuietStarConfig,
+    mixing: MixingHead,
+    text_hidden: Tensor,
+    slot_hidden: Tensor,
+    anchors: Tensor,
+    steps: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mixed hidden states of the talk steps (all K of them, or the first ``steps``).
+
+    Args:
+        text_hidden: [B, N, d]; slot_hidden: [B, S, M, d]; anchors: [B, M] (with repeats).
+
+    Returns:
+        mixed [K, B, M, d] and weight [K, B, M].
+    """
+    batch, length, width = text_hidden.shape
+    k = config.talk_length if steps is None else steps
+    # Slot s has depth s + 1; talk step j reads the hidden state at depth T + 2 + j.
+    first = depth_of_end(config) - 1
+    thought = slot_hidden[:, first : first + k].transpose(0, 1)
+    # A talk step speaks for the position that many tokens after its anchor.
+    step = torch.arange(k, device=anchors.device)[:, None, None]
+    speaks_for = (anchors[None] + step).clamp(max=length - 1)
+    row = torch.arange(batch, device=anchors.device)[None, :, None] * length
+    mixed, weight = mixing(
+        text_hidden.flatten(0, 1),
+        thought.flatten(0, 2),
+        config.mixing_activation,
+        (row + speaks_for).flatten(),
+    )
+    shape = (k, batch, anchors.shape[1])
+    return mixed.view(*shape, width), weight.view(shape)
+
+
+def talk(
+    config: QuietStarConfig,
+    head: Head,
+    mixing: MixingHead,
+    text_hidden: Tensor,
+    slot_hidden: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    rationales: int,
+) -> Talk:
+    """Mixed predictions of every talk step, their losses, and the base prediction's.
+
+    Args:
+        text_hidden: [B, N, d]; slot_hidden: [B, S, A*R, d].
+        labels: [B, N], -100 where a token does not count.
+        anchors: [B, A], without the repeats for rationales.
+    """
+    k = config.talk_length
+    base_part, base_losses = base_nll(head, text_hidden, labels, config.base_loss_weight)
+    columns = anchors.repeat_interleave(rationales, dim=1)
+    mixed, weight = mix_talk_steps(config, mixing, text_hidden, slot_hidden, columns)
+    targets = talk_targets(labels, columns, k)
+    counts = (targets != IGNORE).sum((1, 2)).clamp(min=1)
+    share = (1 - config.base_loss_weight) / k / counts
+    row_weights = torch.where(targets != IGNORE, share[:, None, None], 0.0)
+    talk_part, losses = linear_cross_entropy_sum(
+        mixed.flatten(0, 2).to(head.weight.dtype),
+        head.weight,
+        targets.flatten(),
+        row_weights.flatten(),
+        ignore_index=IGNORE,
+        # A weight of zero (base_loss_weight = 1) must not hide the losses from the reward.
+        skip_zero_weight=False,
+        **head.options(),
+    )
+    shape = (k, *anchors.shape, rationales)
+    losses = losses.view(shape)
+    counted = (labels[:, 1:] != IGNORE).sum().clamp(min=1)
+    return Talk(
+        nll=base_part + talk_part,
+        base_losses=base_losses,
+        talk_losses=losses,
+        base_loss=base_losses.sum() / counted,
+        talk_loss=losses.sum((1, 2, 3)) / counts,
+        mixing_weight=weight.detach().float().view(shape),
+        has_target=(targets != IGNORE).view(shape)[..., 0],
+    )

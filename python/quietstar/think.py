@@ -1,0 +1,328 @@
+"""Think: sample a thought after every anchor, all of them in parallel, and build the packed pass.
+
+The rollout runs without gradients and keeps every layer's keys and values in its layout: one pass over
+the text, then one pass per slot over all columns at once. The packed pass runs text and slots together,
+once, with gradients; with the same tokens its hidden states equal the rollout's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quietstar_ext import linear_sample
+
+from .attention import check_layers, check_length
+from .config import QuietStarConfig
+from .layout import LayerKeys, ThoughtLayout, text_positions
+
+
+class ThoughtEmbedding(nn.Module):
+    """The embeddings of the two meta tokens, stored divided by ``embedding_scale``.
+
+    A module of its own, so that adapters can save it whole (peft's ``modules_to_save``).
+    ``start``, ``end``: [d].
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.start = nn.Parameter(torch.zeros(hidden_size))
+        self.end = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, scale: float) -> tuple[Tensor, Tensor]:
+        """Both embeddings at the size in which they are used."""
+        return self.start * scale, self.end * scale
+
+
+@dataclass
+class Head:
+    """The decoder's output layer as the operators take it: logits = softcap(h W^T * logit_scale)."""
+
+    weight: Tensor
+    softcap: float | None
+    logit_scale: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d] -> [..., V]; only for rows that a caller really asked to see."""
+        logits = hidden.to(self.weight.dtype) @ self.weight.T * self.logit_scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def options(self) -> dict[str, float | None]:
+        """Keyword arguments for the linear operators."""
+        return {"softcap": self.softcap, "logit_scale": self.logit_scale}
+
+
+def output_head(decoder: PreTrainedModel) -> Head:
+    """Read the output layer and what a family does to its logits."""
+    config = decoder.config
+    divided = getattr(config, "logits_scaling", None)
+    scale = 1.0 / divided if divided else getattr(config, "logit_scale", None)
+    return Head(
+        weight=decoder.get_output_embeddings().weight,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        logit_scale=1.0 if scale is None else float(scale),
+    )
+
+
+def run_decoder(
+    decoder: PreTrainedModel, embeds: Tensor, positions: Tensor, layout: ThoughtLayout
+) -> Tensor:
+    """One pass through the decoder's body with a layout; final hidden states [B, L, d]."""
+    # A 4-D mask is handed through untouched, so that nothing of size L x L is ever built.
+    mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
+    hidden = decoder.base_model(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=positions,
+        use_cache=False,
+        thought_layout=layout,
+    ).last_hidden_state
+    check_layers(layout, decoder.config)
+    return hidden
+
+
+def run_decoder_plain(
+    decoder: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor
+) -> Tensor:
+    """The decoder as it is, without thoughts: final hidden states [B, N, d]."""
+    return decoder.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
+    ).last_hidden_state
+
+
+def choose_anchors(
+    config: QuietStarConfig, input_ids: Tensor, is_text: Tensor, hidden: Tensor | None, head: Head
+) -> Tensor:
+    """The positions that think, [B, A] int64, ascending.
+
+    Args:
+        input_ids: [B, N].
+        is_text: [B, N] bool; padding thinks only if nothing else is left.
+        hidden: [B, N, d] of the text, for the rule ``entropy``.
+    """
+    batch, length = input_ids.shape
+    rule, number = config.parse_think_at()
+    everywhere = torch.arange(length, device=input_ids.device)
+    if rule == "all":
+        return everywhere.expand(batch, -1)
+    if rule == "stride":
+        return everywhere[:: int(number)].expand(batch, -1)
+    count = max(1, round(number * length))
+    if rule == "random":
+        score = torch.rand(batch, length).to(input_ids.device)
+    else:
+        if hidden is None:
+            raise ValueError("think_at='entropy:p' needs the text's hidden states")
+        score = base_entropy(hidden, head)
+    score = torch.where(is_text, score, -1.0)
+    return score.topk(count, dim=1).indices.sort(dim=1).values
+
+
+@torch.no_grad()
+def base_entropy(hidden: Tensor, head: Head, rows_per_chunk: int = 256) -> Tensor:
+    """Entropy in nats of the base prediction, [B, N] fp32, without holding all logits at once."""
+    rows = hidden.flatten(0, 1)
+    parts = []
+    for chunk in rows.split(rows_per_chunk):
+        logp = head.logits(chunk).float().log_softmax(-1)
+        parts.append(-(logp.exp() * logp).sum(-1))
+    return torch.cat(parts).unflatten(0, hidden.shape[:2])
+
+
+def depth_of_end(config: QuietStarConfig) -> int:
+    """Depth of the end token in a column: start is 1, the sampled tokens 2 .. T+1."""
+    return config.thought_length + 2
+
+
+def slot_embeds(
+    config: QuietStarConfig,
+    embed: nn.Module,
+    meta: tuple[Tensor, Tensor],
+    input_ids: Tensor,
+    anchors: Tensor,
+    thought_ids: Tensor | None,
+    slot: int,
+) -> Tensor:
+    """What is fed into one slot of every column, [B, M, d].
+
+    Args:
+        meta: start and end embedding at their size in use.
+        anchors: [B, M].
+        thought_ids: [B, M, T], or None where pause tokens stand in the thought.
+        slot: from 0: start, T thought tokens, end, K - 1 talk tokens.
+    """
+    batch, columns = anchors.shape
+    start, end = meta
+    depth = slot + 1
+    k = depth - depth_of_end(config)
+    if depth == 1 or (k < 0 and thought_ids is None):
+        return start.expand(batch, columns, -1)
+    if k < 0:
+        assert thought_ids is not None
+        return embed(thought_ids[:, :, depth - 2])
+    if k == 0:
+        return end.expand(batch, columns, -1)
+    # Past the end of the text anything may stand here: those rows carry no loss.
+    ahead = (anchors + k).clamp(max=input_ids.shape[1] - 1)
+    return embed(input_ids.gather(1, ahead))
+
+
+@dataclass
+class Thoughts:
+    """What a rollout leaves behind.
+
+    Attributes:
+        anchors: [B, M] columns' text positions; rationales of a position are neighbours.
+        ids: [B, M, T] sampled tokens, None for pause tokens.
+        logprobs: [B, M, T] of the distribution sampled from, no gradient.
+        text_hidden: [B, N, d].
+        slot_hidden: [B, S, M, d] if the rollout ran to the end, otherwise None.
+    """
+
+    anchors: Tensor
+    ids: Tensor | None
+    logprobs: Tensor | None
+    text_hidden: Tensor
+    slot_hidden: Tensor | None
+
+
+@torch.no_grad()
+def text_pass(
+    decoder: PreTrainedModel, input_ids: Tensor, ranges: tuple[Tensor, Tensor, bool]
+) -> tuple[Tensor, dict[int, LayerKeys]]:
+    """The rollout's first pass: hidden states [B, N, d] and every layer's keys and values."""
+    row_start, row_stop, plain = ranges
+    no_columns = torch.empty(input_ids.shape[0], 0, dtype=torch.int64, device=input_ids.device)
+    layout = ThoughtLayout(row_start, row_stop, no_columns, 0, phase="text", plain_text=plain)
+    embeds = decoder.get_input_embeddings()(input_ids)
+    hidden = run_decoder(decoder, embeds, text_positions(row_start, row_stop), layout)
+    return hidden, layout.keys
+
+
+@torch.no_grad()
+def rollout(
+    decoder: PreTrainedModel,
+    config: QuietStarConfig,
+    meta: tuple[Tensor, Tensor],
+    input_ids: Tensor,
+    ranges: tuple[Tensor, Tensor, bool],
+    *,
+    anchors: Tensor | None = None,
+    rationales: int = 1,
+    temperature: float = 1.0,
+    seed: int = 0,
+    to_the_end: bool = False,
+    num_slots: int | None = None,
+) -> Thoughts:
+    """Sample one thought per column.
+
+    Args:
+        input_ids: [B, N].
+        ranges: what each text token sees (:func:`quietstar.layout.text_ranges`).
+        anchors: [B, A] positions that think; None: what ``config.think_at`` says.
+        rationales: R, columns per anchor; they share the text's keys.
+        temperature: 0 takes the most likely token.
+        seed: of the counter-based generator; the same seed gives the same thoughts.
+        to_the_end: also run the end and talk slots and keep all hidden states.
+        num_slots: run no further than this many slots (default: all, with ``to_the_end``).
+    """
+    row_start, row_stop, _ = ranges
+    slots = config.num_slots if num_slots is None else num_slots
+    embed = decoder.get_input_embeddings()
+    head = output_head(decoder)
+    check_length(decoder.config, input_ids.shape[1] + slots)
+    text_hidden, keys = text_pass(decoder, input_ids, ranges)
+    if anchors is None:
+        anchors = choose_anchors(config, input_ids, row_start < row_stop, text_hidden, head)
+    anchors = anchors.repeat_interleave(rationales, dim=1)
+    batch, columns = anchors.shape
+
+    steps = ThoughtLayout(row_start, row_stop, anchors, slots, phase="slot")
+    steps.keys = keys
+    sampled = config.thought_kind == "sampled"
+    ids = logprobs = None
+    if sampled:
+        shape = (batch, columns, config.thought_length)
+        ids = torch.empty(shape, dtype=torch.int64, device=input_ids.device)
+        logprobs = torch.empty(shape, dtype=torch.float32, device=input_ids.device)
+    banned = banned_ids(config, input_ids.device)
+    kept: list[Tensor] = []
+    last = slots if to_the_end else (config.thought_length if sampled else 0)
+    for slot in range(last):
+        steps.slot = slot
+        embeds = slot_embeds(config, embed, meta, input_ids, anchors, ids, slot)
+        hidden = run_decoder(decoder, embeds.to(text_hidden.dtype), steps.slot_positions(), steps)
+        kept.append(hidden)
+        if ids is not None and logprobs is not None and slot < config.thought_length:
+            tokens, logp = linear_sample(
+                hidden.flatten(0, 1).to(head.weight.dtype),
+                head.weight,
+                temperature=temperature,
+                banned=banned,
+                seed=seed,
+                offset=slot * batch * columns,
+                **head.options(),
+            )
+            ids[:, :, slot] = tokens.view(batch, columns)
+            logprobs[:, :, slot] = logp.view(batch, columns)
+    slot_hidden = torch.stack(kept, dim=1) if to_the_end else None
+    return Thoughts(anchors, ids, logprobs, text_hidden, slot_hidden)
+
+
+def packed_pass(
+    decoder: PreTrainedModel,
+    config: QuietStarConfig,
+    meta: tuple[Tensor, Tensor],
+    input_ids: Tensor,
+    ranges: tuple[Tensor, Tensor, bool],
+    anchors: Tensor,
+    thought_ids: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Text and slots in one differentiable pass: hidden states [B, N, d] and [B, S, M, d]."""
+    row_start, row_stop, plain = ranges
+    embed = decoder.get_input_embeddings()
+    check_length(decoder.config, input_ids.shape[1] + config.num_slots)
+    layout = ThoughtLayout(row_start, row_stop, anchors, config.num_slots, plain_text=plain)
+    text = embed(input_ids)
+    slots = [
+        slot_embeds(config, embed, meta, input_ids, anchors, thought_ids, slot).to(text.dtype)
+        for slot in range(config.num_slots)
+    ]
+    hidden = run_decoder(
+        decoder, torch.cat([text, *slots], dim=1), layout.packed_positions(), layout
+    )
+    n = input_ids.shape[1]
+    return hidden[:, :n], hidden[:, n:].unflatten(1, (config.num_slots, layout.num_columns))
+
+
+def banned_ids(config: QuietStarConfig, device: torch.device) -> Tensor:
+    """The meta tokens, which no thought may contain."""
+    ids = [i for i in (config.start_token_id, config.end_token_id) if i is not None]
+    return torch.tensor(ids, dtype=torch.int64, device=device)
+
+
+@torch.no_grad()
+def check_head(decoder: PreTrainedModel, hidden: Tensor) -> None:
+    """Compare the model's own logits with :func:`output_head`'s reading of them, once.
+
+    Raises:
+        ValueError: if a family does something to its logits that is not known here.
+    """
+    training = decoder.training
+    decoder.eval()  # two passes with dropout would differ
+    own = decoder(inputs_embeds=hidden, use_cache=False).logits
+    body = decoder.base_model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+    decoder.train(training)
+    ours = output_head(decoder).logits(body)
+    error = (own.float() - ours.float()).abs().max() / own.float().abs().max().clamp(min=1e-6)
+    if not error < 2e-2:
+        raise ValueError(
+            f"model type {decoder.config.model_type!r} computes its logits in a way that is not"
+            f" supported (relative difference {float(error):.2g})"
+        )
+
