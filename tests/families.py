@@ -1,0 +1,88 @@
+"""Tiny random models of every tested family."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCABULARY = 96
+
+_LLAMA_LIKE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+# A window of 7 is shorter than the tests' texts, so that it is active.
+FAMILIES: dict[str, dict] = {
+    "llama": {**_LLAMA_LIKE},
+    "mistral": {**_LLAMA_LIKE, "sliding_window": 7},
+    "qwen2": {
+        **_LLAMA_LIKE,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "max_window_layers": 1,
+    },
+    "qwen3": {**_LLAMA_LIKE, "head_dim": 16},
+    "gemma2": {
+        **_LLAMA_LIKE,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 7,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 8.0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gemma3_text": {
+        **_LLAMA_LIKE,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "phi3": {**_LLAMA_LIKE, "sliding_window": 7},
+    "gpt2": {
+        "vocab_size": VOCABULARY,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 128,
+        "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "gpt_neox": {**_LLAMA_LIKE, "rotary_pct": 0.5},
+    "olmo2": {**_LLAMA_LIKE},
+    "gpt_oss": {
+        **_LLAMA_LIKE,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 7,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+
+
+def tiny_decoder(family: str, seed: int = 0, **changes) -> PreTrainedModel:
+    """A random decoder whose weights are large enough for its attention to matter."""
+    torch.manual_seed(seed)
+    settings = {**FAMILIES[family], **changes}
+    config = AutoConfig.for_model(family, **settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.25)
+            elif "sinks" in name:
+                parameter.normal_(0, 1.0)
+    return model
