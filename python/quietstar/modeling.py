@@ -90,6 +90,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         if base is None:
             base = AutoModelForCausalLM.from_config(config.text_config)
         check_supported(base)
+        _check_meta_tokens(config, base.get_input_embeddings().num_embeddings)
         # The layers look their attention up in this very object at every call.
         base.config._attn_implementation = implementation_name(type(base))
         config.text_config = base.config
@@ -234,6 +235,10 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         if temperature is None:
             temperature = config.thought_temperature if self.training else 0.0
         if labels is None:
+            if not 0 <= logits_to_keep <= input_ids.shape[1]:
+                raise ValueError(
+                    f"logits_to_keep is {logits_to_keep}; expected 0 to {input_ids.shape[1]}"
+                )
             return self._predict(input_ids, ranges, logits_to_keep, temperature)
         return self._learn(input_ids, ranges, labels, thought_ids, anchors, temperature)
 
@@ -427,6 +432,13 @@ def _check_ignored(ignored: dict[str, Any]) -> None:
         raise TypeError(f"forward() got an argument it does not know: {unknown[0]!r}")
     if ignored.get("past_key_values") is not None:
         raise ValueError("past_key_values was given; a Quiet-STaR model keeps no cache between calls yet")
+
+
+def _check_meta_tokens(config: QuietStarConfig, vocabulary: int) -> None:
+    for name in ("start_token_id", "end_token_id"):
+        token = getattr(config, name)
+        if token is not None and not 0 <= token < vocabulary:
+            raise ValueError(f"{name} is {token}; expected a token of the vocabulary, 0 to {vocabulary - 1}")
 
 
 def _check_text(config: QuietStarConfig, input_ids: Tensor, labels: Tensor | None) -> None:

@@ -1,0 +1,112 @@
+"""Bad input to the model: one clear sentence that names what is wrong, before anything is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import VOCABULARY, tiny_decoder
+
+from quietstar import QuietStarConfig, QuietStarForCausalLM
+
+
+@pytest.fixture(scope="module")
+def model() -> QuietStarForCausalLM:
+    return QuietStarForCausalLM.from_base(
+        tiny_decoder("llama"), start_token_id=94, end_token_id=95, thought_length=2, talk_length=2
+    )
+
+
+IDS = torch.arange(3, 13).view(1, 10)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"thought_length": 0}, "thought_length is 0; expected a whole number >= 1"),
+        ({"talk_length": 0}, "talk_length is 0"),
+        ({"num_rationales": -1}, "num_rationales is -1"),
+        ({"thought_length": 2.5}, "thought_length is 2.5"),
+        ({"reinforce_temperature": 0}, "reinforce_temperature is 0; expected a number > 0"),
+        ({"policy_weight": -1.0}, "policy_weight is -1.0; expected a number >= 0"),
+        ({"base_loss_weight": 1.5}, "base_loss_weight is 1.5"),
+        ({"mixing_activation": "relu"}, "mixing_activation is 'relu'"),
+        ({"thought_kind": "loud"}, "thought_kind is 'loud'"),
+        ({"think_at": "every:2"}, "think_at is 'every:2'; expected 'all', 'stride:k'"),
+        ({"think_at": "stride:0"}, "think_at is 'stride:0'"),
+        ({"think_at": "random:1.5"}, "think_at is 'random:1.5'"),
+    ],
+)
+def test_configuration(fields: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        QuietStarConfig(**fields)
+
+
+def test_configuration_is_checked_when_it_changes(model: QuietStarForCausalLM):
+    model.config.num_rationales = 0
+    try:
+        with pytest.raises(ValueError, match="num_rationales is 0"):
+            model(IDS, labels=IDS)
+    finally:
+        model.config.num_rationales = 2
+
+
+def test_n_ahead_too_small():
+    with pytest.raises(ValueError, match="n_ahead is 3; expected at least 4"):
+        QuietStarConfig.from_reference(n_ahead=3, n_ahead_talk=1, n_passes=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input_ids": IDS[:, :3], "labels": IDS[:, :3]}, "3 tokens per row; expected at least 4"),
+        ({"input_ids": IDS[0], "labels": IDS[0]}, r"input_ids has shape \[10\]"),
+        ({"input_ids": IDS, "labels": IDS[:, :5]}, r"labels has shape \[1, 5\]; expected \[1, 10\]"),
+        ({"input_ids": IDS, "labels": torch.full_like(IDS, -100)}, "labels are all ignored"),
+        (
+            {"input_ids": IDS, "labels": IDS, "attention_mask": torch.zeros_like(IDS)},
+            "labels are all ignored",
+        ),
+        (
+            {"input_ids": IDS, "attention_mask": torch.ones(1, 4)},
+            r"attention_mask has shape \[1, 4\]; expected \[1, 10\]",
+        ),
+        (
+            {"input_ids": IDS, "attention_mask": (IDS != 7).long()},
+            "hole in the middle of a row",
+        ),
+        (
+            {"input_ids": IDS, "labels": IDS, "thought_ids": torch.ones(1, 10, 2).long()},
+            r"thought_ids has shape \[1, 10, 2\]; expected \[1, rationales, 10, 2\]",
+        ),
+        ({"input_ids": IDS, "labels": torch.full_like(IDS, 96)}, "targets"),
+        ({"input_ids": IDS, "inputs_embeds": None}, "does not know: 'inputs_embeds'"),
+        ({"input_ids": IDS, "logits_to_keep": 11}, "logits_to_keep is 11; expected 0 to 10"),
+    ],
+)
+def test_call(model: QuietStarForCausalLM, arguments: dict, message: str):
+    with pytest.raises((ValueError, TypeError), match=message):
+        model(**arguments)
+
+
+def test_meta_tokens_have_to_come_from_somewhere():
+    with pytest.raises(ValueError, match="start_token_id is missing"):
+        QuietStarForCausalLM.from_base(tiny_decoder("llama"))
+
+
+def test_meta_tokens_have_to_lie_in_the_vocabulary():
+    with pytest.raises(ValueError, match=f"end_token_id is {VOCABULARY}; expected .* 0 to 95"):
+        QuietStarForCausalLM.from_base(
+            tiny_decoder("llama"), start_token_id=94, end_token_id=VOCABULARY
+        )
+
+
+def test_attention_dropout_is_refused():
+    decoder = tiny_decoder("llama", attention_dropout=0.1)
+    model = QuietStarForCausalLM.from_base(decoder, start_token_id=94, end_token_id=95).train()
+    with pytest.raises(ValueError, match=r"attention dropout is 0.1; expected 0"):
+        model(IDS, labels=IDS)
+
+
+def test_attention_implementation_stays(model: QuietStarForCausalLM):
+    with pytest.raises(ValueError, match="attn_implementation is 'eager'"):
+        model.set_attn_implementation("eager")
