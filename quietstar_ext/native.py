@@ -1,0 +1,87 @@
+"""The compiled kernels: loading them, what they were built with, and how a tensor reaches them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+# torch first: its wheel brings libgomp, and _native must resolve the same name to the same library.
+import torch
+
+if TYPE_CHECKING:
+    from quietstar_ext import _native as _NativeModule
+
+# The numbers of quietstar::DType in csrc/include/quietstar/types.h.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_HOW_TO_BUILD = (
+    "install the package with 'pip install .', or build in place with "
+    "'python setup.py build_ext --inplace'"
+)
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        module = importlib.import_module("quietstar_ext._native")
+    except ImportError as error:
+        return None, f"the native module is missing ({error}); {_HOW_TO_BUILD}"
+    level = os.environ.get("QUIETSTAR_SIMD")
+    if level:
+        try:
+            module.set_simd(level)
+        except ValueError as error:
+            raise ValueError(f"environment variable QUIETSTAR_SIMD: {error}") from None
+    return module, ""
+
+
+_module, _missing = _load()
+
+
+def native() -> _NativeModule:
+    """Return the native module; ``RuntimeError`` says how to build it where it is missing."""
+    if _module is None:
+        raise RuntimeError(_missing)
+    return _module  # type: ignore[return-value]
+
+
+def why_not_native(tensor: torch.Tensor) -> str | None:
+    """Half a sentence on why no kernel can read this tensor, or None where one can."""
+    if _module is None:
+        return _missing
+    if tensor.device.type != "cpu":
+        return f"this build has no kernel for the device type {tensor.device.type}"
+    if tensor.dtype not in DTYPE_CODES:
+        name = str(tensor.dtype).removeprefix("torch.")
+        return f"the kernel takes float32, bfloat16 and float16, not {name}"
+    return None
+
+
+def build_info() -> dict[str, Any]:
+    """What the native module is and was built with.
+
+    ``native`` (is it there), and then ``path``, ``version``, ``simd`` (in use), ``simd_compiled``,
+    ``simd_supported`` (by this machine), ``cuda_archs`` (empty in a CPU build), ``openmp``; where it
+    is not there, ``missing`` says why.
+    """
+    if _module is None:
+        return {"native": False, "missing": _missing}
+    return {"native": True, "path": _module.__file__, **_module.build_info()}
+
+
+@contextlib.contextmanager
+def use_simd(level: str) -> Iterator[None]:
+    """Force the CPU kernels to ``"avx512"``, ``"avx2"`` or ``"generic"`` inside the block.
+
+    It holds for the whole process, other threads included. ``ValueError`` where this machine does
+    not support the level. The environment variable ``QUIETSTAR_SIMD`` does it for good.
+    """
+    previous = native().build_info()["simd"]
+    native().set_simd(level)
+    try:
+        yield
+    finally:
+        native().set_simd(previous)

@@ -1,0 +1,48 @@
+"""Build of the native core: setuptools hands the extension to CMake. Nothing here needs torch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    """Configure and build csrc/ with CMake and ninja, and leave _native where setuptools wants it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            *("cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build)),
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={destination}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DQUIETSTAR_VERSION={self.distribution.get_version()}",
+            f"-DQUIETSTAR_CUDA={os.environ.get('QUIETSTAR_CUDA', 'auto')}",
+            f"-DQUIETSTAR_CUDA_ARCHS={os.environ.get('QUIETSTAR_CUDA_ARCHS', '')}",
+        ]
+        # A build folder configured by another build environment names tools that are gone.
+        subprocess.run([*configure, "--fresh"], check=True)
+        jobs = ["--parallel", str(self.parallel)] if self.parallel else []
+        subprocess.run(["cmake", "--build", str(build), *jobs], check=True)
+
+
+setup(
+    packages=[*find_packages("python"), *find_packages(".", include=["quietstar_ext*"])],
+    package_dir={"": "python", "quietstar_ext": "quietstar_ext"},
+    package_data={
+        "quietstar": ["py.typed", "**/*.yaml", "**/*.json", "**/*.html", "**/*.txt"],
+        "quietstar_ext": ["py.typed", "*.pyi"],
+    },
+    ext_modules=[Extension("quietstar_ext._native", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    zip_safe=False,
+)
