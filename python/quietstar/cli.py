@@ -1,0 +1,138 @@
+"""The command line: ``quietstar info``, ``quietstar train``, ``quietstar demo``.
+
+Only argparse is imported here; each command imports what it needs when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+USER_ERROR, INTERRUPTED = 2, 130
+TRACEBACK_VARIABLE = "QUIETSTAR_TRACEBACK"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The argument parser with all commands."""
+    parser = argparse.ArgumentParser(
+        prog="quietstar",
+        description="Quiet-STaR: language models that think before each token.",
+        epilog=f"{TRACEBACK_VARIABLE}=1 shows where an error came from.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    info = commands.add_parser("info", help="versions, what was compiled, what will run where")
+    info.set_defaults(run=_info)
+
+    train = commands.add_parser(
+        "train",
+        help="train as a recipe says",
+        description="Train as a recipe says: a YAML file, or one that is shipped by its name.",
+        epilog="example: quietstar train tiny max_steps=50 thoughts.thought_length=8",
+    )
+    train.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    train.add_argument(
+        "settings",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="changes to the recipe, e.g. training.learning_rate=1e-4",
+    )
+    train.add_argument(
+        "--output", metavar="DIR", type=Path, help="output folder (default: quietstar-runs/NAME)"
+    )
+    how = train.add_mutually_exclusive_group()
+    how.add_argument(
+        "--resume",
+        action="store_true",
+        help="insist on continuing a run that is there (an unfinished run continues anyway)",
+    )
+    how.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    train.add_argument("--quiet", action="store_true", help="no progress bars")
+    train.set_defaults(run=_train)
+
+    demo = commands.add_parser(
+        "demo",
+        help="see thoughts being learned, on this machine, without a download",
+        description="Train a small model and show what thoughts do: on a task that needs them "
+        "(the default), or on real text, the Python standard library (text).",
+    )
+    demo.add_argument("what", nargs="?", choices=["task", "text"], default="task")
+    demo.add_argument("--quick", action="store_true", help="fewer steps and controls")
+    demo.add_argument("--fresh", action="store_true", help="start anew instead of continuing")
+    demo.add_argument("--sweep", action="store_true", help="task: also try several thought lengths")
+    demo.add_argument("--output", metavar="DIR", type=Path, help="output folder")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for a user's error, 130 when interrupted."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and hasattr(args, "settings") and not any(word.startswith("-") for word in rest):
+        args.settings += rest  # key=value words after an option, which argparse leaves over
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return int(args.run(args) or 0)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command continues where it stopped")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has left, as in `quietstar info | head -1`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed with the process
+        return 0
+    except Exception as error:
+        if not _is_user_error(error) or os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+            traceback.print_exc()
+            return USER_ERROR if _is_user_error(error) else 1
+        _say("error: " + " ".join(str(error).split()))
+        return USER_ERROR
+
+
+def _say(message: str) -> None:
+    # A progress bar may have left its line open.
+    start = "\n" if sys.stderr.isatty() else ""
+    print(f"{start}quietstar: {message}", file=sys.stderr, flush=True)
+
+
+def _is_user_error(error: Exception) -> bool:
+    """Whether the message alone is enough: bad input and files, not a fault of the program.
+
+    ValueError is how this package, transformers and datasets refuse input.
+    """
+    if isinstance(error, ValueError | FileNotFoundError | PermissionError | FileExistsError):
+        return True
+    trainer = sys.modules.get("quietstar.trainer")
+    return trainer is not None and isinstance(error, trainer.NonFiniteLoss)
+
+
+def _info(args: argparse.Namespace) -> int:
+    from quietstar.info import main as run
+
+    return run(args)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from quietstar.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.settings)
+    output = args.output or Path("quietstar-runs") / recipe.name
+    from quietstar.train import main as run
+
+    return run(recipe, output, args)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    if args.what == "text":
+        from quietstar.demo_text import main as run
+    else:
+        from quietstar.demo import main as run
+    return int(run(args) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

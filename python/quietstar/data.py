@@ -1,0 +1,263 @@
+"""From text to blocks of tokens that a Trainer can read.
+
+    source (sources.py) -> documents -> tokens -> blocks of block_size -> collated batches
+
+Two ways to fill a block (``packing``):
+
+- ``concat``: documents follow one another, each closed by the end-of-text token, and the stream is
+  cut every ``block_size`` tokens; no padding, the last incomplete block is dropped;
+- ``document``: one document per row, cut after ``block_size`` tokens, padded in the batch.
+
+:class:`TokenBlocks` keeps everything in memory and has a length, :class:`StreamedBlocks` reads as
+it goes. Items have ``input_ids``, ``attention_mask`` and ``labels``, int64 of [n], n <= block_size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+
+from quietstar.corpora import Document
+from quietstar.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("quietstar")
+
+IGNORED = -100
+PACKINGS = ("concat", "document")
+# Documents tokenized in one call: enough for the tokenizer's own threads, little enough to stream.
+TOKENIZER_BATCH = 64
+
+Block = list[int]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How tokens are cut: block size, packing, and the shortest row worth keeping.
+
+    ``min_tokens`` is talk_length + 2: a shorter row has no position that a thought could be judged
+    by.
+    """
+
+    block_size: int
+    packing: str = "concat"
+    min_tokens: int = 2
+
+    def __post_init__(self) -> None:
+        if self.packing not in PACKINGS:
+            raise UserError(f"data.packing is {self.packing!r}; expected one of {', '.join(PACKINGS)}")
+        if self.block_size < self.min_tokens:
+            raise UserError(
+                f"data.block_size is {self.block_size}; expected at least {self.min_tokens} "
+                "(talk_length + 2)"
+            )
+
+
+def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """Yield the token ids of each document, closed by the end-of-text token where there is one.
+
+    What the tokenizer adds by itself (a begin-of-text token, say) is kept.
+    """
+    eos = tokenizer.eos_token_id
+    stream = iter(documents)
+    while batch := list(islice(stream, TOKENIZER_BATCH)):
+        texts = [document.text for document in batch if document.text]
+        if not texts:
+            continue
+        # verbose=False: documents longer than the model's context are cut below, no warning needed.
+        for ids in tokenizer(texts, verbose=False)["input_ids"]:
+            if eos is not None and ids and ids[-1] != eos:
+                ids = [*ids, eos]
+            yield ids
+
+
+def cut_blocks(token_lists: Iterable[list[int]], blocks: Blocks) -> Iterator[Block]:
+    """Cut the tokens of documents into rows of at most ``blocks.block_size`` (see the module)."""
+    size = blocks.block_size
+    if blocks.packing == "document":
+        for ids in token_lists:
+            if len(ids) >= blocks.min_tokens:
+                yield ids[:size]
+        return
+    rest: list[int] = []
+    for ids in token_lists:
+        rest.extend(ids)
+        whole = len(rest) - len(rest) % size
+        for start in range(0, whole, size):
+            yield rest[start : start + size]
+        del rest[:whole]
+
+
+def _item(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
+    """Rows of token ids in memory.
+
+    ``tokens`` [rows, block_size] int32, ``lengths`` [rows]: how many of each row are text.
+    """
+
+    def __init__(self, tokens: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> None:
+        self.tokens = tokens
+        self.lengths = lengths
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Block], block_size: int) -> TokenBlocks:
+        """Store rows of at most ``block_size`` ids."""
+        # One growing flat array: lists of Python integers would take ten times the memory.
+        flat, lengths = bytearray(), []
+        for row in rows:
+            flat += np.asarray(row, dtype=np.int32).tobytes()
+            lengths.append(len(row))
+        sizes = np.asarray(lengths, dtype=np.int32)
+        tokens = np.zeros((len(lengths), block_size), dtype=np.int32)
+        kept = np.arange(block_size)[None, :] < sizes[:, None]
+        tokens[kept] = np.frombuffer(bytes(flat), dtype=np.int32)
+        return cls(tokens, sizes)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = self.tokens[index, : self.lengths[index]]
+        return _item(torch.from_numpy(ids.astype(np.int64)))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all rows, padding not counted."""
+        return int(self.lengths.sum())
+
+
+class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
+    """Rows cut while reading. Starts again from the beginning at each iteration.
+
+    With several loader workers each takes every n-th document, so that no text is seen twice.
+    ``skip`` documents at the front are left out (they were taken for evaluation).
+    """
+
+    def __init__(
+        self,
+        open_source: Callable[[], Iterator[Document]],
+        tokenizer: PreTrainedTokenizerBase,
+        blocks: Blocks,
+        skip: int = 0,
+        max_blocks: int | None = None,
+    ) -> None:
+        self.open_source = open_source
+        self.tokenizer = tokenizer
+        self.blocks = blocks
+        self.skip = skip
+        self.max_blocks = max_blocks
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        worker = get_worker_info()
+        step, first = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        limit = self.max_blocks
+        if limit is not None:
+            limit = (limit - first + step - 1) // step
+        documents = islice(self.open_source(), self.skip + first, None, step)
+        rows = cut_blocks(tokenize(documents, self.tokenizer), self.blocks)
+        for row in islice(rows, limit):
+            yield _item(torch.tensor(row, dtype=torch.int64))
+
+
+@dataclass
+class PaddingCollator:
+    """Pad rows to the longest of the batch and stack them.
+
+    Returns ``input_ids``, ``attention_mask`` (1 at text) and ``labels`` (-100 at pads), each
+    [B, longest] int64. The mask alone says what is padding: ``pad_id`` may equal the end-of-text
+    id.
+    """
+
+    pad_id: int = 0
+    padding_side: str = "right"
+
+    def __post_init__(self) -> None:
+        if self.padding_side not in ("left", "right"):
+            raise UserError(f"data.padding_side is {self.padding_side!r}; expected left or right")
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        fill = {"input_ids": self.pad_id, "attention_mask": 0, "labels": IGNORED}
+        longest = max(len(row["input_ids"]) for row in rows)
+        batch = {}
+        for key, value in fill.items():
+            out = torch.full((len(rows), longest), value, dtype=torch.int64)
+            for i, row in enumerate(rows):
+                n = len(row[key])
+                place = slice(longest - n, longest) if self.padding_side == "left" else slice(0, n)
+                out[i, place] = torch.as_tensor(row[key], dtype=torch.int64)
+            batch[key] = out
+        return batch
+
+
+def collator_for(tokenizer: PreTrainedTokenizerBase, padding_side: str) -> PaddingCollator:
+    """The collator of a tokenizer: its pad id, else its end-of-text id, else 0."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return PaddingCollator(next(i for i in ids if i is not None), padding_side)
+
+
+def read_blocks(
+    open_source: Callable[[], Iterator[Document]],
+    tokenizer: PreTrainedTokenizerBase,
+    blocks: Blocks,
+    *,
+    max_blocks: int | None = None,
+    skip: int = 0,
+    what: str = "the text",
+    progress: bool = True,
+) -> tuple[TokenBlocks, int]:
+    """Read rows into memory; returns them and how many documents they took (``skip`` included).
+
+    Raises :class:`UserError` if not one row comes out.
+    """
+    from transformers.utils.logging import tqdm
+
+    seen = {"documents": skip, "tokens": 0}
+
+    def counted() -> Iterator[list[int]]:
+        # Documents are tokenized one batch ahead of the rows; counting here, one by one, tells how
+        # many were used when max_blocks stops the reading.
+        texts = (d for d in islice(open_source(), skip, None))
+        with tqdm(desc=f"tokenizing {what}", unit=" tokens", disable=not progress) as bar:
+            for document in _tokenized_one_by_one(texts, tokenizer):
+                seen["documents"] += 1
+                seen["tokens"] += len(document)
+                bar.update(len(document))
+                yield document
+
+    rows = islice(cut_blocks(counted(), blocks), max_blocks)
+    result = TokenBlocks.from_rows(rows, blocks.block_size)
+    if len(result) == 0:
+        if seen["documents"] == skip:
+            raise UserError(f"{what} has no documents" + (f" after the first {skip}" if skip else ""))
+        needed = blocks.block_size if blocks.packing == "concat" else blocks.min_tokens
+        why = "block_size" if blocks.packing == "concat" else "talk_length + 2"
+        raise UserError(
+            f"{what} is too short: {seen['tokens']} tokens in {seen['documents'] - skip} "
+            f"documents give no row of {needed} tokens ({why}); lower data.block_size or give "
+            "more text"
+        )
+    return result, seen["documents"]
+
+
+def _tokenized_one_by_one(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[int]]:
+    """Like :func:`tokenize`, with an empty list for an empty document: one item per document."""
+    stream = iter(documents)
+    while batch := list(islice(stream, TOKENIZER_BATCH)):
+        ids = tokenize((d for d in batch if d.text), tokenizer)
+        for document in batch:
+            yield next(ids) if document.text else []

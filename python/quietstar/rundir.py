@@ -1,0 +1,147 @@
+"""The output folder of a run: whose it is, how far it came, and how it is continued.
+
+A run writes ``run.json`` (the recipe's fingerprint) and ``recipe.yaml`` (the resolved recipe)
+before it trains, ``checkpoint-N`` while it trains, and the model, the tokenizer and
+``metrics.json`` (last) when it is done. A folder that holds anything else is never written to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quietstar.errors import UserError
+from quietstar.recipe import HARMLESS_PREFIXES, Recipe, load_recipe
+
+RUN_FILE, RECIPE_FILE, METRICS_FILE = "run.json", "recipe.yaml", "metrics.json"
+
+
+@dataclass
+class RunFolder:
+    """An output folder that belongs to this run.
+
+    ``checkpoint`` is the last complete one, or None; ``metrics`` those of a run that is done.
+    """
+
+    path: Path
+    checkpoint: Path | None = None
+    metrics: dict[str, Any] | None = None
+
+
+def open_run(path: Path, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
+    """Look at an output folder without changing it, unless ``overwrite``.
+
+    The same recipe continues where it stopped. Raises :class:`UserError` if the folder belongs to
+    another run or holds other files, and with ``resume`` if there is nothing to continue.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output folder {path} is a file; expected a folder or a new name")
+    has_files = path.is_dir() and any(path.iterdir())
+    if has_files and not (path / RUN_FILE).is_file():
+        raise UserError(
+            f"output folder {path} holds files but no {RUN_FILE}, so it belongs to something else; "
+            "choose another folder"
+        )
+    if has_files and overwrite:
+        _clear(path)
+        has_files = False
+    if not has_files:
+        if resume:
+            raise UserError(f"output folder {path} holds no run to resume")
+        return RunFolder(path)
+    started = read_json(path / RUN_FILE)
+    if started.get("fingerprint") != recipe.fingerprint():
+        raise UserError(
+            f"output folder {path} belongs to another run ({_difference(path, recipe)}); choose "
+            "another folder, or --overwrite to lose that run"
+        )
+    metrics = read_json(path / METRICS_FILE) if (path / METRICS_FILE).is_file() else None
+    checkpoint = last_checkpoint(path)
+    if resume and metrics is None and checkpoint is None:
+        raise UserError(f"output folder {path} holds no checkpoint to resume from")
+    return RunFolder(path, checkpoint, metrics)
+
+
+def start_run(folder: RunFolder, recipe: Recipe) -> None:
+    """Claim the folder for this recipe."""
+    from quietstar.versions import package_versions
+
+    folder.path.mkdir(parents=True, exist_ok=True)
+    (folder.path / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    write_json(
+        folder.path / RUN_FILE,
+        {
+            "recipe": recipe.name,
+            "fingerprint": recipe.fingerprint(),
+            "versions": package_versions(),
+        },
+    )
+
+
+def last_checkpoint(path: Path) -> Path | None:
+    """The checkpoint with the highest step that was written to its end."""
+    found = []
+    for entry in path.iterdir() if path.is_dir() else ():
+        match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
+        # The Trainer writes trainer_state.json last.
+        if match and (entry / "trainer_state.json").is_file():
+            found.append((int(match.group(1)), entry))
+    return max(found)[1] if found else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises :class:`UserError` if it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON so that a reader finds the old file or the new one, never a part."""
+    scratch = path.with_suffix(path.suffix + ".new")
+    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def _clear(path: Path) -> None:
+    """Remove what says that a run is there; model files are overwritten by the new run."""
+    for entry in path.iterdir():
+        if re.fullmatch(r"checkpoint-\d+", entry.name) and entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name in (RUN_FILE, RECIPE_FILE, METRICS_FILE):
+            entry.unlink()
+
+
+def _difference(path: Path, recipe: Recipe) -> str:
+    """The first setting in which the folder's recipe differs from this one."""
+    try:
+        before = _flat(load_recipe(str(path / RECIPE_FILE)).to_dict())
+    except UserError:
+        return "its recipe cannot be read"
+    now = _flat(recipe.to_dict())
+    for key in [*now, *(k for k in before if k not in now)]:
+        harmless = key in ("name", "description") or (
+            key.startswith("training.") and key.removeprefix("training.").startswith(HARMLESS_PREFIXES)
+        )
+        if not harmless and now.get(key) != before.get(key):
+            return f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
+    return "its recipe differs"
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
