@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import Any
 
@@ -107,10 +106,7 @@ class _StopAtNonFiniteGradient(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        if args.max_grad_norm and gradients:
-            # Clipping multiplies every gradient by the same number, so that one tells for all.
-            gradients = [min(gradients, key=Tensor.numel)]
-        if gradients and not math.isfinite(sum(float(g.sum()) for g in gradients)):
+        if gradients and not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
             _stop("gradient", state.global_step + 1)
 
 

@@ -1,0 +1,159 @@
+"""QuietStarTrainer: learns, logs what thinking does, resumes exactly, stops at what is not finite."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from families import tiny_decoder
+from transformers import TrainerCallback, TrainingArguments
+
+from quietstar import QuietStarForCausalLM, QuietStarTrainer
+from quietstar.lookup import build_tokenizer
+from quietstar.metrics import Watch
+from quietstar.trainer import NonFiniteLoss
+
+
+def small_model(**fields) -> QuietStarForCausalLM:
+    decoder = tiny_decoder("llama", vocab_size=48)
+    return QuietStarForCausalLM.from_base(
+        decoder, start_token_id=39, end_token_id=40, thought_length=2, **fields
+    )
+
+
+def rows(count: int = 32) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(4)
+    ids = torch.randint(3, 9, (count, 10), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+def trainer(folder, model, *, steps: int = 8, **settings) -> QuietStarTrainer:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        learning_rate=3e-3,
+        logging_steps=2,
+        save_steps=4,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=7,
+        **settings,
+    )
+    return QuietStarTrainer(model=model, args=arguments, train_dataset=rows(), eval_dataset=rows(8))
+
+
+def test_it_learns_and_logs(tmp_path):
+    run = trainer(tmp_path, small_model(talk_length=2), steps=30)
+    before = run.evaluate()
+    run.train()
+    after = run.evaluate()
+    assert after["eval_base_loss"] < before["eval_base_loss"] - 0.3
+    entry = next(e for e in run.state.log_history if "base_loss" in e)
+    for name in (
+        "base_loss talk_loss_0 talk_loss_1 gain reward positive_advantages policy_loss thought_entropy"
+        " mixing_weight mixing_weight_hard mixing_weight_easy mixing_weight_top tokens_per_second"
+    ).split():
+        assert math.isfinite(entry[name]), name
+    # With a zero head there is nothing to gain yet; the numbers have to say exactly that.
+    assert abs(before["eval_gain"]) < 1e-5 and before["eval_mixing_weight"] == 0
+    assert 0 <= entry["positive_advantages"] <= 0.5
+    assert entry["tokens_per_second"] > 0
+    assert before["eval_loss"] == pytest.approx(before["eval_base_loss"], rel=0.3)
+
+
+def test_the_logged_numbers_are_those_of_the_batches(tmp_path):
+    model = small_model()
+    run = trainer(tmp_path, model)
+    logged = run.evaluate()
+    model.eval()
+    with torch.no_grad():
+        ids = torch.stack([row["input_ids"] for row in rows(8)])
+        outputs = [model(part, labels=part) for part in ids.split(4)]
+    expected = sum(float(output.base_loss) for output in outputs) / 2
+    assert logged["eval_base_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, checkpointing: bool):
+    more = {"gradient_checkpointing": checkpointing, "gradient_accumulation_steps": 2}
+    whole = trainer(tmp_path / "whole", small_model(), steps=8, **more)
+    whole.train()
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    first = trainer(tmp_path / "parts", small_model(), steps=8, **more)
+    first.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    second = trainer(tmp_path / "parts", small_model(), steps=8, **more)
+    second.train(resume_from_checkpoint=True)
+    resumed = second.model.state_dict()
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_it_stops_at_a_loss_that_is_not_finite(tmp_path):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 5:
+                with torch.no_grad():
+                    model.mixing_head.fc1.bias[0] = float("nan")
+
+    run = trainer(tmp_path, small_model())
+    run.add_callback(Poison())
+    with pytest.raises(NonFiniteLoss, match="loss at step 6 is not finite.*last checkpoint is kept"):
+        run.train()
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_it_stops_at_a_gradient_that_is_not_finite(tmp_path, clip: float):
+    run = trainer(tmp_path, small_model(), max_grad_norm=clip)
+    weight = run.model.mixing_head.fc2.weight
+    before = weight.detach().clone()
+    run.model.thought_embedding.start.register_hook(lambda g: torch.full_like(g, float("inf")))
+    with pytest.raises(NonFiniteLoss, match="gradient at step 1 is not finite"):
+        run.train()
+    assert torch.equal(weight, before)
+
+
+def test_no_graph_stays_alive_in_the_metrics(tmp_path):
+    run = trainer(tmp_path, small_model(), steps=2)
+    run.compute_loss(run.model.train(), {k: v[None] for k, v in rows(1)[0].items()})
+    for total, count in run._averages[True]._sums.values():
+        assert not total.requires_grad and not count.requires_grad
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused_before_training(tmp_path):
+    model = small_model()
+    model.config.end_token_id = 41
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="end_token_id is 40 in the tokenizer and 41 in the model"):
+        QuietStarTrainer(
+            model=model, args=arguments, train_dataset=rows(), processing_class=build_tokenizer()
+        )
+
+
+@pytest.mark.parametrize(
+    ("logs", "said"),
+    [
+        ({"mixing_weight_top": 0.0}, "mixing weight stays at 0"),
+        ({"policy_loss": 4.0, "base_loss": 2.0}, "policy term is far larger"),
+        ({"thought_entropy": 0.001, "gain": 0.0}, "Thoughts have collapsed"),
+    ],
+)
+def test_known_failures_are_named_with_a_remedy(logs: dict, said: str):
+    watch = Watch(patience=2)
+    assert watch.look(logs, policy_weight=1e6, max_grad_norm=1.0) == []
+    (message,) = watch.look(logs, policy_weight=1e6, max_grad_norm=1.0)
+    assert said in message
+    assert watch.look(logs, policy_weight=1e6, max_grad_norm=1.0) == []
+    healthy = {"mixing_weight_top": 0.3, "policy_loss": 0.1, "base_loss": 2.0, "thought_entropy": 2.0}
+    assert Watch(patience=1).look(healthy, policy_weight=10.0, max_grad_norm=1.0) == []
