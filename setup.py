@@ -40,7 +40,7 @@ setup(
     package_dir={"": "python", "quietstar_ext": "quietstar_ext"},
     package_data={
         "quietstar": ["py.typed", "**/*.yaml", "**/*.json", "**/*.html", "**/*.txt"],
-        "quietstar_ext": ["py.typed", "*.pyi"],
+        "quietstar_ext": ["py.typed"],
     },
     ext_modules=[Extension("quietstar_ext._native", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

@@ -7,13 +7,10 @@ import importlib
 import os
 from collections.abc import Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 # torch first: its wheel brings libgomp, and _native must resolve the same name to the same library.
 import torch
-
-if TYPE_CHECKING:
-    from quietstar_ext import _native as _NativeModule
 
 # The numbers of quietstar::DType in csrc/include/quietstar/types.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -41,11 +38,11 @@ def _load() -> tuple[ModuleType | None, str]:
 _module, _missing = _load()
 
 
-def native() -> _NativeModule:
+def native() -> ModuleType:
     """Return the native module; ``RuntimeError`` says how to build it where it is missing."""
     if _module is None:
         raise RuntimeError(_missing)
-    return _module  # type: ignore[return-value]
+    return _module
 
 
 def why_not_native(tensor: torch.Tensor) -> str | None:

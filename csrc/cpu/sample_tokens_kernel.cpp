@@ -153,8 +153,15 @@ class RowSampler {
   }
 
   void sum_block(std::int64_t b, const float* x, std::int64_t count, float floor) {
-    const float most = memory_.block_max[b];
-    const double scale = most > -kInf ? __builtin_rint(most * factor_) : 0;
+    float most = memory_.block_max[b];
+    double scale = 0;
+    if (most * factor_ > -0x1p23) {
+      scale = __builtin_rint(most * factor_);
+    } else {
+      // Weighs nothing, as the row's maximum is above -2^22 (see sample). Only a NaN may count.
+      most = 0;
+      floor = 0;
+    }
     const BlockPower power_of = power(most, scale, floor);
     DoubleSum sum;
     for (std::int64_t i = 0; i < count; i += kLanes) sum.add(power_of(Vec::load(x + i)));
