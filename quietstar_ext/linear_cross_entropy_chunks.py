@@ -75,7 +75,7 @@ def softmax_cross_entropy_(
     largest = x.amax(1, keepdim=True)
     x.sub_(largest).exp_()
     total = x.sum(1, keepdim=True)
-    nll = (total.log() + largest - at_target)[:, 0]
+    nll = (total.log() + (largest - at_target))[:, 0]
     if row_weights is None:
         return nll, logits
     x.div_(total)

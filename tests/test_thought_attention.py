@@ -105,7 +105,7 @@ def row_by_row(tensors, start, stop, scale=None, sliding_window=None, softcap=No
 def dense(tensors, start, stop, sliding_window=None):
     """One dense mask over [text, slots x columns] and PyTorch's own attention."""
     q, k_text, v_text, k_thought, v_thought = tensors
-    b, hq, sq, m, d = q.shape
+    b, _, sq, m, _ = q.shape
     sk, n = k_thought.shape[2], k_text.shape[2]
     text = torch.arange(n)
     depth = torch.arange(1, sq + 1)[:, None, None] + sk - sq
@@ -119,7 +119,7 @@ def dense(tensors, start, stop, sliding_window=None):
         mask[i] = torch.cat([seen, diagonals.reshape(sq, m, sk * m).bool()], -1)
     k = torch.cat([k_text, k_thought.flatten(2, 3)], 2)
     v = torch.cat([v_text, v_thought.flatten(2, 3)], 2)
-    group = hq // k.shape[1]
+    group = q.shape[1] // k.shape[1]
     out = torch.nn.functional.scaled_dot_product_attention(
         q.flatten(2, 3),
         k.repeat_interleave(group, 1),

@@ -29,7 +29,7 @@ def linear_cross_entropy(
     logits = logits / temperature
     if banned is not None:
         logits = logits.index_fill(1, banned, -torch.inf)
-    nll = torch.logsumexp(logits, 1) - logits.gather(1, targets)[:, 0]
+    nll = -torch.log_softmax(logits, 1).gather(1, targets)[:, 0]
     return nll.masked_fill(ignored, 0)
 
 
