@@ -206,6 +206,18 @@ def test_logits_are_those_of_the_first_talk_step():
     assert torch.allclose(last, logits[:, -2:], atol=2e-5)
 
 
+def test_logits_with_given_thoughts():
+    model = build(talk_length=2).eval()
+    ids, mask = text("left")
+    with torch.no_grad():
+        own = model(ids, attention_mask=mask)
+        again = model(ids, attention_mask=mask, thought_ids=own.thought_ids)
+        other = model(ids, attention_mask=mask, thought_ids=own.thought_ids.roll(1, 2))
+    real = mask.bool()
+    assert torch.allclose(own.logits[real], again.logits[real], atol=2e-5)
+    assert (own.logits - other.logits)[real].abs().max() > 1e-3
+
+
 def test_pause_and_none_are_controls():
     ids, mask = text()
     plain = build(thought_kind="none").train()

@@ -207,7 +207,8 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             attention_mask: [B, N], nonzero for text; padding at either end. Position ids follow from it.
             labels: [B, N] int64, -100 where a token does not count. With labels the result holds the
                 losses; without, ``logits`` of the mixed prediction.
-            thought_ids: [B, R, N, T] or [B, R, A, T] int64, thoughts to use instead of sampling.
+            thought_ids: [B, R, N, T] or [B, R, A, T] int64, thoughts to use instead of sampling
+                (R = 1 without labels).
             anchors: [B, A] int64 ascending positions that think; default: ``config.think_at``.
             logits_to_keep: without labels, think and predict at the last so many positions only
                 (0: all).
@@ -239,7 +240,9 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(
                     f"logits_to_keep is {logits_to_keep}; expected 0 to {input_ids.shape[1]}"
                 )
-            return self._predict(input_ids, ranges, logits_to_keep, temperature)
+            if thought_ids is not None and logits_to_keep:
+                raise ValueError("logits_to_keep was given with thought_ids; expected one of them")
+            return self._predict(input_ids, ranges, logits_to_keep, temperature, thought_ids, anchors)
         return self._learn(input_ids, ranges, labels, thought_ids, anchors, temperature)
 
     def _plain(
@@ -267,31 +270,48 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         ranges: tuple[Tensor, Tensor, bool],
         logits_to_keep: int,
         temperature: float,
+        thought_ids: Tensor | None,
+        anchors: Tensor | None,
     ) -> QuietStarOutput:
-        """Mixed logits of the last positions: a rollout up to the end token, nothing behind it."""
+        """Mixed logits after one thought per position: the slots end with the end token."""
         config, head = self.config, output_head(self.base)
         batch, length = input_ids.shape
-        kept = logits_to_keep or length
-        anchors = torch.arange(length - kept, length, device=input_ids.device).expand(batch, -1)
-        thoughts = self._rollout(
-            input_ids,
-            ranges,
-            anchors=anchors,
-            temperature=temperature,
-            to_the_end=True,
-            num_slots=depth_of_end(config),
+        slots = depth_of_end(config)
+        logprobs = None
+        if anchors is None:
+            kept = logits_to_keep or length
+            anchors = torch.arange(length - kept, length, device=input_ids.device).expand(batch, -1)
+        if thought_ids is not None:
+            if thought_ids.dim() == 4 and thought_ids.shape[1] != 1:
+                raise ValueError(
+                    f"thought_ids has {thought_ids.shape[1]} rationales; expected 1 without labels"
+                )
+            anchors, ids = self._forced(input_ids, ranges, thought_ids, anchors)
+            meta = self.thought_embedding(config.embedding_scale)
+            text_hidden, slot_hidden = packed_pass(
+                self.base, config, meta, input_ids, ranges, anchors, ids, num_slots=slots
+            )
+        else:
+            thoughts = self._rollout(
+                input_ids,
+                ranges,
+                anchors=anchors,
+                temperature=temperature,
+                to_the_end=True,
+                num_slots=slots,
+            )
+            ids, logprobs, text_hidden = thoughts.ids, thoughts.logprobs, thoughts.text_hidden
+            assert thoughts.slot_hidden is not None
+            slot_hidden = thoughts.slot_hidden
+        mixed, weight = mix_talk_steps(
+            config, self.mixing_head, text_hidden, slot_hidden, anchors, steps=1
         )
-        assert thoughts.slot_hidden is not None
-        one_step = mix_talk_steps(
-            config, self.mixing_head, thoughts.text_hidden, thoughts.slot_hidden, anchors, steps=1
-        )
-        mixed, weight = one_step
         return QuietStarOutput(
             logits=head.logits(mixed[0]),
             mixing_weight=weight[:, :, None].detach(),
             anchors=anchors,
-            thought_ids=_by_rationale(thoughts.ids, 1),
-            thought_logprobs=_by_rationale(thoughts.logprobs, 1),
+            thought_ids=_by_rationale(ids, 1),
+            thought_logprobs=_by_rationale(logprobs, 1),
         )
 
     def _learn(

@@ -282,22 +282,27 @@ def packed_pass(
     ranges: tuple[Tensor, Tensor, bool],
     anchors: Tensor,
     thought_ids: Tensor | None,
+    num_slots: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Text and slots in one differentiable pass: hidden states [B, N, d] and [B, S, M, d]."""
+    """Text and slots in one differentiable pass: hidden states [B, N, d] and [B, S, M, d].
+
+    ``num_slots`` stops the columns early (default: all S slots).
+    """
     row_start, row_stop, plain = ranges
+    count = config.num_slots if num_slots is None else num_slots
     embed = decoder.get_input_embeddings()
-    check_length(decoder.config, input_ids.shape[1] + config.num_slots)
-    layout = ThoughtLayout(row_start, row_stop, anchors, config.num_slots, plain_text=plain)
+    check_length(decoder.config, input_ids.shape[1] + count)
+    layout = ThoughtLayout(row_start, row_stop, anchors, count, plain_text=plain)
     text = embed(input_ids)
     slots = [
         slot_embeds(config, embed, meta, input_ids, anchors, thought_ids, slot).to(text.dtype)
-        for slot in range(config.num_slots)
+        for slot in range(count)
     ]
     hidden = run_decoder(
         decoder, torch.cat([text, *slots], dim=1), layout.packed_positions(), layout
     )
     n = input_ids.shape[1]
-    return hidden[:, :n], hidden[:, n:].unflatten(1, (config.num_slots, layout.num_columns))
+    return hidden[:, :n], hidden[:, n:].unflatten(1, (count, layout.num_columns))
 
 
 def banned_ids(config: QuietStarConfig, device: torch.device) -> Tensor:
