@@ -127,11 +127,10 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    if args.what == "text":
-        from quietstar.demo_text import main as run
-    else:
-        from quietstar.demo import main as run
-    return int(run(args) or 0)
+    import importlib
+
+    module = importlib.import_module("quietstar.demo_text" if args.what == "text" else "quietstar.demo")
+    return int(module.main(args) or 0)
 
 
 if __name__ == "__main__":

@@ -176,9 +176,9 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
 class PaddingCollator:
     """Pad rows to the longest of the batch and stack them.
 
-    Returns ``input_ids``, ``attention_mask`` (1 at text) and ``labels`` (-100 at pads), each
-    [B, longest] int64. The mask alone says what is padding: ``pad_id`` may equal the end-of-text
-    id.
+    Returns ``input_ids``, ``attention_mask`` (1 at text) and ``labels`` (-100 at pads, and at a first
+    token that only pads precede), each [B, longest] int64. The mask alone says what is padding:
+    ``pad_id`` may equal the end-of-text id.
     """
 
     pad_id: int = 0
@@ -198,6 +198,9 @@ class PaddingCollator:
                 n = len(row[key])
                 place = slice(longest - n, longest) if self.padding_side == "left" else slice(0, n)
                 out[i, place] = torch.as_tensor(row[key], dtype=torch.int64)
+                if key == "labels" and self.padding_side == "left" and n < longest:
+                    # Only a pad stands before a row's first token, and it has seen no text.
+                    out[i, longest - n] = IGNORED
             batch[key] = out
         return batch
 

@@ -123,6 +123,13 @@ class Recipe:
         """The resolved recipe as YAML that :func:`load_recipe` reads back."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
 
+    def changed(self, **sections: Any) -> Recipe:
+        """A copy with some keys set, section by section, e.g. ``training={"max_steps": 9}``."""
+        content = self.to_dict()
+        for name, values in sections.items():
+            content[name] = {**content[name], **values} if isinstance(values, dict) else values
+        return parse_recipe(content, f"recipe {content['name']}")
+
     def fingerprint(self) -> str:
         """A hash of everything that changes the result (not of logging, saving and names)."""
         content = self.to_dict()

@@ -58,7 +58,7 @@ def open_run(path: Path, recipe: Recipe, *, resume: bool = False, overwrite: boo
     if started.get("fingerprint") != recipe.fingerprint():
         raise UserError(
             f"output folder {path} belongs to another run ({_difference(path, recipe)}); choose "
-            "another folder, or --overwrite to lose that run"
+            "another folder, or start anew with --overwrite (--fresh for the demo)"
         )
     metrics = read_json(path / METRICS_FILE) if (path / METRICS_FILE).is_file() else None
     checkpoint = last_checkpoint(path)

@@ -1,0 +1,211 @@
+"""What a recipe names, built: the tokenizer, the model and the rows of tokens."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from quietstar.config import QuietStarConfig
+from quietstar.corpora import Document
+from quietstar.data import Blocks, StreamedBlocks, TokenBlocks, read_blocks
+from quietstar.errors import UserError
+from quietstar.recipe import DataSection, ModelSection, Recipe
+from quietstar.sources import STDLIB, expand_files, open_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from quietstar.modeling import QuietStarForCausalLM
+
+
+def build_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer that the model section names."""
+    if section.tokenizer == STDLIB:
+        from quietstar.corpora import stdlib_tokenizer
+
+        return stdlib_tokenizer(section.vocab_size)
+    from transformers import AutoTokenizer
+
+    source = section.tokenizer or section.name
+    assert source is not None  # checked with the recipe
+    revision = section.revision if section.tokenizer is None else None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the tokenizer of {source}: {_first_line(error)}") from error
+    return tokenizer
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStarForCausalLM:
+    """The model of a recipe: a decoder with thoughts added, or a Quiet-STaR checkpoint continued.
+
+    Adds the meta tokens to ``tokenizer`` if they are new.
+    """
+    from quietstar.modeling import QuietStarForCausalLM
+    from quietstar.tokens import check_tokenizer
+
+    section = recipe.model
+    decoder = _random_decoder(section, tokenizer) if section.config else _load(section)
+    thoughts = dict(recipe.thoughts)
+    if isinstance(decoder, QuietStarForCausalLM):
+        check_tokenizer(tokenizer, _thoughts_of(decoder))
+    if isinstance(decoder, QuietStarForCausalLM) and not section.base_only:
+        for key, value in thoughts.items():
+            setattr(decoder.config, key, value)
+        _thoughts_of(decoder).check_thoughts()
+        return decoder
+    if isinstance(decoder, QuietStarForCausalLM):
+        decoder = decoder.base
+    rows = int(decoder.config.get_text_config().vocab_size)
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary has {rows}; they "
+            "do not belong together (check model.tokenizer)"
+        )
+    return QuietStarForCausalLM.from_base(decoder, tokenizer, **thoughts)
+
+
+def _thoughts_of(model: QuietStarForCausalLM) -> QuietStarConfig:
+    config = model.config
+    assert isinstance(config, QuietStarConfig)
+    return config
+
+
+def check_files(data: DataSection) -> None:
+    """Raise :class:`UserError` for local files that are missing or empty; opens none of them."""
+    for files in (data.files, data.eval_files):
+        if files is not None:
+            expand_files(files)
+
+
+def build_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, progress: bool = True
+) -> tuple[TokenBlocks | StreamedBlocks, TokenBlocks | None]:
+    """Training rows and, if the recipe asks for them, evaluation rows (always in memory)."""
+    data = recipe.data
+    thoughts = QuietStarConfig(**recipe.thoughts)
+    blocks = Blocks(data.block_size, data.packing, thoughts.talk_length + 2)
+    seed = int(recipe.training.get("data_seed") or recipe.training.get("seed", 42))
+    train_source = _source(data, data.name, data.files, data.split, seed)
+    eval_data, skip = None, 0
+    if data.eval_blocks:
+        separate = data.eval_files is not None or data.eval_split is not None
+        if data.eval_files is not None:
+            eval_source = _source(data, None, data.eval_files, data.split, seed)
+        elif data.eval_split is not None:
+            if data.name is None:
+                raise UserError(
+                    "data.eval_split is set but the data are local files; set data.eval_files"
+                )
+            eval_source = _source(data, data.name, None, data.eval_split, seed)
+        else:
+            eval_source = train_source
+        eval_data, used = read_blocks(
+            eval_source,
+            tokenizer,
+            blocks,
+            max_blocks=data.eval_blocks,
+            what="the evaluation text",
+            progress=progress,
+        )
+        skip = 0 if separate else used
+    if data.streaming:
+        return StreamedBlocks(
+            train_source, tokenizer, blocks, skip=skip, max_blocks=data.max_train_blocks
+        ), eval_data
+    train_data, _ = read_blocks(
+        train_source,
+        tokenizer,
+        blocks,
+        max_blocks=data.max_train_blocks,
+        skip=skip,
+        what="the training text",
+        progress=progress,
+    )
+    return train_data, eval_data
+
+
+def _source(
+    data: DataSection, name: str | None, files: list[str] | None, split: str, seed: int
+) -> Callable[[], Iterator[Document]]:
+    return open_documents(
+        name=name,
+        files=files,
+        split=split,
+        config_name=data.config_name,
+        revision=data.revision,
+        text_column=data.text_column,
+        txt_documents=data.txt_documents,
+        streaming=data.streaming,
+        shuffle_buffer=data.shuffle_buffer,
+        seed=seed,
+    )
+
+
+def _torch_dtype(name: str) -> Any:
+    import torch
+
+    return name if name == "auto" else getattr(torch, name)
+
+
+def _load(section: ModelSection) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    assert section.name is not None  # checked with the recipe
+    options: dict[str, Any] = {
+        "dtype": _torch_dtype(section.dtype),
+        "attn_implementation": section.attn_implementation,
+        "revision": section.revision,
+    }
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            section.name, **{key: value for key, value in options.items() if value is not None}
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load model {section.name}: {_first_line(error)}") from error
+
+
+def _random_decoder(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A decoder with random weights for ``model.config``, sized to the tokenizer."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = dict(section.config or {})
+    model_type = fields.pop("model_type")
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError as error:
+        raise UserError(
+            f"model.config.model_type is {model_type!r}, which this transformers does not know"
+        ) from error
+    for key in fields:
+        # Configurations swallow unknown keys, and a misspelt size would go unnoticed.
+        if not hasattr(known, key):
+            names = [n for n in known.to_dict() if not n.startswith("_")]
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"unknown key {key!r} in model.config ({model_type}){hint}")
+    size = int(fields.get("vocab_size", len(tokenizer)))
+    if size < len(tokenizer):
+        raise UserError(
+            f"model.config.vocab_size is {size} but the tokenizer has {len(tokenizer)} tokens; leave "
+            "it out to take the tokenizer's"
+        )
+    ids = {
+        "vocab_size": size,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    config = AutoConfig.for_model(model_type, **{**ids, **fields})
+    options: dict[str, Any] = {}
+    if section.dtype != "auto":
+        options["dtype"] = _torch_dtype(section.dtype)
+    if section.attn_implementation is not None:
+        options["attn_implementation"] = section.attn_implementation
+    return AutoModelForCausalLM.from_config(config, **options)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

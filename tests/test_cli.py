@@ -1,0 +1,340 @@
+"""The command line, from its words to its exit status, and a whole small run."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerCallback,
+    TrainerState,
+)
+
+import quietstar
+from quietstar import QuietStarConfig, QuietStarForCausalLM, cli
+from quietstar.errors import UserError
+from quietstar.evaluation.perplexity import Estimate, deciles, estimate, summarize, token_losses
+from quietstar.recipe import Recipe, parse_recipe
+from quietstar.rundir import read_json
+from quietstar.train import run_recipe
+
+TEXT = "the quick brown fox jumps over the lazy dog. "
+TINY_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The environment variable is read once, when the library is imported.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 60)
+    return path
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, text_file: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps(small(text_file).to_dict()))  # JSON is YAML
+    return path
+
+
+def small(text_file: Path, **sections: dict) -> Recipe:
+    content = {
+        "name": "small",
+        "model": {"config": TINY_LLAMA, "tokenizer": "stdlib", "vocab_size": 300},
+        "data": {"files": str(text_file), "block_size": 12, "eval_blocks": 0, "max_train_blocks": 40},
+        "thoughts": {"thought_length": 2, "talk_length": 2},
+        "training": {"max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2, "use_cpu": True},
+    }
+    for name, values in sections.items():
+        content[name] = {**content[name], **values}
+    return parse_recipe(content)
+
+
+class TestErrors:
+    """Bad input: exit status 2 and one line that says what to do."""
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["train", "tyni"], "no recipe tyni: it is neither a file nor one of the shipped ones"),
+            (["train", "tiny", "learning_rat=1"], "did you mean training.learning_rate?"),
+            (["train", "tiny", "thought_length=0"], "thoughts.thought_length is 0"),
+            (["train", "tiny", "data.name=", "files=no.txt"], "data file no.txt does not exist"),
+            (["train", "tiny", "eval_blocks=0", "eval_strategy=steps"], "data.eval_blocks is 0"),
+            (["train", "tiny", "model.config.hiden_size=8"], "did you mean hidden_size?"),
+            (["train", "tiny", "model.config.vocab_size=8"], "the tokenizer has 2048 tokens"),
+            (["train", "tiny", "model.config.model_type=lama"], "which this transformers does not know"),
+            (["train", "tiny", "model.config=", "model.name=./no"], "cannot load the tokenizer of"),
+        ],
+    )
+    def test_one_line(
+        self,
+        words: list[str],
+        message: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        if "./no" in words[-1]:
+            words.append("model.tokenizer=")
+        assert cli.main(words) == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith("quietstar: error: ") and message in errors
+        assert errors.count("\n") == 1
+        assert not (tmp_path / "quietstar-runs").exists()
+
+    def test_traceback_on_request(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
+        assert cli.main(["train", "tyni"]) == 2
+        assert "Traceback" in capsys.readouterr().err
+
+    def test_a_fault_of_the_program_is_not_hidden(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def broken(args: argparse.Namespace) -> int:
+            raise AssertionError("a bug")
+
+        monkeypatch.setattr(cli, "_info", broken)
+        assert cli.main(["info"]) == 1
+        assert "Traceback" in capsys.readouterr().err
+
+    def test_interrupted(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def interrupted(args: argparse.Namespace) -> int:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(cli, "_info", interrupted)
+        assert cli.main(["info"]) == 130
+        assert capsys.readouterr().err.count("\n") == 1
+
+    @pytest.mark.parametrize("words", [[], ["train"], ["fly"], ["train", "tiny", "--fast"]])
+    def test_usage(self, words: list[str]) -> None:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        assert stop.value.code == 2
+
+
+def test_words_after_options_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[argparse.Namespace] = []
+    monkeypatch.setattr(cli, "_train", lambda args: seen.append(args))
+    assert cli.main(["train", "tiny", "a=1", "--output", "x", "b=2"]) == 0
+    assert seen[0].settings == ["a=1", "b=2"] and seen[0].output == Path("x")
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for word in ("transformers", torch.__version__, "threads", "simd", "cuda archs", "operators on cpu"):
+        assert word in printed
+    for operator in ("thought_attention", "sample_tokens", "linear_sample", "linear_cross_entropy"):
+        (line,) = [line for line in printed.splitlines() if line.split()[:1] == [operator]]
+        assert line.split()[1] in ("fused", "reference")
+
+
+def test_only_argparse_is_needed_for_help() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        f"exec(open({cli.__file__!r}).read().replace('__main__', ''), {{'__name__': 'cli'}})\n"
+        "print('ok')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "ok", done.stderr
+
+
+class TestRun:
+    def test_from_a_text_file_to_a_checkpoint(
+        self, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        output = tmp_path / "out"
+        words = ["train", str(recipe_file), "eval_blocks=4", "txt_documents=line", "--quiet"]
+        lines = tmp_path / "text.txt"
+        lines.write_text((TEXT + "\n") * 60)
+        assert cli.main([*words, "--output", str(output)]) == 0
+        assert "NLL with thoughts" in capsys.readouterr().out
+        metrics = read_json(output / "metrics.json")
+        assert metrics["steps"] == 4
+        assert (
+            metrics["evaluation"]["blocks"] == 4
+            and len(metrics["evaluation"]["by_decile_of_base_nll"]) == 10
+        )
+        model = AutoModelForCausalLM.from_pretrained(output)
+        assert isinstance(model, QuietStarForCausalLM)
+        assert (model.config.thought_length, model.config.talk_length) == (2, 2)
+        tokenizer = AutoTokenizer.from_pretrained(output)
+        quietstar.check_tokenizer(tokenizer, model.config)
+
+        # The same again is not trained again; another recipe is refused, and nothing is lost.
+        before = (output / "model.safetensors").read_bytes()
+        assert cli.main([*words, "--output", str(output)]) == 0
+        assert cli.main([*words, "--output", str(output), "learning_rate=1"]) == 2
+        assert "belongs to another run" in capsys.readouterr().err
+        assert (output / "model.safetensors").read_bytes() == before
+
+    def test_an_interrupted_run_ends_as_one_that_was_not(self, text_file: Path, tmp_path: Path) -> None:
+        class Interrupt(TrainerCallback):
+            def on_step_begin(
+                self, args: object, state: TrainerState, *rest: object, **more: object
+            ) -> None:
+                if state.global_step == 3:
+                    raise KeyboardInterrupt
+
+        recipe = small(text_file)
+        whole = run_recipe(recipe, tmp_path / "whole", progress=False)
+        with pytest.raises(KeyboardInterrupt):
+            run_recipe(recipe, tmp_path / "parts", progress=False, callbacks=[Interrupt()])
+        parts = run_recipe(recipe, tmp_path / "parts", progress=False, resume=True)
+        assert parts.metrics["steps"] == 4
+        models = [QuietStarForCausalLM.from_pretrained(r.output).state_dict() for r in (whole, parts)]
+        for name, value in models[0].items():
+            torch.testing.assert_close(models[1][name], value, rtol=0, atol=1e-6, msg=name)
+
+    def test_continuing_from_a_checkpoint(self, text_file: Path, tmp_path: Path) -> None:
+        first = run_recipe(small(text_file), tmp_path / "first", progress=False)
+        second = {"name": str(first.output), "config": None, "tokenizer": None}
+        for base_only in (False, True):
+            recipe = small(
+                text_file, model={**second, "base_only": base_only}, training={"max_steps": 1}
+            )
+            result = run_recipe(recipe, tmp_path / f"second-{base_only}", progress=False)
+            assert result.metrics["steps"] == 1
+
+    def test_streaming(self, text_file: Path, tmp_path: Path) -> None:
+        recipe = small(
+            text_file, data={"streaming": True, "packing": "document", "txt_documents": "line"}
+        )
+        text_file.write_text((TEXT + "\n") * 60)
+        assert run_recipe(recipe, tmp_path / "out", progress=False).metrics["steps"] == 4
+
+    def test_the_wrong_tokenizer(self, text_file: Path, tmp_path: Path) -> None:
+        config = LlamaConfig(
+            **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=290
+        )
+        LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+        recipe = small(text_file, model={"name": str(tmp_path / "base"), "config": None})
+        with pytest.raises(
+            UserError, match="the tokenizer has 300 tokens but the model's vocabulary has 290"
+        ):
+            run_recipe(recipe, tmp_path / "out", progress=False)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_tokenizer_without_the_meta_tokens(self, text_file: Path, tmp_path: Path) -> None:
+        first = run_recipe(small(text_file), tmp_path / "first", progress=False)
+        from tokenizers import Tokenizer
+        from transformers import PreTrainedTokenizerFast
+
+        core = json.loads(
+            (first.output / "tokenizer.json").read_text().replace("<|startthought|>", "<|no|>")
+        )
+        other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)))
+        other.save_pretrained(tmp_path / "other")
+        model = {"name": str(first.output), "config": None, "tokenizer": str(tmp_path / "other")}
+        with pytest.raises(ValueError, match=r"no <\|startthought\|> token"):
+            run_recipe(small(text_file, model=model), tmp_path / "out", progress=False)
+
+    def test_data_too_short_is_said_before_the_folder_is_made(
+        self, text_file: Path, tmp_path: Path
+    ) -> None:
+        text_file.write_text("short")
+        with pytest.raises(UserError, match="too short"):
+            run_recipe(small(text_file), tmp_path / "out", progress=False)
+        assert not (tmp_path / "out").exists()
+
+
+class TestPerplexity:
+    def test_estimate_of_equal_blocks_is_the_textbook_one(self) -> None:
+        values = torch.randn(20, 7, dtype=torch.float64).numpy()
+        found = estimate(values, values == values)
+        means = values.mean(1)
+        assert found.mean == pytest.approx(values.mean())
+        assert found.error == pytest.approx(means.std(ddof=1) / 20**0.5)
+
+    def test_estimate_ignores_what_is_not_counted(self) -> None:
+        values = torch.tensor([[1.0, 99.0], [3.0, 5.0], [99.0, 99.0]], dtype=torch.float64).numpy()
+        counted = torch.tensor([[True, False], [True, True], [False, False]]).numpy()
+        assert estimate(values, counted).mean == 3.0
+        assert estimate(values[:1], counted[:1]) == Estimate(1.0, None)
+
+    def test_deciles_are_equally_large(self) -> None:
+        difficulty = torch.randn(10, 10, dtype=torch.float64).numpy()
+        decile = deciles(difficulty, difficulty == difficulty)
+        for d in range(10):
+            assert (decile == d).sum() == 10
+        assert difficulty[decile == 0].max() < difficulty[decile == 9].min()
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_losses_are_the_models_own(self, side: str) -> None:
+        model = tiny_model()
+        rows = [{"input_ids": torch.randint(4, 60, (n,))} for n in (9, 12, 12, 7)]
+        items = [
+            {**r, "attention_mask": torch.ones_like(r["input_ids"]), "labels": r["input_ids"]}
+            for r in rows
+        ]
+        found = token_losses(model, items, batch_size=3, padding_side=side, progress=False)
+        assert found.counted.sum() == sum(len(r["input_ids"]) - 1 for r in rows)
+        for number, item in enumerate(items):
+            alone = model(input_ids=item["input_ids"][None], labels=item["labels"][None])
+            for ours, theirs in (
+                (found.base, alone.base_losses[0]),
+                (found.mixed, alone.talk_losses[0, 0, 0, : len(item["labels"]) - 1]),
+            ):
+                kept = torch.from_numpy(ours[number][found.counted[number]])
+                torch.testing.assert_close(kept.float(), theirs, rtol=1e-4, atol=1e-4)
+        plain = summarize(found)
+        assert plain["gain"]["mean"] == pytest.approx(
+            plain["base_nll"]["mean"] - plain["mixed_nll"]["mean"]
+        )
+
+    def test_without_thoughts_and_without_traces(self) -> None:
+        model = tiny_model(thought_kind="none").train()
+        items = [dict.fromkeys(("input_ids", "attention_mask", "labels"), torch.arange(4, 14))]
+        state = torch.get_rng_state()
+        found = token_losses(model, items, progress=False)
+        assert (found.base == found.mixed).all()
+        assert model.training and torch.equal(state, torch.get_rng_state())
+
+    def test_no_text(self) -> None:
+        with pytest.raises(UserError, match="no text to evaluate on"):
+            token_losses(tiny_model(), [], progress=False)
+
+
+def tiny_model(**fields: str) -> QuietStarForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(**{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=64)
+    thoughts = QuietStarConfig(config, thought_length=2, start_token_id=1, end_token_id=2, **fields)
+    model = QuietStarForCausalLM(thoughts)
+    torch.nn.init.normal_(model.mixing_head.fc3.weight)  # zeros would hide what thoughts do
+    return model.eval()
+
+
+def test_demo_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    for name in ("demo", "demo_text"):
+        stand_in = SimpleNamespace(main=lambda args, name=name: called.append(name))
+        monkeypatch.setitem(sys.modules, f"quietstar.{name}", stand_in)
+    assert cli.main(["demo"]) == 0 and cli.main(["demo", "text", "--quick"]) == 0
+    assert called == ["demo", "demo_text"]
