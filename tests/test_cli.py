@@ -1,6 +1,7 @@
 """The command line, from its words to its exit status, and a whole small run."""
 
 import argparse
+import ast
 import json
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from quietstar.evaluation.perplexity import Estimate, deciles, estimate, summari
 from quietstar.recipe import Recipe, parse_recipe
 from quietstar.rundir import read_json
 from quietstar.train import run_recipe
+from quietstar.trainer import NonFiniteLoss
 
 TEXT = "the quick brown fox jumps over the lazy dog. "
 TINY_LLAMA = {
@@ -132,6 +134,16 @@ class TestErrors:
         assert cli.main(["info"]) == 130
         assert capsys.readouterr().err.count("\n") == 1
 
+    def test_a_loss_that_is_not_finite(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def diverged(args: argparse.Namespace) -> int:
+            raise NonFiniteLoss("the loss at step 7 is not finite")
+
+        monkeypatch.setattr(cli, "_info", diverged)
+        assert cli.main(["info"]) == 2
+        assert capsys.readouterr().err == "quietstar: error: the loss at step 7 is not finite\n"
+
     @pytest.mark.parametrize("words", [[], ["train"], ["fly"], ["train", "tiny", "--fast"]])
     def test_usage(self, words: list[str]) -> None:
         with pytest.raises(SystemExit) as stop:
@@ -156,14 +168,19 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         assert line.split()[1] in ("fused", "reference")
 
 
-def test_only_argparse_is_needed_for_help() -> None:
-    code = (
-        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        f"exec(open({cli.__file__!r}).read().replace('__main__', ''), {{'__name__': 'cli'}})\n"
-        "print('ok')"
+def test_the_command_line_itself_imports_the_standard_library_alone() -> None:
+    body = ast.parse(Path(cli.__file__).read_text()).body
+    imported = {alias.name for node in body if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in body if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in imported} <= set(sys.stdlib_module_names)
+
+
+def test_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "quietstar", "train", "tyni"], capture_output=True, text=True
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "ok", done.stderr
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("quietstar: error: no recipe tyni")
 
 
 class TestRun:

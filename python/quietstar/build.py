@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from quietstar import lookup
 from quietstar.config import QuietStarConfig
 from quietstar.corpora import Document
 from quietstar.data import Blocks, StreamedBlocks, TokenBlocks, read_blocks
 from quietstar.errors import UserError
 from quietstar.recipe import DataSection, ModelSection, Recipe
 from quietstar.sources import STDLIB, expand_files, open_documents
+
+LOOKUP = "lookup"
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +31,8 @@ def build_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         from quietstar.corpora import stdlib_tokenizer
 
         return stdlib_tokenizer(section.vocab_size)
+    if section.tokenizer == LOOKUP:
+        return lookup.build_tokenizer()
     from transformers import AutoTokenizer
 
     source = section.tokenizer or section.name
@@ -63,7 +71,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStar
             f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary has {rows}; they "
             "do not belong together (check model.tokenizer)"
         )
-    return QuietStarForCausalLM.from_base(decoder, tokenizer, **thoughts)
+    return QuietStarForCausalLM.from_base(
+        decoder, tokenizer, init_embedding_from=section.init_embedding_from, **thoughts
+    )
 
 
 def _thoughts_of(model: QuietStarForCausalLM) -> QuietStarConfig:
@@ -84,6 +94,8 @@ def build_data(
 ) -> tuple[TokenBlocks | StreamedBlocks, TokenBlocks | None]:
     """Training rows and, if the recipe asks for them, evaluation rows (always in memory)."""
     data = recipe.data
+    if data.name == LOOKUP:
+        return _lookup_data(data)
     thoughts = QuietStarConfig(**recipe.thoughts)
     blocks = Blocks(data.block_size, data.packing, thoughts.talk_length + 2)
     seed = int(recipe.training.get("data_seed") or recipe.training.get("seed", 42))
@@ -124,6 +136,30 @@ def build_data(
         progress=progress,
     )
     return train_data, eval_data
+
+
+def _lookup_data(data: DataSection) -> tuple[TokenBlocks, TokenBlocks | None]:
+    """Rows of the look-up language; evaluation rows have held-out problems without asides."""
+    settings = dict(data.lookup or {})
+    language = lookup.LookupLanguage(int(settings.pop("language", 0)))
+    seed = int(settings.pop("seed", 0))
+    try:
+        mix = lookup.TextMix(**settings)
+    except TypeError as error:
+        names = ["language", "seed", *(field.name for field in dataclasses.fields(lookup.TextMix))]
+        wrong = next((key for key in settings if key not in names), str(error))
+        raise UserError(
+            f"unknown key {wrong!r} in data.lookup; known keys: {', '.join(names)}"
+        ) from error
+
+    def rows(count: int, mix: lookup.TextMix, seed: int) -> TokenBlocks:
+        tokens = language.blocks(count, data.block_size, mix, seed).astype(np.int32)
+        return TokenBlocks(tokens, np.full(count, data.block_size, dtype=np.int32))
+
+    assert data.max_train_blocks is not None  # checked with the recipe
+    held_out = lookup.TextMix(held_out=True)
+    evaluation = rows(data.eval_blocks, held_out, seed + 1_000_000) if data.eval_blocks else None
+    return rows(data.max_train_blocks, mix, seed), evaluation
 
 
 def _source(

@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--quick", action="store_true", help="fewer steps and controls")
     demo.add_argument("--fresh", action="store_true", help="start anew instead of continuing")
     demo.add_argument("--sweep", action="store_true", help="task: also try several thought lengths")
+    demo.add_argument("--seed", type=int, default=4, help="task: which language, and all else drawn")
     demo.add_argument("--output", metavar="DIR", type=Path, help="output folder")
     demo.set_defaults(run=_demo)
     return parser

@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from quietstar.data import TokenBlocks
 from quietstar.evaluation.perplexity import (
     Estimate,
     TokenLosses,
-    by_decile,
     deciles,
     estimate,
     token_losses,
 )
+from quietstar.evaluation.scores import token_scores
 from quietstar.recipe import Recipe, load_recipe
 from quietstar.rundir import METRICS_FILE, read_json, write_json
 from quietstar.versions import package_versions
@@ -40,9 +41,15 @@ if TYPE_CHECKING:
     from quietstar.modeling import QuietStarForCausalLM
 
 # Steps and rows sized for at most 10 minutes on two cores (2 with --quick).
-FULL = {"base_steps": 700, "steps": 100, "blocks": 128}
-QUICK = {"base_steps": 150, "steps": 25, "blocks": 32}
-ARMS = ("base", "control", "quiet-star, no thought", "quiet-star, mixed")
+FULL = {"base_steps": 1500, "steps": 250, "blocks": 128}
+QUICK = {"base_steps": 300, "steps": 50, "blocks": 64}
+ARMS = {
+    "base": "the base that both arms start from",
+    "control": "trained on without thoughts",
+    "silent": "trained on with thoughts, predicting without them",
+    "mixed": "trained on with thoughts, predicting with them",
+    "shuffled": "the same, but each thought was thought at another place with the same token",
+}
 
 
 def stage_recipes(output: Path, *, quick: bool) -> dict[str, Recipe]:
@@ -144,21 +151,20 @@ def evaluate(output: Path, recipe: Recipe, *, blocks: int) -> dict[str, Any]:
             model, (rows[i] for i in range(len(rows))), description=f"evaluating {name}"
         )
     counted = losses["base"].counted
-    arms = dict(
-        zip(
-            ARMS,
-            (
-                losses["base"].base,
-                losses["control"].base,
-                losses["quiet-star"].base,
-                losses["quiet-star"].mixed,
-            ),
-            strict=True,
-        )
+    quiet_star = losses["quiet-star"]
+    shuffled = token_scores(
+        model, torch.stack([rows[i]["input_ids"] for i in range(len(rows))]), thoughts="shuffled"
     )
+    arms = {
+        "base": losses["base"].base,
+        "control": losses["control"].base,
+        "silent": quiet_star.base,
+        "mixed": quiet_star.mixed,
+        "shuffled": shuffled.nll,
+    }
     # Difficulty by the base that all arms started from, so that no arm defines its own hard tokens.
     decile = deciles(losses["base"].base, counted)
-    gain = losses["control"].base - losses["quiet-star"].mixed
+    gain = arms["control"] - arms["mixed"]
     return {
         "blocks": len(rows),
         "tokens": int(counted.sum()),
@@ -166,15 +172,12 @@ def evaluate(output: Path, recipe: Recipe, *, blocks: int) -> dict[str, Any]:
         "gain_over_control": estimate(gain, counted).to_dict(),
         "by_decile": [
             {
-                "nll": {name: by[d].to_dict() for name, by in per_arm.items()},
-                "gain_over_control": gains[d].to_dict(),
+                "nll": {name: estimate(v, decile == d).to_dict() for name, v in arms.items()},
+                "gain_over_control": estimate(gain, decile == d).to_dict(),
             }
-            for per_arm, gains in [
-                ({n: by_decile(v, decile) for n, v in arms.items()}, by_decile(gain, decile))
-            ]
             for d in range(10)
         ],
-        "thoughts": thoughts_in_context(model, tokenizer, rows, losses["quiet-star"]),
+        "thoughts": thoughts_in_context(model, tokenizer, rows, quiet_star),
     }
 
 
@@ -185,8 +188,6 @@ def thoughts_in_context(
     losses: TokenLosses,
 ) -> list[dict[str, Any]]:
     """The most likely thoughts at six held-out places: three random, three with the largest gain."""
-    import torch
-
     gain = losses.base - losses.mixed
     width = gain.shape[1]
     places = list(np.random.default_rng(0).choice(gain.size, size=3, replace=False))
@@ -227,28 +228,30 @@ def verdict(gain: Estimate) -> str:
 
 def show(console: Console, metrics: dict[str, Any]) -> None:
     """Print the table, the thoughts and the verdict."""
+    from rich import box
     from rich.table import Table
 
-    def cell(value: dict[str, Any]) -> str:
-        error = value["standard_error"]
-        return f"{value['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
-
     table = Table(
-        title=f"nats per token, {metrics['tokens']} tokens of held-out files "
-        f"(± standard error over {metrics['blocks']} blocks)",
+        title=f"nats per token on {metrics['tokens']} tokens of held-out files, by difficulty",
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("tokens")
-    for name in (*ARMS, "gain over control"):
-        table.add_column(name, justify="right")
-    rows = [("all", metrics)] + [
-        (f"decile {d + 1}" + {0: " (easiest)", 9: " (hardest)"}.get(d, ""), part)
-        for d, part in enumerate(metrics["by_decile"])
-    ]
-    for label, part in rows:
-        cells = (cell(part["nll"][name]) for name in ARMS)
-        table.add_row(label, *cells, cell(part["gain_over_control"]), end_section=label == "all")
+    table.add_column("tokens", no_wrap=True)
+    for name in (*ARMS, "gain"):
+        table.add_column(name, justify="right", no_wrap=True)
+    means = [_number(metrics["nll"][name]["mean"]) for name in ARMS]
+    table.add_row("all", *means, _estimate(metrics["gain_over_control"]))
+    errors = [_number(metrics["nll"][name]["standard_error"]) for name in ARMS]
+    table.add_row("± over blocks", *errors, "", end_section=True)
+    for d, part in enumerate(metrics["by_decile"]):
+        label = f"tenth {d + 1}" + {0: ", easiest", 9: ", hardest"}.get(d, "")
+        means = [_number(part["nll"][name]["mean"]) for name in ARMS]
+        table.add_row(label, *means, _estimate(part["gain_over_control"]))
     console.print(table)
+    for name, meaning in {**ARMS, "gain": "control - mixed"}.items():
+        console.print(f"  {name}: {meaning}")
     console.print("\nthoughts (the most likely one at that place):")
     for thought in metrics["thoughts"]:
         console.print(
@@ -260,3 +263,12 @@ def show(console: Console, metrics: dict[str, Any]) -> None:
         )
     gain = metrics["gain_over_control"]
     console.print(f"\n[b]{verdict(Estimate(gain['mean'], gain['standard_error']))}[/b]")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _estimate(value: dict[str, Any]) -> str:
+    error = value["standard_error"]
+    return f"{value['mean']:+.3f}" + ("" if error is None else f" ± {error:.3f}")

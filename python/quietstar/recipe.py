@@ -49,6 +49,7 @@ class ModelSection:
         revision: branch, tag or commit on the hub.
         base_only: of a Quiet-STaR checkpoint take only the decoder and start the thought parts
             anew.
+        init_embedding_from: the start and end embeddings begin as the mean embedding of this text.
     """
 
     name: str | None = None
@@ -59,6 +60,7 @@ class ModelSection:
     attn_implementation: str | None = None
     revision: str | None = None
     base_only: bool = False
+    init_embedding_from: str = "---"
 
 
 @dataclass
@@ -66,7 +68,10 @@ class DataSection:
     """Which text, and how it is cut into rows of tokens.
 
     Args:
-        name: a data set on the hub, or ``stdlib`` (splits ``train`` and ``heldout``).
+        name: a data set on the hub, ``stdlib`` (splits ``train`` and ``heldout``), or ``lookup`` (a
+            small language of serial look-ups, :mod:`quietstar.lookup`; needs ``max_train_blocks``).
+        lookup: of that language: ``language`` (its seed), ``seed`` (of the text), and the shares of
+            :class:`quietstar.lookup.TextMix`.
         config_name: configuration of a hub data set.
         revision: branch, tag or commit of a hub data set.
         files: instead of ``name``, local files or globs: txt, jsonl, parquet (txt, jsonl also .gz).
@@ -87,6 +92,7 @@ class DataSection:
     """
 
     name: str | None = None
+    lookup: dict[str, Any] | None = None
     config_name: str | None = None
     revision: str | None = None
     files: list[str] | None = None
@@ -351,6 +357,10 @@ def _check_together(recipe: Recipe, where: str) -> None:
             raise UserError(
                 f"{where}: a model from model.config needs model.tokenizer (a name, path or stdlib)"
             )
+    if data.lookup is not None and data.name != "lookup":
+        raise UserError(f"{where}: data.lookup is given, but data.name is {data.name!r}, not 'lookup'")
+    if data.name == "lookup" and data.max_train_blocks is None:
+        raise UserError(f"{where}: data.name is lookup, which never ends; set data.max_train_blocks")
     if (data.name is None) == (not data.files):
         count = "both are given" if data.name else "neither is given"
         raise UserError(f"{where}: data needs exactly one of name and files; {count}")

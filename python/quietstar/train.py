@@ -24,10 +24,13 @@ logger = logging.getLogger("quietstar")
 
 @dataclass
 class RunResult:
-    """What a run left behind. ``metrics`` is the content of ``metrics.json``."""
+    """What a run left behind. ``metrics`` is the content of ``metrics.json``; ``continued`` says that
+    some or all of it was done before this call.
+    """
 
     output: Path
     metrics: dict[str, Any]
+    continued: bool = False
 
 
 def run_recipe(
@@ -48,7 +51,7 @@ def run_recipe(
     folder = open_run(Path(output), recipe, resume=resume, overwrite=overwrite)
     if folder.metrics is not None:
         logger.info("%s: this run is done", folder.path)
-        return RunResult(folder.path, folder.metrics)
+        return RunResult(folder.path, folder.metrics, continued=True)
 
     check_files(recipe.data)
     from transformers import set_seed
@@ -99,7 +102,7 @@ def run_recipe(
     trainer.save_model(str(folder.path))
     tokenizer.save_pretrained(folder.path)
     write_json(folder.path / METRICS_FILE, metrics)
-    return RunResult(folder.path, metrics)
+    return RunResult(folder.path, metrics, continued=folder.checkpoint is not None)
 
 
 def training_arguments(recipe: Recipe, output: Path, *, progress: bool) -> TrainingArguments:
