@@ -21,8 +21,11 @@ from transformers import (
 
 import quietstar
 from quietstar import QuietStarConfig, QuietStarForCausalLM, cli
+from quietstar.build import build_data, build_model, build_tokenizer
+from quietstar.data import TokenBlocks
 from quietstar.errors import UserError
 from quietstar.evaluation.perplexity import Estimate, deciles, estimate, summarize, token_losses
+from quietstar.lookup import LookupLanguage, TextMix
 from quietstar.recipe import Recipe, parse_recipe
 from quietstar.rundir import read_json
 from quietstar.train import run_recipe
@@ -355,3 +358,36 @@ def test_demo_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, f"quietstar.{name}", stand_in)
     assert cli.main(["demo"]) == 0 and cli.main(["demo", "text", "--quick"]) == 0
     assert called == ["demo", "demo_text"]
+
+
+class TestLookup:
+    @staticmethod
+    def recipe(**data: object) -> Recipe:
+        content = {"name": "lookup", "block_size": 12, "max_train_blocks": 4, **data}
+        model = {"config": TINY_LLAMA, "tokenizer": "lookup", "init_embedding_from": "—"}
+        return parse_recipe({"model": model, "data": content})
+
+    def test_rows_and_the_embeddings_they_begin_with(self) -> None:
+        recipe = self.recipe(lookup={"language": 4, "seed": 3, "work": 0.5, "asides": 1})
+        tokenizer = build_tokenizer(recipe.model)
+        model = build_model(recipe, tokenizer)
+        (dash,) = tokenizer("—")["input_ids"]
+        start = model.thought_embedding.start * model.config.embedding_scale
+        torch.testing.assert_close(start, model.get_input_embeddings().weight[dash])
+        rows, heldout = build_data(recipe, tokenizer)
+        assert isinstance(rows, TokenBlocks) and len(rows) == 4 and heldout is None
+        mix = TextMix(work=0.5, asides=1.0)
+        assert rows.tokens.tolist() == LookupLanguage(4).blocks(4, 12, mix, 3).tolist()
+
+    @pytest.mark.parametrize(
+        ("data", "words"),
+        [
+            ({"lookup": {"sed": 1}}, "unknown key 'sed' in data.lookup; known keys: language, seed"),
+            ({"lookup": {"work": "often"}}, "data.lookup.work is 'often'; expected a number"),
+        ],
+    )
+    def test_refused(self, data: dict, words: str) -> None:
+        recipe = self.recipe(**data)
+        with pytest.raises(UserError) as error:
+            build_data(recipe, build_tokenizer(recipe.model))
+        assert words in str(error.value)

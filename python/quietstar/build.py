@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import typing
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,14 @@ from quietstar.data import Blocks, StreamedBlocks, TokenBlocks, read_blocks
 from quietstar.errors import UserError
 from quietstar.recipe import DataSection, ModelSection, Recipe
 from quietstar.sources import STDLIB, expand_files, open_documents
-
-LOOKUP = "lookup"
+from quietstar.values import Mismatch, coerce, describe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from quietstar.modeling import QuietStarForCausalLM
+
+LOOKUP = "lookup"
 
 
 def build_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -140,17 +141,18 @@ def build_data(
 
 def _lookup_data(data: DataSection) -> tuple[TokenBlocks, TokenBlocks | None]:
     """Rows of the look-up language; evaluation rows have held-out problems without asides."""
-    settings = dict(data.lookup or {})
-    language = lookup.LookupLanguage(int(settings.pop("language", 0)))
-    seed = int(settings.pop("seed", 0))
-    try:
-        mix = lookup.TextMix(**settings)
-    except TypeError as error:
-        names = ["language", "seed", *(field.name for field in dataclasses.fields(lookup.TextMix))]
-        wrong = next((key for key in settings if key not in names), str(error))
-        raise UserError(
-            f"unknown key {wrong!r} in data.lookup; known keys: {', '.join(names)}"
-        ) from error
+    known = {"language": int, "seed": int, **typing.get_type_hints(lookup.TextMix)}
+    settings: dict[str, Any] = {"language": 0, "seed": 0}
+    for key, value in (data.lookup or {}).items():
+        if key not in known:
+            raise UserError(f"unknown key {key!r} in data.lookup; known keys: {', '.join(known)}")
+        try:
+            settings[key] = coerce(value, known[key])
+        except Mismatch:
+            raise UserError(f"data.lookup.{key} is {value!r}; expected {describe(known[key])}") from None
+    language = lookup.LookupLanguage(settings.pop("language"))
+    seed = settings.pop("seed")
+    mix = lookup.TextMix(**settings)
 
     def rows(count: int, mix: lookup.TextMix, seed: int) -> TokenBlocks:
         tokens = language.blocks(count, data.block_size, mix, seed).astype(np.int32)

@@ -40,6 +40,7 @@ def run_recipe(
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
+    log_lines: bool = True,
     callbacks: list[TrainerCallback] | None = None,
 ) -> RunResult:
     """Train as ``recipe`` says and leave everything in ``output``.
@@ -47,6 +48,7 @@ def run_recipe(
     A run of the same recipe that was interrupted continues from its last checkpoint; one that is
     done is not repeated. Everything that can be wrong with the recipe, the data or the folder
     raises :class:`UserError` (or ``ValueError`` from the model) before the folder is touched.
+    ``log_lines=False`` leaves the progress bar alone on the screen; the log is in the checkpoints.
     """
     folder = open_run(Path(output), recipe, resume=resume, overwrite=overwrite)
     if folder.metrics is not None:
@@ -54,7 +56,7 @@ def run_recipe(
         return RunResult(folder.path, folder.metrics, continued=True)
 
     check_files(recipe.data)
-    from transformers import set_seed
+    from transformers import ProgressCallback, set_seed
 
     from quietstar.trainer import QuietStarTrainer
 
@@ -74,6 +76,9 @@ def run_recipe(
         data_collator=collator_for(tokenizer, recipe.data.padding_side),
         callbacks=callbacks,
     )
+    if progress and not log_lines:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(_bar_only())
     if folder.checkpoint is not None:
         logger.info("continuing from %s", folder.checkpoint)
     started = time.monotonic()
@@ -105,6 +110,17 @@ def run_recipe(
     return RunResult(folder.path, metrics, continued=folder.checkpoint is not None)
 
 
+def _bar_only() -> type[TrainerCallback]:
+    """transformers' progress bar without the log entries that it prints between."""
+    from transformers import ProgressCallback
+
+    class BarOnly(ProgressCallback):
+        def on_log(self, *args: Any, **kwargs: Any) -> None:
+            """Say nothing."""
+
+    return BarOnly
+
+
 def training_arguments(recipe: Recipe, output: Path, *, progress: bool) -> TrainingArguments:
     """``transformers.TrainingArguments`` of a recipe; raises :class:`UserError` if they do not fit."""
     import torch
@@ -131,6 +147,10 @@ def main(recipe: Recipe, output: Path, args: argparse.Namespace) -> int:
     from rich.console import Console
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.quiet:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
     result = run_recipe(
         recipe,
         output,
