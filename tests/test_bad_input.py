@@ -95,9 +95,7 @@ def test_meta_tokens_have_to_come_from_somewhere():
 
 def test_meta_tokens_have_to_lie_in_the_vocabulary():
     with pytest.raises(ValueError, match=f"end_token_id is {VOCABULARY}; expected .* 0 to 95"):
-        QuietStarForCausalLM.from_base(
-            tiny_decoder("llama"), start_token_id=94, end_token_id=VOCABULARY
-        )
+        QuietStarForCausalLM.from_base(tiny_decoder("llama"), start_token_id=94, end_token_id=VOCABULARY)
 
 
 def test_attention_dropout_is_refused():

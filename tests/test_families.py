@@ -126,9 +126,7 @@ def test_packed_pass_equals_a_dense_mask(family: str, padding: str):
         (hidden * direction).sum().backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    text, slots = packed_pass(
-        model.base, config, meta, ids, text_ranges(mask, ids), anchors, thoughts
-    )
+    text, slots = packed_pass(model.base, config, meta, ids, text_ranges(mask, ids), anchors, thoughts)
     packed = torch.cat([text, slots.flatten(1, 2)], 1)
     ours = gradients(packed)
     dense = dense_run(model, ids, mask, anchors, thoughts)

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import quietstar
-from quietstar.learn import thought_logprobs
 from quietstar.layout import text_ranges
+from quietstar.learn import thought_logprobs
 from quietstar.reference import reference_names
 from quietstar.think import output_head, packed_pass
 
@@ -140,9 +140,7 @@ def test_action_logprobs(case: Case):
     ids = case.thought_ids.transpose(1, 2).flatten(1, 2)
     meta = case.model.thought_embedding(config.embedding_scale)
     with torch.no_grad():
-        text, slots = packed_pass(
-            case.model.base, config, meta, data["input_ids"], ranges, anchors, ids
-        )
+        text, slots = packed_pass(case.model.base, config, meta, data["input_ids"], ranges, anchors, ids)
         logp = thought_logprobs(config, output_head(case.model.base), slots, ids)
     by_row = logp.unflatten(1, (n, case.rationales)).transpose(1, 2).flatten(0, 1)
     real = data["attention_mask"].bool().repeat_interleave(case.rationales, 0)

@@ -44,13 +44,9 @@ def test_rollout_equals_packed_pass(family: str, padding: str):
     ids, mask = text(padding)
     ranges = text_ranges(mask, ids)
     meta = model.thought_embedding(model.config.embedding_scale)
-    found = rollout(
-        model.base, model.config, meta, ids, ranges, rationales=2, seed=5, to_the_end=True
-    )
+    found = rollout(model.base, model.config, meta, ids, ranges, rationales=2, seed=5, to_the_end=True)
     with torch.no_grad():
-        base, slots = packed_pass(
-            model.base, model.config, meta, ids, ranges, found.anchors, found.ids
-        )
+        base, slots = packed_pass(model.base, model.config, meta, ids, ranges, found.anchors, found.ids)
     real = mask.bool()
     keep = real.gather(1, found.anchors)
     assert torch.allclose(base[real], found.text_hidden[real], atol=2e-5)

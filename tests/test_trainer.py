@@ -54,9 +54,10 @@ def test_it_learns_and_logs(tmp_path):
     assert after["eval_base_loss"] < before["eval_base_loss"] - 0.3
     entry = next(e for e in run.state.log_history if "base_loss" in e)
     for name in (
-        "base_loss talk_loss_0 talk_loss_1 gain reward positive_advantages policy_loss thought_entropy"
-        " mixing_weight mixing_weight_hard mixing_weight_easy mixing_weight_top tokens_per_second"
-    ).split():
+        *("base_loss", "talk_loss_0", "talk_loss_1", "gain", "reward", "positive_advantages"),
+        *("policy_loss", "thought_entropy", "mixing_weight", "mixing_weight_hard"),
+        *("mixing_weight_easy", "mixing_weight_top", "tokens_per_second"),
+    ):
         assert math.isfinite(entry[name]), name
     # With a zero head there is nothing to gain yet; the numbers have to say exactly that.
     assert abs(before["eval_gain"]) < 1e-5 and before["eval_mixing_weight"] == 0

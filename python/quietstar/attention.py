@@ -12,6 +12,7 @@ the longest position.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ _KNOWN_LAYER_TYPES = ("full_attention", "sliding_attention")
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
-def _attention(fallback: str):
+def _attention(fallback: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def forward(
         module: nn.Module,
         query: Tensor,
@@ -59,7 +60,7 @@ def _attention(fallback: str):
     return forward
 
 
-def _fallback_function(module: nn.Module, fallback: str):
+def _fallback_function(module: nn.Module, fallback: str) -> Callable[..., Any]:
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return AttentionInterface().get_interface(fallback, eager)
 
@@ -77,7 +78,7 @@ def _with_thoughts(
     layer = _note_layer(module, layout)
     window = kwargs.get("sliding_window")
     _check_window(module, layer, window)
-    options = {
+    options: dict[str, Any] = {
         "scale": scaling,
         "sliding_window": window,
         "softcap": kwargs.get("softcap"),

@@ -157,7 +157,5 @@ class QuietStarConfig(PretrainedConfig):
                 f"mixing_activation is {self.mixing_activation!r}; expected one of {ACTIVATIONS}"
             )
         if self.thought_kind not in THOUGHT_KINDS:
-            raise ValueError(
-                f"thought_kind is {self.thought_kind!r}; expected one of {THOUGHT_KINDS}"
-            )
+            raise ValueError(f"thought_kind is {self.thought_kind!r}; expected one of {THOUGHT_KINDS}")
         self.parse_think_at()

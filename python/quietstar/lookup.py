@@ -26,10 +26,11 @@ STEPS = 4
 
 _STATE_NAMES = list("ABCDEF")
 _OPERATOR_NAMES = list("uvwxyz")
-_FILLER_NAMES = (
-    "the a tree bird sang near by old green hill and slow river ran under stone bridge while"
-    " wind moved soft white clouds home"
-).split()
+_FILLER_NAMES = [
+    *("the", "a", "tree", "bird", "sang", "near", "by", "old", "green", "hill", "and", "slow"),
+    *("river", "ran", "under", "stone", "bridge", "while", "wind", "moved", "soft", "white"),
+    *("clouds", "home"),
+]
 _MARKS = ["?", "—", ";"]
 
 FIRST_OPERATOR = STATES
@@ -103,6 +104,13 @@ class LookupLanguage:
         rng = np.random.default_rng([seed, 18])
         return self._problems(count, mix, rng)[:, :15]
 
+    def derive(self, states: Ints, operators: Ints) -> Ints:
+        """s0 [count] and operators [count, 4], counted from 0 -> s0 .. s4 [count, 5]."""
+        path = [states]
+        for t in range(STEPS):
+            path.append(self.permutations[operators[:, t], path[-1]])
+        return np.stack(path, axis=1)
+
     def _items(self, count: int, mix: TextMix, rng: np.random.Generator) -> Ints:
         """[count, 16], each row an item, padded with -1."""
         problems, fillers = self._problems(count, mix, rng), self._fillers(count, mix, rng)
@@ -110,10 +118,7 @@ class LookupLanguage:
 
     def _problems(self, count: int, mix: TextMix, rng: np.random.Generator) -> Ints:
         states, operators = _draw_combinations(count, mix.held_out, rng)
-        path = [states]
-        for t in range(STEPS):
-            path.append(self.permutations[operators[:, t], path[-1]])
-        trace = np.stack(path, axis=1)
+        trace = self.derive(states, operators)
         aside = np.where(
             (rng.random(count) < mix.work)[:, None], trace, self._words(count, STEPS + 1, rng)
         )
@@ -171,21 +176,26 @@ def _rows(*parts: Ints) -> Ints:
     return np.pad(joined, ((0, 0), (0, 16 - joined.shape[1])), constant_values=_NOTHING)
 
 
-def is_answer(tokens: Ints) -> NDArray[np.bool_]:
-    """Which tokens are hard: the answers, i.e. states right behind a question mark. [..., N]."""
+def behind_question(tokens: Ints) -> NDArray[np.bool_]:
+    """Which tokens stand right behind a question mark. [..., N] -> [..., N]."""
     after = np.zeros(tokens.shape, dtype=bool)
-    after[..., 1:] = (tokens[..., :-1] == ASK) & (tokens[..., 1:] < STATES)
+    after[..., 1:] = tokens[..., :-1] == ASK
+    return after
+
+
+def is_answer(tokens: Ints) -> NDArray[np.bool_]:
+    """Which tokens are hard but can be known: answers whose whole problem is in view. [..., N]."""
+    after = behind_question(tokens) & (tokens < STATES)
+    after[..., : STEPS + 2] = False
     return after
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """The language's tokenizer: a word per token, and the two meta tokens."""
     names = [*_STATE_NAMES, *_OPERATOR_NAMES, *_FILLER_NAMES, *_MARKS, START_TOKEN, END_TOKEN]
-    assert len(names) == VOCABULARY + 2 == len(set(names))
+    assert len(set(names)) == VOCABULARY + 2
     # The question mark stands for anything unknown: it is in every text, and nothing else fits better.
-    inner = Tokenizer(
-        models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="?")
-    )
+    inner = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="?"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class Average:
             old_total, old_count = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (old_total + total, old_count + count)
 
-    def pop(self, reduce) -> dict[str, float]:
+    def pop(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The means so far, over all processes, and a fresh start.
 
         Args:

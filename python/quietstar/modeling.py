@@ -140,7 +140,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"{name} is missing; give it, or a tokenizer to add the meta tokens to")
         for module in base.modules():
             # Its weights are set: transformers must not initialise them again under the wrapper.
-            module._is_hf_initialized = True  # type: ignore[assignment]
+            module._is_hf_initialized = True
         model = cls(QuietStarConfig(text_config=base.config, **fields), base=base)
         embedding = base.get_input_embeddings().weight
         model.thought_embedding.to(device=embedding.device, dtype=embedding.dtype)
@@ -451,14 +451,16 @@ def _check_ignored(ignored: dict[str, Any]) -> None:
     if unknown:
         raise TypeError(f"forward() got an argument it does not know: {unknown[0]!r}")
     if ignored.get("past_key_values") is not None:
-        raise ValueError("past_key_values was given; a Quiet-STaR model keeps no cache between calls yet")
+        raise ValueError("past_key_values was given; a Quiet-STaR model keeps no cache yet")
 
 
 def _check_meta_tokens(config: QuietStarConfig, vocabulary: int) -> None:
     for name in ("start_token_id", "end_token_id"):
         token = getattr(config, name)
         if token is not None and not 0 <= token < vocabulary:
-            raise ValueError(f"{name} is {token}; expected a token of the vocabulary, 0 to {vocabulary - 1}")
+            raise ValueError(
+                f"{name} is {token}; expected a token of the vocabulary, 0 to {vocabulary - 1}"
+            )
 
 
 def _check_text(config: QuietStarConfig, input_ids: Tensor, labels: Tensor | None) -> None:

@@ -8,6 +8,7 @@ once, with gradients; with the same tokens its hidden states equal the rollout's
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Head:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
-    def options(self) -> dict[str, float | None]:
+    def options(self) -> dict[str, Any]:
         """Keyword arguments for the linear operators."""
         return {"softcap": self.softcap, "logit_scale": self.logit_scale}
 
@@ -298,9 +299,7 @@ def packed_pass(
         slot_embeds(config, embed, meta, input_ids, anchors, thought_ids, slot).to(text.dtype)
         for slot in range(count)
     ]
-    hidden = run_decoder(
-        decoder, torch.cat([text, *slots], dim=1), layout.packed_positions(), layout
-    )
+    hidden = run_decoder(decoder, torch.cat([text, *slots], dim=1), layout.packed_positions(), layout)
     n = input_ids.shape[1]
     return hidden[:, :n], hidden[:, n:].unflatten(1, (count, layout.num_columns))
 
@@ -330,4 +329,3 @@ def check_head(decoder: PreTrainedModel, hidden: Tensor) -> None:
             f"model type {decoder.config.model_type!r} computes its logits in a way that is not"
             f" supported (relative difference {float(error):.2g})"
         )
-

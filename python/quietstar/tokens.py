@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedTokenizerBase
 
 from .config import END_TOKEN, START_TOKEN, QuietStarConfig
@@ -41,7 +43,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: QuietStarConfig)
                 f"{name} is {index} in the tokenizer and {getattr(config, name)} in the model; expected"
                 " the tokenizer that the model was built with"
             )
-    rows = config.text_config.vocab_size
+    decoder: Any = config.text_config
+    rows = decoder.vocab_size
     if len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens and the model's vocabulary {rows}; expected a"

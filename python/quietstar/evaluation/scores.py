@@ -60,20 +60,21 @@ def token_scores(
     if thoughts == "none":
         model.config.thought_kind = "none"
     generator = torch.Generator().manual_seed(seed)
-    parts = []
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    ids: list[Tensor] = []
     try:
         for batch in rows.split(batch_size):
             torch.manual_seed(seed)
-            parts.append(_score(model, batch.to(model.device), thoughts, generator))
+            *part, chosen = _score(model, batch.to(model.device), thoughts, generator)
+            parts.append((part[0], part[1], part[2]))
+            if chosen is not None:
+                ids.append(chosen)
     finally:
         model.config.thought_kind = kind
         model.train(training)
         torch.set_rng_state(state)
-    ids = [part[3] for part in parts]
-    return TokenScores(
-        *(torch.cat([part[i] for part in parts]).cpu().numpy() for i in range(3)),
-        thought_ids=None if ids[0] is None else torch.cat(ids).cpu().numpy(),
-    )
+    nll, correct, weight = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+    return TokenScores(nll, correct, weight, torch.cat(ids).cpu().numpy() if ids else None)
 
 
 def _score(
