@@ -105,6 +105,7 @@ def hub_documents(
     columns: list[str] | None = rows.column_names
     if columns is not None:
         check_column(columns, text_column, f"data set {name}")
+        rows = rows.select_columns([text_column])
     if streaming and shuffle_buffer > 0:
         rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
     for number, row in enumerate(rows):
