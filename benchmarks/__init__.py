@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +60,68 @@ def show(title: str, results: dict[str, dict[str, float]], megabytes: float | No
 
 
 def write(stem: str, tables: dict[str, Any]) -> None:
-    """Write tables to results/<stem>.json, with the machine they come from."""
+    """Put a benchmark's tables into results/<machine>.json, beside those of the others."""
     RESULTS.mkdir(exist_ok=True)
-    machine = {
-        "processor": platform.processor() or platform.machine(),
+    path = RESULTS / f"{machine_name()}.json"
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    content["machine"] = machine()
+    content.setdefault("benchmarks", {})[stem] = {"date": date.today().isoformat(), "tables": tables}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def machine_name() -> str:
+    """A file name for this machine: its GPU's, or its processor's with the threads in use."""
+    if torch.cuda.is_available():
+        return _slug(torch.cuda.get_device_name())
+    return f"{_slug(processor())}-{torch.get_num_threads()}-threads"
+
+
+def _slug(text: str) -> str:
+    return "-".join(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def processor() -> str:
+    """The processor's own name, where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on, with the ceilings measured beside them."""
+    facts: dict[str, Any] = {
+        "processor": processor(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "simd": quietstar_ext.build_info().get("simd"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
     }
-    path = RESULTS / f"{stem}.json"
-    path.write_text(json.dumps({"machine": machine, **tables}, indent=1) + "\n")
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["cuda"] = torch.version.cuda
+    return {**facts, **ceilings()}
+
+
+def ceilings() -> dict[str, float]:
+    """Copy bandwidth (bytes read and written, GB/s) and matrix product rates (GFLOP/s), measured."""
+    source = torch.rand(32 << 20)
+    target = torch.empty_like(source)
+    size = 2048
+    found = {"copy_gb_per_s": 2 * source.nbytes / _best(lambda: target.copy_(source)) / 1e9}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.rand(size, size).to(dtype), torch.rand(size, size).to(dtype)
+        name = f"matmul_{str(dtype).removeprefix('torch.')}_gflop_per_s"
+        found[name] = 2 * size**3 / _best(lambda a=a, b=b: a @ b) / 1e9  # type: ignore[misc]
+    return {name: round(value, 1) for name, value in found.items()}
+
+
+def _best(run: Callable[[], object], rounds: int = 5) -> float:
+    seconds = []
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begin)
+    return min(seconds)

@@ -261,3 +261,22 @@ def test_reference_counting():
     assert (config.thought_length, config.talk_length, config.num_rationales) == (9, 4, 2)
     assert (config.policy_weight, config.reinforce_temperature) == (1e6, 3.0)
     assert config.num_slots == 12 + 4 - 2  # depths 1 .. n_ahead + n_ahead_talk - 2
+
+
+@pytest.mark.parametrize("how", ["autocast", "bfloat16"])
+def test_low_precision(how: str):
+    """bf16, as a whole model or by autocast, trains and stays near fp32."""
+    ids, mask = text("right")
+    thoughts = torch.randint(3, 90, (ROWS, 2, LENGTH, 3))
+    exact = forced(build().train(), ids, mask, thoughts)
+    model = build().train()
+    if how == "bfloat16":
+        model = model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        output = forced(model, ids, mask, thoughts)
+        sampled = model(ids, attention_mask=mask, labels=ids)
+    assert abs(output.nll_loss - exact.nll_loss) / exact.nll_loss < 0.03
+    (output.loss + sampled.loss).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.dtype == parameter.dtype

@@ -1,0 +1,111 @@
+"""One whole training step, forward and backward, against the algorithm as published.
+
+The shape is that of a model that a person with two cores would train: 7.9 M parameters, hidden 256, 4
+layers, 8 heads over 4, inner size 896, vocabulary 8194; 256 tokens, 9 thought tokens, 4 talk tokens, 2
+rationales (the paper's n_ahead 12, 4 ahead, 2 passes). Contestants run in one process, in turn; memory
+is measured in a process of its own for each, as the growth of the peak resident size over the model's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import compare, show, write
+from benchmarks.sequential import sequential_step
+from quietstar import QuietStarForCausalLM
+from quietstar_ext import use_impl
+
+LENGTH = 256
+
+
+def build() -> tuple[QuietStarForCausalLM, torch.Tensor]:
+    """The model with the paper's settings (REINFORCE constants do not change the work)."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8194,
+        hidden_size=256,
+        intermediate_size=896,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+    )
+    model = QuietStarForCausalLM.from_base(
+        LlamaForCausalLM(config),
+        start_token_id=8192,
+        end_token_id=8193,
+        thought_length=9,
+        talk_length=4,
+        num_rationales=2,
+    ).train()
+    with torch.no_grad():
+        # An untrained head gives no reward, and rows without one would be skipped.
+        model.mixing_head.fc3.weight.normal_(0, 0.2)
+    return model, torch.randint(0, 8192, (1, LENGTH))
+
+
+def contestants(model: QuietStarForCausalLM, ids: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+    """A step of each kind; gradients are left in the model."""
+
+    def ours() -> torch.Tensor:
+        model.zero_grad()
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        return loss.detach()
+
+    def packed_with_references() -> torch.Tensor:
+        with use_impl("reference"):
+            return ours()
+
+    def sequential() -> torch.Tensor:
+        model.zero_grad()
+        loss = sequential_step(model, ids)
+        loss.backward()
+        return loss.detach()
+
+    return {
+        "quietstar": ours,
+        "packed, reference operators": packed_with_references,
+        "sequential, dense (as published)": sequential,
+    }
+
+
+def peak_megabytes(name: str) -> float:
+    """Growth of the peak resident size over two steps, in a process of its own."""
+    code = f"from benchmarks.bench_step import _measure; _measure({name!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ
+    )
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _measure(name: str) -> None:
+    model, ids = build()
+    run = contestants(model, ids)[name]
+    model(ids[:, :8], labels=ids[:, :8]).loss.backward()  # gradients and libraries are there
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run()
+    run()
+    print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+
+
+def bench_training_step(benchmark) -> None:  # type: ignore[no-untyped-def]
+    """Time and memory of one step."""
+    model, ids = build()
+    runs = contestants(model, ids)
+    table = compare(runs, rounds=5)
+    for name, row in table.items():
+        row["peak_mb"] = peak_megabytes(name)
+    show("training step, 7.9 M parameters, 256 tokens, 2 rationales", table)
+    for name, row in table.items():
+        print(f"  {name:32} {row['peak_mb']:9.0f} MB over the model's")
+    write("step", {"training step, 7.9 M parameters": table})
+    benchmark.pedantic(runs["quietstar"], rounds=2)

@@ -1,0 +1,48 @@
+"""The published algorithm that the benchmarks compare with computes the same loss and gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from families import tiny_decoder
+
+from quietstar import QuietStarForCausalLM
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_packed_step_equals_the_sequential_one(monkeypatch):
+    # Only the benchmarks folder: the root also holds the operators' sources, which stay hidden.
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import sequential
+
+    model = QuietStarForCausalLM.from_base(
+        tiny_decoder("llama"),
+        start_token_id=94,
+        end_token_id=95,
+        thought_length=3,
+        talk_length=2,
+        policy_weight=20.0,
+        reinforce_temperature=2.0,
+    ).train()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        model.mixing_head.fc3.weight.normal_(0, 0.3)
+    ids = torch.randint(3, 90, (2, 12))
+    thoughts = torch.randint(3, 90, (2, 2, 12, 3))
+    gradients = []
+    losses = []
+    for step in (
+        lambda: model(ids, labels=ids, thought_ids=thoughts).loss,
+        lambda: sequential.sequential_step(model, ids, thoughts),
+    ):
+        model.zero_grad()
+        loss = step()
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert torch.allclose(losses[0], losses[1], rtol=1e-5)
+    for name, ours in gradients[0].items():
+        theirs = gradients[1][name]
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max(), name
