@@ -161,31 +161,35 @@ def talk(
         anchors: [B, A], without the repeats for rationales.
     """
     k = config.talk_length
-    base_part, base_losses = base_nll(head, text_hidden, labels, config.base_loss_weight)
     columns = anchors.repeat_interleave(rationales, dim=1)
     mixed, weight = mix_talk_steps(config, mixing, text_hidden, slot_hidden, columns)
-    targets = talk_targets(labels, columns, k)
+    base_targets, targets = labels[:, 1:], talk_targets(labels, columns, k)
+    base_count = (base_targets != IGNORE).sum().clamp(min=1)
     counts = (targets != IGNORE).sum((1, 2)).clamp(min=1)
-    share = (1 - config.base_loss_weight) / k / counts
-    row_weights = torch.where(targets != IGNORE, share[:, None, None], 0.0)
-    talk_part, losses = linear_cross_entropy_sum(
-        mixed.flatten(0, 2).to(head.weight.dtype),
+    base_share = (config.base_loss_weight / base_count).expand_as(base_targets)
+    share = ((1 - config.base_loss_weight) / k / counts)[:, None, None].expand_as(targets)
+    # One call for both predictions: the gradient of the vocabulary matrix is held once.
+    hidden = torch.cat([text_hidden[:, :-1].flatten(0, 1), mixed.flatten(0, 2)])
+    every = torch.cat([base_targets.flatten(), targets.flatten()])
+    row_weights = torch.cat([base_share.flatten(), share.flatten()])
+    nll, losses = linear_cross_entropy_sum(
+        hidden.to(head.weight.dtype),
         head.weight,
-        targets.flatten(),
-        row_weights.flatten(),
+        every,
+        torch.where(every != IGNORE, row_weights, 0.0),
         ignore_index=IGNORE,
-        # A weight of zero (base_loss_weight = 1) must not hide the losses from the reward.
+        # A weight of zero (base_loss_weight 0 or 1) must not hide the losses from the reward.
         skip_zero_weight=False,
         **head.options(),
     )
+    base_losses = losses[: base_targets.numel()].view_as(base_targets)
     shape = (k, *anchors.shape, rationales)
-    losses = losses.view(shape)
-    counted = (labels[:, 1:] != IGNORE).sum().clamp(min=1)
+    losses = losses[base_targets.numel() :].view(shape)
     return Talk(
-        nll=base_part + talk_part,
+        nll=nll,
         base_losses=base_losses,
         talk_losses=losses,
-        base_loss=base_losses.sum() / counted,
+        base_loss=base_losses.sum() / base_count,
         talk_loss=losses.sum((1, 2, 3)) / counts,
         mixing_weight=weight.detach().float().view(shape),
         has_target=(targets != IGNORE).view(shape)[..., 0],
