@@ -4,12 +4,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
+#include <utility>
 
 #include "quietstar/philox.h"
 #include "quietstar/sample_tokens.h"
 #include "quietstar/simd.h"
+#include "quietstar/thought_attention.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -71,6 +74,98 @@ std::int64_t sample_tokens(Address logits, int dtype, std::int64_t rows, std::in
   return quietstar::sample_tokens(call);
 }
 
+// ---- thought_attention
+
+// Address and strides [B, H, S, M, D] of a tensor, or [B, H, N, D] of a text tensor.
+using Slots = std::pair<Address, std::array<std::int64_t, 5>>;
+using Text = std::pair<Address, std::array<std::int64_t, 4>>;
+
+quietstar::AttentionTensor attention_tensor(const Slots& t) {
+  return {pointer<void>(t.first), t.second[0], t.second[1], t.second[2], t.second[3]};
+}
+quietstar::AttentionTensor attention_tensor(const Text& t) {
+  return {pointer<void>(t.first), t.second[0], t.second[1], t.second[2], 0};
+}
+
+// sizes: B, Hq, Hkv, Sq, Sk, M, N, D
+quietstar::ThoughtAttention attention_sizes(const std::array<std::int64_t, 8>& sizes, int threads) {
+  quietstar::ThoughtAttention call{};
+  call.batch = sizes[0];
+  call.q_heads = sizes[1];
+  call.kv_heads = sizes[2];
+  call.query_slots = sizes[3];
+  call.key_slots = sizes[4];
+  call.columns = sizes[5];
+  call.text_length = sizes[6];
+  call.head_size = sizes[7];
+  call.threads = threads;
+  return call;
+}
+
+std::int64_t thought_attention_workspace(const std::array<std::int64_t, 8>& sizes, bool backward,
+                                         int threads) {
+  return quietstar::thought_attention_workspace(attention_sizes(sizes, threads), backward);
+}
+
+quietstar::ThoughtAttention attention_call(int dtype, const std::array<std::int64_t, 8>& sizes,
+                                           const Slots& q, const Text& k_text, const Text& v_text,
+                                           const Slots& k_thought, const Slots& v_thought,
+                                           const Slots& out, Address lse, Address text_start,
+                                           Address text_stop, Address sinks, double scale,
+                                           std::int64_t window, double softcap, Address workspace,
+                                           int threads) {
+  quietstar::ThoughtAttention call = attention_sizes(sizes, threads);
+  call.dtype = static_cast<quietstar::DType>(dtype);
+  call.q = attention_tensor(q);
+  call.k_text = attention_tensor(k_text);
+  call.v_text = attention_tensor(v_text);
+  call.k_thought = attention_tensor(k_thought);
+  call.v_thought = attention_tensor(v_thought);
+  call.out = attention_tensor(out);
+  call.lse = pointer<float>(lse);
+  call.text_start = pointer<const std::int32_t>(text_start);
+  call.text_stop = pointer<const std::int32_t>(text_stop);
+  call.sinks = pointer<const float>(sinks);
+  call.scale = scale;
+  call.window = window;
+  call.softcap = softcap;
+  call.workspace = pointer<void>(workspace);
+  return call;
+}
+
+void thought_attention(int dtype, const std::array<std::int64_t, 8>& sizes, const Slots& q,
+                       const Text& k_text, const Text& v_text, const Slots& k_thought,
+                       const Slots& v_thought, const Slots& out, Address lse, Address text_start,
+                       Address text_stop, Address sinks, double scale, std::int64_t window,
+                       double softcap, Address workspace, int threads) {
+  quietstar::thought_attention(attention_call(dtype, sizes, q, k_text, v_text, k_thought, v_thought,
+                                              out, lse, text_start, text_stop, sinks, scale, window,
+                                              softcap, workspace, threads));
+}
+
+void thought_attention_backward(int dtype, const std::array<std::int64_t, 8>& sizes, const Slots& q,
+                                const Text& k_text, const Text& v_text, const Slots& k_thought,
+                                const Slots& v_thought, const Slots& out, Address lse,
+                                Address text_start, Address text_stop, Address sinks, double scale,
+                                std::int64_t window, double softcap, Address workspace, int threads,
+                                const Slots& dout, Address dlse, const Slots& dq,
+                                const Text& dk_text, const Text& dv_text, const Slots& dk_thought,
+                                const Slots& dv_thought, Address delta) {
+  quietstar::ThoughtAttentionBackward call{};
+  call.forward =
+      attention_call(dtype, sizes, q, k_text, v_text, k_thought, v_thought, out, lse, text_start,
+                     text_stop, sinks, scale, window, softcap, workspace, threads);
+  call.dout = attention_tensor(dout);
+  call.dlse = pointer<const float>(dlse);
+  call.dq = attention_tensor(dq);
+  call.dk_text = attention_tensor(dk_text);
+  call.dv_text = attention_tensor(dv_text);
+  call.dk_thought = attention_tensor(dk_thought);
+  call.dv_thought = attention_tensor(dv_thought);
+  call.delta = pointer<float>(delta);
+  quietstar::thought_attention_backward(call);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -82,4 +177,8 @@ PYBIND11_MODULE(_native, m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("sample_tokens_workspace", &quietstar::sample_tokens_workspace);
   m.def("sample_tokens", &sample_tokens, release);
+
+  m.def("thought_attention_workspace", &thought_attention_workspace);
+  m.def("thought_attention", &thought_attention, release);
+  m.def("thought_attention_backward", &thought_attention_backward, release);
 }

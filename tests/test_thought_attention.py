@@ -9,8 +9,8 @@ import torch
 
 from quietstar_ext.thought_attention import thought_attention
 
-# The kernel joins here: its inputs are fp32, the reference's fp64.
-IMPLS = ["reference"]
+# The kernel is given fp32, the reference fp64.
+IMPLS = ["reference", "fused"]
 DTYPE = {"reference": torch.float64, "fused": torch.float32}
 TOLERANCE = {"reference": 1e-12, "fused": 2e-5}
 
@@ -429,7 +429,11 @@ def changed(index, value):
         (changed(0, lambda t: t.repeat(1, 1, 2, 1, 1)), {}, "k_thought has 2 slots and q has 4"),
         (lambda arguments: None, {"sliding_window": 0}, "sliding_window is 0"),
         (lambda arguments: None, {"softcap": -1.0}, "softcap is -1.0"),
-        (lambda arguments: None, {"sinks": torch.zeros(3)}, r"sinks has shape \[3\]; expected \[4\]"),
+        (
+            lambda arguments: None,
+            {"sinks": torch.zeros(3)},
+            r"sinks has shape \[3\]; expected \[4\]",
+        ),
         (lambda arguments: None, {"impl": "fast"}, "impl is 'fast'; expected one of auto"),
     ],
 )

@@ -1,0 +1,226 @@
+// Forward pass of thought_attention; what is computed stands in quietstar/thought_attention.h.
+#include "thought_attention_rows.h"
+
+namespace quietstar::QUIETSTAR_ISA {
+namespace {
+
+constexpr float kInf = __builtin_inff();
+// Stands for "no key yet": finite, so that differences with it are numbers.
+constexpr float kNothing = -1e30f;
+// Exponents may exceed the reference point of their row by so much (2^8) before the row is
+// rescaled.
+constexpr float kSlack = 8.0f;
+
+class Attend {
+ public:
+  Attend(const Tile& tile, const AttentionScratch& scratch)
+      : tile_(tile),
+        s_(scratch),
+        size_(tile.call.head_size),
+        padded_(tile.job.size),
+        cap_(static_cast<float>(tile.call.softcap) * kLog2E) {}
+
+  template <class T>
+  void run() {
+    load<T>();
+    if (tile_.call.key_slots > 0) {
+      for (std::int64_t c = 0; c < tile_.columns; ++c) attend_slots<T>(c);
+    }
+    attend_text();
+    finish<T>();
+  }
+
+ private:
+  template <class T>
+  void load() {
+    const float factor = query_factor(tile_.call);
+    tile_.for_each_row([&](std::int64_t row, std::int64_t h, std::int64_t s, std::int64_t m) {
+      load_row(tile_.row_in<const T>(tile_.call.q, h, s, m), size_, padded_, factor,
+               s_.q + row * padded_);
+      s_.top[row] = kNothing;
+    });
+    for (std::int64_t i = 0; i < tile_.rows * padded_; i += kLanes) {
+      Vec::fill(0).store(s_.out + i);
+    }
+    for (std::int64_t i = 0; i < tile_.rows * kLanes; i += kLanes) Vec::fill(0).store(s_.sum + i);
+    tile_.find_ranges(s_);
+  }
+
+  template <class T>
+  void attend_slots(std::int64_t c) {
+    const ThoughtAttention& call = tile_.call;
+    const auto* keys = tile_.row_in<const T>(call.k_thought, tile_.head, 0, tile_.column[c]);
+    const auto* values = tile_.row_in<const T>(call.v_thought, tile_.head, 0, tile_.column[c]);
+    pack_panels(keys, call.k_thought.slot, 0, call.key_slots, size_, s_.slot_k_panels);
+    pack_rows(values, call.v_thought.slot, 0, call.key_slots, size_, s_.slot_v_rows);
+    const std::int64_t begin = c * tile_.job.rows_per_column;
+    const std::int64_t end = begin + tile_.job.rows_per_column;
+    const PackedKeys packed{s_.slot_k_panels, nullptr, nullptr, s_.slot_v_rows};
+    for (std::int64_t r = begin; r < end; r += kTileRows) {
+      const std::int64_t count = smaller(kTileRows, end - r);
+      const auto depth_of = [&](std::int64_t row) {
+        return tile_.depth((r + row - begin) / tile_.job.groups);
+      };
+      const std::int64_t keys_seen = round_up(depth_of(count - 1));
+      for (std::int64_t key = 0; key < keys_seen; key += kBlockKeys) {
+        absorb(r, count, packed, key, smaller(key + kBlockKeys, keys_seen), true,
+               [&](std::int64_t row, std::int64_t& first, std::int64_t& last) {
+                 first = 0;
+                 last = depth_of(row);
+               });
+      }
+    }
+  }
+
+  void attend_text() {
+    const KeySpan all = span_of(s_, 0, tile_.rows);
+    const PackedKeys packed = tile_.text();
+    for (std::int64_t block = all.low / kPanelKeys * kPanelKeys; block < all.high;
+         block += kBlockKeys) {
+      for (std::int64_t r = 0; r < tile_.rows; r += kTileRows) {
+        const std::int64_t count = smaller(kTileRows, tile_.rows - r);
+        const KeySpan span = span_of(s_, r, r + count);
+        const std::int64_t begin = larger(block, span.low / kPanelKeys * kPanelKeys);
+        const std::int64_t end = smaller(block + kBlockKeys, round_up(span.high));
+        if (begin >= end) continue;
+        const bool edge = span.all_first > begin || span.all_last < end;
+        absorb(r, count, packed, begin, end, edge,
+               [&](std::int64_t row, std::int64_t& first, std::int64_t& last) {
+                 first = s_.first[r + row];
+                 last = s_.last[r + row];
+               });
+      }
+    }
+  }
+
+  // Takes keys [begin, end) (multiples of 16, at most kBlockKeys) into the sums of rows
+  // [r, r + count). Where masked, range(row, first, last) says which keys row r + row sees.
+  template <class Range>
+  void absorb(std::int64_t r, std::int64_t count, const PackedKeys& keys, std::int64_t begin,
+              std::int64_t end, bool masked, Range range) {
+    const std::int64_t vecs = (end - begin) / kLanes;
+    product<false>(count, end - begin, size_, s_.q + r * padded_, padded_,
+                   panels(keys.k_panels, size_, begin), s_.scores, kBlockKeys, false);
+    for (std::int64_t row = 0; row < count; ++row) {
+      float* x = s_.scores + row * kBlockKeys;
+      if (cap_ > 0) {
+        for (std::int64_t v = 0; v < vecs; ++v) {
+          (tanh_of(Vec::load(x + v * kLanes)) * Vec::fill(cap_)).store(x + v * kLanes);
+        }
+      }
+      if (masked) {
+        std::int64_t first, last;
+        range(row, first, last);
+        for (std::int64_t v = 0; v < vecs; ++v) {
+          const std::int64_t key = begin + v * kLanes;
+          keep_lanes(Vec::load(x + v * kLanes), first - key, last - key, Vec::fill(-kInf))
+              .store(x + v * kLanes);
+        }
+      }
+      exponentials(r + row, x, vecs);
+    }
+    product<false>(count, padded_, end - begin, s_.scores, kBlockKeys,
+                   rows_of(keys.v_rows, padded_, begin), s_.out + r * padded_, padded_, true);
+  }
+
+  // Turns exponents into exponentials relative to the row's reference point, and adds them up.
+  void exponentials(std::int64_t r, float* x, std::int64_t vecs) {
+    Vec most = Vec::load(x);
+    for (std::int64_t v = 1; v < vecs; ++v) most = max(most, Vec::load(x + v * kLanes));
+    Vec sum = Vec::load(s_.sum + r * kLanes);
+    if (any_above(most, Vec::fill(s_.top[r] + kSlack))) {
+      const float top = reduce_max(most);
+      const Vec shrink = exp2_or_zero(Vec::fill(s_.top[r] - top));
+      s_.top[r] = top;
+      sum = sum * shrink;
+      float* out = s_.out + r * padded_;
+      for (std::int64_t d = 0; d < padded_; d += kLanes) {
+        (Vec::load(out + d) * shrink).store(out + d);
+      }
+    }
+    const Vec top = Vec::fill(s_.top[r]);
+    for (std::int64_t v = 0; v < vecs; ++v) {
+      const Vec e = exp2_or_zero(Vec::load(x + v * kLanes) - top);
+      sum = sum + e;
+      e.store(x + v * kLanes);
+    }
+    sum.store(s_.sum + r * kLanes);
+  }
+
+  template <class T>
+  void finish() {
+    const float* sinks = tile_.call.sinks;
+    tile_.for_each_row([&](std::int64_t row, std::int64_t h, std::int64_t s, std::int64_t m) {
+      double total = reduce_add(Vec::load(s_.sum + row * kLanes)), top = s_.top[row];
+      double factor = 1;
+      if (sinks) {
+        const double sink = sinks[h] * 1.4426950408889634;
+        if (sink > top) {
+          factor = __builtin_exp2(top - sink);
+          total *= factor;
+          top = sink;
+        }
+        total += __builtin_exp2(sink - top);
+      }
+      const bool empty = total == 0;
+      if (!empty) factor /= total;
+      tile_.call.lse[tile_.flat(h, s, m)] =
+          empty ? -kInf : static_cast<float>((top + __builtin_log2(total)) * 0.6931471805599453);
+      store_row(s_.out + row * padded_, size_, static_cast<float>(factor),
+                tile_.row_in<T>(tile_.call.out, h, s, m));
+    });
+  }
+
+  const Tile& tile_;
+  const AttentionScratch& s_;
+  const std::int64_t size_, padded_;
+  const float cap_;  // in base-2 exponents, 0: none
+};
+
+template <class T>
+void pack_text_of(const AttentionJob& job, std::int64_t pair, std::int64_t begin,
+                  std::int64_t end) {
+  const ThoughtAttention& call = *job.call;
+  const std::int64_t b = pair / call.kv_heads, h = pair % call.kv_heads;
+  const auto start = [&](const AttentionTensor& t) {
+    return static_cast<const T*>(t.data) + b * t.batch + h * t.head;
+  };
+  const T *k = start(call.k_text), *v = start(call.v_text);
+  const std::int64_t size = call.head_size, panels_at = pair * job.text * size;
+  const std::int64_t rows_at = pair * job.text * job.size;
+  pack_panels(k, call.k_text.slot, begin, end, size, job.k_panels + panels_at);
+  pack_rows(v, call.v_text.slot, begin, end, size, job.v_rows + rows_at);
+  if (job.backward) {
+    pack_panels(v, call.v_text.slot, begin, end, size, job.v_panels + panels_at);
+    pack_rows(k, call.k_text.slot, begin, end, size, job.k_rows + rows_at);
+  }
+}
+
+}  // namespace
+
+void pack_text(const AttentionJob& job, std::int64_t pair, std::int64_t begin, std::int64_t end) {
+  switch (job.call->dtype) {
+    case DType::bf16:
+      return pack_text_of<BFloat16>(job, pair, begin, end);
+    case DType::f16:
+      return pack_text_of<Float16>(job, pair, begin, end);
+    default:
+      return pack_text_of<float>(job, pair, begin, end);
+  }
+}
+
+void attend_tile(const AttentionJob& job, const AttentionScratch& scratch, std::int64_t pair,
+                 std::int64_t which) {
+  const Tile tile(job, pair, which);
+  Attend attend(tile, scratch);
+  switch (job.call->dtype) {
+    case DType::bf16:
+      return attend.run<BFloat16>();
+    case DType::f16:
+      return attend.run<Float16>();
+    default:
+      return attend.run<float>();
+  }
+}
+
+}  // namespace quietstar::QUIETSTAR_ISA

@@ -1,0 +1,143 @@
+// What the forward and backward attention kernels share: the rows of a tile, what they see, and
+// packing. For *_kernel.cpp files only.
+#pragma once
+
+#include "thought_attention_job.h"
+#include "thought_attention_simd.h"
+
+namespace quietstar::QUIETSTAR_ISA {
+
+constexpr float kLog2E = 1.442695041f, kLn2 = 0.6931471806f;
+
+static inline std::int64_t smaller(std::int64_t a, std::int64_t b) {
+  return a < b ? a : b;
+}
+static inline std::int64_t larger(std::int64_t a, std::int64_t b) {
+  return a > b ? a : b;
+}
+static inline std::int64_t round_up(std::int64_t n) {
+  return (n + kPanelKeys - 1) / kPanelKeys * kPanelKeys;
+}
+
+// q is multiplied by this when it is loaded, so that scores are what the exponential takes: base-2
+// exponents, or arguments of tanh where there is a cap.
+static inline float query_factor(const ThoughtAttention& call) {
+  return static_cast<float>(call.softcap > 0 ? call.scale / call.softcap
+                                             : call.scale * 1.4426950408889634);
+}
+
+// The keys and values of a text or of a column's slots, packed.
+struct PackedKeys {
+  const float *k_panels, *v_panels, *k_rows, *v_rows;
+};
+
+// A tile of rows (column, slot, head): where they lie, and which text keys they see.
+struct Tile {
+  const AttentionJob& job;
+  const ThoughtAttention& call;
+  std::int64_t pair, batch, head;  // head: of the keys
+  const std::int32_t* column;      // columns of the tile
+  std::int64_t columns, rows;
+
+  Tile(const AttentionJob& from, std::int64_t which_pair, std::int64_t tile)
+      : job(from), call(*from.call), pair(which_pair) {
+    batch = pair / call.kv_heads;
+    head = pair % call.kv_heads;
+    const std::int64_t begin = tile * job.columns_per_tile;
+    column = job.order + batch * call.columns + begin;
+    columns = smaller(job.columns_per_tile, call.columns - begin);
+    rows = columns * job.rows_per_column;
+  }
+
+  // Calls use(row, head, slot, column) for every row.
+  template <class Use>
+  void for_each_row(Use use) const {
+    std::int64_t row = 0;
+    for (std::int64_t c = 0; c < columns; ++c) {
+      for (std::int64_t s = 0; s < call.query_slots; ++s) {
+        for (std::int64_t g = 0; g < job.groups; ++g)
+          use(row++, head * job.groups + g, s, column[c]);
+      }
+    }
+  }
+
+  template <class T>
+  T* row_in(const AttentionTensor& t, std::int64_t h, std::int64_t s, std::int64_t m) const {
+    return static_cast<T*>(t.data) + batch * t.batch + h * t.head + s * t.slot + m * t.column;
+  }
+
+  std::int64_t flat(std::int64_t h, std::int64_t s, std::int64_t m) const {
+    return ((batch * call.q_heads + h) * call.query_slots + s) * call.columns + m;
+  }
+
+  // Key slots that a row in this query slot sees.
+  std::int64_t depth(std::int64_t slot) const {
+    return call.key_slots == 0 ? 0 : slot + 1 + call.key_slots - call.query_slots;
+  }
+
+  // first and last [rows]; a row that sees no text gets first = text_length, last = 0.
+  void find_ranges(const AttentionScratch& s) const {
+    for_each_row([&](std::int64_t row, std::int64_t, std::int64_t slot, std::int64_t m) {
+      const std::int64_t stop = call.text_stop[batch * call.columns + m];
+      std::int64_t first = larger(call.text_start[batch * call.columns + m], 0);
+      if (call.window > 0) first = larger(first, stop + depth(slot) - call.window);
+      const std::int64_t last = smaller(stop, call.text_length);
+      s.first[row] = static_cast<std::int32_t>(first < last ? first : call.text_length);
+      s.last[row] = static_cast<std::int32_t>(first < last ? last : 0);
+    });
+  }
+
+  PackedKeys text() const {
+    const std::int64_t rows_at = pair * job.text * job.size;
+    const std::int64_t panels_at = pair * job.text * call.head_size;
+    return {job.k_panels + panels_at, job.v_panels + panels_at, job.k_rows + rows_at,
+            job.v_rows + rows_at};
+  }
+};
+
+// The text keys that rows [begin, end) see between them.
+struct KeySpan {
+  std::int64_t low, high;            // some row sees low .. high - 1; low >= high: none
+  std::int64_t all_first, all_last;  // every row sees all_first .. all_last - 1
+};
+static inline KeySpan span_of(const AttentionScratch& s, std::int64_t begin, std::int64_t end) {
+  constexpr std::int64_t kFar = std::int64_t{1} << 31;
+  KeySpan span{kFar, 0, 0, kFar};
+  for (std::int64_t r = begin; r < end; ++r) {
+    span.low = smaller(span.low, s.first[r]);
+    span.high = larger(span.high, s.last[r]);
+    span.all_first = larger(span.all_first, s.first[r]);
+    span.all_last = smaller(span.all_last, s.last[r]);
+  }
+  return span;
+}
+
+// Keys [begin, end) in panels of 16: panels[key / 16][d][key % 16]. Keys to the next multiple of 16
+// become 0.
+template <class T>
+static inline void pack_panels(const T* from, std::int64_t stride, std::int64_t begin,
+                               std::int64_t end, std::int64_t size, float* panels) {
+  for (std::int64_t key = begin; key < end; key += kPanelKeys) {
+    transpose(from + key * stride, stride, smaller(kPanelKeys, end - key), size,
+              panels + key * size);
+  }
+}
+
+template <class T>
+static inline void pack_rows(const T* from, std::int64_t stride, std::int64_t begin,
+                             std::int64_t end, std::int64_t size, float* rows) {
+  const std::int64_t padded = round_up(size);
+  for (std::int64_t key = begin; key < end; ++key) {
+    load_row(from + key * stride, size, padded, 1.0f, rows + key * padded);
+  }
+  for (std::int64_t i = end * padded; i < round_up(end) * padded; ++i) rows[i] = 0;
+}
+
+static inline Operand panels(const float* data, std::int64_t size, std::int64_t key) {
+  return {data + key * size, kPanelKeys, kPanelKeys * size};
+}
+static inline Operand rows_of(const float* data, std::int64_t padded, std::int64_t key) {
+  return {data + key * padded, padded, kLanes};
+}
+
+}  // namespace quietstar::QUIETSTAR_ISA
