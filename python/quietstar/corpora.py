@@ -58,7 +58,8 @@ EXCLUDED_FILES = frozenset(
 )
 EXCLUDED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars")
 
-HELDOUT_ONE_IN = 10
+# Of ten files, by their names: one is held out, three are kept for further training, six are left.
+SPLITS = {"heldout": {0}, "further": {1, 2, 3}, "first": set(range(4, 10)), "train": set(range(1, 10))}
 
 
 @dataclass(frozen=True)
@@ -95,21 +96,27 @@ def stdlib_files(root: Path | None = None) -> list[str]:
     return sorted(names)
 
 
-def is_heldout(name: str) -> bool:
-    """Whether a file is kept for evaluation: arithmetic on its name, never Python's own hash."""
-    return zlib.crc32(name.encode("utf-8")) % HELDOUT_ONE_IN == 0
+def in_split(name: str, split: str) -> bool:
+    """Whether a file belongs to a split: arithmetic on its name, never Python's own hash.
+
+    ``heldout`` is for evaluation; ``train`` is all the rest, and consists of ``first`` and ``further``
+    (for training that is to see text that is new to the model, like the evaluation's).
+    """
+    return zlib.crc32(name.encode("utf-8")) % 10 in SPLITS[split]
 
 
 def load_stdlib(split: str, root: Path | None = None) -> Iterator[Document]:
-    """Yield the documents of ``split`` (``"train"`` or ``"heldout"``), in the order of their names.
+    """Yield the documents of ``split`` (see :func:`in_split`), in the order of their names.
 
     Files that are empty or not UTF-8 are left out.
     """
-    if split not in ("train", "heldout"):
-        raise UserError(f"the standard library corpus has no split {split!r}; expected train or heldout")
+    if split not in SPLITS:
+        raise UserError(
+            f"the standard library corpus has no split {split!r}; expected one of {', '.join(SPLITS)}"
+        )
     root = stdlib_root() if root is None else root
     for name in stdlib_files(root):
-        if is_heldout(name) == (split == "heldout"):
+        if in_split(name, split):
             try:
                 text = (root / name).read_text(encoding="utf-8")
             except UnicodeDecodeError:

@@ -68,7 +68,7 @@ class DataSection:
     """Which text, and how it is cut into rows of tokens.
 
     Args:
-        name: a data set on the hub, ``stdlib`` (splits ``train`` and ``heldout``), or ``lookup`` (a
+        name: a data set on the hub, ``stdlib`` (splits ``train``, ``heldout``), or ``lookup`` (a
             small language of serial look-ups, :mod:`quietstar.lookup`; needs ``max_train_blocks``).
         lookup: of that language: ``language`` (its seed), ``seed`` (of the text), and the shares of
             :class:`quietstar.lookup.TextMix`.
