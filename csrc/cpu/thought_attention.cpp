@@ -65,6 +65,7 @@ AttentionJob plan(const ThoughtAttention& call, bool backward) {
       std::clamp<std::int64_t>(rows / std::max<std::int64_t>(job.rows_per_column, 1), 1,
                                std::clamp<std::int64_t>(call.columns, 1, kMostColumns));
   job.tiles = (call.columns + job.columns_per_tile - 1) / job.columns_per_tile;
+  job.pack_ahead = backward || job.tiles > 1;
   job.size = round_up(call.head_size);
   job.text = round_up(call.text_length);
   job.slots = round_up(call.key_slots);
@@ -99,8 +100,10 @@ std::int64_t lay_out_shared(AttentionJob& job, bool backward, void* begin) {
   const std::int64_t keys = call.batch * call.kv_heads * job.text;
   Layout layout(begin);
   layout.place(job.order, call.batch * call.columns);
-  layout.place(job.k_panels, keys * call.head_size);
-  layout.place(job.v_rows, keys * job.size);
+  if (job.pack_ahead) {
+    layout.place(job.k_panels, keys * call.head_size);
+    layout.place(job.v_rows, keys * job.size);
+  }
   if (backward) {
     layout.place(job.v_panels, keys * call.head_size);
     layout.place(job.k_rows, keys * job.size);
@@ -133,6 +136,10 @@ std::int64_t lay_out_scratch(const AttentionJob& job, AttentionScratch& s, bool 
   } else {
     layout.place(s.sum, rows * 16);
     layout.place(s.slot_v_rows, job.slots * job.size);
+    if (!job.pack_ahead) {
+      layout.place(s.block_k_panels, kBlockKeys * size);
+      layout.place(s.block_v_rows, kBlockKeys * job.size);
+    }
   }
   return layout.size();
 }
@@ -156,7 +163,8 @@ void sort_columns(const AttentionJob& job) {
   }
 }
 
-// Calls work(index, scratch) for every index below count, on several threads.
+// Calls work(index, next, scratch) for every index below count, on several threads; next is the one
+// that this thread will be given after it, count or more if there is none.
 template <class Work>
 void in_parallel(const AttentionJob& job, char* scratch_memory, std::int64_t count, Work work) {
   const bool backward = job.backward != nullptr;
@@ -174,7 +182,11 @@ void in_parallel(const AttentionJob& job, char* scratch_memory, std::int64_t cou
 #endif
     AttentionScratch scratch{};
     lay_out_scratch(job, scratch, backward, scratch_memory + thread * bytes);
-    for (std::int64_t i; (i = next.fetch_add(1)) < count;) work(i, scratch);
+    for (std::int64_t i = next.fetch_add(1); i < count;) {
+      const std::int64_t after = next.fetch_add(1);
+      work(i, after, scratch);
+      i = after;
+    }
   }
 }
 
@@ -183,7 +195,7 @@ template <class Work>
 void over_text(const AttentionJob& job, char* scratch_memory, Work work) {
   const std::int64_t portions = (job.call->text_length + kPackKeys - 1) / kPackKeys;
   in_parallel(job, scratch_memory, portions * job.call->batch * job.call->kv_heads,
-              [&](std::int64_t i, const AttentionScratch&) {
+              [&](std::int64_t i, std::int64_t, const AttentionScratch&) {
                 const std::int64_t begin = i % portions * kPackKeys;
                 work(i / portions, begin, std::min(begin + kPackKeys, job.call->text_length));
               });
@@ -194,6 +206,7 @@ char* prepare(AttentionJob& job) {
   char* memory = static_cast<char*>(job.call->workspace);
   memory += lay_out_shared(job, job.backward != nullptr, memory);
   sort_columns(job);
+  if (!job.pack_ahead) return memory;
   over_text(job, memory, [&](std::int64_t pair, std::int64_t begin, std::int64_t end) {
     QUIETSTAR_SIMD_CALL(pack_text, job, pair, begin, end);
   });
@@ -217,9 +230,14 @@ void thought_attention(const ThoughtAttention& call) {
   char* memory = prepare(job);
   const std::int64_t pairs = call.batch * call.kv_heads;
   // The longest stretches of text first, so that the threads end together.
-  in_parallel(job, memory, pairs * job.tiles, [&](std::int64_t i, const AttentionScratch& scratch) {
-    QUIETSTAR_SIMD_CALL(attend_tile, job, scratch, i % pairs, job.tiles - 1 - i / pairs);
-  });
+  const auto tile_of = [&](std::int64_t i) { return job.tiles - 1 - i / pairs; };
+  in_parallel(job, memory, pairs * job.tiles,
+              [&](std::int64_t i, std::int64_t next, const AttentionScratch& scratch) {
+                if (next < pairs * job.tiles) {
+                  QUIETSTAR_SIMD_CALL(prefetch_tile, job, next % pairs, tile_of(next));
+                }
+                QUIETSTAR_SIMD_CALL(attend_tile, job, scratch, i % pairs, tile_of(i));
+              });
 }
 
 void thought_attention_backward(const ThoughtAttentionBackward& call) {
@@ -228,9 +246,10 @@ void thought_attention_backward(const ThoughtAttentionBackward& call) {
   job.backward = &call;
   char* memory = prepare(job);
   const std::int64_t pairs = call.forward.batch * call.forward.kv_heads;
-  in_parallel(job, memory, pairs * job.parts, [&](std::int64_t i, const AttentionScratch& scratch) {
-    QUIETSTAR_SIMD_CALL(attend_backward_part, job, scratch, i % pairs, i / pairs);
-  });
+  in_parallel(job, memory, pairs * job.parts,
+              [&](std::int64_t i, std::int64_t, const AttentionScratch& scratch) {
+                QUIETSTAR_SIMD_CALL(attend_backward_part, job, scratch, i % pairs, i / pairs);
+              });
   over_text(job, memory, [&](std::int64_t pair, std::int64_t begin, std::int64_t end) {
     QUIETSTAR_SIMD_CALL(reduce_text_gradients, job, pair, begin, end);
   });

@@ -69,7 +69,7 @@ class AttendBackward {
     pack_panels(k, call.k_thought.slot, 0, keys, size_, s_.slot_k_panels);
     pack_panels(v, call.v_thought.slot, 0, keys, size_, s_.slot_v_panels);
     pack_rows(k, call.k_thought.slot, 0, keys, size_, s_.slot_k_rows);
-    const PackedKeys packed{s_.slot_k_panels, s_.slot_v_panels, s_.slot_k_rows, nullptr};
+    const PackedKeys packed{0, s_.slot_k_panels, s_.slot_v_panels, s_.slot_k_rows, nullptr, 0};
     const std::int64_t begin = c * tile_.job.rows_per_column, rows = tile_.job.rows_per_column;
     for (std::int64_t key = 0; key < keys; key += kBlockKeys) {
       const std::int64_t end = smaller(key + kBlockKeys, round_up(keys));
@@ -212,6 +212,7 @@ void attend_backward_part(const AttentionJob& job, const AttentionScratch& scrat
   }
   for (std::int64_t t = part; t < job.tiles; t += job.parts) {
     const Tile tile(job, pair, t);
+    if (t + job.parts < job.tiles) prefetch_tile(job, pair, t + job.parts);
     AttendBackward attend(tile, scratch, dk, dv);
     switch (job.call->dtype) {
       case DType::bf16:

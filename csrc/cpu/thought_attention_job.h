@@ -20,11 +20,12 @@ struct AttentionJob {
   std::int64_t groups;                       // query heads per key head
   std::int64_t rows_per_column;              // query_slots * groups
   std::int64_t columns_per_tile;
-  std::int64_t tiles;   // per batch row and key head
-  std::int64_t parts;   // sets of tiles that sum text gradients apart, see the backward kernel
-  std::int64_t size;    // head_size +
-  std::int64_t text;    // text_length +
-  std::int64_t slots;   // key_slots +
+  std::int64_t tiles;  // per batch row and key head
+  std::int64_t parts;  // sets of tiles that sum text gradients apart, see the backward kernel
+  bool pack_ahead;     // texts are packed before the tiles start; else each tile packs what it sees
+  std::int64_t size;   // head_size +
+  std::int64_t text;   // text_length +
+  std::int64_t slots;  // key_slots +
   std::int32_t* order;  // [B, M] columns by anchor
   float* k_panels;      // [B * Hkv][text / 16][D][16] keys, so that 16 keys share a vector
   float* v_panels;      // the same of the values, for the backward pass
@@ -50,7 +51,9 @@ struct AttentionScratch {
   float* slot_v_panels;
   float* slot_k_rows;  // [slots][size]
   float* slot_v_rows;
-  float* slot_dk;  // [kBlockKeys][size]
+  float* block_k_panels;  // [kBlockKeys / 16][D][16] of the text, where nothing is packed ahead
+  float* block_v_rows;    // [kBlockKeys][size]
+  float* slot_dk;         // [kBlockKeys][size]
   float* slot_dv;
 };
 
@@ -58,6 +61,8 @@ struct AttentionScratch {
   /* Packs text keys [begin, end) of a pair (batch row, key head); begin is a multiple of 16. */ \
   void pack_text(const AttentionJob& job, std::int64_t pair, std::int64_t begin,                 \
                  std::int64_t end);                                                              \
+  /* Asks for the memory that a tile will read. */                                               \
+  void prefetch_tile(const AttentionJob& job, std::int64_t pair, std::int64_t tile);             \
   /* out and lse of one tile. */                                                                 \
   void attend_tile(const AttentionJob& job, const AttentionScratch& scratch, std::int64_t pair,  \
                    std::int64_t tile);                                                           \

@@ -26,7 +26,7 @@ class Attend {
     if (tile_.call.key_slots > 0) {
       for (std::int64_t c = 0; c < tile_.columns; ++c) attend_slots<T>(c);
     }
-    attend_text();
+    attend_text<T>();
     finish<T>();
   }
 
@@ -55,7 +55,7 @@ class Attend {
     pack_rows(values, call.v_thought.slot, 0, call.key_slots, size_, s_.slot_v_rows);
     const std::int64_t begin = c * tile_.job.rows_per_column;
     const std::int64_t end = begin + tile_.job.rows_per_column;
-    const PackedKeys packed{s_.slot_k_panels, nullptr, nullptr, s_.slot_v_rows};
+    const PackedKeys packed{0, s_.slot_k_panels, nullptr, nullptr, s_.slot_v_rows, padded_};
     for (std::int64_t r = begin; r < end; r += kTileRows) {
       const std::int64_t count = smaller(kTileRows, end - r);
       const auto depth_of = [&](std::int64_t row) {
@@ -72,11 +72,13 @@ class Attend {
     }
   }
 
+  template <class T>
   void attend_text() {
     const KeySpan all = span_of(s_, 0, tile_.rows);
-    const PackedKeys packed = tile_.text();
+    PackedKeys packed = tile_.text();
     for (std::int64_t block = all.low / kPanelKeys * kPanelKeys; block < all.high;
          block += kBlockKeys) {
+      if (!tile_.job.pack_ahead) packed = pack_block<T>(block);
       for (std::int64_t r = 0; r < tile_.rows; r += kTileRows) {
         const std::int64_t count = smaller(kTileRows, tile_.rows - r);
         const KeySpan span = span_of(s_, r, r + count);
@@ -93,6 +95,28 @@ class Attend {
     }
   }
 
+  // Text keys [block, block + kBlockKeys), for a tile that is the only one to see them.
+  template <class T>
+  PackedKeys pack_block(std::int64_t block) {
+    const ThoughtAttention& call = tile_.call;
+    const T* k = tile_.row_in<const T>(call.k_text, tile_.head, block, 0);
+    const T* v = tile_.row_in<const T>(call.v_text, tile_.head, block, 0);
+    const std::int64_t count = smaller(kBlockKeys, call.text_length - block);
+    pack_panels(k, call.k_text.slot, 0, count, size_, s_.block_k_panels);
+    // Values are read as they lie where they are whole vectors of floats, and there is no end of
+    // the text in the last vector of keys.
+    if (const float* rows = as_floats(v); rows && size_ == padded_ && count % kPanelKeys == 0) {
+      return {block, s_.block_k_panels, nullptr, nullptr, rows, call.v_text.slot};
+    }
+    pack_rows(v, call.v_text.slot, 0, count, size_, s_.block_v_rows);
+    return {block, s_.block_k_panels, nullptr, nullptr, s_.block_v_rows, padded_};
+  }
+  static const float* as_floats(const float* p) { return p; }
+  template <class T>
+  static const float* as_floats(const T*) {
+    return nullptr;
+  }
+
   // Takes keys [begin, end) (multiples of 16, at most kBlockKeys) into the sums of rows
   // [r, r + count). Where masked, range(row, first, last) says which keys row r + row sees.
   template <class Range>
@@ -100,7 +124,7 @@ class Attend {
               std::int64_t end, bool masked, Range range) {
     const std::int64_t vecs = (end - begin) / kLanes;
     product<false>(count, end - begin, size_, s_.q + r * padded_, padded_,
-                   panels(keys.k_panels, size_, begin), s_.scores, kBlockKeys, false);
+                   panels(keys.k_panels, size_, begin - keys.origin), s_.scores, kBlockKeys, false);
     for (std::int64_t row = 0; row < count; ++row) {
       float* x = s_.scores + row * kBlockKeys;
       if (cap_ > 0) {
@@ -120,7 +144,8 @@ class Attend {
       exponentials(r + row, x, vecs);
     }
     product<false>(count, padded_, end - begin, s_.scores, kBlockKeys,
-                   rows_of(keys.v_rows, padded_, begin), s_.out + r * padded_, padded_, true);
+                   rows_of(keys.v_rows, keys.v_stride, begin - keys.origin), s_.out + r * padded_,
+                   padded_, true);
   }
 
   // Turns exponents into exponentials relative to the row's reference point, and adds them up.
@@ -221,6 +246,11 @@ void attend_tile(const AttentionJob& job, const AttentionScratch& scratch, std::
     default:
       return attend.run<float>();
   }
+}
+
+void prefetch_tile(const AttentionJob& job, std::int64_t pair, std::int64_t which) {
+  const Tile tile(job, pair, which);
+  job.call->dtype == DType::f32 ? tile.prefetch<float>() : tile.prefetch<BFloat16>();
 }
 
 }  // namespace quietstar::QUIETSTAR_ISA

@@ -291,13 +291,14 @@ static inline void transpose(const T* from, std::int64_t stride, std::int64_t ro
 
 // ---- small products: c[i][j] (+)= sum over k of a(i, k) b[k][j], in float
 
-// Register tiles, rows x vectors of 16: what fills the registers and leaves room for operands.
+// Register tiles, rows x vectors of 16: what fills the registers and leaves room for operands. With
+// few rows (generation) the tile is wider, as each sum in it waits for its last addition.
 #if QUIETSTAR_ISA_LEVEL == 2
-constexpr int kTileRows = 12, kTileRowsTransposed = 8, kTileVecs = 2;
+constexpr int kTileRows = 12, kTileRowsTransposed = 8, kTileVecs = 2, kFewRows = 4, kFewVecs = 4;
 #elif QUIETSTAR_ISA_LEVEL == 1
-constexpr int kTileRows = 6, kTileRowsTransposed = 4, kTileVecs = 1;
+constexpr int kTileRows = 6, kTileRowsTransposed = 4, kTileVecs = 1, kFewRows = 2, kFewVecs = 2;
 #else
-constexpr int kTileRows = 2, kTileRowsTransposed = 2, kTileVecs = 1;
+constexpr int kTileRows = 2, kTileRowsTransposed = 2, kTileVecs = 1, kFewRows = 1, kFewVecs = 1;
 #endif
 
 // b[k][j] is b[k * step + (j / 16) * vec + j % 16]: panels have vec = panel size and step 16, plain
@@ -372,6 +373,12 @@ static inline void product(std::int64_t rows, std::int64_t columns, std::int64_t
                            std::int64_t c_stride, bool add) {
   constexpr int kRows = kTransposed ? kTileRowsTransposed : kTileRows;
   std::int64_t j = 0;
+  if (!kTransposed && rows <= kFewRows) {
+    for (; j + kFewVecs * kLanes <= columns; j += kFewVecs * kLanes) {
+      product_rows<kFewVecs, false, kFewRows>(rows, depth, a, a_stride, b, c + j, c_stride, add);
+      b.data += kFewVecs * b.vec;
+    }
+  }
   for (; j + kTileVecs * kLanes <= columns; j += kTileVecs * kLanes) {
     product_rows<kTileVecs, kTransposed, kRows>(rows, depth, a, a_stride, b, c + j, c_stride, add);
     b.data += kTileVecs * b.vec;
