@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "quietstar/linear_cross_entropy.h"
 #include "quietstar/philox.h"
 #include "quietstar/sample_tokens.h"
 #include "quietstar/simd.h"
@@ -166,6 +167,34 @@ void thought_attention_backward(int dtype, const std::array<std::int64_t, 8>& si
   quietstar::thought_attention_backward(call);
 }
 
+template <void run(const quietstar::SoftmaxCrossEntropy&)>
+void softmax_cross_entropy(Address logits, int dtype, std::int64_t rows, std::int64_t words,
+                           std::int64_t word_stride, std::int64_t first_word, Address targets,
+                           Address banned, std::int64_t banned_count, double temperature,
+                           double softcap, double logit_scale, Address largest, Address total,
+                           Address nll, Address row_weights, Address workspace, int threads) {
+  quietstar::SoftmaxCrossEntropy call{};
+  call.logits = pointer<void>(logits);
+  call.dtype = static_cast<quietstar::DType>(dtype);
+  call.rows = rows;
+  call.words = words;
+  call.word_stride = word_stride;
+  call.first_word = first_word;
+  call.targets = pointer<const std::int64_t>(targets);
+  call.banned = pointer<const std::int64_t>(banned);
+  call.banned_count = banned_count;
+  call.temperature = temperature;
+  call.softcap = softcap;
+  call.logit_scale = logit_scale;
+  call.largest = pointer<float>(largest);
+  call.total = pointer<float>(total);
+  call.nll = pointer<float>(nll);
+  call.row_weights = pointer<const float>(row_weights);
+  call.workspace = pointer<void>(workspace);
+  call.threads = threads;
+  run(call);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -177,6 +206,11 @@ PYBIND11_MODULE(_native, m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("sample_tokens_workspace", &quietstar::sample_tokens_workspace);
   m.def("sample_tokens", &sample_tokens, release);
+  m.def("softmax_cross_entropy_workspace", &quietstar::softmax_cross_entropy_workspace);
+  m.def("softmax_cross_entropy_loss",
+        &softmax_cross_entropy<&quietstar::softmax_cross_entropy_loss>, release);
+  m.def("softmax_cross_entropy_gradient",
+        &softmax_cross_entropy<&quietstar::softmax_cross_entropy_gradient>, release);
 
   m.def("thought_attention_workspace", &thought_attention_workspace);
   m.def("thought_attention", &thought_attention, release);

@@ -10,14 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from quietstar_ext import linear_cross_entropy_chunks as chunks
 from quietstar_ext.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
+from quietstar_ext.linear_cross_entropy_softmax import SoftmaxCrossEntropy
 
 # The package exports functions of this module's name, so the module is found by its path.
 module = importlib.import_module("quietstar_ext.linear_cross_entropy")
 
 # "chunks" is the fused path with its in-place step in PyTorch, at three sizes of the workspace (in
 # rows of fp64 logits over 13 words). The kernel joins as "fused", with fp32 inputs.
-IMPLS = ["reference", "chunks", "chunks of 3 rows", "chunks of 1 row"]
-WORKSPACE = {"chunks of 3 rows": 3 * 13 * 8, "chunks of 1 row": 0}
+IMPLS = ["reference", "chunks", "chunks of 3 rows", "chunks of 1 row", "fused"]
+WORKSPACE = {"chunks of 3 rows": 3 * 13 * 8 * 5, "chunks of 1 row": 0}
 DTYPE = dict.fromkeys(IMPLS, torch.float64) | {"fused": torch.float32}
 TOLERANCE = dict.fromkeys(IMPLS, 1e-12) | {"fused": 2e-5}
 
@@ -296,7 +297,7 @@ def test_small_row_weights_survive_float16(impl):
 
 
 class Products(TorchDispatchMode):
-    """Notes the rows of every matrix product and the largest tensor that is made."""
+    """Notes the shape of every matrix product and the largest tensor that is made."""
 
     def __init__(self):
         super().__init__()
@@ -304,8 +305,9 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default):
-            self.rows.append(args[-2].shape[0])
+        aten = torch.ops.aten
+        if func in (aten.mm.default, aten.mm.out, aten.addmm_.default):
+            self.rows.append((args[-2].shape[0], args[-1].shape[1]))
         if isinstance(out, torch.Tensor):
             self.largest = max(self.largest, out.numel() * out.element_size())
         return out
@@ -317,26 +319,30 @@ def test_chunks_skip_rows_and_keep_to_the_workspace(dtype, softcap, monkeypatch)
     workspace = 100_000
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", workspace)
     hidden, weight, targets = make(200, 4, 500, dtype)
-    live = (torch.rand(200) < 0.5) & (targets != -100)
+    live = torch.zeros(200, dtype=torch.bool)
+    live[2 + torch.randperm(198)[:96]] = True
+    softmax = SoftmaxCrossEntropy(hidden, None, 1.0, softcap, 1.0)
     with Products() as products, torch.no_grad():
-        chunks._run(hidden, weight, targets, torch.ones(200), live, None, 1.0, softcap, 1.0, True, True)
+        chunks._run(hidden, weight, targets, torch.ones(200), live, softmax, True, True)
     assert products.largest <= workspace
-    # Three products a chunk: the logits, the gradient of hidden, and [V, chunk] x [chunk, d].
-    assert sum(products.rows[0::3]) == sum(products.rows[1::3]) == int(live.sum())
-    assert set(products.rows[2::3]) == {500}
-    assert len(products.rows) > 3
+    # Three products a chunk: the logits [V, rows], the gradient of hidden [rows, d], and of weight.
+    rows = [shape[1] for shape in products.rows if shape[0] == 500 and shape[1] != 4]
+    assert sum(rows) == sum(shape[0] for shape in products.rows if shape[0] != 500) == int(live.sum())
+    assert len(products.rows) == 3 * len(rows) > 3
 
 
 @pytest.mark.parametrize("banned", [None, torch.tensor([1, 4])], ids=["all", "banned"])
 def test_opcheck(banned):
     hidden, weight, targets = (t.detach() for t in make(dtype=torch.float32))
     grad = torch.rand(len(targets))
+    units = torch.rand_like(hidden), torch.rand_like(weight)
     options = (banned, 0.7, -100, 3.0, 1.5)
     ops = torch.ops.quietstar
     torch.library.opcheck(ops.linear_cross_entropy_forward, (hidden, weight, targets, *options))
     for wanted in [(True, True), (False, True)]:
+        units = tuple(u if want else u.new_empty(0) for u, want in zip(units, wanted, strict=True))
         torch.library.opcheck(
-            ops.linear_cross_entropy_backward, (grad, hidden, weight, targets, *options, *wanted)
+            ops.linear_cross_entropy_backward, (grad, hidden, weight, targets, *units, *options, *wanted)
         )
     torch.library.opcheck(
         ops.linear_cross_entropy_forward_and_backward,
@@ -376,10 +382,9 @@ def test_compiles_as_one_graph(impl, function):
     )
 
 
-@pytest.mark.skipif("fused" in IMPLS, reason="there is a kernel")
 def test_asking_for_a_kernel_that_is_not_there():
     hidden, weight, targets = make()
-    with pytest.raises(RuntimeError, match="linear_cross_entropy: impl='fused' cannot be used"):
+    with pytest.raises(RuntimeError, match="linear_cross_entropy: impl='fused' cannot.*not float64"):
         linear_cross_entropy(hidden, weight, targets, impl="fused")
     with pytest.raises(RuntimeError, match="linear_cross_entropy_sum: impl='fused' cannot"):
         linear_cross_entropy_sum(hidden, weight, targets, targets.double(), impl="fused")

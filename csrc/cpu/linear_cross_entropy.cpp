@@ -1,0 +1,161 @@
+// Checks, blocks of words and threads of softmax_cross_entropy; the inner loops are in
+// linear_cross_entropy_kernel.cpp.
+//
+// The words are cut into blocks that depend on their number alone, and the blocks' sums are added
+// in their order, so that the results are the same for any number of threads.
+#include "quietstar/linear_cross_entropy.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "linear_cross_entropy_tile.h"
+
+namespace quietstar {
+namespace {
+
+constexpr std::int64_t kLanes = 16;
+constexpr std::int64_t kMostBlocks = 64;      // they bound the workspace
+constexpr std::int64_t kFewestWords = 64;     // in a block: below, a block's start costs too much
+constexpr std::int64_t kPerThread = 1 << 14;  // elements that are worth a thread
+
+std::int64_t round_up(std::int64_t n, std::int64_t unit) {
+  return (n + unit - 1) / unit * unit;
+}
+
+std::int64_t words_per_block(std::int64_t words) {
+  return round_up(std::max((words + kMostBlocks - 1) / kMostBlocks, kFewestWords), 8);
+}
+
+void require(bool fine, const std::string& message) {
+  if (!fine) throw std::invalid_argument(message);
+}
+
+void check(const SoftmaxCrossEntropy& call) {
+  require(call.words >= 1, "logits has no words; expected at least one");
+  require(call.word_stride >= call.rows, "word_stride is " + std::to_string(call.word_stride) +
+                                             "; expected at least " + std::to_string(call.rows));
+  require(call.temperature > 0, "temperature is " + std::to_string(call.temperature) +
+                                    "; expected a number greater than 0");
+  require(call.softcap >= 0,
+          "softcap is " + std::to_string(call.softcap) + "; expected 0 (none) or more");
+}
+
+class Run {
+ public:
+  explicit Run(const SoftmaxCrossEntropy& call)
+      : call_(call),
+        padded_(round_up(call.rows, kLanes)),
+        per_block_(words_per_block(call.words)),
+        blocks_((call.words + per_block_ - 1) / per_block_),
+        threads_(static_cast<int>(
+            std::max<std::int64_t>(1, std::min({static_cast<std::int64_t>(call.threads), blocks_,
+                                                call.rows * call.words / kPerThread})))),
+        memory_(static_cast<float*>(call.workspace)) {
+    check(call);
+    for (std::int64_t i = 0; i < call.banned_count; ++i) {
+      const std::int64_t word = call.banned[i] - call.first_word;
+      if (word >= 0 && word < call.words) banned_.push_back(word);
+    }
+    std::sort(banned_.begin(), banned_.end());
+    banned_.erase(std::unique(banned_.begin(), banned_.end()), banned_.end());
+  }
+
+  void loss() const {
+    float* const largest = memory_;
+    float* const sums = memory_ + blocks_ * padded_;
+#pragma omp parallel for num_threads(threads_) if (threads_ > 1) schedule(dynamic)
+    for (std::int64_t b = 0; b < blocks_; ++b) {
+      QUIETSTAR_SIMD_CALL(softmax_block_sums, call_, block(b), largest + b * padded_,
+                          sums + b * padded_);
+    }
+    for (std::int64_t r = 0; r < call_.rows; ++r) {
+      float most = largest[r];
+      for (std::int64_t b = 1; b < blocks_; ++b) most = std::max(most, largest[b * padded_ + r]);
+      double total = 0;
+      for (std::int64_t b = 0; b < blocks_; ++b) {
+        const double below = static_cast<double>(largest[b * padded_ + r]) - most;
+        total += static_cast<double>(sums[b * padded_ + r]) * std::exp(below);
+      }
+      call_.largest[r] = most;
+      call_.total[r] = static_cast<float>(total);
+    }
+    // The blocks' results are used up: the same memory takes the targets'.
+    float* const y = memory_;
+    QUIETSTAR_SIMD_CALL(softmax_targets, call_, y, memory_ + padded_);
+    for (std::int64_t r = 0; r < call_.rows; ++r) {
+      const double below = static_cast<double>(call_.largest[r]) - y[r];
+      call_.nll[r] = has_target(r)
+                         ? static_cast<float>(std::log(static_cast<double>(call_.total[r])) + below)
+                         : INFINITY;
+    }
+  }
+
+  void gradient() const {
+    float* const largest = memory_;
+    float* const factor = memory_ + padded_;
+    float* const y = memory_ + 2 * padded_;
+    float* const slope = memory_ + 3 * padded_;
+    QUIETSTAR_SIMD_CALL(softmax_targets, call_, y, slope);
+    std::vector<char> use(call_.rows);
+    for (std::int64_t r = 0; r < padded_; ++r) {
+      const bool inside = r < call_.rows;
+      largest[r] = inside ? call_.largest[r] : 0;
+      factor[r] = inside ? call_.row_weights[r] / call_.total[r] : 0;
+    }
+    for (std::int64_t r = 0; r < call_.rows; ++r) {
+      use[r] = has_target(r);
+      if (!use[r]) continue;
+      const double total = call_.total[r];
+      const double above = std::exp(static_cast<double>(y[r]) - largest[r]) - total;
+      y[r] = static_cast<float>(call_.row_weights[r] * slope[r] * (above / total));
+    }
+#pragma omp parallel for num_threads(threads_) if (threads_ > 1) schedule(dynamic)
+    for (std::int64_t b = 0; b < blocks_; ++b) {
+      QUIETSTAR_SIMD_CALL(softmax_block_gradient, call_, block(b), largest, factor);
+    }
+    QUIETSTAR_SIMD_CALL(softmax_put_targets, call_, y, use.data());
+  }
+
+ private:
+  WordBlock block(std::int64_t b) const {
+    const std::int64_t begin = b * per_block_, end = std::min(begin + per_block_, call_.words);
+    const auto first = std::lower_bound(banned_.begin(), banned_.end(), begin);
+    const auto last = std::lower_bound(first, banned_.end(), end);
+    return {begin, end, banned_.data() + (first - banned_.begin()), last - first};
+  }
+
+  // Whether row r has its target's element in the tile, and it is not banned.
+  bool has_target(std::int64_t r) const {
+    const std::int64_t word = call_.targets[r] - call_.first_word;
+    return word >= 0 && word < call_.words &&
+           !std::binary_search(banned_.begin(), banned_.end(), word);
+  }
+
+  const SoftmaxCrossEntropy& call_;
+  std::int64_t padded_, per_block_, blocks_;
+  int threads_;
+  float* memory_;
+  std::vector<std::int64_t> banned_;
+};
+
+}  // namespace
+
+std::int64_t softmax_cross_entropy_workspace(std::int64_t rows, std::int64_t words) {
+  const std::int64_t per_block = words_per_block(words);
+  const std::int64_t blocks = (words + per_block - 1) / per_block;
+  return std::max<std::int64_t>(2 * blocks, 4) * round_up(rows, kLanes) *
+         static_cast<std::int64_t>(sizeof(float));
+}
+
+void softmax_cross_entropy_loss(const SoftmaxCrossEntropy& call) {
+  if (call.rows > 0) Run(call).loss();
+}
+
+void softmax_cross_entropy_gradient(const SoftmaxCrossEntropy& call) {
+  if (call.rows > 0) Run(call).gradient();
+}
+
+}  // namespace quietstar

@@ -1,0 +1,49 @@
+// Softmax cross entropy of a tile of logits, in place: the step between the matrix products of
+// linear_cross_entropy.
+//   y[v, r]   = cap(logit_scale x[v, r]) / temperature,   cap(a) = softcap tanh(a / softcap)
+//   nll[r]    = log sum over v not banned of exp(y[v, r])  -  y[target[r], r]
+//   x[v, r]  <- row_weight[r] d nll[r] / d x[v, r]
+// Logits are word-major: the logits of one word for all rows lie side by side. A vector then holds
+// sixteen rows, no sum runs across its lanes, a banned word is left out as a whole, and the matrix
+// products of this layout are the faster ones (see quietstar_ext/linear_cross_entropy_chunks.py).
+#pragma once
+
+#include <cstdint>
+
+#include "quietstar/types.h"
+
+namespace quietstar {
+
+struct SoftmaxCrossEntropy {
+  void* logits;                 // [words, rows] of dtype; the products x, then the gradient
+  DType dtype;                  // f32, bf16 or f16
+  std::int64_t rows;            // >= 0
+  std::int64_t words;           // >= 1
+  std::int64_t word_stride;     // elements from one word to the next, >= rows
+  std::int64_t first_word;      // id of word 0, where the tile is a part of the vocabulary
+  const std::int64_t* targets;  // [rows] ids; one outside the tile has no element in it
+  const std::int64_t* banned;   // [banned_count] ids, any order, repeats and others allowed
+  std::int64_t banned_count;
+  double temperature;  // > 0
+  double softcap;      // 0: none
+  double logit_scale;
+  float* largest;  // [rows] max of y over the words; written by the loss, read by the gradient
+  float* total;    // [rows] sum of exp(y - largest); likewise
+  float* nll;      // out [rows]; inf where the target is banned
+  const float* row_weights;  // [rows]
+  void* workspace;           // softmax_cross_entropy_workspace(...) bytes, aligned to 64
+  int threads;               // >= 1; changes nothing in the results
+};
+
+// Bytes of workspace that either function needs.
+std::int64_t softmax_cross_entropy_workspace(std::int64_t rows, std::int64_t words);
+
+// largest, total and nll of a tile that holds the whole vocabulary. The logits stay as they are.
+// Throws std::invalid_argument for an argument out of range.
+void softmax_cross_entropy_loss(const SoftmaxCrossEntropy& call);
+
+// The gradient, in place of the logits, from largest and total. The tile may be any part of the
+// vocabulary; nll is not used.
+void softmax_cross_entropy_gradient(const SoftmaxCrossEntropy& call);
+
+}  // namespace quietstar
