@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Literal, overload
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from quietstar_ext import checks
 from quietstar_ext.dispatch import choose_impl
@@ -249,6 +250,7 @@ class _ThoughtAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
