@@ -153,14 +153,17 @@ def _slot_step(
     keys.k_thought[:, :, layout.slot] = key
     keys.v_thought[:, :, layout.slot] = value
     seen = layout.slot + 1
+    start, stop = layout.text_start, layout.text_stop
+    if keys.offset:
+        start, stop = (start - keys.offset).clamp(min=0), (stop - keys.offset).clamp(min=0)
     out = thought_attention(
         query[:, :, None],
         keys.k_text,
         keys.v_text,
         keys.k_thought[:, :, :seen],
         keys.v_thought[:, :, :seen],
-        layout.text_start,
-        layout.text_stop,
+        start,
+        stop,
         **options,
     )
     return out[:, :, 0].transpose(1, 2)

@@ -13,11 +13,13 @@ class LayerKeys:
     """What one layer keeps during a rollout: the text's keys and values, and the slots' so far.
 
     ``k_text``/``v_text`` [B, Hkv, N, D]; ``k_thought``/``v_thought`` [B, Hkv, S, M, D], filled slot by
-    slot so that no step copies what earlier steps wrote.
+    slot so that no step copies what earlier steps wrote. ``offset`` is how many tokens at the front
+    are missing from the text's keys: a sliding-window cache holds only the tail.
     """
 
     k_text: Tensor
     v_text: Tensor
+    offset: int = 0
     k_thought: Tensor | None = None
     v_thought: Tensor | None = None
 

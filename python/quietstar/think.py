@@ -234,30 +234,59 @@ def rollout(
     """
     row_start, row_stop, _ = ranges
     slots = config.num_slots if num_slots is None else num_slots
-    embed = decoder.get_input_embeddings()
     head = output_head(decoder)
     check_length(decoder.config, input_ids.shape[1] + slots)
     text_hidden, keys = text_pass(decoder, input_ids, ranges)
     if anchors is None:
         anchors = choose_anchors(config, input_ids, row_start < row_stop, text_hidden, head)
     anchors = anchors.repeat_interleave(rationales, dim=1)
-    batch, columns = anchors.shape
-
     steps = ThoughtLayout(row_start, row_stop, anchors, slots, phase="slot")
     steps.keys = keys
     sampled = config.thought_kind == "sampled"
-    ids = logprobs = None
-    if sampled:
-        shape = (batch, columns, config.thought_length)
-        ids = torch.empty(shape, dtype=torch.int64, device=input_ids.device)
-        logprobs = torch.empty(shape, dtype=torch.float32, device=input_ids.device)
-    banned = banned_ids(config, input_ids.device)
-    kept: list[Tensor] = []
     last = slots if to_the_end else (config.thought_length if sampled else 0)
+    ids, logprobs, kept = slot_steps(
+        decoder, config, meta, input_ids, steps, temperature=temperature, seed=seed, last=last
+    )
+    slot_hidden = torch.stack(kept, dim=1) if to_the_end else None
+    return Thoughts(anchors, ids, logprobs, text_hidden, slot_hidden)
+
+
+@torch.no_grad()
+def slot_steps(
+    decoder: PreTrainedModel,
+    config: QuietStarConfig,
+    meta: tuple[Tensor, Tensor],
+    input_ids: Tensor,
+    steps: ThoughtLayout,
+    *,
+    temperature: float,
+    seed: int,
+    last: int,
+) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+    """Run the first ``last`` slots of every column, sampling what they hold.
+
+    Args:
+        input_ids: [B, N], for the talk slots.
+        steps: a layout in phase ``"slot"`` that has the text's keys.
+
+    Returns:
+        tokens and log-probabilities [B, M, T] (None for pause tokens), hidden states [B, M, d] per slot.
+    """
+    embed, head = decoder.get_input_embeddings(), output_head(decoder)
+    anchors = steps.anchors
+    batch, columns = anchors.shape
+    dtype = embed.weight.dtype
+    ids = logprobs = None
+    if config.thought_kind == "sampled":
+        shape = (batch, columns, config.thought_length)
+        ids = torch.empty(shape, dtype=torch.int64, device=anchors.device)
+        logprobs = torch.empty(shape, dtype=torch.float32, device=anchors.device)
+    banned = banned_ids(config, anchors.device)
+    kept: list[Tensor] = []
     for slot in range(last):
         steps.slot = slot
         embeds = slot_embeds(config, embed, meta, input_ids, anchors, ids, slot)
-        hidden = run_decoder(decoder, embeds.to(text_hidden.dtype), steps.slot_positions(), steps)
+        hidden = run_decoder(decoder, embeds.to(dtype), steps.slot_positions(), steps)
         kept.append(hidden)
         if ids is not None and logprobs is not None and slot < config.thought_length:
             tokens, logp = linear_sample(
@@ -271,8 +300,7 @@ def rollout(
             )
             ids[:, :, slot] = tokens.view(batch, columns)
             logprobs[:, :, slot] = logp.view(batch, columns)
-    slot_hidden = torch.stack(kept, dim=1) if to_the_end else None
-    return Thoughts(anchors, ids, logprobs, text_hidden, slot_hidden)
+    return ids, logprobs, kept
 
 
 def packed_pass(
