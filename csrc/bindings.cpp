@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "quietstar/linear_cross_entropy.h"
+#include "quietstar/mixing_head.h"
 #include "quietstar/philox.h"
 #include "quietstar/sample_tokens.h"
 #include "quietstar/simd.h"
@@ -195,6 +196,40 @@ void softmax_cross_entropy(Address logits, int dtype, std::int64_t rows, std::in
   run(call);
 }
 
+// tensors: the addresses of MixingHead from index to grad_w3, in its order.
+template <void run(const quietstar::MixingHead&)>
+void mixing_head(int dtype, std::int64_t rows, std::int64_t positions, std::int64_t width,
+                 bool sigmoid, const std::array<Address, 19>& tensors, int threads) {
+  quietstar::MixingHead call{};
+  call.dtype = static_cast<quietstar::DType>(dtype);
+  call.rows = rows;
+  call.positions = positions;
+  call.width = width;
+  call.sigmoid = sigmoid;
+  const Address* next = tensors.data();
+  call.index = pointer<const std::int64_t>(*next++);
+  call.base = pointer<const void>(*next++);
+  call.thought = pointer<const void>(*next++);
+  call.from_base = pointer<const void>(*next++);
+  call.h1 = pointer<void>(*next++);
+  call.h2 = pointer<void>(*next++);
+  call.b2 = pointer<const void>(*next++);
+  call.w3 = pointer<const void>(*next++);
+  call.mixed = pointer<void>(*next++);
+  call.gate = pointer<float>(*next++);
+  call.grad_mixed = pointer<const void>(*next++);
+  call.grad_gate = pointer<const float>(*next++);
+  call.grad_thought = pointer<void>(*next++);
+  call.grad_base = pointer<void>(*next++);
+  call.grad_h1 = pointer<void>(*next++);
+  call.grad_from_base = pointer<void>(*next++);
+  call.grad_h2 = pointer<void>(*next++);
+  call.grad_b2 = pointer<float>(*next++);
+  call.grad_w3 = pointer<float>(*next++);
+  call.threads = threads;
+  run(call);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -206,6 +241,10 @@ PYBIND11_MODULE(_native, m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("sample_tokens_workspace", &quietstar::sample_tokens_workspace);
   m.def("sample_tokens", &sample_tokens, release);
+  m.def("mixing_first", &mixing_head<&quietstar::mixing_first>, release);
+  m.def("mixing_tail", &mixing_head<&quietstar::mixing_tail>, release);
+  m.def("mixing_tail_backward", &mixing_head<&quietstar::mixing_tail_backward>, release);
+  m.def("mixing_first_backward", &mixing_head<&quietstar::mixing_first_backward>, release);
   m.def("softmax_cross_entropy_workspace", &quietstar::softmax_cross_entropy_workspace);
   m.def("softmax_cross_entropy_loss",
         &softmax_cross_entropy<&quietstar::softmax_cross_entropy_loss>, release);

@@ -14,7 +14,7 @@
 #include <cstdint>
 
 #include "linear_cross_entropy_tile.h"
-#include "linear_cross_entropy_vec.h"
+#include "vec_store.h"
 
 namespace quietstar::QUIETSTAR_ISA {
 namespace {
