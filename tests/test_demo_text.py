@@ -28,7 +28,7 @@ def test_the_control_differs_in_the_thoughts_alone() -> None:
     [
         (Estimate(0.05, 0.01), "Thoughts helped: 0.0500 ± 0.0100"),
         (Estimate(0.015, 0.01), "No gain: 0.0150 ± 0.0100"),
-        (Estimate(-0.05, 0.01), "Thoughts did harm: -0.0500 ± 0.0100"),
+        (Estimate(-0.05, 0.01), "ended worse than the control: -0.0500 ± 0.0100"),
         (Estimate(0.05, None), "one block cannot tell"),
     ],
 )
@@ -46,7 +46,7 @@ def test_whole_demo_and_its_continuation(
     args = argparse.Namespace(quick=True, fresh=False, output=tmp_path / "demo")
     assert demo_text.main(args) == 0
     printed = capsys.readouterr().out
-    for word in ("tenth 10, hardest", "control", "shuffled", "-> thought", "metrics:"):
+    for word in ("tenth 10, hardest", "control", "-> thought", "thinking is worth", "metrics:"):
         assert word in printed
     assert isinstance(
         AutoModelForCausalLM.from_pretrained(tmp_path / "demo" / "quiet-star"), QuietStarForCausalLM

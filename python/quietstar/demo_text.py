@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 # Steps and rows sized for at most 10 minutes on two cores (2 with --quick).
 FULL = {"base_steps": 1200, "steps": 250, "blocks": 128}
 QUICK = {"base_steps": 300, "steps": 50, "blocks": 64}
+# Changed with what evaluate() returns, so that results of an older version are not shown as this one's.
+EVALUATION = "2"
 ARMS = {
     "base": "the base that both arms start from",
     "control": "trained on without thoughts",
@@ -108,6 +110,7 @@ def main(args: argparse.Namespace) -> int:
     console.rule("4 of 4: held-out files", align="left")
     done = output / METRICS_FILE
     fingerprints = {name: recipe.fingerprint() for name, recipe in recipes.items()}
+    fingerprints["evaluation"] = EVALUATION
     metrics = read_json(done) if done.is_file() and not fresh else {}
     if metrics.get("fingerprints") != fingerprints:
         sizes = QUICK if args.quick else FULL
@@ -173,6 +176,8 @@ def evaluate(output: Path, recipe: Recipe, *, blocks: int) -> dict[str, Any]:
         "tokens": int(counted.sum()),
         "nll": {name: estimate(values, counted).to_dict() for name, values in arms.items()},
         "gain_over_control": estimate(gain, counted).to_dict(),
+        "gain_over_silent": estimate(arms["silent"] - arms["mixed"], counted).to_dict(),
+        "gain_over_shuffled": estimate(arms["shuffled"] - arms["mixed"], counted).to_dict(),
         "by_decile": [
             {
                 "nll": {name: estimate(v, decile == d).to_dict() for name, v in arms.items()},
@@ -225,7 +230,7 @@ def verdict(gain: Estimate) -> str:
     if gain.mean > 2 * gain.error:
         return f"Thoughts helped: {gain} nats per token better than the control."
     if gain.mean < -2 * gain.error:
-        return f"Thoughts did harm: {gain} nats per token (negative: worse than the control)."
+        return f"Training with thoughts ended worse than the control: {gain} nats per token."
     return f"No gain: {gain} nats per token against the control, within two standard errors of 0."
 
 
@@ -266,6 +271,10 @@ def show(console: Console, metrics: dict[str, Any]) -> None:
         )
     gain = metrics["gain_over_control"]
     console.print(f"\n[b]{verdict(Estimate(gain['mean'], gain['standard_error']))}[/b]")
+    console.print(
+        f"Within the same model thinking is worth {_estimate(metrics['gain_over_silent'])}, and its own "
+        f"thoughts rather than those of another place {_estimate(metrics['gain_over_shuffled'])}."
+    )
 
 
 def _number(value: float | None) -> str:
