@@ -272,8 +272,8 @@ def show(console: Console, metrics: dict[str, Any]) -> None:
     gain = metrics["gain_over_control"]
     console.print(f"\n[b]{verdict(Estimate(gain['mean'], gain['standard_error']))}[/b]")
     console.print(
-        f"Within the same model thinking is worth {_estimate(metrics['gain_over_silent'])}, and its own "
-        f"thoughts rather than those of another place {_estimate(metrics['gain_over_shuffled'])}."
+        f"Within the same model thinking is worth {_estimate(metrics['gain_over_silent'], 4)}, and its own "
+        f"thoughts rather than those of another place {_estimate(metrics['gain_over_shuffled'], 4)}."
     )
 
 
@@ -281,6 +281,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def _estimate(value: dict[str, Any]) -> str:
+def _estimate(value: dict[str, Any], digits: int = 3) -> str:
     error = value["standard_error"]
-    return f"{value['mean']:+.3f}" + ("" if error is None else f" ± {error:.3f}")
+    spread = "" if error is None else f" ± {error:.{digits}f}"
+    return f"{value['mean']:+.{digits}f}{spread}"
