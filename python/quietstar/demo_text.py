@@ -271,9 +271,10 @@ def show(console: Console, metrics: dict[str, Any]) -> None:
         )
     gain = metrics["gain_over_control"]
     console.print(f"\n[b]{verdict(Estimate(gain['mean'], gain['standard_error']))}[/b]")
+    silent, shuffled = (_estimate(metrics[f"gain_over_{name}"], 4) for name in ("silent", "shuffled"))
     console.print(
-        f"Within the same model thinking is worth {_estimate(metrics['gain_over_silent'], 4)}, and its own "
-        f"thoughts rather than those of another place {_estimate(metrics['gain_over_shuffled'], 4)}."
+        f"Within the same model thinking is worth {silent}, and its own thoughts rather than those of "
+        f"another place {shuffled}."
     )
 
 
