@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
     GenerationMixin,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -18,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from .attention import check_supported, implementation_name
 from .config import QuietStarConfig
+from .generation import SpokenThought, Thinking, next_token_logits
 from .layout import text_positions, text_ranges
 from .learn import Reward, policy_loss, reward_thoughts
 from .talk import IGNORE, MixingHead, base_nll, mix_talk_steps, talk
@@ -53,6 +56,7 @@ class QuietStarOutput(ModelOutput):
         anchors: [B, A], the positions that thought; has_target: [K, B, A] bool.
         thought_ids: [B, R, A, T]; thought_logprobs: [B, R, A, T] if sampled in this call.
         logits: [B, kept, V], mixed; only without labels.
+        past_key_values: the text's cache, if one is kept.
     """
 
     loss: Tensor | None = None
@@ -70,6 +74,7 @@ class QuietStarOutput(ModelOutput):
     has_target: Tensor | None = None
     thought_ids: Tensor | None = None
     thought_logprobs: Tensor | None = None
+    past_key_values: Cache | None = None
 
 
 class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
@@ -100,7 +105,9 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         self.mixing_head = MixingHead(width)
         self._head_checked = False
         self.post_init()
-        self.generation_config.use_cache = False
+        # How the generation under way thinks; None outside of generate().
+        self._thinking: Thinking | None = None
+        self.thoughts: list[SpokenThought] = []
 
     # ---- building -------------------------------------------------------------------------------
 
@@ -198,6 +205,8 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         anchors: Tensor | None = None,
         logits_to_keep: int = 0,
         thought_temperature: float | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
         **ignored: Any,
     ) -> QuietStarOutput:
         """Think at the anchors, then predict.
@@ -212,6 +221,8 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             anchors: [B, A] int64 ascending positions that think; default: ``config.think_at``.
             logits_to_keep: without labels, think and predict at the last so many positions only
                 (0: all).
+            past_key_values, use_cache: without labels, keep the text's keys between calls; then
+                ``input_ids`` holds the new tokens only, and the last of them alone is predicted from.
             thought_temperature: default: the configuration's while training, 0 (the most likely
                 thought, one rationale) in evaluation mode.
 
@@ -222,6 +233,10 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         config.check_thoughts()
         _check_ignored(ignored)
         _check_text(config, input_ids, labels)
+        if past_key_values is not None or self._thinking is not None:
+            if labels is not None:
+                raise ValueError("labels were given with past_key_values; expected one of them")
+            return self._next(input_ids, attention_mask, past_key_values, use_cache, thought_temperature)
         ranges = text_ranges(attention_mask, input_ids)
         if labels is not None and attention_mask is not None:
             labels = labels.masked_fill(attention_mask == 0, IGNORE)
@@ -426,11 +441,52 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
 
     # ---- generation -----------------------------------------------------------------------------
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **ignored: Any
-    ) -> dict[str, Any]:
-        """Each new token thinks once, at the end of the text."""
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
+    def generate(
+        self,
+        *args: Any,
+        thinking: str = "always",
+        thinking_budget: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' ``generate``, thinking before the tokens that ``thinking`` says.
+
+        The text's cache is kept and the thought's keys are dropped; meta tokens are never emitted.
+        Afterwards ``self.thoughts`` holds every thought of the call.
+
+        Args:
+            thinking: ``"always"``, ``"never"``, ``"every:k"`` or ``"entropy:x"``
+                (:class:`quietstar.generation.Thinking`).
+            thinking_budget: at most so many thoughts per row. Not with beams, which swap rows.
+
+        Raises:
+            ValueError: for a rule that is none, or a budget with beam search.
+        """
+        self.config.check_thoughts()
+        policy = Thinking(thinking if self.config.thinks else "never", thinking_budget)
+        config = kwargs.get("generation_config") or self.generation_config
+        beams = kwargs.get("num_beams") or config.num_beams or 1
+        if thinking_budget is not None and beams > 1:
+            raise ValueError(f"thinking_budget was given with num_beams={beams}; expected one beam")
+        self._thinking = policy
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self._thinking = None
+            self.thoughts = policy.thoughts
+
+    def _next(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        use_cache: bool | None,
+        temperature: float | None,
+    ) -> QuietStarOutput:
+        """Logits [B, 1, V] of the next token."""
+        thinking = self._thinking or Thinking("always" if self.config.thinks else "never")
+        kept = cache if cache is not None else DynamicCache(config=self.base.config)
+        logits = next_token_logits(self, input_ids, attention_mask, kept, thinking, temperature or 0.0)
+        return QuietStarOutput(logits=logits[:, None], past_key_values=kept if use_cache else None)
 
 
 # What generation and the Trainer hand over and this model has no use for.
@@ -438,11 +494,9 @@ _IGNORABLE = {
     "cache_position",
     "output_attentions",
     "output_hidden_states",
-    "past_key_values",
     "position_ids",
     "return_dict",
     "token_type_ids",
-    "use_cache",
 }
 
 
@@ -450,8 +504,6 @@ def _check_ignored(ignored: dict[str, Any]) -> None:
     unknown = sorted(set(ignored) - _IGNORABLE)
     if unknown:
         raise TypeError(f"forward() got an argument it does not know: {unknown[0]!r}")
-    if ignored.get("past_key_values") is not None:
-        raise ValueError("past_key_values was given; a Quiet-STaR model keeps no cache yet")
 
 
 def _check_meta_tokens(config: QuietStarConfig, vocabulary: int) -> None:
