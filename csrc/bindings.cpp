@@ -199,7 +199,7 @@ void softmax_cross_entropy(Address logits, int dtype, std::int64_t rows, std::in
 // tensors: the addresses of MixingHead from index to grad_w3, in its order.
 template <void run(const quietstar::MixingHead&)>
 void mixing_head(int dtype, std::int64_t rows, std::int64_t positions, std::int64_t width,
-                 bool sigmoid, const std::array<Address, 19>& tensors, int threads) {
+                 bool sigmoid, const std::array<Address, 20>& tensors, int threads) {
   quietstar::MixingHead call{};
   call.dtype = static_cast<quietstar::DType>(dtype);
   call.rows = rows;
@@ -224,6 +224,7 @@ void mixing_head(int dtype, std::int64_t rows, std::int64_t positions, std::int6
   call.grad_h1 = pointer<void>(*next++);
   call.grad_from_base = pointer<void>(*next++);
   call.grad_h2 = pointer<void>(*next++);
+  call.grad_b1 = pointer<float>(*next++);
   call.grad_b2 = pointer<float>(*next++);
   call.grad_w3 = pointer<float>(*next++);
   call.threads = threads;

@@ -180,11 +180,11 @@ def _forward(
         return mixed, gate[:, None].to(mixed.dtype, copy=True), gate, h1, h1.clone()
     sizes = (DTYPE_CODES[base.dtype], rows, base.shape[0], size, sigmoid)
     first = [_address(t) for t in (index, base, thought, from_base, h1)]
-    native().mixing_first(*sizes, first + [0] * 14, torch.get_num_threads())
+    native().mixing_first(*sizes, first + [0] * 15, torch.get_num_threads())
     # A bias added after the product was rounded to 16 bits could end on relu's other side.
     h2 = torch.nn.functional.linear(h1, w2, b2) if narrow else h1 @ w2.T
     tail = [_address(t) for t in (h2, None if narrow else b2, w3, mixed, gate)]
-    native().mixing_tail(*sizes, first + tail + [0] * 9, torch.get_num_threads())
+    native().mixing_tail(*sizes, first + tail + [0] * 10, torch.get_num_threads())
     return mixed, gate[:, None].to(mixed.dtype, copy=True), gate, h1, h2
 
 
@@ -239,12 +239,13 @@ def _backward(
     grad_gate = grad_w.flatten().float().contiguous()
     grad_thought, grad_h2, grad_h1 = (torch.empty_like(thought) for _ in range(3))
     grad_base, grad_from_base = torch.empty_like(base), torch.empty_like(base)
-    grad_b2, grad_w3 = (torch.empty(size, dtype=torch.float32) for _ in range(2))
+    grad_b1, grad_b2, grad_w3 = (torch.empty(size, dtype=torch.float32) for _ in range(3))
     addresses = [
         _address(t)
         for t in (
             *(index, base, thought, None, h1, h2, None, w3, None, gate, grad_mixed, grad_gate),
-            *(grad_thought, grad_base, grad_h1, grad_from_base, grad_h2, grad_b2, grad_w3),
+            *(grad_thought, grad_base, grad_h1, grad_from_base, grad_h2),
+            *(grad_b1, grad_b2, grad_w3),
         )
     ]
     sizes = (DTYPE_CODES[dtype], rows, base.shape[0], size, sigmoid)
@@ -264,7 +265,7 @@ def _backward(
         grad_base,
         grad_thought,
         grad_w1,
-        grad_from_base.sum(0, dtype=torch.float32).to(dtype) if wanted[3] else None,
+        grad_b1.to(dtype),
         grad_h2.T @ h1 if wanted[4] else None,
         grad_b2.to(dtype),
         grad_w3.to(dtype)[None],

@@ -13,8 +13,8 @@
 namespace quietstar {
 namespace {
 
-constexpr std::int64_t kMostBlocks = 64;      // of rows that sum grad_b2 and grad_w3 on their own
-constexpr std::int64_t kFewestRows = 16;      // in such a block
+constexpr std::int64_t kMostBlocks = 64;  // that sum the gradients of b1, b2 and w3 on their own
+constexpr std::int64_t kFewestRows = 16;  // in such a block
 constexpr std::int64_t kPortion = 16 * 1024;  // elements that are worth a portion of work
 
 void check(const MixingHead& call) {
@@ -29,6 +29,7 @@ void check(const MixingHead& call) {
 // Calls body(begin, end) for portions of [0, count), size rows each, on several threads.
 template <class Body>
 void in_portions(std::int64_t count, std::int64_t size, int threads, Body body) {
+  if (count == 0) return;
   const std::int64_t portions = (count + size - 1) / size;
   threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, portions)));
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
@@ -97,13 +98,18 @@ void mixing_first_backward(const MixingHead& call) {
   std::vector<std::int64_t> next(first.begin(), first.end() - 1);
   for (std::int64_t r = 0; r < call.rows; ++r) order[next[position(r)]++] = r;
 
-  const std::int64_t size = std::max<std::int64_t>(
-      1, rows_per_portion(call) * call.positions / std::max<std::int64_t>(1, call.rows));
+  const std::int64_t size = (call.positions + kMostBlocks - 1) / kMostBlocks, width = call.width;
+  const std::int64_t blocks = size > 0 ? (call.positions + size - 1) / size : 0;
+  std::vector<float> sums(static_cast<std::size_t>(3 * width * blocks));
   in_portions(call.positions, size, call.threads, [&](std::int64_t begin, std::int64_t end) {
-    std::vector<float> sums(static_cast<std::size_t>(2 * call.width));
     QUIETSTAR_SIMD_CALL(mixing_positions_backward, call, first.data(), order.data(), begin, end,
-                        sums.data());
+                        sums.data() + begin / size * 3 * width);
   });
+  for (std::int64_t i = 0; i < width; ++i) {
+    double b1 = 0;
+    for (std::int64_t b = 0; b < blocks; ++b) b1 += sums[b * 3 * width + i];
+    call.grad_b1[i] = static_cast<float>(b1);
+  }
 }
 
 }  // namespace quietstar

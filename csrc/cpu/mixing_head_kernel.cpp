@@ -110,9 +110,9 @@ class Rows {
   void positions_backward(const std::int64_t* first, const std::int64_t* order, std::int64_t begin,
                           std::int64_t end, float* sums) const {
     const Vec smallest = Vec::fill(kSmallest);
-    float *from_base = sums, *base = sums + width_;
+    float *b1 = sums, *from_base = b1 + width_, *base = from_base + width_;
     for (std::int64_t p = begin; p < end; ++p) {
-      std::memset(sums, 0, sizeof(float) * 2 * static_cast<std::size_t>(width_));
+      std::memset(from_base, 0, sizeof(float) * 2 * static_cast<std::size_t>(width_));
       for (std::int64_t k = first[p]; k < first[p + 1]; ++k) {
         const std::int64_t r = order[k];
         const T *h1 = row(call_.h1, r), *grad = row(call_.grad_mixed, r);
@@ -127,7 +127,9 @@ class Rows {
       }
       T *to_from_base = row(call_.grad_from_base, p), *to_base = row(call_.grad_base, p);
       for_vectors(width_, [&](std::int64_t i, std::int64_t n) {
-        store_part(to_from_base + i, load_part(from_base + i, n), n);
+        const Vec g = load_part(from_base + i, n);
+        store_part(b1 + i, load_part(b1 + i, n) + g, n);
+        store_part(to_from_base + i, g, n);
         store_part(to_base + i, load_part(base + i, n), n);
       });
     }

@@ -33,6 +33,7 @@ struct MixingHead {
   void* grad_h1;              // [rows, width]
   void* grad_from_base;       // [positions, width]
   void* grad_h2;              // [rows, width]
+  float* grad_b1;             // [width]
   float* grad_b2;             // [width]
   float* grad_w3;             // [width]
   int threads;                // >= 1; changes nothing in the results
@@ -50,8 +51,8 @@ void mixing_tail(const MixingHead& call);
 void mixing_tail_backward(const MixingHead& call);
 
 // grad_h1 holds the gradient of h1 and becomes that of thought W1b^T; writes its sum over the rows
-// of every position, grad_from_base, and grad_base, the same sum of (1 - gate) grad_mixed (again
-// without what flows through the products). Positions without rows get 0.
+// of every position, grad_from_base, their sum grad_b1, and grad_base, the same sum of (1 - gate)
+// grad_mixed (again without what flows through the products). Positions without rows get 0.
 void mixing_first_backward(const MixingHead& call);
 
 }  // namespace quietstar
