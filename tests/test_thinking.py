@@ -280,3 +280,16 @@ def test_low_precision(how: str):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.dtype == parameter.dtype
+
+
+def test_left_padding_is_like_no_padding():
+    """The same text with pads before it: same losses, and no loss for what only pads precede."""
+    model = build(talk_length=2).train()
+    ids, mask = text("left")
+    thoughts = torch.randint(3, 90, (ROWS, 2, LENGTH, 3))
+    padded = forced(model, ids, mask, thoughts)
+    alone = model(ids[:1, 3:], labels=ids[:1, 3:], thought_ids=thoughts[:1, :, 3:])
+    assert padded.base_losses[0, :3].abs().max() == 0
+    assert torch.allclose(padded.base_losses[:1, 3:], alone.base_losses, atol=1e-5)
+    assert torch.allclose(padded.talk_losses[:, :1, :, 3:], alone.talk_losses, atol=1e-5)
+    assert torch.allclose(padded.reward[:1, :, 3:], alone.reward, atol=2e-5)

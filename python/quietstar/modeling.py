@@ -239,7 +239,10 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             return self._next(input_ids, attention_mask, past_key_values, use_cache, thought_temperature)
         ranges = text_ranges(attention_mask, input_ids)
         if labels is not None and attention_mask is not None:
-            labels = labels.masked_fill(attention_mask == 0, IGNORE)
+            # Nothing can be predicted of padding, nor from it: a row's first token has no context.
+            padding = attention_mask == 0
+            padding[:, 1:] |= padding[:, :-1].clone()
+            labels = labels.masked_fill(padding, IGNORE)
         if labels is not None and not bool((labels[:, 1:] != IGNORE).any()):
             raise ValueError("labels are all ignored (-100 or padding); expected at least one target")
         if not self._head_checked:
