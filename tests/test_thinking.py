@@ -293,3 +293,4 @@ def test_left_padding_is_like_no_padding():
     assert torch.allclose(padded.base_losses[:1, 3:], alone.base_losses, atol=1e-5)
     assert torch.allclose(padded.talk_losses[:, :1, :, 3:], alone.talk_losses, atol=1e-5)
     assert torch.allclose(padded.reward[:1, :, 3:], alone.reward, atol=2e-5)
+    assert padded.talk_losses[:, 0, :, :3].abs().max() == 0 == padded.reward[0, :, :3].abs().max()

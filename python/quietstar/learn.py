@@ -42,7 +42,8 @@ def reward_thoughts(talked: Talk, anchors: Tensor, text_length: int) -> Reward:
     steps = torch.arange(k, device=anchors.device)[:, None, None]
     spoken = (anchors[None] + steps).clamp(max=text_length - 2)
     base = talked.base_losses.expand(k, -1, -1).gather(2, spoken)
-    reward = (base[..., None] - talked.talk_losses).sum(0) * counts[..., None]
+    gain = (base[..., None] - talked.talk_losses) * talked.has_target[..., None]
+    reward = gain.sum(0) * counts[..., None]
     rationales = reward.shape[-1]
     centred = reward - reward.mean(-1, keepdim=True) if rationales > 1 else reward
     return Reward(reward, centred.clamp(min=0), counts)

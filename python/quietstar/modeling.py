@@ -370,7 +370,15 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             )
         anchors = columns[:, ::rationales]
         talked = talk(
-            config, head, self.mixing_head, text_hidden, slot_hidden, labels, anchors, rationales
+            config,
+            head,
+            self.mixing_head,
+            text_hidden,
+            slot_hidden,
+            labels,
+            ranges[0] < ranges[1],
+            anchors,
+            rationales,
         )
         earned = reward_thoughts(talked, anchors, input_ids.shape[1])
         loss, policy = talked.nll, None

@@ -150,6 +150,7 @@ def talk(
     text_hidden: Tensor,
     slot_hidden: Tensor,
     labels: Tensor,
+    is_text: Tensor,
     anchors: Tensor,
     rationales: int,
 ) -> Talk:
@@ -158,12 +159,14 @@ def talk(
     Args:
         text_hidden: [B, N, d]; slot_hidden: [B, S, A*R, d].
         labels: [B, N], -100 where a token does not count.
+        is_text: [B, N] bool; a thought that hangs from padding has nothing to say.
         anchors: [B, A], without the repeats for rationales.
     """
     k = config.talk_length
     columns = anchors.repeat_interleave(rationales, dim=1)
     mixed, weight = mix_talk_steps(config, mixing, text_hidden, slot_hidden, columns)
     base_targets, targets = labels[:, 1:], talk_targets(labels, columns, k)
+    targets = torch.where(is_text.gather(1, columns), targets, IGNORE)
     base_count = (base_targets != IGNORE).sum().clamp(min=1)
     counts = (targets != IGNORE).sum((1, 2)).clamp(min=1)
     base_share = (config.base_loss_weight / base_count).expand_as(base_targets)
