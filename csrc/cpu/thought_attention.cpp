@@ -163,8 +163,7 @@ void sort_columns(const AttentionJob& job) {
   }
 }
 
-// Calls work(index, next, scratch) for every index below count, on several threads; next is the one
-// that this thread will be given after it, count or more if there is none.
+// Calls work(index, scratch) for every index below count, on several threads.
 template <class Work>
 void in_parallel(const AttentionJob& job, char* scratch_memory, std::int64_t count, Work work) {
   const bool backward = job.backward != nullptr;
@@ -182,11 +181,7 @@ void in_parallel(const AttentionJob& job, char* scratch_memory, std::int64_t cou
 #endif
     AttentionScratch scratch{};
     lay_out_scratch(job, scratch, backward, scratch_memory + thread * bytes);
-    for (std::int64_t i = next.fetch_add(1); i < count;) {
-      const std::int64_t after = next.fetch_add(1);
-      work(i, after, scratch);
-      i = after;
-    }
+    for (std::int64_t i; (i = next.fetch_add(1)) < count;) work(i, scratch);
   }
 }
 
@@ -195,7 +190,7 @@ template <class Work>
 void over_text(const AttentionJob& job, char* scratch_memory, Work work) {
   const std::int64_t portions = (job.call->text_length + kPackKeys - 1) / kPackKeys;
   in_parallel(job, scratch_memory, portions * job.call->batch * job.call->kv_heads,
-              [&](std::int64_t i, std::int64_t, const AttentionScratch&) {
+              [&](std::int64_t i, const AttentionScratch&) {
                 const std::int64_t begin = i % portions * kPackKeys;
                 work(i / portions, begin, std::min(begin + kPackKeys, job.call->text_length));
               });
@@ -230,14 +225,9 @@ void thought_attention(const ThoughtAttention& call) {
   char* memory = prepare(job);
   const std::int64_t pairs = call.batch * call.kv_heads;
   // The longest stretches of text first, so that the threads end together.
-  const auto tile_of = [&](std::int64_t i) { return job.tiles - 1 - i / pairs; };
-  in_parallel(job, memory, pairs * job.tiles,
-              [&](std::int64_t i, std::int64_t next, const AttentionScratch& scratch) {
-                if (next < pairs * job.tiles) {
-                  QUIETSTAR_SIMD_CALL(prefetch_tile, job, next % pairs, tile_of(next));
-                }
-                QUIETSTAR_SIMD_CALL(attend_tile, job, scratch, i % pairs, tile_of(i));
-              });
+  in_parallel(job, memory, pairs * job.tiles, [&](std::int64_t i, const AttentionScratch& scratch) {
+    QUIETSTAR_SIMD_CALL(attend_tile, job, scratch, i % pairs, job.tiles - 1 - i / pairs);
+  });
 }
 
 void thought_attention_backward(const ThoughtAttentionBackward& call) {
@@ -246,10 +236,9 @@ void thought_attention_backward(const ThoughtAttentionBackward& call) {
   job.backward = &call;
   char* memory = prepare(job);
   const std::int64_t pairs = call.forward.batch * call.forward.kv_heads;
-  in_parallel(job, memory, pairs * job.parts,
-              [&](std::int64_t i, std::int64_t, const AttentionScratch& scratch) {
-                QUIETSTAR_SIMD_CALL(attend_backward_part, job, scratch, i % pairs, i / pairs);
-              });
+  in_parallel(job, memory, pairs * job.parts, [&](std::int64_t i, const AttentionScratch& scratch) {
+    QUIETSTAR_SIMD_CALL(attend_backward_part, job, scratch, i % pairs, i / pairs);
+  });
   over_text(job, memory, [&](std::int64_t pair, std::int64_t begin, std::int64_t end) {
     QUIETSTAR_SIMD_CALL(reduce_text_gradients, job, pair, begin, end);
   });

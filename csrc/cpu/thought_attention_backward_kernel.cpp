@@ -37,25 +37,32 @@ class AttendBackward {
     const ThoughtAttention& call = tile_.call;
     const ThoughtAttentionBackward& backward = *tile_.job.backward;
     const float factor = query_factor(call);
-    tile_.for_each_row([&](std::int64_t row, std::int64_t h, std::int64_t s, std::int64_t m) {
-      float *dout = s_.dout + row * padded_, *out = s_.out + row * padded_;
-      load_row(tile_.row_in<const T>(call.q, h, s, m), size_, padded_, factor,
-               s_.q + row * padded_);
-      load_row(tile_.row_in<const T>(backward.dout, h, s, m), size_, padded_, 1.0f, dout);
-      load_row(tile_.row_in<const T>(call.out, h, s, m), size_, padded_, 1.0f, out);
-      Vec sum = Vec::fill(0);
-      for (std::int64_t d = 0; d < padded_; d += kLanes) {
-        sum = fma(Vec::load(dout + d), Vec::load(out + d), sum);
-        Vec::fill(0).store(out + d);  // from here on the sum of dq
-      }
-      const std::int64_t at = tile_.flat(h, s, m);
-      float lse = call.lse[at] * kLog2E;
-      float delta = reduce_add(sum) - (backward.dlse ? backward.dlse[at] : 0.0f);
-      if (lse == -kInf) lse = delta = 0;  // sees nothing: every key is masked
-      backward.delta[at] = delta;
-      s_.top[row] = lse;
-      s_.delta[row] = delta;
-    });
+    tile_.for_each_row(
+        [&](std::int64_t row, std::int64_t h, std::int64_t s, std::int64_t m) {
+          float *dout = s_.dout + row * padded_, *out = s_.out + row * padded_;
+          load_row(tile_.row_in<const T>(call.q, h, s, m), size_, padded_, factor,
+                   s_.q + row * padded_);
+          load_row(tile_.row_in<const T>(backward.dout, h, s, m), size_, padded_, 1.0f, dout);
+          load_row(tile_.row_in<const T>(call.out, h, s, m), size_, padded_, 1.0f, out);
+          Vec sum = Vec::fill(0);
+          for (std::int64_t d = 0; d < padded_; d += kLanes) {
+            sum = fma(Vec::load(dout + d), Vec::load(out + d), sum);
+            Vec::fill(0).store(out + d);  // from here on the sum of dq
+          }
+          const std::int64_t at = tile_.flat(h, s, m);
+          float lse = call.lse[at] * kLog2E;
+          float delta = reduce_add(sum) - (backward.dlse ? backward.dlse[at] : 0.0f);
+          if (lse == -kInf) lse = delta = 0;  // sees nothing: every key is masked
+          backward.delta[at] = delta;
+          s_.top[row] = lse;
+          s_.delta[row] = delta;
+        },
+        [&](std::int64_t h, std::int64_t s, std::int64_t m) {
+          tile_.prefetch<T>(call.q, h, s, m);
+          tile_.prefetch<T>(call.out, h, s, m);
+          tile_.prefetch<T>(backward.dout, h, s, m);
+        });
+    tile_.prefetch_slots<T>(0);
     tile_.find_ranges(s_);
   }
 
@@ -69,6 +76,7 @@ class AttendBackward {
     pack_panels(k, call.k_thought.slot, 0, keys, size_, s_.slot_k_panels);
     pack_panels(v, call.v_thought.slot, 0, keys, size_, s_.slot_v_panels);
     pack_rows(k, call.k_thought.slot, 0, keys, size_, s_.slot_k_rows);
+    tile_.prefetch_slots<T>(c + 1);
     const PackedKeys packed{0, s_.slot_k_panels, s_.slot_v_panels, s_.slot_k_rows, nullptr, 0};
     const std::int64_t begin = c * tile_.job.rows_per_column, rows = tile_.job.rows_per_column;
     for (std::int64_t key = 0; key < keys; key += kBlockKeys) {
@@ -212,7 +220,6 @@ void attend_backward_part(const AttentionJob& job, const AttentionScratch& scrat
   }
   for (std::int64_t t = part; t < job.tiles; t += job.parts) {
     const Tile tile(job, pair, t);
-    if (t + job.parts < job.tiles) prefetch_tile(job, pair, t + job.parts);
     AttendBackward attend(tile, scratch, dk, dv);
     switch (job.call->dtype) {
       case DType::bf16:

@@ -61,8 +61,6 @@ struct AttentionScratch {
   /* Packs text keys [begin, end) of a pair (batch row, key head); begin is a multiple of 16. */ \
   void pack_text(const AttentionJob& job, std::int64_t pair, std::int64_t begin,                 \
                  std::int64_t end);                                                              \
-  /* Asks for the memory that a tile will read. */                                               \
-  void prefetch_tile(const AttentionJob& job, std::int64_t pair, std::int64_t tile);             \
   /* out and lse of one tile. */                                                                 \
   void attend_tile(const AttentionJob& job, const AttentionScratch& scratch, std::int64_t pair,  \
                    std::int64_t tile);                                                           \

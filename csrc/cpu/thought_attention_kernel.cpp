@@ -34,11 +34,16 @@ class Attend {
   template <class T>
   void load() {
     const float factor = query_factor(tile_.call);
-    tile_.for_each_row([&](std::int64_t row, std::int64_t h, std::int64_t s, std::int64_t m) {
-      load_row(tile_.row_in<const T>(tile_.call.q, h, s, m), size_, padded_, factor,
-               s_.q + row * padded_);
-      s_.top[row] = kNothing;
-    });
+    tile_.for_each_row(
+        [&](std::int64_t row, std::int64_t h, std::int64_t s, std::int64_t m) {
+          load_row(tile_.row_in<const T>(tile_.call.q, h, s, m), size_, padded_, factor,
+                   s_.q + row * padded_);
+          s_.top[row] = kNothing;
+        },
+        [&](std::int64_t h, std::int64_t s, std::int64_t m) {
+          tile_.prefetch<T>(tile_.call.q, h, s, m);
+        });
+    tile_.prefetch_slots<T>(0);
     for (std::int64_t i = 0; i < tile_.rows * padded_; i += kLanes) {
       Vec::fill(0).store(s_.out + i);
     }
@@ -53,6 +58,7 @@ class Attend {
     const auto* values = tile_.row_in<const T>(call.v_thought, tile_.head, 0, tile_.column[c]);
     pack_panels(keys, call.k_thought.slot, 0, call.key_slots, size_, s_.slot_k_panels);
     pack_rows(values, call.v_thought.slot, 0, call.key_slots, size_, s_.slot_v_rows);
+    tile_.prefetch_slots<T>(c + 1);
     const std::int64_t begin = c * tile_.job.rows_per_column;
     const std::int64_t end = begin + tile_.job.rows_per_column;
     const PackedKeys packed{0, s_.slot_k_panels, nullptr, nullptr, s_.slot_v_rows, padded_};
@@ -246,11 +252,6 @@ void attend_tile(const AttentionJob& job, const AttentionScratch& scratch, std::
     default:
       return attend.run<float>();
   }
-}
-
-void prefetch_tile(const AttentionJob& job, std::int64_t pair, std::int64_t which) {
-  const Tile tile(job, pair, which);
-  job.call->dtype == DType::f32 ? tile.prefetch<float>() : tile.prefetch<BFloat16>();
 }
 
 }  // namespace quietstar::QUIETSTAR_ISA
