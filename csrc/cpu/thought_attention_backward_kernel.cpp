@@ -1,4 +1,20 @@
 // Backward pass of thought_attention; what is computed stands in quietstar/thought_attention.h.
+// With x the scores, p = exp(x - lse) and delta = sum(dout * out) - dlse, per row and key
+//   dv = sum p dout,   ds = p (dout.v - delta) [times 1 - tanh^2 under a cap],
+//   dq = scale sum ds k,   dk = scale sum ds q,   dsink = -sum exp(sink - lse) delta (in Python).
+//
+// Tiles of rows as in the forward pass. For a block of 64 keys, 12 rows at a time: two products
+// give scores and dout.v, from which p and ds go to two buffers of tile rows x 64 floats, and ds k
+// is added to dq. Then, over all rows of the tile, two products add p^T dout to dv and ds^T q to dk
+// of the block: long sums in registers, so each gradient of a key is loaded and stored once per
+// tile. A column's slots are seen by its own rows only, which are all in one tile: their gradients
+// are written at once. Those of the text are summed in parts, each by its fixed set of tiles (part
+// p takes tiles p, p + parts, ...), then the parts are added up in their order: no atomics, and the
+// same bits for any number of threads.
+//
+// Cost: 10 R K D operations (R rows, K keys per row, D the head size) and one exponential per
+// score. From memory: q, out, dout, dq and the slots once; text gradients, 8 N D bytes per part,
+// stay in the second-level cache up to about N D = 64 K elements.
 #include "thought_attention_rows.h"
 
 namespace quietstar::QUIETSTAR_ISA {

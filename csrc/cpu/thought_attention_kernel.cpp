@@ -1,4 +1,32 @@
 // Forward pass of thought_attention; what is computed stands in quietstar/thought_attention.h.
+//
+// Tiles. All slots and all query heads of a few neighbouring columns (about 120 rows, see
+// thought_attention.cpp) read the same text keys of one key head, so they are one tile: a block of
+// 64 keys is loaded once for all of them. Columns are taken in the order of their anchors; a tile
+// visits the keys that one of its rows sees, in steps of 16, and masks only where a range ends.
+// Within a block, 12 rows at a time: scores = q k^T in registers (12 x 32), to a buffer of 12 x 64
+// floats, exponentials there, out += scores v in registers. Nothing larger than that buffer holds
+// scores. Keys are packed in panels [16 keys of a dimension side by side], so that both products
+// are one broadcast per row and multiply-adds on vectors. bf16 and fp16 become float when packed.
+//
+// Softmax. Sums are relative to a reference point per row that moves only where a score exceeds it
+// by 2^8: then the row is rescaled, which after the first block is rare, and the test is one
+// compare per row and block instead of a reduction. Sums stay in 16 lanes until the row is
+// finished. The column's own slots come first, being the keys most like their queries.
+//
+// Few rows. Where one tile sees all of a text (generation), it packs as it goes, into the
+// first-level cache; for up to 4 rows it does not pack but takes dot products with the keys as they
+// lie.
+//
+// Cost, with R rows, K keys seen by a row on average, D the head size: 4 R K D operations in
+// products, about 11 vector instructions per 16 scores in exponentials (a third of the products'
+// time at D = 32, a sixth at D = 64). From memory: q, out and the slots' keys and values once; the
+// packed text stays in the second-level cache.
+//
+// Tried, without gain: tiles of 30 to 240 rows (flat between 60 and 240; 30 is slower at D = 32);
+// asking for the rows of the next tile a whole tile ahead (slots lie a power of two apart, so few
+// of them survive in the cache that long; some rows ahead is as good in the forward pass and better
+// in the backward pass); 1, 4 and 8 slots ahead instead of 2.
 #include "thought_attention_rows.h"
 
 namespace quietstar::QUIETSTAR_ISA {
@@ -56,12 +84,13 @@ class Attend {
     const ThoughtAttention& call = tile_.call;
     const auto* keys = tile_.row_in<const T>(call.k_thought, tile_.head, 0, tile_.column[c]);
     const auto* values = tile_.row_in<const T>(call.v_thought, tile_.head, 0, tile_.column[c]);
-    pack_panels(keys, call.k_thought.slot, 0, call.key_slots, size_, s_.slot_k_panels);
+    PackedKeys packed{0, s_.slot_k_panels, nullptr, nullptr, s_.slot_v_rows, padded_};
+    take_keys(packed, keys, call.k_thought.slot, call.key_slots, tile_.job.rows_per_column,
+              s_.slot_k_panels);
     pack_rows(values, call.v_thought.slot, 0, call.key_slots, size_, s_.slot_v_rows);
     tile_.prefetch_slots<T>(c + 1);
     const std::int64_t begin = c * tile_.job.rows_per_column;
     const std::int64_t end = begin + tile_.job.rows_per_column;
-    const PackedKeys packed{0, s_.slot_k_panels, nullptr, nullptr, s_.slot_v_rows, padded_};
     for (std::int64_t r = begin; r < end; r += kTileRows) {
       const std::int64_t count = smaller(kTileRows, end - r);
       const auto depth_of = [&](std::int64_t row) {
@@ -69,11 +98,11 @@ class Attend {
       };
       const std::int64_t keys_seen = round_up(depth_of(count - 1));
       for (std::int64_t key = 0; key < keys_seen; key += kBlockKeys) {
-        absorb(r, count, packed, key, smaller(key + kBlockKeys, keys_seen), true,
-               [&](std::int64_t row, std::int64_t& first, std::int64_t& last) {
-                 first = 0;
-                 last = depth_of(row);
-               });
+        absorb<T>(r, count, packed, key, smaller(key + kBlockKeys, keys_seen), true,
+                  [&](std::int64_t row, std::int64_t& first, std::int64_t& last) {
+                    first = 0;
+                    last = depth_of(row);
+                  });
       }
     }
   }
@@ -92,11 +121,11 @@ class Attend {
         const std::int64_t end = smaller(block + kBlockKeys, round_up(span.high));
         if (begin >= end) continue;
         const bool edge = span.all_first > begin || span.all_last < end;
-        absorb(r, count, packed, begin, end, edge,
-               [&](std::int64_t row, std::int64_t& first, std::int64_t& last) {
-                 first = s_.first[r + row];
-                 last = s_.last[r + row];
-               });
+        absorb<T>(r, count, packed, begin, end, edge,
+                  [&](std::int64_t row, std::int64_t& first, std::int64_t& last) {
+                    first = s_.first[r + row];
+                    last = s_.last[r + row];
+                  });
       }
     }
   }
@@ -108,14 +137,30 @@ class Attend {
     const T* k = tile_.row_in<const T>(call.k_text, tile_.head, block, 0);
     const T* v = tile_.row_in<const T>(call.v_text, tile_.head, block, 0);
     const std::int64_t count = smaller(kBlockKeys, call.text_length - block);
-    pack_panels(k, call.k_text.slot, 0, count, size_, s_.block_k_panels);
-    // Values are read as they lie where they are whole vectors of floats, and there is no end of
-    // the text in the last vector of keys.
-    if (const float* rows = as_floats(v); rows && size_ == padded_ && count % kPanelKeys == 0) {
-      return {block, s_.block_k_panels, nullptr, nullptr, rows, call.v_text.slot};
+    PackedKeys packed{block, s_.block_k_panels, nullptr, nullptr, s_.block_v_rows, padded_};
+    take_keys(packed, k, call.k_text.slot, count, tile_.rows, s_.block_k_panels);
+    // Values are read as they lie where they are whole vectors of floats, and the text does not end
+    // within a panel.
+    const float* rows = as_floats(v);
+    if (rows && size_ == padded_ && count % kPanelKeys == 0) {
+      packed.v_rows = rows;
+      packed.v_stride = call.v_text.slot;
+    } else {
+      pack_rows(v, call.v_text.slot, 0, count, size_, s_.block_v_rows);
     }
-    pack_rows(v, call.v_text.slot, 0, count, size_, s_.block_v_rows);
-    return {block, s_.block_k_panels, nullptr, nullptr, s_.block_v_rows, padded_};
+    return packed;
+  }
+  // Keys for this many rows: packed, or as they lie where the rows are few.
+  template <class T>
+  void take_keys(PackedKeys& packed, const T* keys, std::int64_t stride, std::int64_t count,
+                 std::int64_t rows, float* panels_to) {
+    if (rows <= kFewRows) {
+      packed.raw_keys = keys;
+      packed.raw_stride = stride;
+      packed.raw_count = count;
+    } else {
+      pack_panels(keys, stride, 0, count, size_, panels_to);
+    }
   }
   static const float* as_floats(const float* p) { return p; }
   template <class T>
@@ -125,12 +170,19 @@ class Attend {
 
   // Takes keys [begin, end) (multiples of 16, at most kBlockKeys) into the sums of rows
   // [r, r + count). Where masked, range(row, first, last) says which keys row r + row sees.
-  template <class Range>
+  template <class T, class Range>
   void absorb(std::int64_t r, std::int64_t count, const PackedKeys& keys, std::int64_t begin,
               std::int64_t end, bool masked, Range range) {
     const std::int64_t vecs = (end - begin) / kLanes;
-    product<false>(count, end - begin, size_, s_.q + r * padded_, padded_,
-                   panels(keys.k_panels, size_, begin - keys.origin), s_.scores, kBlockKeys, false);
+    const std::int64_t at = begin - keys.origin;
+    if (keys.raw_keys) {
+      dot_products(count, keys.raw_count - at, end - begin, size_, s_.q + r * padded_, padded_,
+                   static_cast<const T*>(keys.raw_keys) + at * keys.raw_stride, keys.raw_stride,
+                   s_.scores, kBlockKeys);
+    } else {
+      product<false>(count, end - begin, size_, s_.q + r * padded_, padded_,
+                     panels(keys.k_panels, size_, at), s_.scores, kBlockKeys, false);
+    }
     for (std::int64_t row = 0; row < count; ++row) {
       float* x = s_.scores + row * kBlockKeys;
       if (cap_ > 0) {
@@ -150,8 +202,7 @@ class Attend {
       exponentials(r + row, x, vecs);
     }
     product<false>(count, padded_, end - begin, s_.scores, kBlockKeys,
-                   rows_of(keys.v_rows, keys.v_stride, begin - keys.origin), s_.out + r * padded_,
-                   padded_, true);
+                   rows_of(keys.v_rows, keys.v_stride, at), s_.out + r * padded_, padded_, true);
   }
 
   // Turns exponents into exponentials relative to the row's reference point, and adds them up.

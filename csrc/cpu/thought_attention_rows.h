@@ -31,6 +31,9 @@ struct PackedKeys {
   std::int64_t origin;  // the number of the key that lies first
   const float *k_panels, *v_panels, *k_rows, *v_rows;
   std::int64_t v_stride;  // from one of v_rows to the next
+  // Instead of k_panels, where the rows are few: raw_count keys of the call's dtype as they lie.
+  const void* raw_keys = nullptr;
+  std::int64_t raw_stride = 0, raw_count = 0;
 };
 
 // A tile of rows (column, slot, head): where they lie, and which text keys they see.

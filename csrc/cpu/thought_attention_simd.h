@@ -389,4 +389,70 @@ static inline void product(std::int64_t rows, std::int64_t columns, std::int64_t
   }
 }
 
+// ---- for few rows, where packing keys costs more than the product: keys as they lie in memory
+
+#if QUIETSTAR_ISA_LEVEL == 2
+constexpr int kDotKeys = 16;
+#else
+constexpr int kDotKeys = 4;
+#endif
+
+// to[i] = sum of the lanes of sums[i]
+static inline void store_sums(const Vec* sums, float* to) {
+#if QUIETSTAR_ISA_LEVEL == 2
+  const auto add = [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); };
+  __m512 pairs[8], quads[4];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = sums[2 * i].v, b = sums[2 * i + 1].v;
+    pairs[i] = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(pairs[2 * i]), b = _mm512_castps_pd(pairs[2 * i + 1]);
+    quads[i] =
+        add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  const auto fold = [&](__m512 a, __m512 b) {
+    return add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  _mm512_storeu_ps(to, fold(fold(quads[0], quads[1]), fold(quads[2], quads[3])));
+#else
+  for (int i = 0; i < kDotKeys; ++i) to[i] = reduce_add(sums[i]);
+#endif
+}
+
+// scores[i][j] = row i of a . key j for j < keys, with rows of a padded by zeros to a multiple of
+// 16; 0 for other j below columns, a multiple of 16.
+template <class T>
+static inline void dot_products(std::int64_t rows, std::int64_t keys, std::int64_t columns,
+                                std::int64_t size, const float* a, std::int64_t a_stride,
+                                const T* from, std::int64_t stride, float* scores,
+                                std::int64_t score_stride) {
+  const std::int64_t whole = size / kLanes * kLanes;
+  for (std::int64_t j = 0; j < columns; j += kDotKeys) {
+    for (std::int64_t i = 0; i < rows; ++i) {
+      Vec sums[kDotKeys];
+      for (int n = 0; n < kDotKeys; ++n) sums[n] = Vec::fill(0);
+      const float* row = a + i * a_stride;
+      const T* key = from + j * stride;
+      if (j + kDotKeys <= keys) {
+        for (std::int64_t d = 0; d < whole; d += kLanes) {
+          const Vec q = Vec::load(row + d);
+#pragma GCC unroll 16
+          for (int n = 0; n < kDotKeys; ++n) {
+            sums[n] = fma(q, Vec::load(key + n * stride + d), sums[n]);
+          }
+        }
+      }
+      const std::int64_t left = j + kDotKeys <= keys ? whole : 0;
+      for (std::int64_t d = left; d < size; d += kLanes) {
+        const Vec q = Vec::load(row + d);
+        for (int n = 0; n < kDotKeys && j + n < keys; ++n) {
+          sums[n] = fma(q, load_head(key + n * stride + d, size - d), sums[n]);
+        }
+      }
+      store_sums(sums, scores + i * score_stride + j);
+    }
+  }
+}
+
 }  // namespace quietstar::QUIETSTAR_ISA
