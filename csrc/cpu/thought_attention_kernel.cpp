@@ -19,8 +19,8 @@
 // lie.
 //
 // Cost, with R rows, K keys seen by a row on average, D the head size: 4 R K D operations in
-// products, about 11 vector instructions per 16 scores in exponentials (a third of the products'
-// time at D = 32, a sixth at D = 64). From memory: q, out and the slots' keys and values once; the
+// products, which is 2 D multiply-adds of 16 lanes per 16 scores, beside about 11 vector
+// instructions for their exponentials. From memory: q, out and the slots' keys and values once; the
 // packed text stays in the second-level cache.
 //
 // Tried, without gain: tiles of 30 to 240 rows (flat between 60 and 240; 30 is slower at D = 32);

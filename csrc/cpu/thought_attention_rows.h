@@ -3,6 +3,7 @@
 #pragma once
 
 #include "thought_attention_job.h"
+#include "thought_attention_products.h"
 #include "thought_attention_simd.h"
 
 namespace quietstar::QUIETSTAR_ISA {
