@@ -1,7 +1,7 @@
 """``python -m benchmarks.report``: README's tables from what the benchmarks wrote.
 
-Reads ``benchmarks/results/*.json`` and rewrites the part of README.md between its two markers; with
-``--check`` it only says whether README is up to date.
+Reads ``benchmarks/results`` and rewrites the parts of README.md between their markers; with ``--check``
+it only says whether README is up to date.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+
+TEXT_ARMS = {
+    "base": "base model",
+    "control": "trained on without thoughts",
+    "mixed": "trained on with thoughts",
+    "silent": "the same, thoughts switched off",
+    "shuffled": "the same, thoughts of another position",
+}
 
 
 def render(results: dict[str, Any]) -> str:
@@ -36,11 +43,55 @@ def render(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def updated(readme: str, tables: list[str]) -> str:
-    """README with the part between the markers replaced."""
-    head, _, rest = readme.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n{chr(10).join(tables)}\n{END}{tail}"
+def render_demo(results: dict[str, Any]) -> str:
+    """The demo's arms, over seeds."""
+    seeds = ", ".join(results["seeds"])
+    lines = ["| arm | answers: NLL | accuracy | easy tokens: NLL |", "|---|--:|--:|--:|"]
+    for label, arm in results["over_seeds"].items():
+        cells = [_spread(arm[column]) for column in ("hard_nll", "accuracy", "easy_nll")]
+        name = f"**{label}**" if label == "full Quiet-STaR" else label
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    each = ", ".join(
+        f"{run['arms']['full Quiet-STaR']['accuracy']['mean']:.3f}" for run in results["seeds"].values()
+    )
+    lines += ["", f"Mean ± standard error over seeds {seeds} (full: {each}); chance is 0.167."]
+    for seed, run in results["seeds"].items():
+        if run["by_thought_length"]:
+            swept = ", ".join(
+                f"{length}: {arm['accuracy']['mean']:.2f}"
+                for length, arm in run["by_thought_length"].items()
+            )
+            lines[-1] += f" Accuracy by thought length (seed {seed}): {swept}."
+    return "\n".join(lines)
+
+
+def render_text(results: dict[str, Any]) -> str:
+    """The text demo's arms on all held-out tokens, and the gain over the control."""
+    lines = ["| arm | nats per held-out token |", "|---|--:|"]
+    for name, label in TEXT_ARMS.items():
+        lines.append(f"| {label} | {_spread(results['nll'][name])} |")
+    gain = results["gain_over_control"]
+    lines += [
+        "",
+        f"{results['tokens']} tokens of files held out by name, one seed. Gain over the control:"
+        f" {gain['mean']:+.4f} ± {gain['standard_error']:.4f} nats per token.",
+    ]
+    return "\n".join(lines)
+
+
+def _spread(value: dict[str, Any]) -> str:
+    error = value["standard_error"]
+    return f"{value['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def replaced(readme: str, marker: str, content: str) -> str:
+    """README with the part between ``<!-- marker -->`` and ``<!-- /marker -->`` replaced."""
+    begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
+    if begin not in readme or end not in readme:
+        raise SystemExit(f"README.md lacks the markers {begin} and {end}")
+    head, _, rest = readme.partition(begin)
+    _, _, tail = rest.partition(end)
+    return f"{head}{begin}\n{content}\n{end}{tail}"
 
 
 def main() -> int:
@@ -48,12 +99,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    tables = [render(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
-    before = README.read_text()
-    if BEGIN not in before or END not in before:
-        print(f"README.md lacks the markers {BEGIN} and {END}", file=sys.stderr)
-        return 1
-    after = updated(before, tables)
+    before = after = README.read_text()
+    machines = [render(json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    after = replaced(after, "benchmarks", "\n\n".join(machines))
+    for name, show in (("lookup", render_demo), ("text", render_text)):
+        path = RESULTS / "demo" / f"{name}.json"
+        if path.is_file():
+            marker = "demo" if name == "lookup" else "demo text"
+            after = replaced(after, marker, show(json.loads(path.read_text())))
     if check:
         print("README.md is up to date" if after == before else "README.md is not up to date")
         return int(after != before)

@@ -1,0 +1,66 @@
+"""``python -m benchmarks.demo_seeds 4 5 6``: the demo for several seeds, put together.
+
+Writes ``results/demo/lookup.json`` with every seed's numbers and, per arm, the mean and standard error
+over seeds; a run that failed to learn counts like the others. With ``--text FOLDER`` it takes over the
+metrics of a ``quietstar demo text`` run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+
+RESULTS = Path(__file__).parent / "results" / "demo"
+COLUMNS = ("hard_nll", "accuracy", "easy_nll")
+
+
+def over_seeds(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard error over seeds of every arm's means."""
+    table: dict[str, Any] = {}
+    for label in next(iter(runs.values()))["arms"]:
+        table[label] = {}
+        for column in COLUMNS:
+            values = [run["arms"][label][column]["mean"] for run in runs.values()]
+            error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+            table[label][column] = {"mean": statistics.mean(values), "standard_error": error}
+    return table
+
+
+def main() -> None:
+    """Run what is not done yet and write the results."""
+    from quietstar.demo import run_arms
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("seeds", type=int, nargs="*")
+    parser.add_argument("--folder", type=Path, default=Path("quietstar-demo-seeds"))
+    parser.add_argument("--sweep", type=int, metavar="SEED", help="also try thought lengths with it")
+    parser.add_argument("--text", type=Path, metavar="FOLDER", help="a finished `quietstar demo text`")
+    args = parser.parse_args()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    if args.seeds:
+        runs = {
+            seed: run_arms(args.folder / str(seed), seed=seed, sweep=seed == args.sweep)
+            for seed in args.seeds
+        }
+        content = {
+            "date": date.today().isoformat(),
+            "machine": machine(),
+            "over_seeds": over_seeds(runs),
+            "seeds": runs,
+        }
+        (RESULTS / "lookup.json").write_text(json.dumps(content, indent=1) + "\n")
+    if args.text:
+        metrics = json.loads((args.text / "metrics.json").read_text())
+        content = {"date": date.today().isoformat(), "machine": machine(), **metrics}
+        (RESULTS / "text.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
