@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -163,6 +164,13 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
                 model.thought_embedding.start.copy_(mean)
                 model.thought_embedding.end.copy_(mean)
         return model
+
+    @classmethod
+    def from_reference(cls, name: str | Path, **options: Any) -> QuietStarForCausalLM:
+        """Read a checkpoint of the reference code; see :func:`quietstar.reference.from_reference`."""
+        from .reference import from_reference
+
+        return from_reference(name, **options)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, MixingHead):
