@@ -18,7 +18,7 @@ namespace {
 
 constexpr std::int64_t kLanes = 16;
 constexpr std::int64_t kMostBlocks = 64;      // they bound the workspace
-constexpr std::int64_t kFewestWords = 64;     // in a block: below, a block's start costs too much
+constexpr std::int64_t kFewestWords = 256;    // in a block: below, a block's start costs too much
 constexpr std::int64_t kPerThread = 1 << 14;  // elements that are worth a thread
 
 std::int64_t round_up(std::int64_t n, std::int64_t unit) {
@@ -76,7 +76,7 @@ class Run {
       for (std::int64_t b = 1; b < blocks_; ++b) most = std::max(most, largest[b * padded_ + r]);
       double total = 0;
       for (std::int64_t b = 0; b < blocks_; ++b) {
-        const double below = static_cast<double>(largest[b * padded_ + r]) - most;
+        const float below = largest[b * padded_ + r] - most;
         total += static_cast<double>(sums[b * padded_ + r]) * std::exp(below);
       }
       call_.largest[r] = most;
