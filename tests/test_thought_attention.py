@@ -7,6 +7,7 @@ import logging
 import pytest
 import torch
 
+from quietstar_ext.native import native
 from quietstar_ext.thought_attention import thought_attention
 
 # The kernel is given fp32, the reference fp64.
@@ -517,13 +518,27 @@ def test_gradient_of_lse_alone():
         torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-5)
 
 
-def test_nan_stays_in_its_column():
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_nan_stays_in_its_row(simd, softcap):
     tensors, start, stop, _ = make(1, 2, 1, 3, 3, 8, 20, 8, dtype=torch.float32)
-    q = tensors[0].detach().clone()
-    q[0, 0, 1, 4] = torch.nan
-    out, lse = thought_attention(q, *tensors[1:], start, stop, return_lse=True, impl="fused")
+    start.zero_()
+    stop.fill_(20)
+    with torch.no_grad():
+        tensors[0][0, 0, 1, 4] = torch.nan
+    options = {"softcap": softcap, "return_lse": True, "impl": "fused"}
+    out, lse = thought_attention(*tensors, start, stop, **options)
     assert out[0, 0, 1, 4].isnan().all() and lse[0, 0, 1, 4].isnan()
     assert int(out.isnan().any(-1).sum()) == 1
+    dq, dk_text, *_ = torch.autograd.grad(out.sum(), tensors)
+    assert dq[0, 0, 1, 4].isnan().all() and int(dq.isnan().any(-1).sum()) == 1
+    assert dk_text.isnan().all()
+
+
+def test_workspace_holds_no_scores():
+    sizes = (1, 8, 2, 15, 15, 512, 512, 64)  # B Hq Hkv Sq Sk M N D
+    scores = 8 * 15 * 512 * 512 * 4
+    assert native().thought_attention_workspace(sizes, False, 2) < scores / 50
+    assert native().thought_attention_workspace(sizes, True, 2) < scores / 5
 
 
 @pytest.mark.parametrize("name", ["packed", "rollout step", "text rows", "everything"])

@@ -156,8 +156,8 @@ class AttendBackward {
           exponent = t * Vec::fill(cap_);
           slope = slope - t * t;
         }
-        // Rounding may lift an exponent a little above 0, never far.
-        const Vec p = exp2_or_zero(minimum(exponent - lse, Vec::fill(64.0f)));
+        // Rounding may lift an exponent a little above 0, never far; where it is masked, anything.
+        const Vec p = exp2_or_zero(minimum(Vec::fill(64.0f), exponent - lse));
         Vec ds = p * (Vec::load(dx + v * kLanes) - delta);
         if (cap_ > 0) ds = ds * slope;
         p.store(x + v * kLanes);

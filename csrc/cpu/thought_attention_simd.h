@@ -18,7 +18,8 @@ static inline Vec exp2_fraction(Vec r) {
 //   split(x, r, s)                x = n + r with |r| <= 1/2, s = 2^n; needs 0 <= x <= 127
 //   keep_lanes(x, first, last, y) x in the lanes first .. last - 1, y in the others; any integers
 //   any_above(a, b)               whether a lane has a > b
-//   divide, reduce_add, copy_sign(x, s): |x| with the sign of s, minimum(a, b)
+//   minimum(a, b)                 b where either is NaN
+//   copy_sign(x, s)               |x| with the sign of s
 
 #if QUIETSTAR_ISA_LEVEL == 2
 
@@ -181,7 +182,7 @@ static inline Vec minimum(Vec a, Vec b) {
 // tanh|y| = E / (E + 2).
 static inline Vec tanh_of(Vec y) {
   constexpr float kTwoLog2E = 2.885390082f;
-  const Vec z = minimum(copy_sign(y, Vec::fill(0.0f)) * Vec::fill(kTwoLog2E), Vec::fill(40.0f));
+  const Vec z = minimum(Vec::fill(40.0f), copy_sign(y, Vec::fill(0.0f)) * Vec::fill(kTwoLog2E));
   Vec r, s;
   split(z, r, s);
   const Vec e = fma(s, exp2_fraction(r), s - Vec::fill(1.0f));
