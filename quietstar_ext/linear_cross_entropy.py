@@ -1,9 +1,10 @@
 """Cross entropy straight from hidden states, without holding rows x vocabulary logits.
 
 ``linear_cross_entropy`` returns the loss of every row, ``linear_cross_entropy_sum`` their weighted
-sum. The sum knows every row's gradient before the backward pass, so it takes the gradients while
-the logits are there: three matrix products instead of four. The chunked products are in
-``linear_cross_entropy_chunks.py``.
+sum. Both take the gradients while the logits are there, so that they need three matrix products
+instead of four: the sum because it knows every row's weight, the other by assuming that all are equal.
+The chunked products are in ``linear_cross_entropy_chunks.py``, the step between them in
+``linear_cross_entropy_softmax.py``.
 """
 
 from __future__ import annotations
@@ -42,9 +43,14 @@ def linear_cross_entropy(
         nll[r] = log Σ_{v not banned} exp(x[r, v]) - x[r, targets[r]]
 
     Rows whose target is ``ignore_index`` have nll 0 and no gradient, whatever their hidden state
-    holds. The fused path works on chunks of rows in at most 64 MiB (one row at least) and leaves
-    out ignored rows, and in the backward pass every row whose incoming gradient is 0; each costs no
-    product.
+    holds; the fused path leaves them out, so they cost no product. It works on chunks of rows in at
+    most 64 MiB besides its results (one row at least).
+
+    Where a gradient will be asked for, the fused path takes it along in the forward pass, as if every
+    row counted the same: then a sum or a mean of the rows needs three matrix products in all, and the
+    gradients (one as large as weight) are held until the backward pass. If the rows' incoming
+    gradients differ after all, weight's is computed again, of the rows where it is not 0: up to five
+    products. Weights that are known before the call belong in ``linear_cross_entropy_sum``.
 
     Args:
         hidden: [rows, d], float32, bfloat16, float16 or float64 (reference only).
@@ -109,7 +115,8 @@ def linear_cross_entropy_sum(
 
     A mean over n rows has weights 1/n, a REINFORCE term weights -advantage/count. The fused path
     takes the gradients in the forward pass, row chunk by row chunk, and the backward pass only
-    scales them: three matrix products where ``linear_cross_entropy`` needs four.
+    scales them, in place, and not at all if it comes with a gradient of 1: three matrix products. For
+    bfloat16 four, where an fp32 copy of weight does not fit into half of the 64 MiB.
 
     Args:
         row_weights: [rows], float32 or the dtype that hidden is summed in; gets no gradient. Rows
