@@ -1,4 +1,4 @@
-"""The command line: ``quietstar info``, ``quietstar train``, ``quietstar demo``.
+"""The command line: ``quietstar info``, ``quietstar train``, ``quietstar generate``, ``quietstar demo``.
 
 Only argparse is imported here; each command imports what it needs when it runs.
 """
@@ -54,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="no progress bars")
     train.set_defaults(run=_train)
 
+    _add_generate(commands)
+
     demo = commands.add_parser(
         "demo",
         help="see thoughts being learned, on this machine, without a download",
@@ -68,6 +70,47 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", metavar="DIR", type=Path, help="output folder")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="continue a text, thinking before its tokens",
+        description="Continue a text, thinking before its tokens. The new text alone is printed, as it"
+        " comes. The most likely tokens are taken unless a sampling option is given.",
+        epilog='example: quietstar generate quietstar-runs/tiny "def main(" --show-thoughts',
+    )
+    _add_model(generate)
+    generate.add_argument("prompt", metavar="PROMPT", nargs="?", help="default: standard input")
+    generate.add_argument("--file", metavar="F", type=Path, help="a file that holds the prompt")
+    generate.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="default: 64")
+    generate.add_argument("--temperature", metavar="X", type=float, help="sample; 0: the most likely")
+    generate.add_argument("--top-p", metavar="P", type=float, help="sample among the likeliest")
+    generate.add_argument("--top-k", metavar="K", type=int, help="sample among the likeliest K")
+    generate.add_argument("--seed", metavar="N", type=int, help="repeat what was sampled")
+    generate.add_argument("--num-beams", metavar="N", type=int, default=1, help="beam search")
+    generate.add_argument(
+        "--thinking",
+        metavar="RULE",
+        default="always",
+        help="always (the default), never, every:K tokens, or entropy:X (where the next token's entropy"
+        " exceeds X nats)",
+    )
+    generate.add_argument("--thinking-budget", metavar="N", type=int, help="at most N thoughts")
+    generate.add_argument(
+        "--show-thoughts",
+        action="store_true",
+        help="a line per token, and the thought before it with its mixing weight",
+    )
+    generate.set_defaults(run=_generate)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "model", metavar="MODEL", help="folder of a run or checkpoint, or its name on the hub"
+    )
+    command.add_argument("--tokenizer", metavar="T", help="another tokenizer than the model's own")
+    command.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: cuda if it is there)")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,6 +168,12 @@ def _train(args: argparse.Namespace) -> int:
     from quietstar.train import main as run
 
     return run(recipe, output, args)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from quietstar.generate import main as run
+
+    return run(args)
 
 
 def _demo(args: argparse.Namespace) -> int:

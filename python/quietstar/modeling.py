@@ -470,7 +470,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         """transformers' ``generate``, thinking before the tokens that ``thinking`` says.
 
         The text's cache is kept and the thought's keys are dropped; meta tokens are never emitted.
-        Afterwards ``self.thoughts`` holds every thought of the call.
+        ``self.thoughts`` holds every thought of the call so far.
 
         Args:
             thinking: ``"always"``, ``"never"``, ``"every:k"`` or ``"entropy:x"``
@@ -487,11 +487,11 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         if thinking_budget is not None and beams > 1:
             raise ValueError(f"thinking_budget was given with num_beams={beams}; expected one beam")
         self._thinking = policy
+        self.thoughts = policy.thoughts  # grows as they come, for streamers to look at
         try:
             return super().generate(*args, **kwargs)
         finally:
             self._thinking = None
-            self.thoughts = policy.thoughts
 
     def _next(
         self,

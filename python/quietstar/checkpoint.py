@@ -1,0 +1,110 @@
+"""A trained model and its tokenizer, by folder or name: what the commands that use one begin with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quietstar.config import QuietStarConfig
+from quietstar.errors import UserError
+from quietstar.rundir import RUN_FILE, last_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from quietstar.modeling import QuietStarForCausalLM
+
+
+def load_checkpoint(
+    name: str, *, device: str | None = None, tokenizer: str | None = None
+) -> tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]:
+    """Load a model with thoughts, in evaluation mode.
+
+    Args:
+        name: a folder that ``quietstar train`` or ``save_pretrained`` wrote (of a run that is not done,
+            the last checkpoint is taken), a checkpoint of the reference code, or the name of either on
+            the Hugging Face Hub.
+        device: default: ``cuda`` where there is one, otherwise ``cpu``.
+        tokenizer: folder or name of another tokenizer than the checkpoint's own.
+
+    Raises:
+        UserError: if there is no such model, it has no thoughts, or the tokenizer is not its own.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    from quietstar.modeling import QuietStarForCausalLM
+    from quietstar.reference import from_reference, is_reference_config
+    from quietstar.tokens import add_meta_tokens, check_tokenizer
+
+    transformers_logging.disable_progress_bar()
+    place = _device(device)
+    name = _folder_of_run(name)
+    settings = _read_config(name)
+    theirs = is_reference_config(settings)
+    if not theirs and settings.get("model_type") != QuietStarConfig.model_type:
+        raise UserError(
+            f"{name} is a model without thoughts ({settings.get('model_type', '?')}); expected"
+            " one that quietstar train has made, or a checkpoint of the reference code"
+        )
+    try:
+        words = AutoTokenizer.from_pretrained(tokenizer or name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"cannot load the tokenizer of {tokenizer or name}: {_first_line(error)} (--tokenizer names"
+            " another)"
+        ) from error
+    if theirs:
+        add_meta_tokens(words)
+        model = from_reference(name, tokenizer=words)
+    else:
+        try:
+            model = QuietStarForCausalLM.from_pretrained(name)
+        except OSError as error:
+            raise UserError(f"cannot load {name}: {_first_line(error)}") from error
+    check_tokenizer(words, model.config)
+    return model.to(place).eval(), words
+
+
+def _folder_of_run(name: str) -> str:
+    folder = Path(name)
+    if not folder.is_dir() or (folder / "config.json").is_file():
+        return name
+    checkpoint = last_checkpoint(folder) if (folder / RUN_FILE).is_file() else None
+    if checkpoint is None:
+        raise UserError(f"{name} holds no model (no config.json)")
+    return str(checkpoint)
+
+
+def _read_config(name: str) -> dict[str, Any]:
+    from transformers import PretrainedConfig
+
+    if Path(name).is_file():
+        raise UserError(f"model {name} is a file; expected a folder or a name on the Hugging Face Hub")
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(name)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model {name} is neither a folder nor a name on the Hugging Face Hub that can be had:"
+            f" {_first_line(error)}"
+        ) from error
+    if not isinstance(settings, dict) or not settings:
+        raise UserError(f"model {name} has no readable config.json: {json.dumps(settings)}")
+    return settings
+
+
+def _device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used: {_first_line(error)}") from error
+    return device
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
