@@ -280,6 +280,8 @@ class _WeightGradient:
         self.shape = weight.shape if wanted else (0,)
         self.words = chunks.words
         self.like = weight
+        # A single product needs no sum; float16 may overflow before the weights are applied.
+        self.single = chunks.live_rows <= chunks.size and weight.dtype != torch.float16
         self.sum: torch.Tensor | None = None
 
     def add(self, gradient: torch.Tensor, h: torch.Tensor) -> None:
@@ -287,17 +289,19 @@ class _WeightGradient:
         if not self.wanted:
             return
         wide = compute_dtype(h.dtype)
-        if self.sum is None:
+        if self.sum is None and (self.single or h.dtype == wide):
             self.sum = gradient.T @ h
-        elif self.sum.dtype == h.dtype == wide:
+        elif self.sum is not None and h.dtype == wide:
             self.sum.addmm_(gradient.T, h)
         else:
-            self.sum = self.sum.to(wide)
+            if self.sum is None:
+                self.sum = h.new_zeros(self.shape, dtype=wide)
             for first in range(0, self.shape[0], self.words):
                 block = slice(first, first + self.words)
                 self.sum[block] += gradient.T[block] @ h
 
     def result(self) -> torch.Tensor:
+        """The sum in its dtype, zeros where nothing was added."""
         if self.sum is None:
             return self.like.new_zeros(self.shape, dtype=self.dtype)
         return self.sum.to(self.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import weakref
 
 import pytest
 import torch
@@ -296,39 +297,46 @@ def test_small_row_weights_survive_float16(impl):
         torch.testing.assert_close(a.double(), b, rtol=2e-2, atol=2e-3 * float(b.abs().max()))
 
 
-class Products(TorchDispatchMode):
-    """Notes the shape of every matrix product and the largest tensor that is made."""
+class Watch(TorchDispatchMode):
+    """Notes the shape of every matrix product and the most bytes that were alive at a time."""
 
     def __init__(self):
         super().__init__()
-        self.rows, self.largest = [], 0
+        self.products, self.most, self.made = [], 0, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         aten = torch.ops.aten
         if func in (aten.mm.default, aten.mm.out, aten.addmm_.default):
-            self.rows.append((args[-2].shape[0], args[-1].shape[1]))
+            self.products.append((*args[-2].shape, args[-1].shape[1]))
         if isinstance(out, torch.Tensor):
-            self.largest = max(self.largest, out.numel() * out.element_size())
+            self.made.append(weakref.ref(out))
+        alive = [tensor for made in self.made if (tensor := made()) is not None]
+        self.made = [weakref.ref(tensor) for tensor in alive]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in alive}
+        self.most = max(self.most, sum(storages.values()))
         return out
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_chunks_skip_rows_and_keep_to_the_workspace(dtype, softcap, monkeypatch):
-    workspace = 100_000
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [4, 84])
+def test_chunks_skip_rows_and_keep_to_the_workspace(dtype, softcap, width, monkeypatch):
+    workspace = 200_000
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", workspace)
-    hidden, weight, targets = make(200, 4, 500, dtype)
-    live = torch.zeros(200, dtype=torch.bool)
-    live[2 + torch.randperm(198)[:96]] = True
+    hidden, weight, targets = (t.detach() for t in make(400, width, 1000, dtype))
+    live = torch.zeros(400, dtype=torch.bool)
+    live[2 + torch.randperm(398)[:192]] = True
     softmax = SoftmaxCrossEntropy(hidden, None, 1.0, softcap, 1.0)
-    with Products() as products, torch.no_grad():
-        chunks._run(hidden, weight, targets, torch.ones(200), live, softmax, True, True)
-    assert products.largest <= workspace
-    # Three products a chunk: the logits [V, rows], the gradient of hidden [rows, d], and of weight.
-    rows = [shape[1] for shape in products.rows if shape[0] == 500 and shape[1] != 4]
-    assert sum(rows) == sum(shape[0] for shape in products.rows if shape[0] != 500) == int(live.sum())
-    assert len(products.rows) == 3 * len(rows) > 3
+    assert softmax.fused
+    with Watch() as watch:
+        results = chunks._run(hidden, weight, targets, torch.ones(400), live, softmax, True, True)
+    # Besides the results, some numbers per row.
+    assert watch.most <= workspace + sum(r.nbytes for r in results) + 400 * 40
+    # Products m x k x n: the logits of live rows alone, and the gradient of their hidden states. (The
+    # chunks have a multiple of 16 rows, which tells them from the width.)
+    assert sum(n for m, k, n in watch.products if (m, k) == (1000, width)) == 192
+    assert sum(m for m, k, n in watch.products if (k, n) == (1000, width)) == 192
 
 
 @pytest.mark.parametrize("banned", [None, torch.tensor([1, 4])], ids=["all", "banned"])
