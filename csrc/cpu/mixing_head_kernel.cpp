@@ -7,13 +7,13 @@
 //   mixing_tail    reads h2, base, thought, writes h2 and mixed:  3 reads, 2 writes
 //   backward       reads grad_mixed, base, thought, h2, writes grad_thought and grad_h2; then reads
 //                  grad_h1, h1 and grad_mixed, writes grad_h1:    7 reads, 3 writes
-// where PyTorch's cat, bias, relu, lerp and their gradients make some 30 passes. All of it is bound
-// by memory, and small against the products: 6 width operations an element in them. The gradients
-// of base rows are summed by the owner of a position over its rows in their order: no atomics, the
-// same result for any number of threads.
+// where PyTorch's cat, bias, relu, lerp and their gradients make several times as many passes. All
+// of it is bound by memory, and small against the products: 6 width operations an element in them.
+// The gradients of base rows are summed by the owner of a position over its rows in their order: no
+// atomics, the same result for any number of threads.
 //
-// Tried, and did not pay: in 16 bits, adding two rounded halves of the first layer (relu switched
-// on the wrong side half as often again as in one product; see _first_products in
+// Tried, and did not pay: in 16 bits, adding two halves of the first layer that were both rounded
+// (where they cancel, relu ends on the wrong side; see _first_products in
 // quietstar_ext/mixing_head.py for what is done instead).
 #include <cstdint>
 
