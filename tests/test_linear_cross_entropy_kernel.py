@@ -1,4 +1,4 @@
-"""The kernel of linear_cross_entropy: its step between the products, and what becomes of its gradients."""
+"""The kernel of linear_cross_entropy: its step between the products, and what becomes of gradients."""
 
 from __future__ import annotations
 
