@@ -1,4 +1,5 @@
-"""The command line: ``quietstar info``, ``quietstar train``, ``quietstar generate``, ``quietstar demo``.
+"""The command line: ``quietstar info``, ``quietstar train``, ``quietstar generate``, ``quietstar eval``,
+``quietstar demo``.
 
 Only argparse is imported here; each command imports what it needs when it runs.
 """
@@ -55,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     _add_generate(commands)
+    _add_inspect(commands)
+    _add_eval(commands)
 
     demo = commands.add_parser(
         "demo",
@@ -103,6 +106,72 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         help="a line per token, and the thought before it with its mixing weight",
     )
     generate.set_defaults(run=_generate)
+
+
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure a model, with its thoughts and without",
+        description="Measure a model, with its thoughts and without: a table, and a json file. A command"
+        " that was interrupted continues when it is given again. For several processes: accelerate"
+        " launch -m quietstar eval ...",
+        epilog="example: quietstar eval quietstar-runs/tiny --tasks perplexity --data notes.txt",
+    )
+    _add_model(evaluate)
+    add = evaluate.add_argument
+    add(
+        "--tasks",
+        metavar="T,...",
+        default="gsm8k,csqa,perplexity",
+        help="gsm8k, csqa, gsm8k-cot, perplexity, and tasks of lm-evaluation-harness"
+        " (default: gsm8k,csqa,perplexity)",
+    )
+    add(
+        "--data",
+        metavar="[TASK=]FILE",
+        action="append",
+        help="a local file instead of the data set: json, jsonl or parquet of the same columns; for"
+        " perplexity any text (default there: the standard library's held-out files)",
+    )
+    add("--limit", metavar="N", type=int, help="the first N items of each task")
+    add("--output", metavar="FILE", type=Path, help="default: quietstar-runs/eval/MODEL-....json")
+    add("--batch-size", metavar="N", type=int, default=8, help="items at once (default: 8)")
+    add("--max-length", metavar="N", type=int, default=256, help="tokens of an item (default: 256)")
+    add("--block-size", metavar="N", type=int, default=256, help="perplexity: tokens (default: 256)")
+    add("--votes", metavar="K", type=int, default=8, help="gsm8k-cot: chains per item (default: 8)")
+    add("--temperature", metavar="X", type=float, default=0.9, help="gsm8k-cot (default: 0.9)")
+    add("--max-new-tokens", metavar="N", type=int, default=384, help="gsm8k-cot: of a chain")
+    add(
+        "--thinking",
+        metavar="RULE",
+        default="always",
+        help="gsm8k-cot: always (the default), never, every:K or entropy:X, as in generate",
+    )
+    add("--include-path", metavar="DIR", type=Path, help="task files for lm-evaluation-harness")
+    add("--seed", metavar="N", type=int, default=0, help="default: 0")
+    add("--quiet", action="store_true", help="no progress bars")
+    evaluate.set_defaults(run=_eval)
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="a page that shows the thoughts in a text and what they gained",
+        description="Write one HTML page: the text coloured by what thinking gained at each token, the"
+        " thoughts at a token that is clicked, the gain by difficulty, and the training curves of a run.",
+        epilog="example: quietstar inspect quietstar-runs/tiny notes.txt --output page.html",
+    )
+    _add_model(inspect)
+    inspect.add_argument("file", metavar="FILE", type=Path, help="a text")
+    inspect.add_argument(
+        "--output", metavar="PAGE", type=Path, help="default: the text's name with .html"
+    )
+    inspect.add_argument("--tokens", metavar="N", type=int, default=512, help="at most N (default: 512)")
+    inspect.add_argument(
+        "--samples", metavar="N", type=int, default=3, help="thoughts sampled per token (default: 3)"
+    )
+    inspect.add_argument("--seed", metavar="N", type=int, default=0, help="of the samples")
+    inspect.set_defaults(run=_inspect)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -172,6 +241,18 @@ def _train(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     from quietstar.generate import main as run
+
+    return run(args)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from quietstar.evaluation.run import main as run
+
+    return run(args)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from quietstar.report import main as run
 
     return run(args)
 

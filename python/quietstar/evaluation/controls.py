@@ -1,0 +1,167 @@
+"""Perplexity of any text with thoughts and with the controls that tell what the thoughts are worth.
+
+Each token's negative log-likelihood, nats, under five predictions of the same weights:
+
+- ``base``: without thoughts (the control "no thought": it is the text pass, whatever follows it);
+- ``mixed``: after the thought at the position before;
+- ``thought``: the thought's prediction alone, unmixed;
+- ``shuffled``: mixed, each position with the thought of another position of the same block;
+- ``pause``: mixed, the start embedding in every slot of the thought instead of sampled tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quietstar.data import IGNORED, PaddingCollator
+from quietstar.evaluation.perplexity import TokenLosses, by_decile, deciles, estimate
+from quietstar.layout import text_ranges
+from quietstar.talk import mix_talk_steps
+from quietstar.think import Head, depth_of_end, output_head, packed_pass, rollout
+from quietstar_ext import linear_cross_entropy
+
+if TYPE_CHECKING:
+    from quietstar.modeling import QuietStarForCausalLM
+
+PREDICTIONS = ("base", "mixed", "thought", "shuffled", "pause")
+
+
+def cut(token_lists: Iterable[list[int]], size: int, limit: int | None = None) -> list[list[int]]:
+    """Rows of ``size`` ids from documents that follow one another; the last row may be shorter.
+
+    ``limit`` rows at most. A rest of one token, which nothing could be predicted of, is dropped.
+    """
+    rows: list[list[int]] = []
+    rest: list[int] = []
+    for ids in token_lists:
+        rest += ids
+        while len(rest) >= size:
+            rows.append(rest[:size])
+            rest = rest[size:]
+            if len(rows) == limit:
+                return rows
+    return rows + [rest] if len(rest) > 1 else rows
+
+
+def moved(count: int, seed: int) -> list[int]:
+    """For every position another one, at random (its own only where there is no other)."""
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    result = [0] * count
+    for here, there in zip(order, order[1:] + order[:1], strict=True):
+        result[here] = there
+    return result
+
+
+@torch.no_grad()
+def block_losses(
+    model: QuietStarForCausalLM, blocks: Sequence[Sequence[int]]
+) -> list[dict[str, list[float]]]:
+    """Losses of every token of ``blocks`` (lists of ids) but each block's first.
+
+    Per block a list of ``len(block) - 1`` losses for each of :data:`PREDICTIONS` that the model has:
+    one with pause tokens cannot shuffle, one without thoughts has ``base`` alone. Thoughts are the
+    most likely ones at every position; a block's result does not depend on the blocks beside it but
+    for rounding. The model is expected in evaluation mode.
+    """
+    rows = [{"input_ids": b, "attention_mask": [1] * len(b), "labels": list(b)} for b in blocks]
+    batch = {key: value.to(model.device) for key, value in PaddingCollator()(rows).items()}
+    ids, config = batch["input_ids"], model.config
+    targets = batch["labels"][:, 1:]
+    ranges = text_ranges(batch["attention_mask"], ids)
+    head, slots = output_head(model.base), depth_of_end(config)
+    meta = model.thought_embedding(config.embedding_scale)
+    # The last position has nothing to predict, so it need not think.
+    anchors = torch.arange(ids.shape[1] - 1, device=ids.device).expand(len(ids), -1)
+
+    def mixed_losses(text: Tensor, slot_hidden: Tensor) -> Tensor:
+        mixed, _ = mix_talk_steps(config, model.mixing_head, text, slot_hidden, anchors, steps=1)
+        return _losses(head, mixed[0], targets)
+
+    def think() -> Any:
+        return rollout(
+            model.base,
+            config,
+            meta,
+            ids,
+            ranges,
+            anchors=anchors,
+            temperature=0.0,
+            to_the_end=True,
+            num_slots=slots,
+        )
+
+    found: dict[str, Tensor] = {}
+    kind = config.thought_kind
+    try:
+        if kind == "none":
+            config.thought_kind = "pause"  # the text pass alone is wanted; this thinks the cheapest way
+        own = think()
+        found["base"] = _losses(head, own.text_hidden[:, :-1], targets)
+        if kind != "none":
+            found["mixed"] = mixed_losses(own.text_hidden, own.slot_hidden)
+            found["thought"] = _losses(head, own.slot_hidden[:, slots - 1], targets)
+        if own.ids is not None:
+            partner = _partners(blocks, ids.shape[1] - 1).to(ids.device)
+            shuffled = own.ids.gather(1, partner[:, :, None].expand_as(own.ids))
+            text, slot_hidden = packed_pass(
+                model.base, config, meta, ids, ranges, anchors, shuffled, num_slots=slots
+            )
+            found["shuffled"] = mixed_losses(text, slot_hidden)
+            config.thought_kind = "pause"
+            paused = think()
+            found["pause"] = mixed_losses(paused.text_hidden, paused.slot_hidden)
+    finally:
+        config.thought_kind = kind
+    return [
+        {name: losses[row, : len(block) - 1].tolist() for name, losses in found.items()}
+        for row, block in enumerate(blocks)
+    ]
+
+
+def _losses(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    """hidden [B, n, d], targets [B, n] -> [B, n] fp32."""
+    rows = hidden.flatten(0, 1).to(head.weight.dtype)
+    losses = linear_cross_entropy(
+        rows, head.weight, targets.flatten(), ignore_index=IGNORED, **head.options()
+    )
+    return losses.view_as(targets)
+
+
+def _partners(blocks: Sequence[Sequence[int]], length: int) -> Tensor:
+    """[B, length] int64; positions of padding keep their own thought."""
+    partner = torch.arange(length).repeat(len(blocks), 1)
+    for row, block in enumerate(blocks):
+        count = len(block) - 1
+        # The seed comes from the block, so that the control is the same in any batch and order.
+        partner[row, :count] = torch.tensor(moved(count, seed=sum(block)))
+    return partner
+
+
+def summarize_controls(records: Sequence[dict[str, list[float]]]) -> dict[str, Any]:
+    """Means with standard errors over blocks, the gain of each prediction over ``base``, and means by
+    decile of the base loss (easiest first), as plain data."""
+    length = max(len(record["base"]) for record in records)
+    names = [name for name in PREDICTIONS if name in records[0]]
+    counted = np.zeros((len(records), length), dtype=bool)
+    values = {name: np.zeros((len(records), length)) for name in names}
+    for row, record in enumerate(records):
+        counted[row, : len(record["base"])] = True
+        for name in names:
+            values[name][row, : len(record[name])] = record[name]
+    losses = TokenLosses(values["base"], values.get("mixed", values["base"]), counted)
+    decile = deciles(losses.base, counted)
+    per_decile = {name: by_decile(values[name], decile) for name in names}
+    return {
+        "tokens": int(counted.sum()),
+        "blocks": len(records),
+        "nll": {name: estimate(values[name], counted).to_dict() for name in names},
+        "gain": {name: estimate(values["base"] - values[name], counted).to_dict() for name in names[1:]},
+        "nll_by_decile": [{name: per_decile[name][d].to_dict() for name in names} for d in range(10)],
+    }

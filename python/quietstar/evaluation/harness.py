@@ -1,0 +1,97 @@
+"""lm-evaluation-harness with Quiet-STaR models (optional: ``pip install 'quietstar[eval]'``).
+
+Importing this module registers the model type ``quietstar``. The harness finds no plug-ins by itself,
+so its command line is reached through this module:
+
+    python -m quietstar.evaluation.harness run --model quietstar --model_args pretrained=DIR --tasks ...
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+# Registers the architecture with transformers, so that the harness can load it by name.
+from quietstar.modeling import QuietStarForCausalLM
+from quietstar.think import depth_of_end
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@register_model("quietstar")
+class QuietStarLM(HFLM):  # type: ignore[misc, unused-ignore]
+    """A Quiet-STaR model in the harness: thinks before every token that is scored or generated.
+
+    ``thoughts=False`` measures the same weights without thinking. All other arguments are HFLM's.
+    """
+
+    def __init__(self, pretrained: Any, thoughts: bool = True, **arguments: Any):
+        # transformers loads the decoder with its own attention; nothing to choose from.
+        super().__init__(pretrained, backend="causal", **arguments)
+        if not isinstance(self.model, QuietStarForCausalLM):
+            raise ValueError(
+                f"pretrained is a {type(self.model).__name__}; expected a Quiet-STaR model (others:"
+                " --model hf)"
+            )
+        if not thoughts:
+            self.model.config.thought_kind = "none"
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of text: the last of them still needs positions for its thought."""
+        config = self.model.config
+        return int(super().max_length) - (depth_of_end(config) if config.thinks else 0)
+
+
+def known_tasks(include: Path | None) -> Any:
+    """The harness's task manager, with the task files of a folder if one is given."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=None if include is None else str(include))
+
+
+def run_tasks(
+    model: QuietStarForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    manager: Any,
+    *,
+    limit: int | None,
+    batch_size: int,
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """Run tasks of the harness; per task its metrics and their standard errors, as plain numbers."""
+    import lm_eval
+
+    lm = QuietStarLM(model, tokenizer=tokenizer, batch_size=batch_size)
+    found = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=tasks,
+        limit=limit,
+        task_manager=manager,
+        log_samples=False,
+        random_seed=seed,
+        numpy_random_seed=seed,
+        torch_random_seed=seed,
+        fewshot_random_seed=seed,
+    )
+    # "acc,none" and "acc_stderr,none": metric and filter; "alias" and the like are text.
+    return {
+        task: {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
+        for task, values in found["results"].items()
+    }
+
+
+def main() -> None:
+    """The harness's own command line, with the model type ``quietstar`` known to it."""
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

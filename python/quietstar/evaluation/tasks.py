@@ -1,0 +1,218 @@
+"""What ``quietstar eval`` can measure by itself: each task loads items, scores them, sums them up.
+
+``gsm8k``, ``csqa``     zero-shot answer probability and accuracy (reasoning.py)
+``gsm8k-cot``           zero-shot chain of thought, majority of k (chains.py)
+``perplexity``          any text, by difficulty, with controls (controls.py)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from quietstar.errors import UserError
+from quietstar.evaluation import chains, controls, reasoning
+from quietstar.evaluation.items import load_rows
+from quietstar.evaluation.statistics import bootstrap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Item = dict[str, Any]
+Record = dict[str, Any]
+GSM8K: dict[str, Any] = {
+    "columns": ("question", "answer"),
+    "hub_name": "openai/gsm8k",
+    "hub_config": "main",
+    "split": "test",
+}
+# The test split of CommonsenseQA has no answers.
+CSQA: dict[str, Any] = {
+    "columns": ("question", "choices", "answerKey"),
+    "hub_name": "tau/commonsense_qa",
+    "hub_config": None,
+    "split": "validation",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the command line sets. ``data``: a local file for this task instead of its data set."""
+
+    data: Path | None = None
+    limit: int | None = None
+    max_length: int = 256
+    block_size: int = 256
+    chains: chains.ChainSettings = field(default_factory=chains.ChainSettings)
+
+
+class Task(Protocol):
+    """One benchmark. Items and records are plain data, so that they can be written as json."""
+
+    name: str
+    settings: Settings
+
+    def identity(self) -> dict[str, Any]:
+        """What a record depends on, besides the model and its item."""
+
+    def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+        """The items, with everything checked that can be checked without the model."""
+
+    def score(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+    ) -> list[Record]:
+        """A record for each item of a batch."""
+
+    def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Plain data for the output file."""
+
+
+@dataclass
+class AnswerTask:
+    """Zero-shot probability of the gold answer; ``letters``: a choice, else a number."""
+
+    name: str
+    settings: Settings
+    source: dict[str, Any]
+    text: Callable[[Item], tuple[str, str]]
+    letters: bool
+    _valid: reasoning.ValidTokens | None = None
+
+    def identity(self) -> dict[str, Any]:
+        return {"max_length": self.settings.max_length}
+
+    def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+        rows = load_rows(data=self.settings.data, limit=self.settings.limit, **self.source)
+        find = reasoning.letter_tokens if self.letters else reasoning.number_tokens
+        self._valid = find(tokenizer)
+        for number, row in enumerate(rows, start=1):
+            try:
+                reasoning.encode(tokenizer, *self.text(row), self.settings.max_length)
+            except UserError as error:
+                raise UserError(f"{self.name}, row {number}: {error}") from None
+        return rows
+
+    def score(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+    ) -> list[Record]:
+        assert self._valid is not None
+        encoded = [reasoning.encode(tokenizer, *self.text(i), self.settings.max_length) for i in items]
+        choices = [len(item["choices"]["label"]) for item in items] if self.letters else None
+        return reasoning.score_answers(model, encoded, self._valid, choices)
+
+    def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
+        accuracy = "accuracy" if self.letters else "exact_match"
+        result: dict[str, Any] = {"items": len(records), "cut": sum(r["cut"] for r in records)}
+        for label, key in (("probability", "probability"), (accuracy, "correct")):
+            values = {
+                name: [float(r[f"{name}_{key}"]) for r in records]
+                for name in ("base", "mixed")
+                if f"{name}_{key}" in records[0]
+            }
+            if "mixed" in values:
+                pairs = zip(values["mixed"], values["base"], strict=True)
+                values["gain"] = [mixed - base for mixed, base in pairs]
+            result[label] = {name: bootstrap(found).to_dict() for name, found in values.items()}
+        return result
+
+
+@dataclass
+class ChainTask:
+    """Chain of thought with a majority vote."""
+
+    name: str
+    settings: Settings
+
+    def identity(self) -> dict[str, Any]:
+        return asdict(self.settings.chains)
+
+    def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+        rows = load_rows(data=self.settings.data, limit=self.settings.limit, **GSM8K)
+        for number, row in enumerate(rows, start=1):
+            try:
+                reasoning.gsm8k_text(row)
+            except UserError as error:
+                raise UserError(f"{self.name}, row {number}: {error}") from None
+        return rows
+
+    def score(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+    ) -> list[Record]:
+        records = []
+        for item in items:
+            gold = chains.find_number(reasoning.gsm8k_text(item)[1])
+            assert gold is not None  # items() looked
+            settings = self.settings.chains
+            # From the item, so that a resumed run samples what an uninterrupted one would.
+            seed = int(digest([settings.seed, item])[:12], 16)
+            records.append(chains.vote(model, tokenizer, item["question"], gold, settings, seed))
+        return records
+
+    def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
+        settings = self.settings.chains
+        return {
+            "items": len(records),
+            "thinking": settings.thinking,
+            "votes": settings.votes,
+            "majority": bootstrap([float(r["correct"]) for r in records]).to_dict(),
+            "single_chain": bootstrap([r["share"] for r in records]).to_dict(),
+            "without_number": sum(n is None for r in records for n in r["numbers"])
+            / sum(len(r["numbers"]) for r in records),
+        }
+
+
+@dataclass
+class PerplexityTask:
+    """Losses per token of a text file (default: the standard library's held-out files)."""
+
+    name: str
+    settings: Settings
+
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+    def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+        from quietstar.corpora import load_stdlib
+        from quietstar.data import tokenize
+        from quietstar.sources import local_documents
+
+        size, limit, data = self.settings.block_size, self.settings.limit, self.settings.data
+        if size < 2:
+            raise UserError(f"--block-size is {size}; expected a whole number >= 2")
+        if limit is not None and limit < 1:
+            raise UserError(f"--limit is {limit}; expected a whole number >= 1")
+        documents = load_stdlib("heldout") if data is None else local_documents(str(data))
+        blocks = controls.cut(tokenize(documents, tokenizer), size, limit)
+        if not blocks:
+            raise UserError(f"data file {data} has fewer than two tokens; expected text")
+        return [{"ids": block} for block in blocks]
+
+    def score(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+    ) -> list[Record]:
+        found = controls.block_losses(model, [item["ids"] for item in items])
+        # Six digits are more than fp32 losses hold, and keep the journal small.
+        return [
+            {name: [round(value, 6) for value in losses] for name, losses in record.items()}
+            for record in found
+        ]
+
+    def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
+        return controls.summarize_controls(records)
+
+
+OWN: dict[str, Callable[[str, Settings], Task]] = {
+    "gsm8k": lambda name, s: AnswerTask(name, s, GSM8K, reasoning.gsm8k_text, letters=False),
+    "csqa": lambda name, s: AnswerTask(name, s, CSQA, reasoning.csqa_text, letters=True),
+    "gsm8k-cot": ChainTask,
+    "perplexity": PerplexityTask,
+}
+
+
+def digest(content: Any) -> str:
+    """A name for plain data, 64 hex digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
