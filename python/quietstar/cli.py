@@ -158,7 +158,7 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "inspect",
         help="a page that shows the thoughts in a text and what they gained",
         description="Write one HTML page: the text coloured by what thinking gained at each token, the"
-        " thoughts at a token that is clicked, the gain by difficulty, and the training curves of a run.",
+        " thoughts at a token that is clicked, the gain by difficulty, and a run's training curves.",
         epilog="example: quietstar inspect quietstar-runs/tiny notes.txt --output page.html",
     )
     _add_model(inspect)
@@ -167,6 +167,9 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--output", metavar="PAGE", type=Path, help="default: the text's name with .html"
     )
     inspect.add_argument("--tokens", metavar="N", type=int, default=512, help="at most N (default: 512)")
+    inspect.add_argument(
+        "--context", metavar="N", type=int, help="tokens per row (default: as trained, otherwise 512)"
+    )
     inspect.add_argument(
         "--samples", metavar="N", type=int, default=3, help="thoughts sampled per token (default: 3)"
     )

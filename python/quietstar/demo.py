@@ -303,6 +303,22 @@ def some_thoughts(
     return found
 
 
+def save_page(output: Path, language: LookupLanguage) -> Path:
+    """The thoughts of the full arm at held-out problems, as ``thoughts.html``."""
+    from quietstar.modeling import QuietStarForCausalLM
+    from quietstar.report import write_page
+
+    return write_page(
+        QuietStarForCausalLM.from_pretrained(output / "full"),
+        lookup.build_tokenizer(),
+        language.blocks(6, EVAL_LENGTH, EVAL_MIX, EVAL_SEED + 2).tolist(),
+        output / "thoughts.html",
+        title="Look-up problems: what thinking gained",
+        source="held-out rows of the demo; full Quiet-STaR",
+        run_folder=output / "full",
+    )
+
+
 def main(args: argparse.Namespace) -> int:
     """Run, print the table as it fills, say what came out."""
     from rich.console import Console
@@ -333,7 +349,8 @@ def main(args: argparse.Namespace) -> int:
     )
     figure = save_figure(metrics, output)
     print_summary(console, metrics)
-    console.print(f"\nmetrics: {output / METRICS_FILE}\nfigure:  {figure}")
+    page = save_page(output, LookupLanguage(args.seed))
+    console.print(f"\nmetrics: {output / METRICS_FILE}\nfigure:  {figure}\npage:    {page}")
     console.print(
         f'model:   AutoModelForCausalLM.from_pretrained("{output / "full"}") after import quietstar',
         soft_wrap=True,
