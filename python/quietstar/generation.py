@@ -7,14 +7,16 @@ Each new token costs one ordinary decoding step and, if its row thinks, one step
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache, GenerationMixin
 
 from .attention import check_length
+from .config import QuietStarConfig
 from .layout import LayerKeys, ThoughtLayout, text_ranges
+from .output import QuietStarOutput
 from .think import banned_ids, depth_of_end, output_head, slot_steps
 
 if TYPE_CHECKING:
@@ -213,3 +215,58 @@ def cached_keys(cache: Cache, rows: Tensor, total: int) -> dict[int, LayerKeys]:
             keys, values = keys.index_select(0, rows), values.index_select(0, rows)
         found[index] = LayerKeys(keys, values, offset=total - keys.shape[2])
     return found
+
+
+class ThinkingGenerationMixin(GenerationMixin):
+    """transformers' generation for a model that thinks before it speaks."""
+
+    config: QuietStarConfig
+    _thinking: Thinking | None
+    thoughts: list[SpokenThought]
+
+    def generate(
+        self,
+        *args: Any,
+        thinking: str = "always",
+        thinking_budget: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' ``generate``, thinking before the tokens that ``thinking`` says.
+
+        The text's cache is kept and the thought's keys are dropped; meta tokens are never emitted.
+        ``self.thoughts`` holds every thought of the call so far.
+
+        Args:
+            thinking: ``"always"``, ``"never"``, ``"every:k"`` or ``"entropy:x"``
+                (:class:`quietstar.generation.Thinking`).
+            thinking_budget: at most so many thoughts per row. Not with beams, which swap rows.
+
+        Raises:
+            ValueError: for a rule that is none, or a budget with beam search.
+        """
+        self.config.check_thoughts()
+        policy = Thinking(thinking if self.config.thinks else "never", thinking_budget)
+        config = kwargs.get("generation_config") or self.generation_config
+        beams = kwargs.get("num_beams") or config.num_beams or 1
+        if thinking_budget is not None and beams > 1:
+            raise ValueError(f"thinking_budget was given with num_beams={beams}; expected one beam")
+        self._thinking = policy
+        self.thoughts = policy.thoughts  # grows as they come, for streamers to look at
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            self._thinking = None
+
+    def _next(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        use_cache: bool | None,
+        temperature: float | None,
+    ) -> QuietStarOutput:
+        """Logits [B, 1, V] of the next token."""
+        thinking = self._thinking or Thinking("always" if self.config.thinks else "never")
+        kept = cache if cache is not None else DynamicCache(config=self.base.config)
+        logits = next_token_logits(self, input_ids, attention_mask, kept, thinking, temperature or 0.0)
+        return QuietStarOutput(logits=logits[:, None], past_key_values=kept if use_cache else None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     Cache,
-    DynamicCache,
-    GenerationMixin,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import ModelOutput
 
 from .attention import check_supported, implementation_name
+from .checks import check_ignored, check_meta_tokens, check_text
 from .config import QuietStarConfig
-from .generation import SpokenThought, Thinking, next_token_logits
+from .generation import SpokenThought, Thinking, ThinkingGenerationMixin
 from .layout import text_positions, text_ranges
 from .learn import Reward, policy_loss, reward_thoughts
+from .output import QuietStarOutput
 from .talk import IGNORE, MixingHead, base_nll, mix_talk_steps, talk
 from .think import (
     ThoughtEmbedding,
@@ -40,45 +38,7 @@ from .think import (
 from .tokens import add_meta_tokens, meta_token_ids
 
 
-@dataclass
-class QuietStarOutput(ModelOutput):
-    """What one call returns; everything but ``loss`` and ``logits`` is free of gradients.
-
-    Sizes: B rows, N tokens, A anchors per row, R rationales, K talk steps, T thought tokens.
-
-    Attributes:
-        loss: nll_loss + policy_weight * policy_loss (None without labels).
-        nll_loss: weighted cross entropy of the base and the mixed predictions.
-        base_losses: [B, N-1]; base_loss: their mean over tokens that count.
-        talk_losses: [K, B, R, A], 0 where there is no target; talk_loss: [K] means.
-        reward, advantage: [B, R, A]; 0 for anchors without all talk steps inside the text.
-        policy_loss: mean over thought tokens of -(advantage · log-probability), unweighted.
-        mixing_weight: [K, B, R, A].
-        anchors: [B, A], the positions that thought; has_target: [K, B, A] bool.
-        thought_ids: [B, R, A, T]; thought_logprobs: [B, R, A, T] if sampled in this call.
-        logits: [B, kept, V], mixed; only without labels.
-        past_key_values: the text's cache, if one is kept.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    nll_loss: Tensor | None = None
-    base_losses: Tensor | None = None
-    base_loss: Tensor | None = None
-    talk_losses: Tensor | None = None
-    talk_loss: Tensor | None = None
-    reward: Tensor | None = None
-    advantage: Tensor | None = None
-    policy_loss: Tensor | None = None
-    mixing_weight: Tensor | None = None
-    anchors: Tensor | None = None
-    has_target: Tensor | None = None
-    thought_ids: Tensor | None = None
-    thought_logprobs: Tensor | None = None
-    past_key_values: Cache | None = None
-
-
-class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
+class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
     """Wraps any supported Hugging Face decoder with thoughts (see :class:`QuietStarConfig`).
 
     The decoder is ``self.base``, unmodified; the model adds ``thought_embedding`` and ``mixing_head``.
@@ -96,7 +56,7 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         if base is None:
             base = AutoModelForCausalLM.from_config(config.text_config)
         check_supported(base)
-        _check_meta_tokens(config, base.get_input_embeddings().num_embeddings)
+        check_meta_tokens(config, base.get_input_embeddings().num_embeddings)
         # The layers look their attention up in this very object at every call.
         base.config._attn_implementation = implementation_name(type(base))
         config.text_config = base.config
@@ -239,8 +199,8 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
         """
         config = self.config
         config.check_thoughts()
-        _check_ignored(ignored)
-        _check_text(config, input_ids, labels)
+        check_ignored(ignored)
+        check_text(config, input_ids, labels)
         if past_key_values is not None or self._thinking is not None:
             if labels is not None:
                 raise ValueError("labels were given with past_key_values; expected one of them")
@@ -457,98 +417,6 @@ class QuietStarForCausalLM(PreTrainedModel, GenerationMixin):
             thought_ids = thought_ids.gather(2, index)
         columns = anchors.repeat_interleave(given[1], dim=1)
         return columns, thought_ids.transpose(1, 2).flatten(1, 2)
-
-    # ---- generation -----------------------------------------------------------------------------
-
-    def generate(
-        self,
-        *args: Any,
-        thinking: str = "always",
-        thinking_budget: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' ``generate``, thinking before the tokens that ``thinking`` says.
-
-        The text's cache is kept and the thought's keys are dropped; meta tokens are never emitted.
-        ``self.thoughts`` holds every thought of the call so far.
-
-        Args:
-            thinking: ``"always"``, ``"never"``, ``"every:k"`` or ``"entropy:x"``
-                (:class:`quietstar.generation.Thinking`).
-            thinking_budget: at most so many thoughts per row. Not with beams, which swap rows.
-
-        Raises:
-            ValueError: for a rule that is none, or a budget with beam search.
-        """
-        self.config.check_thoughts()
-        policy = Thinking(thinking if self.config.thinks else "never", thinking_budget)
-        config = kwargs.get("generation_config") or self.generation_config
-        beams = kwargs.get("num_beams") or config.num_beams or 1
-        if thinking_budget is not None and beams > 1:
-            raise ValueError(f"thinking_budget was given with num_beams={beams}; expected one beam")
-        self._thinking = policy
-        self.thoughts = policy.thoughts  # grows as they come, for streamers to look at
-        try:
-            return super().generate(*args, **kwargs)
-        finally:
-            self._thinking = None
-
-    def _next(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        cache: Cache | None,
-        use_cache: bool | None,
-        temperature: float | None,
-    ) -> QuietStarOutput:
-        """Logits [B, 1, V] of the next token."""
-        thinking = self._thinking or Thinking("always" if self.config.thinks else "never")
-        kept = cache if cache is not None else DynamicCache(config=self.base.config)
-        logits = next_token_logits(self, input_ids, attention_mask, kept, thinking, temperature or 0.0)
-        return QuietStarOutput(logits=logits[:, None], past_key_values=kept if use_cache else None)
-
-
-# What generation and the Trainer hand over and this model has no use for.
-_IGNORABLE = {
-    "cache_position",
-    "output_attentions",
-    "output_hidden_states",
-    "position_ids",
-    "return_dict",
-    "token_type_ids",
-}
-
-
-def _check_ignored(ignored: dict[str, Any]) -> None:
-    unknown = sorted(set(ignored) - _IGNORABLE)
-    if unknown:
-        raise TypeError(f"forward() got an argument it does not know: {unknown[0]!r}")
-
-
-def _check_meta_tokens(config: QuietStarConfig, vocabulary: int) -> None:
-    for name in ("start_token_id", "end_token_id"):
-        token = getattr(config, name)
-        if token is not None and not 0 <= token < vocabulary:
-            raise ValueError(
-                f"{name} is {token}; expected a token of the vocabulary, 0 to {vocabulary - 1}"
-            )
-
-
-def _check_text(config: QuietStarConfig, input_ids: Tensor, labels: Tensor | None) -> None:
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids has shape {list(input_ids.shape)}; expected [rows, tokens]")
-    if labels is None:
-        return
-    if labels.shape != input_ids.shape:
-        raise ValueError(
-            f"labels has shape {list(labels.shape)}; expected {list(input_ids.shape)} like input_ids"
-        )
-    shortest = config.talk_length + 2 if config.thinks else 2
-    if input_ids.shape[1] < shortest:
-        raise ValueError(
-            f"input_ids has {input_ids.shape[1]} tokens per row; expected at least {shortest}"
-            " (talk_length + 2)"
-        )
 
 
 def _by_rationale(columns: Tensor | None, rationales: int) -> Tensor | None:

@@ -1,0 +1,47 @@
+"""What one call of the model returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import Cache
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class QuietStarOutput(ModelOutput):
+    """What one call returns; everything but ``loss`` and ``logits`` is free of gradients.
+
+    Sizes: B rows, N tokens, A anchors per row, R rationales, K talk steps, T thought tokens.
+
+    Attributes:
+        loss: nll_loss + policy_weight * policy_loss (None without labels).
+        nll_loss: weighted cross entropy of the base and the mixed predictions.
+        base_losses: [B, N-1]; base_loss: their mean over tokens that count.
+        talk_losses: [K, B, R, A], 0 where there is no target; talk_loss: [K] means.
+        reward, advantage: [B, R, A]; 0 for anchors without all talk steps inside the text.
+        policy_loss: mean over thought tokens of -(advantage · log-probability), unweighted.
+        mixing_weight: [K, B, R, A].
+        anchors: [B, A], the positions that thought; has_target: [K, B, A] bool.
+        thought_ids: [B, R, A, T]; thought_logprobs: [B, R, A, T] if sampled in this call.
+        logits: [B, kept, V], mixed; only without labels.
+        past_key_values: the text's cache, if one is kept.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    nll_loss: Tensor | None = None
+    base_losses: Tensor | None = None
+    base_loss: Tensor | None = None
+    talk_losses: Tensor | None = None
+    talk_loss: Tensor | None = None
+    reward: Tensor | None = None
+    advantage: Tensor | None = None
+    policy_loss: Tensor | None = None
+    mixing_weight: Tensor | None = None
+    anchors: Tensor | None = None
+    has_target: Tensor | None = None
+    thought_ids: Tensor | None = None
+    thought_logprobs: Tensor | None = None
+    past_key_values: Cache | None = None
