@@ -113,8 +113,8 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "eval",
         help="measure a model, with its thoughts and without",
         description="Measure a model, with its thoughts and without: a table, and a json file. A command"
-        " that was interrupted continues when it is given again. For several processes: accelerate"
-        " launch -m quietstar eval ...",
+        " that was interrupted continues when it is given again. For several processes: torchrun"
+        " --nproc-per-node N -m quietstar eval ...",
         epilog="example: quietstar eval quietstar-runs/tiny --tasks perplexity --data notes.txt",
     )
     _add_model(evaluate)
