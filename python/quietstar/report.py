@@ -114,9 +114,10 @@ def write_page(
     if overlap:
         seen = [t for i, t in enumerate(seen) if t.base is not None or i == 0]
     config = model.config
+    decoder: Any = config.text_config
     subtitle = (
         f"{source + '; ' if source else ''}thoughts of {config.thought_length} tokens"
-        f"{' (pause tokens)' if config.thought_kind == 'pause' else ''}, {config.text_config.model_type}"
+        f"{' (pause tokens)' if config.thought_kind == 'pause' else ''}, {decoder.model_type}"
     )
     page = render_page(
         seen, title=title, subtitle=subtitle, curves=read_curves(run_folder), joined=overlap
@@ -233,19 +234,21 @@ def _extremes(
 ) -> str:
     """The tokens with the largest or smallest gains, each in its context, with its thought."""
     lines = []
+    tone = "plus" if word == "helped" else "minus"
     for index in order[:count]:
         token = seen[index]
-        if token.gain is None or (token.gain <= 0) == (word == "helped"):
+        gain = token.gain if word == "helped" else -(token.gain or 0.0)
+        if not gain or gain < 0:
             break
         near = [t.text for t in seen[max(0, index - 12) : index] if joined or t.row == token.row]
         before = "".join(near)[-28:]
         thought = token.thoughts[0].text if token.thoughts else "\u2013"
         lines.append(
             f'<tr><td class="w"><button type="button" class="go" data-i="{index}">'
-            f"{escape(_visible(before))}<b>{escape(_visible(token.text))}</b></button></td>"
+            f"{escape(_visible(before))}<b>{escape(_visible(token.text, alone=True))}</b></button></td>"
             f'<td class="w">{escape(_visible(thought))}</td>'
             f'<td class="n">{_signed(token.weight or 0.0, 2)}</td>'
-            f'<td class="n {"plus" if token.gain >= 0 else "minus"}">{_signed(token.gain, 3)}</td></tr>'
+            f'<td class="n {tone}">{_signed(token.gain or 0.0, 3)}</td></tr>'
         )
     if not lines:
         lines.append('<tr><td colspan="4">nowhere</td></tr>')
@@ -276,12 +279,11 @@ def _plain(token: SeenToken) -> dict[str, Any]:
 
     return {
         "text": token.text,
-        "word": token.word,
         "base": short(token.base),
         "mixed": short(token.mixed),
         "weight": short(token.weight),
-        "top_base": [[word, short(chance)] for word, chance in token.top_base],
-        "top_mixed": [[word, short(chance)] for word, chance in token.top_mixed],
+        "top_base": [[word, short(chance), true] for word, chance, true in token.top_base],
+        "top_mixed": [[word, short(chance), true] for word, chance, true in token.top_mixed],
         "thoughts": [
             {
                 "text": t.text,
@@ -305,8 +307,10 @@ def _signed(value: float, digits: int) -> str:
     return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
-def _visible(text: str) -> str:
-    return text.replace("\n", "\u21b5").replace("\t", "\u21e5")
+def _visible(text: str, *, alone: bool = False) -> str:
+    """Line ends and tabs as signs; spaces too where nothing else would be seen (``alone``)."""
+    shown = text.replace("\n", "\u21b5").replace("\t", "\u21e5")
+    return shown.replace(" ", "\u2423") if alone and not text.strip() else shown
 
 
 def _trained_length(name: str) -> int | None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from quietstar.modeling import QuietStarForCausalLM
 
+Prediction = tuple[str, float, bool]
+
 # Tokens that a character can be spread over (bytes of UTF-8).
 _LONGEST_CHARACTER = 4
 
@@ -44,21 +46,19 @@ class SeenToken:
 
     Attributes:
         text: how it is spelt at its place. For the first token of a row nothing more is known.
-        word: the token alone, as the predictions spell it.
         base, mixed: losses without and with the most likely thought, nats.
         weight: mixing weight of that thought.
-        top_base, top_mixed: the most probable tokens and their probabilities.
+        top_base, top_mixed: the most probable tokens, their probabilities, whether one is this token.
         thoughts: the most likely one first, then samples.
     """
 
     text: str
     row: int
-    word: str = ""
     base: float | None = None
     mixed: float | None = None
     weight: float | None = None
-    top_base: tuple[tuple[str, float], ...] = ()
-    top_mixed: tuple[tuple[str, float], ...] = ()
+    top_base: tuple[Prediction, ...] = ()
+    top_mixed: tuple[Prediction, ...] = ()
     thoughts: tuple[SeenThought, ...] = field(default=())
 
     @property
@@ -164,12 +164,11 @@ def _look_at_row(
         yield SeenToken(
             spelt[at + 1],
             number,
-            tokenizer.decode([int(ids[0, at + 1])]),
             base[at],
             columns[0][0][at],
             columns[0][1][at],
-            tuple((tokenizer.decode([token]), p) for token, p in base_top[at]),
-            tuple((tokenizer.decode([token]), p) for token, p in mixed_top[at]),
+            _named(tokenizer, base_top[at], int(ids[0, at + 1])),
+            _named(tokenizer, mixed_top[at], int(ids[0, at + 1])),
             tuple(thoughts),
         )
 
@@ -197,6 +196,12 @@ def _top(logits: Tensor, count: int) -> list[list[tuple[int, float]]]:
         list(zip(tokens, chances, strict=True))
         for tokens, chances in zip(found.indices.tolist(), found.values.tolist(), strict=True)
     ]
+
+
+def _named(
+    tokenizer: PreTrainedTokenizerBase, found: list[tuple[int, float]], true: int
+) -> tuple[Prediction, ...]:
+    return tuple((tokenizer.decode([token]), chance, token == true) for token, chance in found)
 
 
 @contextmanager
