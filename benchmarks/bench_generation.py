@@ -2,8 +2,8 @@
 
 Against the reference's way, which runs the whole prefix and a thought at every position again for each
 new token (once with the operators of this package, once as published, with dense masks and logits at
-every depth), and against plain generation without thoughts, for which the ideal is T + 3 decoding steps in
-place of one. The model is the recipe ``tiny``: hidden 128, 4 layers, vocabulary 2048, T = 5.
+every depth), and against plain generation without thoughts, for which the ideal is T + 3 decoding steps
+instead of one. The model is the recipe ``tiny``: hidden 128, 4 layers, vocabulary 2048, T = 5.
 """
 
 from __future__ import annotations
