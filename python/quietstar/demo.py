@@ -223,8 +223,13 @@ def run_arms(
     language = LookupLanguage(seed)
     curves: dict[str, list[tuple[int, float]]] = {}
 
+    finished: set[str] = set()
+
     def run(name: str) -> Path:
         folder = output / name
+        if name in finished:
+            return folder
+        finished.add(name)
         watch = Progress(language)
         callbacks: list[TrainerCallback] = [watch]
         if name in ("skill", "base"):
