@@ -46,11 +46,12 @@ def test_whole_demo_and_its_continuation(
     args = argparse.Namespace(quick=True, fresh=False, output=tmp_path / "demo")
     assert demo_text.main(args) == 0
     printed = capsys.readouterr().out
-    for word in ("tenth 10, hardest", "control", "-> thought", "thinking is worth", "metrics:"):
+    for word in ("tenth 10, hardest", "control", "-> thought", "thinking is worth", "metrics:", "page:"):
         assert word in printed
     assert isinstance(
         AutoModelForCausalLM.from_pretrained(tmp_path / "demo" / "quiet-star"), QuietStarForCausalLM
     )
+    assert (tmp_path / "demo" / "thoughts.html").read_text().count('<p class="text">') == 4
     metrics = read_json(tmp_path / "demo" / "metrics.json")
     assert metrics["blocks"] == 3 and len(metrics["by_decile"]) == 10
     assert metrics["nll"]["control"]["mean"] != metrics["nll"]["base"]["mean"]

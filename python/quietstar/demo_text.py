@@ -112,6 +112,7 @@ def main(args: argparse.Namespace) -> int:
     fingerprints = {name: recipe.fingerprint() for name, recipe in recipes.items()}
     fingerprints["evaluation"] = EVALUATION
     metrics = read_json(done) if done.is_file() and not fresh else {}
+    page = output / "thoughts.html"
     if metrics.get("fingerprints") != fingerprints:
         sizes = QUICK if args.quick else FULL
         metrics = {
@@ -119,9 +120,12 @@ def main(args: argparse.Namespace) -> int:
             **evaluate(output, recipes["quiet-star"], blocks=sizes["blocks"]),
             "versions": package_versions(),
         }
+        page.unlink(missing_ok=True)
         write_json(done, metrics)
+    if not page.is_file():
+        save_page(output, recipes["quiet-star"], page)
     show(console, metrics)
-    console.print(f"\nmetrics: {done}\ncheckpoint, after [b]import quietstar[/b]:")
+    console.print(f"\nmetrics: {done}\npage: {page}\ncheckpoint, after [b]import quietstar[/b]:")
     console.print(
         f'  transformers.AutoModelForCausalLM.from_pretrained("{output / "quiet-star"}")', soft_wrap=True
     )
@@ -187,6 +191,26 @@ def evaluate(output: Path, recipe: Recipe, *, blocks: int) -> dict[str, Any]:
         ],
         "thoughts": thoughts_in_context(model, tokenizer, rows, quiet_star),
     }
+
+
+def save_page(output: Path, recipe: Recipe, page: Path, *, count: int = 4) -> None:
+    """The thoughts of the trained model in ``count`` held-out rows, to look at in a browser."""
+    from transformers import AutoTokenizer
+
+    from quietstar.modeling import QuietStarForCausalLM
+    from quietstar.report import write_page
+
+    tokenizer = AutoTokenizer.from_pretrained(output / "quiet-star")
+    rows = heldout_blocks(tokenizer, recipe, count)
+    write_page(
+        QuietStarForCausalLM.from_pretrained(output / "quiet-star"),
+        tokenizer,
+        [rows[i]["input_ids"].tolist() for i in range(len(rows))],
+        page,
+        title="Python source: what thinking gained",
+        source="held-out files of the standard library",
+        run_folder=output / "quiet-star",
+    )
 
 
 def thoughts_in_context(
