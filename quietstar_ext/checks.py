@@ -58,9 +58,7 @@ def check_index_range(name: str, indices: torch.Tensor, stop: int, also: int | N
     if outside.any():
         value = int(indices[outside][0])
         exception = "" if also is None else f" or {also}"
-        raise ValueError(
-            f"{name} contains {value}; expected values from 0 to {stop - 1}{exception}"
-        )
+        raise ValueError(f"{name} contains {value}; expected values from 0 to {stop - 1}{exception}")
 
 
 def banned_ids(

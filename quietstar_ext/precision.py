@@ -23,8 +23,7 @@ def autocast_inputs(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(
-        t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype != torch.float64 else t
-        for t in tensors
+        t.to(dtype) if isinstance(t, torch.Tensor) and t.dtype != torch.float64 else t for t in tensors
     )
 
 

@@ -29,9 +29,7 @@ def thought_attention(
     batch, q_heads, slots, columns, size = q.shape
     heads, groups = k_text.shape[1], q_heads // k_text.shape[1]
     dtype = compute_dtype(q.dtype)
-    k_text, v_text, k_thought, v_thought = (
-        t.to(dtype) for t in (k_text, v_text, k_thought, v_thought)
-    )
+    k_text, v_text, k_thought, v_thought = (t.to(dtype) for t in (k_text, v_text, k_thought, v_thought))
     rows = q.to(dtype) * (size**-0.5 if scale is None else scale)
     rows = rows.reshape(batch, heads, groups, slots, columns, size)
 
