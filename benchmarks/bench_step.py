@@ -62,6 +62,13 @@ def contestants(model: QuietStarForCausalLM, ids: torch.Tensor) -> dict[str, Cal
         loss.backward()
         return loss.detach()
 
+    def with_checkpointing() -> torch.Tensor:
+        model.gradient_checkpointing_enable()
+        try:
+            return ours()
+        finally:
+            model.gradient_checkpointing_disable()
+
     def packed_with_references() -> torch.Tensor:
         with use_impl("reference"):
             return ours()
@@ -74,6 +81,7 @@ def contestants(model: QuietStarForCausalLM, ids: torch.Tensor) -> dict[str, Cal
 
     return {
         "quietstar": ours,
+        "quietstar, gradient checkpointing": with_checkpointing,
         "packed, reference operators": packed_with_references,
         "sequential, dense (as published)": sequential,
     }
