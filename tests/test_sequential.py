@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from families import tiny_decoder
 
@@ -12,17 +13,24 @@ from quietstar import QuietStarForCausalLM
 ROOT = Path(__file__).parent.parent
 
 
-def test_packed_step_equals_the_sequential_one(monkeypatch):
+@pytest.mark.parametrize(
+    ("thought", "talk", "rationales", "kv_heads"),
+    [(3, 2, 2, 2), (1, 1, 1, 4), (4, 1, 3, 1), (2, 4, 1, 2), (9, 4, 2, 4)],
+)
+def test_packed_step_equals_the_sequential_one(
+    monkeypatch, thought: int, talk: int, rationales: int, kv_heads: int
+):
     # Only the benchmarks folder: the root also holds the operators' sources, which stay hidden.
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import sequential
 
     model = QuietStarForCausalLM.from_base(
-        tiny_decoder("llama"),
+        tiny_decoder("llama", num_key_value_heads=kv_heads),
         start_token_id=94,
         end_token_id=95,
-        thought_length=3,
-        talk_length=2,
+        thought_length=thought,
+        talk_length=talk,
+        num_rationales=rationales,
         policy_weight=20.0,
         reinforce_temperature=2.0,
     ).train()
@@ -30,7 +38,7 @@ def test_packed_step_equals_the_sequential_one(monkeypatch):
     with torch.no_grad():
         model.mixing_head.fc3.weight.normal_(0, 0.3)
     ids = torch.randint(3, 90, (2, 12))
-    thoughts = torch.randint(3, 90, (2, 2, 12, 3))
+    thoughts = torch.randint(3, 90, (2, rationales, 12, thought))
     gradients = []
     losses = []
     for step in (
