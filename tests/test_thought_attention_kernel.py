@@ -1,0 +1,159 @@
+"""thought_attention's kernel beyond its blocks (16 keys a panel, 64 a block, 120 rows a tile)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import SHAPES, gradients, make
+
+from quietstar_ext.native import native
+from quietstar_ext.thought_attention import thought_attention
+
+
+@pytest.fixture(autouse=True)
+def _fresh_inputs():
+    print(f"torch.manual_seed({torch.seed()})")
+
+
+@pytest.fixture
+def poison():
+    """Fills every tensor that torch.empty makes, outputs and workspace, with NaN or 0xFF."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+def in_a_larger_buffer(tensor):
+    """The same values as a view with gaps on every side but the last, which hold NaN."""
+    buffer = tensor.new_full([size + 2 for size in tensor.shape], torch.nan)
+    view = buffer[tuple(slice(1, size + 1) for size in tensor.shape)]
+    view.copy_(tensor)
+    return view.requires_grad_(tensor.requires_grad)
+
+
+def assert_near_the_truth(tensors, start, stop, options):
+    """Outputs and all gradients of the kernel against the reference in float64, as fp32 sums allow."""
+
+    def everything(impl, dtype):
+        inputs = [in_a_larger_buffer(t.detach().to(dtype)).requires_grad_() for t in tensors]
+        chosen = dict(options)
+        if "sinks" in chosen:
+            chosen["sinks"] = chosen["sinks"].detach().to(dtype).requires_grad_()
+        outputs = thought_attention(*inputs, start, stop, **chosen, return_lse=True, impl=impl)
+        wanted = [*inputs, *([chosen["sinks"]] if "sinks" in chosen else [])]
+        return [*outputs, *gradients(outputs, wanted)]
+
+    truth = everything("reference", torch.float64)
+    ours = everything("fused", torch.float32)
+    names = ["out", "lse", "q", "k_text", "v_text", "k_thought", "v_thought", "sinks"]
+    for name, a, b in zip(names, ours, truth, strict=False):
+        size = b.detach()[b.isfinite()].abs().max() if b.isfinite().any() else 1
+        torch.testing.assert_close(
+            a.double(),
+            b.double(),
+            rtol=0,
+            atol=3e-6 * max(1, float(size)),
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+
+
+@pytest.mark.parametrize("number", range(25))
+def test_random_shapes_and_options(simd, poison, number):
+    def draw(*values):
+        return values[torch.randint(len(values), ())]
+
+    hkv, groups = draw(1, 2), draw(1, 2, 3, 4)
+    sk = draw(0, 1, 2, 5, 15, 17, 70)
+    sq = draw(1, sk, max(1, sk - 2)) if sk else 1
+    size, columns, length = draw(1, 4, 16, 24, 32, 64, 80), draw(1, 2, 7, 33), draw(0, 1, 40, 64, 150)
+    options = {"sinks": draw(True, False)}
+    if draw(True, False):
+        options["sliding_window"] = int(torch.randint(1, 100, ()))
+    if draw(True, False, False):
+        options["softcap"] = 2.5
+    shape = (draw(1, 2), hkv * groups, hkv, sq, sk, columns, length, size)
+    print(shape, options)
+    tensors, start, stop, options = make(*shape, options, dtype=torch.float32)
+    options = {name: value for name, value in options.items() if value is not False}
+    assert_near_the_truth(tensors, start, stop, options)
+
+
+@pytest.mark.parametrize("anchors", ["sorted", "shared", "shuffled", "two documents"])
+def test_many_tiles(simd, poison, anchors):
+    columns = length = 150
+    tensors, start, stop, _ = make(1, 4, 2, 5, 5, columns, length, 16, dtype=torch.float32)
+    start.zero_()
+    stop[:] = torch.arange(1, length + 1)
+    if anchors == "shared":
+        stop[:] = stop.sort().values // 3 * 3
+    elif anchors == "shuffled":
+        stop = stop[:, torch.randperm(columns)]
+    elif anchors == "two documents":
+        start[:, 70:] = 70
+    assert_near_the_truth(tensors, start, stop, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_for_any_number_of_threads(threads, dtype):
+    tensors, start, stop, options = make(2, 4, 2, 6, 6, 90, 130, 32, {"sinks": True}, dtype=dtype)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        outputs = thought_attention(*tensors, start, stop, **options, return_lse=True, impl="fused")
+        results.append([*outputs, *gradients(outputs, [*tensors, options["sinks"]])])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_gradient_of_lse_alone():
+    tensors, start, stop, _ = make(1, 2, 1, 3, 3, 5, 9, 8, dtype=torch.float32)
+    _, lse = thought_attention(*tensors, start, stop, return_lse=True, impl="fused")
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    _, truth = thought_attention(*exact, start, stop, return_lse=True, impl="reference")
+    for a, b in zip(gradients([lse], tensors), gradients([truth], exact), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_nan_stays_in_its_row(simd, softcap):
+    tensors, start, stop, _ = make(1, 2, 1, 3, 3, 8, 20, 8, dtype=torch.float32)
+    start.zero_()
+    stop.fill_(20)
+    with torch.no_grad():
+        tensors[0][0, 0, 1, 4] = torch.nan
+    options = {"softcap": softcap, "return_lse": True, "impl": "fused"}
+    out, lse = thought_attention(*tensors, start, stop, **options)
+    assert out[0, 0, 1, 4].isnan().all() and lse[0, 0, 1, 4].isnan()
+    assert int(out.isnan().any(-1).sum()) == 1
+    dq, dk_text, *_ = torch.autograd.grad(out.sum(), tensors)
+    assert dq[0, 0, 1, 4].isnan().all() and int(dq.isnan().any(-1).sum()) == 1
+    assert dk_text.isnan().all()
+
+
+def test_workspace_holds_no_scores():
+    sizes = (1, 8, 2, 15, 15, 512, 512, 64)  # B Hq Hkv Sq Sk M N D
+    scores = 8 * 15 * 512 * 512 * 4
+    assert native().thought_attention_workspace(sizes, False, 2) < scores / 50
+    assert native().thought_attention_workspace(sizes, True, 2) < scores / 5
+
+
+@pytest.mark.parametrize("name", ["packed", "rollout step", "text rows", "everything"])
+def test_operators_are_registered_well(name):
+    tensors, start, stop, options = make(*SHAPES[name], dtype=torch.float32)
+    inputs = [t.detach() for t in tensors]
+    sinks = options["sinks"].detach() if "sinks" in options else None
+    rest = (0.3, options.get("sliding_window", 0), options.get("softcap", 0.0))
+    operators = torch.ops.quietstar
+    call = (*inputs, start, stop, sinks, *rest)
+    torch.library.opcheck(operators.thought_attention.default, call)
+    out, lse = operators.thought_attention(*call)
+    grads = (out, lse, torch.randn_like(out), torch.randn_like(lse))
+    call = (*inputs, start, stop, sinks, *grads, *rest)
+    torch.library.opcheck(operators.thought_attention_backward.default, call)
+    # Inputs whose rows do not lie side by side.
+    call = (inputs[0].mT.contiguous().mT, *inputs[1:], start, stop, sinks, *rest)
+    torch.library.opcheck(operators.thought_attention.default, call)
