@@ -56,7 +56,7 @@ def assert_near_the_truth(tensors, start, stop, options):
             a.double(),
             b.double(),
             rtol=0,
-            atol=3e-6 * max(1, float(size)),
+            atol=1e-5 * max(1, float(size)),
             msg=lambda m, n=name: f"{n}: {m}",
         )
 
