@@ -1,4 +1,5 @@
-// The Python module quietstar_ext._native: the only file that knows Python, and none knows torch.
+// The Python module quietstar_ext._native. This file and bindings_cuda.cpp are the only ones that know
+// Python, and none knows torch.
 // Tensors arrive as addresses, sizes and strides, positionally (about 0.5 microseconds a call);
 // shapes, checks and allocation are Python's. std::invalid_argument becomes ValueError.
 #include <pybind11/pybind11.h>
@@ -15,6 +16,10 @@
 #include "quietstar/sample_tokens.h"
 #include "quietstar/simd.h"
 #include "quietstar/thought_attention.h"
+
+#ifdef QUIETSTAR_WITH_CUDA
+#include "bindings_cuda.h"
+#endif
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -255,4 +260,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("thought_attention_workspace", &thought_attention_workspace);
   m.def("thought_attention", &thought_attention, release);
   m.def("thought_attention_backward", &thought_attention_backward, release);
+#ifdef QUIETSTAR_WITH_CUDA
+  bind_cuda(m);
+#endif
 }

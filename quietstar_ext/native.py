@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Iterator
@@ -49,12 +50,64 @@ def why_not_native(tensor: torch.Tensor) -> str | None:
     """Half a sentence on why no kernel can read this tensor, or None where one can."""
     if _module is None:
         return _missing
-    if tensor.device.type != "cpu":
+    if tensor.device.type == "cuda":
+        reason = _why_not_cuda(tensor.device)
+        if reason is not None:
+            return reason
+    elif tensor.device.type != "cpu":
         return f"this build has no kernel for the device type {tensor.device.type}"
     if tensor.dtype not in DTYPE_CODES:
         name = str(tensor.dtype).removeprefix("torch.")
         return f"the kernel takes float32, bfloat16 and float16, not {name}"
     return None
+
+
+@functools.cache
+def _why_not_cuda(device: torch.device) -> str | None:
+    assert _module is not None
+    if not _module.build_info()["cuda_archs"]:
+        return (
+            "this build has no CUDA kernels, as nvcc was not found or not wanted when it was built; "
+            "reinstall with the CUDA toolkit's nvcc on the PATH (QUIETSTAR_CUDA=on insists on it)"
+        )
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"the CUDA kernels need compute capability 8.0 or more, and {device} has {major}.{minor}"
+    return None
+
+
+# The module whose CUDA functions take CPU tensors, while a test runs them there.
+_cuda_module: ModuleType | None = None
+
+
+@contextlib.contextmanager
+def cuda_on_cpu(module: ModuleType) -> Iterator[None]:
+    """For tests: CPU tensors take the CUDA path inside the block, with the functions of ``module``,
+    which is ``csrc/cuda`` compiled for the CPU (``csrc/testing``)."""
+    global _cuda_module
+    previous, _cuda_module = _cuda_module, module
+    try:
+        yield
+    finally:
+        _cuda_module = previous
+
+
+def takes_cuda_path(tensor: torch.Tensor) -> bool:
+    """Whether the kernels for this tensor are the CUDA ones."""
+    return tensor.device.type == "cuda" or _cuda_module is not None
+
+
+def cuda_kernels() -> ModuleType:
+    """The module with the CUDA functions, whose last two arguments are :func:`cuda_device`'s."""
+    return native() if _cuda_module is None else _cuda_module
+
+
+def cuda_device(tensor: torch.Tensor) -> tuple[int, int]:
+    """Number of the tensor's device, and the current stream of that device as an address."""
+    if tensor.device.type != "cuda":
+        return 0, 0
+    index = tensor.device.index
+    return index, torch.cuda.current_stream(index).cuda_stream
 
 
 def build_info() -> dict[str, Any]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 
+import cuda_sources
 import pytest
 import torch
 
 import quietstar_ext
+from quietstar_ext import native
 
 SIMD_LEVELS = ("generic", "avx2", "avx512")
 
@@ -29,3 +32,20 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def cuda_on_cpu() -> Iterator[ModuleType]:
+    """CPU tensors take the CUDA path, with the CUDA sources compiled for the CPU.
+
+    Outputs hold NaN until they are written. The module's ``set_order`` chooses the order of threads.
+    """
+    module = cuda_sources.load()
+    module.set_order("forward", 0)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with native.cuda_on_cpu(module):
+            yield module
+    finally:
+        torch.use_deterministic_algorithms(before)

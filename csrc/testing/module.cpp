@@ -1,0 +1,24 @@
+// The Python module _cuda_on_cpu: the functions of the CUDA half of _native, with its sources
+// compiled for the CPU, and the controls of fibers.h. Built by tests only.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings_cuda.h"
+#include "cuda_on_cpu.h"
+#include "faults.h"
+
+PYBIND11_MODULE(_cuda_on_cpu, m) {
+  m.doc() = "CUDA kernels of quietstar_ext, run on the CPU for tests.";
+  bind_cuda(m);
+  m.def("set_order", &quietstar::testing::set_order);
+  m.def("fail_launch", &quietstar::testing::fail_launch);
+  m.def("launches", &quietstar::testing::launches);
+  m.def("fault_names", &quietstar::testing::fault_names);
+  m.def("run_fault", &quietstar::testing::run_fault);
+  m.attr("sanitized") =
+#ifdef __SANITIZE_ADDRESS__
+      true;
+#else
+      false;
+#endif
+}

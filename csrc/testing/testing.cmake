@@ -1,0 +1,18 @@
+# The target cuda_on_cpu: every csrc/cuda/*.cu compiled by the host's C++ compiler against
+# csrc/testing, as the Python module _cuda_on_cpu. Not part of the package; tests build it:
+#   cmake -S . -B build/cuda_on_cpu -DQUIETSTAR_CUDA=off [-DQUIETSTAR_SANITIZE=ON]
+#   cmake --build build/cuda_on_cpu --target cuda_on_cpu
+option(QUIETSTAR_SANITIZE "Build cuda_on_cpu with the address and undefined-behaviour sanitizers" OFF)
+
+file(GLOB sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/testing/*.cu)
+set_source_files_properties(${sources} PROPERTIES LANGUAGE CXX)
+pybind11_add_module(cuda_on_cpu NO_EXTRAS EXCLUDE_FROM_ALL csrc/testing/module.cpp
+                    csrc/testing/fibers.cpp csrc/bindings_cuda.cpp ${sources})
+set_target_properties(cuda_on_cpu PROPERTIES OUTPUT_NAME _cuda_on_cpu)
+target_include_directories(cuda_on_cpu PRIVATE csrc csrc/include csrc/cuda csrc/testing)
+target_compile_options(cuda_on_cpu PRIVATE -g1 -Wno-unknown-pragmas)
+if(QUIETSTAR_SANITIZE)
+  target_compile_options(cuda_on_cpu PRIVATE -O1 -fsanitize=address,undefined
+                         -fno-sanitize-recover=undefined)
+  target_link_options(cuda_on_cpu PRIVATE -fsanitize=address,undefined)
+endif()

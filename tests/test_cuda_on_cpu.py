@@ -1,0 +1,124 @@
+"""Running CUDA sources on the CPU: what it must find, it finds; and the kernels pass its sanitizers."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from types import ModuleType
+
+import cuda_sources
+import pytest
+
+ORDERS = ("forward", "reverse", "shuffled")
+FAULTS = (
+    *("deleted_barrier", "deleted_second_barrier", "divergent_barrier", "early_read"),
+    *("missing_lanes", "order_of_arrival", "store_past_global", "store_past_shared"),
+    *("two_barriers", "wrong_mask"),
+)
+# What the error says; the others give other results in some order of the threads.
+MESSAGES = {
+    "divergent_barrier": "wait for each other for ever: 32 at the barrier in faults.cu",
+    "missing_lanes": "left the kernel",
+    "store_past_shared": "stored outside of dynamic shared memory",
+    "two_barriers": "divergent barrier: thread 0 is at faults.cu",
+    "wrong_mask": "reads from lane 16, which is not in the mask",
+}
+
+pytestmark = pytest.mark.cuda_on_cpu
+
+
+def results(module: ModuleType, name: str, sound: bool) -> list[list[float]]:
+    found = []
+    for order in ORDERS:
+        module.set_order(order, 7)
+        found.append(module.run_fault(name, sound))
+    return found
+
+
+def test_every_fault_is_listed(cuda_on_cpu: ModuleType) -> None:
+    assert sorted(cuda_on_cpu.fault_names()) == sorted(FAULTS)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_sound_kernel_passes_in_every_order(cuda_on_cpu: ModuleType, name: str) -> None:
+    first, *others = results(cuda_on_cpu, name, True)
+    assert not any(math.isnan(x) for x in first)
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("name", [n for n in FAULTS if n not in ("store_past_global", *MESSAGES)])
+def test_a_race_shows_in_some_order(cuda_on_cpu: ModuleType, name: str) -> None:
+    (right, *_) = results(cuda_on_cpu, name, True)
+    assert any(found != right for found in results(cuda_on_cpu, name, False))
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_fault_is_reported(cuda_on_cpu: ModuleType, name: str, order: str) -> None:
+    if cuda_on_cpu.sanitized and name == "store_past_shared":
+        pytest.skip("the address sanitizer ends the process")
+    cuda_on_cpu.set_order(order, 7)
+    with pytest.raises(RuntimeError, match=f"kernel {name}.*{MESSAGES[name]}"):
+        cuda_on_cpu.run_fault(name, False)
+    assert not any(math.isnan(x) for x in cuda_on_cpu.run_fault(name, True))
+
+
+def test_a_launch_can_be_made_to_fail(cuda_on_cpu: ModuleType) -> None:
+    cuda_on_cpu.fail_launch(1)
+    cuda_on_cpu.run_fault("wrong_mask", True)
+    with pytest.raises(RuntimeError, match="kernel wrong_mask: injected launch failure"):
+        cuda_on_cpu.run_fault("wrong_mask", True)
+    cuda_on_cpu.run_fault("wrong_mask", True)
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", "import cuda_sources; module = cuda_sources.load(); " + code],
+        cwd=cuda_sources.REPOSITORY / "tests",
+        env=cuda_sources.sanitized_environment(),
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(cuda_sources.SANITIZED, reason="starts the sanitized processes")
+@pytest.mark.parametrize("name", ["store_past_global", "store_past_shared"])
+def test_the_address_sanitizer_names_the_line(name: str) -> None:
+    done = python(f"module.run_fault('{name}', False)")
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr and f"faults.cu:{line_of(name)} " in done.stderr, (
+        done.stderr[-4000:]
+    )
+
+
+def line_of(name: str) -> int:
+    """The line of the store in a kernel of faults.cu."""
+    source = (cuda_sources.REPOSITORY / "csrc/testing/faults.cu").read_text().splitlines()
+    start = next(i for i, line in enumerate(source) if line.startswith(f"__global__ void {name}("))
+    return next(i for i in range(start, len(source)) if "(sound ? 0 : 1)] = 1;" in source[i]) + 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cuda_sources.SANITIZED, reason="starts the sanitized processes")
+def test_every_kernel_passes_the_sanitizers() -> None:
+    """The tests of the kernels again, with both sanitizers watching every access."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-m",
+            "cuda_on_cpu and not slow",
+            "-p",
+            "no:cacheprovider",
+        ],
+        cwd=cuda_sources.REPOSITORY,
+        env=cuda_sources.sanitized_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-8000:]
+    assert " passed" in done.stdout
