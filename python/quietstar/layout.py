@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -95,17 +96,37 @@ def text_positions(row_start: Tensor, row_stop: Tensor) -> Tensor:
     return (row_stop - 1 - row_start).clamp(min=0).long()
 
 
-def text_ranges(attention_mask: Tensor | None, input_ids: Tensor) -> tuple[Tensor, Tensor, bool]:
+class TextRanges(NamedTuple):
+    """Which text each text token sees, and where its document ends.
+
+    Attributes:
+        start, stop: [B, N] int32, the range that each token sees; empty for padding.
+        plain: whether every text token sees exactly the tokens before it and itself, so that any causal
+            kernel may serve the text rows.
+        end: [B, N] int32, the first position behind a token's document (0 for padding) if a row holds
+            several documents, otherwise None.
+    """
+
+    start: Tensor
+    stop: Tensor
+    plain: bool
+    end: Tensor | None = None
+
+    def crosses(self, anchors: Tensor, ahead: Tensor) -> Tensor:
+        """Whether positions ``ahead`` [..., B, A] lie behind the documents of ``anchors`` [B, A]."""
+        if self.end is None:
+            return torch.zeros_like(ahead, dtype=torch.bool)
+        return ahead >= self.end.gather(1, anchors)
+
+
+def text_ranges(attention_mask: Tensor | None, input_ids: Tensor) -> TextRanges:
     """The range of text that each text token sees, from the attention mask.
 
     Args:
         attention_mask: [B, N], nonzero where a token is text, or None for all of them. Padding may
-            stand at either end of a row.
+            stand at either end of a row. Neighbours with different numbers belong to different
+            documents, which do not see each other and have position ids of their own.
         input_ids: [B, N].
-
-    Returns:
-        ``row_start``, ``row_stop`` [B, N] int32 (a padding token sees nothing), and whether the text is
-        plain, i.e. padded at the right only, if at all.
 
     Raises:
         ValueError: if the mask has another shape, or a hole between two text tokens of a row.
@@ -113,22 +134,37 @@ def text_ranges(attention_mask: Tensor | None, input_ids: Tensor) -> tuple[Tenso
     batch, length = input_ids.shape
     stop = torch.arange(1, length + 1, device=input_ids.device, dtype=torch.int32).expand(batch, -1)
     if attention_mask is None:
-        return torch.zeros_like(stop), stop, True
+        return TextRanges(torch.zeros_like(stop), stop, True)
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {list(attention_mask.shape)}; expected {list(input_ids.shape)}"
             " like input_ids"
         )
     is_text = attention_mask != 0
-    starts = is_text & ~torch.nn.functional.pad(is_text, (1, 0))[:, :-1]
-    # One look at the device for both questions.
-    most_starts, plain = torch.stack(
-        [starts.sum(1).max(), (is_text[:, 0] | ~is_text.any(1)).all().long()]
+    before = torch.nn.functional.pad(attention_mask, (1, 0))[:, :-1]
+    changes = attention_mask != before
+    # One look at the device for all questions.
+    most_starts, most_documents, plain = torch.stack(
+        [
+            (is_text & (before == 0)).sum(1).max(),
+            (is_text & changes).sum(1).max(),
+            (is_text[:, 0] | ~is_text.any(1)).all().long(),
+        ]
     ).tolist()
     if most_starts > 1:
         raise ValueError(
             "attention_mask has a hole in the middle of a row; expected padding at the ends only"
         )
-    first = torch.where(is_text.any(1), is_text.int().argmax(1), 0).to(torch.int32)
-    start = torch.where(is_text, first[:, None], stop)
-    return start, stop, bool(plain)
+    first = torch.where(changes & is_text, stop - 1, 0).cummax(1).values
+    start = torch.where(is_text, first, stop)
+    if most_documents <= 1:
+        return TextRanges(start, stop, bool(plain))
+    return TextRanges(start, stop, False, _document_ends(is_text, changes, stop))
+
+
+def _document_ends(is_text: Tensor, changes: Tensor, stop: Tensor) -> Tensor:
+    """[B, N] int32: the next position at which something else begins; 0 for padding."""
+    length = stop.shape[1]
+    next_start = torch.where(changes, stop - 1, length)[:, 1:]
+    next_start = torch.nn.functional.pad(next_start, (0, 1), value=length)
+    return torch.where(is_text, next_start.flip(1).cummin(1).values.flip(1), 0)

@@ -18,7 +18,8 @@ from quietstar_ext import linear_sample
 
 from .attention import check_layers, check_length
 from .config import QuietStarConfig
-from .layout import LayerKeys, ThoughtLayout, text_positions
+from .layout import LayerKeys, TextRanges, ThoughtLayout, text_positions
+from .parts import WHOLE, BatchPart
 
 
 class ThoughtEmbedding(nn.Module):
@@ -97,14 +98,20 @@ def run_decoder_plain(
 
 
 def choose_anchors(
-    config: QuietStarConfig, input_ids: Tensor, is_text: Tensor, hidden: Tensor | None, head: Head
+    config: QuietStarConfig,
+    input_ids: Tensor,
+    is_text: Tensor,
+    hidden: Tensor | None,
+    head: Head | None,
+    part: BatchPart = WHOLE,
 ) -> Tensor:
     """The positions that think, [B, A] int64, ascending.
 
     Args:
         input_ids: [B, N].
         is_text: [B, N] bool; padding thinks only if nothing else is left.
-        hidden: [B, N, d] of the text, for the rule ``entropy``.
+        hidden: [B, N, d] of the text, and head: both for the rule ``entropy`` alone.
+        part: the random positions are drawn for every part, and this one's are taken.
     """
     batch, length = input_ids.shape
     rule, number = config.parse_think_at()
@@ -115,9 +122,9 @@ def choose_anchors(
         return everywhere[:: int(number)].expand(batch, -1)
     count = max(1, round(number * length))
     if rule == "random":
-        score = torch.rand(batch, length).to(input_ids.device)
+        score = part.rows_of(torch.rand(batch * part.count, length)).to(input_ids.device)
     else:
-        if hidden is None:
+        if hidden is None or head is None:
             raise ValueError("think_at='entropy:p' needs the text's hidden states")
         score = base_entropy(hidden, head)
     score = torch.where(is_text, score, -1.0)
@@ -194,10 +201,17 @@ class Thoughts:
 
 @torch.no_grad()
 def text_pass(
-    decoder: PreTrainedModel, input_ids: Tensor, ranges: tuple[Tensor, Tensor, bool]
+    decoder: PreTrainedModel, input_ids: Tensor, ranges: TextRanges
 ) -> tuple[Tensor, dict[int, LayerKeys]]:
     """The rollout's first pass: hidden states [B, N, d] and every layer's keys and values."""
-    row_start, row_stop, plain = ranges
+    return text_with_layout(decoder, input_ids, ranges)
+
+
+def text_with_layout(
+    decoder: PreTrainedModel, input_ids: Tensor, ranges: TextRanges
+) -> tuple[Tensor, dict[int, LayerKeys]]:
+    """The text alone, each token seeing its range of it; with gradients where they are on."""
+    row_start, row_stop, plain, _ = ranges
     no_columns = torch.empty(input_ids.shape[0], 0, dtype=torch.int64, device=input_ids.device)
     layout = ThoughtLayout(row_start, row_stop, no_columns, 0, phase="text", plain_text=plain)
     embeds = decoder.get_input_embeddings()(input_ids)
@@ -211,7 +225,7 @@ def rollout(
     config: QuietStarConfig,
     meta: tuple[Tensor, Tensor],
     input_ids: Tensor,
-    ranges: tuple[Tensor, Tensor, bool],
+    ranges: TextRanges,
     *,
     anchors: Tensor | None = None,
     rationales: int = 1,
@@ -219,6 +233,7 @@ def rollout(
     seed: int = 0,
     to_the_end: bool = False,
     num_slots: int | None = None,
+    part: BatchPart = WHOLE,
 ) -> Thoughts:
     """Sample one thought per column.
 
@@ -231,21 +246,22 @@ def rollout(
         seed: of the counter-based generator; the same seed gives the same thoughts.
         to_the_end: also run the end and talk slots and keep all hidden states.
         num_slots: run no further than this many slots (default: all, with ``to_the_end``).
+        part: which part of a larger batch this is; it draws what the larger one would have drawn.
     """
-    row_start, row_stop, _ = ranges
+    row_start, row_stop, _, _ = ranges
     slots = config.num_slots if num_slots is None else num_slots
-    head = output_head(decoder)
     check_length(decoder.config, input_ids.shape[1] + slots)
     text_hidden, keys = text_pass(decoder, input_ids, ranges)
     if anchors is None:
-        anchors = choose_anchors(config, input_ids, row_start < row_stop, text_hidden, head)
+        head = output_head(decoder)
+        anchors = choose_anchors(config, input_ids, row_start < row_stop, text_hidden, head, part)
     anchors = anchors.repeat_interleave(rationales, dim=1)
     steps = ThoughtLayout(row_start, row_stop, anchors, slots, phase="slot")
     steps.keys = keys
     sampled = config.thought_kind == "sampled"
     last = slots if to_the_end else (config.thought_length if sampled else 0)
     ids, logprobs, kept = slot_steps(
-        decoder, config, meta, input_ids, steps, temperature=temperature, seed=seed, last=last
+        decoder, config, meta, input_ids, steps, temperature=temperature, seed=seed, last=last, part=part
     )
     slot_hidden = torch.stack(kept, dim=1) if to_the_end else None
     return Thoughts(anchors, ids, logprobs, text_hidden, slot_hidden)
@@ -262,6 +278,7 @@ def slot_steps(
     temperature: float,
     seed: int,
     last: int,
+    part: BatchPart = WHOLE,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
     """Run the first ``last`` slots of every column, sampling what they hold.
 
@@ -295,7 +312,8 @@ def slot_steps(
                 temperature=temperature,
                 banned=banned,
                 seed=seed,
-                offset=slot * batch * columns,
+                # Rows are numbered over the whole batch: every part draws its own numbers.
+                offset=(slot * part.count + part.index) * batch * columns,
                 **head.options(),
             )
             ids[:, :, slot] = tokens.view(batch, columns)
@@ -308,7 +326,7 @@ def packed_pass(
     config: QuietStarConfig,
     meta: tuple[Tensor, Tensor],
     input_ids: Tensor,
-    ranges: tuple[Tensor, Tensor, bool],
+    ranges: TextRanges,
     anchors: Tensor,
     thought_ids: Tensor | None,
     num_slots: int | None = None,
@@ -317,7 +335,7 @@ def packed_pass(
 
     ``num_slots`` stops the columns early (default: all S slots).
     """
-    row_start, row_stop, plain = ranges
+    row_start, row_stop, plain, _ = ranges
     count = config.num_slots if num_slots is None else num_slots
     embed = decoder.get_input_embeddings()
     check_length(decoder.config, input_ids.shape[1] + count)

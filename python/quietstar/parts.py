@@ -1,0 +1,50 @@
+"""One batch over several processes: what a process has to know of the others to do as one alone would.
+
+The loss is a sum of means: over the tokens that count, over those of each talk step, over the thoughts
+that can be rewarded. A mean over processes of such means is another number where their counts differ,
+so every process divides by the *mean count of all parts* instead of its own; the average of gradients
+that DDP and FSDP take is then exactly the whole batch's gradient. Random numbers are numbered over the
+whole batch, so that the parts draw the thoughts that one process would draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+MeanCount = Callable[[str, Tensor], Tensor]
+
+
+class BatchPart:
+    """Which part of a batch a call sees. The parts have the same number of rows.
+
+    Not a dataclass on purpose: FSDP rebuilds dataclass arguments when it casts inputs.
+
+    Args:
+        index: of this part; count: how many parts there are.
+        mean_count: takes a name (``"targets"`` or ``"thoughts"``) and this part's counts (any shape) and
+            returns the mean over the parts, in the shape and on the device of the counts. Called once for
+            each name in a training pass, in the same order on every process. Default: the counts
+            themselves.
+    """
+
+    def __init__(self, index: int = 0, count: int = 1, mean_count: MeanCount | None = None):
+        if not 0 <= index < count:
+            raise ValueError(f"index is {index}; expected a part from 0 to {count - 1} (count - 1)")
+        self.index = index
+        self.count = count
+        self._mean_count = mean_count
+
+    def mean_count(self, name: str, own: Tensor) -> Tensor:
+        """What to divide a sum over this part by, fp32: the mean count of the parts, but never zero
+        (where nothing counts the sum is zero as well)."""
+        mean = own if self._mean_count is None else self._mean_count(name, own)
+        return mean.float().clamp(min=1e-6)
+
+    def rows_of(self, whole: Tensor) -> Tensor:
+        """This part's rows of a tensor that has those of every part, [count * rows, ...]."""
+        return whole.chunk(self.count)[self.index]
+
+
+WHOLE = BatchPart()
