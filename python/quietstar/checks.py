@@ -49,3 +49,27 @@ def check_text(config: QuietStarConfig, input_ids: Tensor, labels: Tensor | None
             f"input_ids has {input_ids.shape[1]} tokens per row; expected at least {shortest}"
             " (talk_length + 2)"
         )
+
+
+def check_baseline(
+    config: QuietStarConfig, baseline_losses: Tensor | None, input_ids: Tensor, rewarded: bool
+) -> None:
+    wanted = config.reward == "information-gain" and config.thought_kind == "sampled"
+    if baseline_losses is None:
+        if wanted and rewarded:
+            raise ValueError(
+                "baseline_losses is missing; the reward 'information-gain' needs those of a copy of the"
+                " model (QuietStarTrainer keeps one)"
+            )
+        return
+    if not wanted:
+        raise ValueError(
+            f"baseline_losses was given with reward {config.reward!r} and thought_kind"
+            f" {config.thought_kind!r}; expected 'information-gain' and 'sampled'"
+        )
+    shape = [input_ids.shape[0], input_ids.shape[1] - 1]
+    if list(baseline_losses.shape) != shape:
+        raise ValueError(
+            f"baseline_losses has shape {list(baseline_losses.shape)}; expected {shape}, one for every"
+            " token but each row's first"
+        )

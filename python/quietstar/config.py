@@ -12,6 +12,8 @@ END_TOKEN = "<|endthought|>"
 ACTIVATIONS = ("identity", "sigmoid")
 THOUGHT_KINDS = ("sampled", "pause", "none")
 THINK_AT = ("all", "stride", "random", "entropy")
+REWARDS = ("mixture-gain", "base-gain", "information-gain")
+ADVANTAGES = ("mean", "leave-one-out", "normalized")
 
 
 class QuietStarConfig(PretrainedConfig):
@@ -27,10 +29,25 @@ class QuietStarConfig(PretrainedConfig):
         thought_temperature: temperature at which thoughts are sampled while training.
         reinforce_temperature: temperature of the log-probabilities in the policy term.
         policy_weight: weight of the policy term in the loss; 0 turns REINFORCE off.
-        base_loss_weight: weight of the base prediction's cross entropy; the talk steps share the rest.
+        nll_weight: weight of the language-model loss in the sum; 0 leaves REINFORCE alone.
+        base_loss_weight: share of the base prediction's cross entropy in the language-model loss; the
+            talk steps share the rest.
+        reward: what a thought earns, summed over the talk steps: the loss without it less the loss with
+            it. ``"mixture-gain"`` (the paper's code): of the mixed prediction, against the base
+            prediction; ``"base-gain"``: of the thought's own prediction (mixing weight 1), against the
+            base prediction; ``"information-gain"`` (RLP): the same, against a slowly following copy of
+            the model that does not think.
+        advantage: the baseline within the rationales of a position: ``"mean"`` (reward less the mean),
+            ``"leave-one-out"`` (less the mean of the others, RLP's) or ``"normalized"`` (less the mean,
+            over the standard deviation, GRPO's).
+        clamp_advantage: set negative advantages to 0.
+        entropy_bonus: weight of the mean entropy (nats) of the distributions that thought tokens are
+            sampled from, taken off the loss.
         embedding_scale: the start and end embeddings are stored divided by this, so that Adam moves
             them that much faster than the rest.
         mixing_activation: ``"identity"`` (the paper: an unbounded weight) or ``"sigmoid"``.
+        mixing_floor: f, from 0 to 1: a sigmoid weight s becomes f + (1 - f) s; with 1 the thought's
+            prediction stands alone.
         think_at: which positions think: ``"all"``, ``"stride:k"`` (every k-th), ``"random:p"`` (a share
             p of them, drawn anew each step), ``"entropy:p"`` (the share p with the highest base
             entropy).
@@ -51,9 +68,15 @@ class QuietStarConfig(PretrainedConfig):
         thought_temperature: float = 1.0,
         reinforce_temperature: float = 1.0,
         policy_weight: float = 10.0,
+        nll_weight: float = 1.0,
         base_loss_weight: float = 0.5,
+        reward: str = "mixture-gain",
+        advantage: str = "mean",
+        clamp_advantage: bool = True,
+        entropy_bonus: float = 0.0,
         embedding_scale: float = 100.0,
         mixing_activation: str = "identity",
+        mixing_floor: float = 0.0,
         think_at: str = "all",
         thought_kind: str = "sampled",
         start_token_id: int | None = None,
@@ -71,9 +94,15 @@ class QuietStarConfig(PretrainedConfig):
         self.thought_temperature = thought_temperature
         self.reinforce_temperature = reinforce_temperature
         self.policy_weight = policy_weight
+        self.nll_weight = nll_weight
         self.base_loss_weight = base_loss_weight
+        self.reward = reward
+        self.advantage = advantage
+        self.clamp_advantage = clamp_advantage
+        self.entropy_bonus = entropy_bonus
         self.embedding_scale = embedding_scale
         self.mixing_activation = mixing_activation
+        self.mixing_floor = mixing_floor
         self.think_at = think_at
         self.thought_kind = thought_kind
         self.start_token_id = start_token_id
@@ -102,9 +131,15 @@ class QuietStarConfig(PretrainedConfig):
             "thought_temperature": 1.0,
             "reinforce_temperature": 3.0,
             "policy_weight": 1e6,
+            "nll_weight": 1.0,
             "base_loss_weight": 0.5,
+            "reward": "mixture-gain",
+            "advantage": "mean",
+            "clamp_advantage": True,
+            "entropy_bonus": 0.0,
             "embedding_scale": 100.0,
             "mixing_activation": "identity",
+            "mixing_floor": 0.0,
         }
         return cls(**{**preset, **fields})
 
@@ -144,18 +179,31 @@ class QuietStarConfig(PretrainedConfig):
             value = getattr(self, name)
             if not value > 0:
                 raise ValueError(f"{name} is {value!r}; expected a number > 0")
-        for name in ("thought_temperature", "policy_weight"):
+        for name in ("thought_temperature", "policy_weight", "nll_weight", "entropy_bonus"):
             value = getattr(self, name)
             if not value >= 0:
                 raise ValueError(f"{name} is {value!r}; expected a number >= 0")
-        if not 0 <= self.base_loss_weight <= 1:
+        for name in ("base_loss_weight", "mixing_floor"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value!r}; expected a number from 0 to 1")
+        for name, known in (
+            ("mixing_activation", ACTIVATIONS),
+            ("thought_kind", THOUGHT_KINDS),
+            ("reward", REWARDS),
+            ("advantage", ADVANTAGES),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; expected one of {known}")
+        if self.mixing_floor and self.mixing_activation != "sigmoid":
             raise ValueError(
-                f"base_loss_weight is {self.base_loss_weight!r}; expected a number from 0 to 1"
+                f"mixing_floor is {self.mixing_floor!r} and mixing_activation"
+                f" {self.mixing_activation!r}; expected 'sigmoid', an unbounded weight has no floor"
             )
-        if self.mixing_activation not in ACTIVATIONS:
+        if self.advantage != "mean" and self.num_rationales < 2 and self.thought_kind == "sampled":
             raise ValueError(
-                f"mixing_activation is {self.mixing_activation!r}; expected one of {ACTIVATIONS}"
+                f"advantage is {self.advantage!r} and num_rationales {self.num_rationales}; expected at"
+                " least 2 thoughts to compare"
             )
-        if self.thought_kind not in THOUGHT_KINDS:
-            raise ValueError(f"thought_kind is {self.thought_kind!r}; expected one of {THOUGHT_KINDS}")
         self.parse_think_at()

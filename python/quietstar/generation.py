@@ -202,7 +202,9 @@ def _think(
         seed=seed,
         last=slots,
     )
-    mixed, weight = model.mixing_head(base_hidden, kept[-1][:, 0], config.mixing_activation)
+    mixed, weight = model.mixing_head(
+        base_hidden, kept[-1][:, 0], config.mixing_activation, floor=config.mixing_floor
+    )
     return mixed, weight[:, 0].float(), None if ids is None else ids[:, 0]
 
 

@@ -2,7 +2,8 @@
 
 Formulas: Zelikman et al. 2024 (arXiv 2403.09629), sections 4.4.1 and 4.4.2, in the reading of the
 reference implementation: the reward is summed over the talk steps, the baseline is the mean over the
-rationales of a position, and only positive advantages count.
+rationales of a position, and only positive advantages count. What else a thought may be rewarded for is
+in :mod:`quietstar.objective`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor
 from quietstar_ext import linear_cross_entropy, linear_cross_entropy_sum
 
 from .config import QuietStarConfig
+from .layout import TextRanges
+from .objective import Objective, add_up, advantage_of, gains, thought_entropy
+from .parts import WHOLE, BatchPart
 from .talk import Talk
 from .think import Head, banned_ids
 
@@ -24,9 +28,10 @@ class Reward:
     """What each thought earned.
 
     Attributes:
-        reward: [B, A, R] fp32, sum over talk steps of base minus mixed loss.
-        advantage: [B, A, R] fp32, reward less its mean over rationales, negatives set to 0.
-        counts: [B, A] bool, anchors that have all their talk steps inside the text.
+        reward: [B, A, R] fp32, sum over talk steps of what ``config.reward`` says.
+        advantage: [B, A, R] fp32, as ``config.advantage`` and ``clamp_advantage`` say.
+        counts: [B, A] bool, anchors that have all their talk steps inside the text (in rows of several
+            documents: inside their document).
     """
 
     reward: Tensor
@@ -34,19 +39,31 @@ class Reward:
     counts: Tensor
 
 
+def can_be_rewarded(anchors: Tensor, talk_length: int, ranges: TextRanges) -> Tensor:
+    """[B, A] bool: the anchors that have all their talk steps inside the text."""
+    ahead = anchors + 1 + talk_length
+    return (ahead < ranges.stop.shape[1]) & ~ranges.crosses(anchors, ahead)
+
+
 @torch.no_grad()
-def reward_thoughts(talked: Talk, anchors: Tensor, text_length: int) -> Reward:
-    """anchors [B, A] -> reward of each thought; anchors too close to the end get none."""
-    k = talked.talk_losses.shape[0]
-    counts = anchors <= text_length - 2 - k
-    steps = torch.arange(k, device=anchors.device)[:, None, None]
-    spoken = (anchors[None] + steps).clamp(max=text_length - 2)
-    base = talked.base_losses.expand(k, -1, -1).gather(2, spoken)
-    gain = (base[..., None] - talked.talk_losses) * talked.has_target[..., None]
-    reward = gain.sum(0) * counts[..., None]
-    rationales = reward.shape[-1]
-    centred = reward - reward.mean(-1, keepdim=True) if rationales > 1 else reward
-    return Reward(reward, centred.clamp(min=0), counts)
+def reward_thoughts(
+    config: QuietStarConfig,
+    head: Head,
+    talked: Talk,
+    slot_hidden: Tensor,
+    anchors: Tensor,
+    ranges: TextRanges,
+    baseline_losses: Tensor | None = None,
+) -> Reward:
+    """anchors [B, A] -> reward of each thought; anchors too close to the end get none.
+
+    ``slot_hidden`` [B, S, A*R, d] and ``baseline_losses`` [B, N-1] as in
+    :func:`quietstar.objective.gains`.
+    """
+    counts = can_be_rewarded(anchors, talked.talk_losses.shape[0], ranges)
+    gained = gains(config, head, talked, slot_hidden, anchors, baseline_losses)
+    reward = gained.sum(0) * counts[..., None]
+    return Reward(reward, advantage_of(config, reward), counts)
 
 
 def thought_logprobs(
@@ -70,7 +87,12 @@ def thought_logprobs(
 
 
 def policy_loss(
-    config: QuietStarConfig, head: Head, slot_hidden: Tensor, thought_ids: Tensor, earned: Reward
+    config: QuietStarConfig,
+    head: Head,
+    slot_hidden: Tensor,
+    thought_ids: Tensor,
+    earned: Reward,
+    count: Tensor,
 ) -> Tensor:
     """mean over the T thought tokens of -(A · logp).mean(), unweighted.
 
@@ -79,11 +101,10 @@ def policy_loss(
 
     Args:
         slot_hidden: [B, S, M, d]; thought_ids: [B, M, T], M = A*R with rationales as neighbours.
+        count: of the thoughts that the mean is over, a scalar.
     """
-    rationales = earned.advantage.shape[-1]
-    total = (earned.counts.sum() * rationales).clamp(min=1) * config.thought_length
-    weights = earned.advantage.flatten(1) / total
     length = config.thought_length
+    weights = earned.advantage.flatten(1) / (count * length)
     loss, _ = linear_cross_entropy_sum(
         slot_hidden[:, :length].transpose(1, 2).flatten(0, 2).to(head.weight.dtype),
         head.weight,
@@ -95,3 +116,34 @@ def policy_loss(
         **head.options(),
     )
     return loss
+
+
+def learn(
+    config: QuietStarConfig,
+    head: Head,
+    nll: Tensor,
+    slot_hidden: Tensor,
+    thought_ids: Tensor | None,
+    earned: Reward,
+    can_think: Tensor,
+    part: BatchPart = WHOLE,
+) -> tuple[Objective, Tensor | None]:
+    """All terms of the loss, and the policy term without a gradient.
+
+    Args:
+        nll: the language-model loss.
+        slot_hidden: [B, S, M, d]; thought_ids: [B, M, T], None where nothing was sampled.
+        can_think: [B, A] bool, the anchors that are text.
+        part: which part of a larger batch this is; means over thoughts are over the larger one.
+    """
+    if thought_ids is None:
+        return add_up(config, nll, None, None), None
+    rationales = earned.advantage.shape[-1]
+    count = part.mean_count("thoughts", earned.counts.sum() * rationales)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and config.policy_weight > 0):
+        policy = policy_loss(config, head, slot_hidden, thought_ids, earned, count)
+    entropy = None
+    if config.entropy_bonus:
+        weights = (earned.counts & can_think).float() / count
+        entropy = thought_entropy(config, head, slot_hidden, weights, rationales)
+    return add_up(config, nll, policy, entropy), policy.detach()

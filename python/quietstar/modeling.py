@@ -16,13 +16,14 @@ from transformers import (
 )
 
 from .attention import check_supported, implementation_name
-from .checks import check_ignored, check_meta_tokens, check_text
+from .checks import check_baseline, check_ignored, check_meta_tokens, check_text
 from .config import QuietStarConfig
 from .generation import SpokenThought, Thinking, ThinkingGenerationMixin
-from .layout import text_positions, text_ranges
-from .learn import Reward, policy_loss, reward_thoughts
+from .layout import TextRanges, text_positions, text_ranges
+from .learn import learn, reward_thoughts
 from .output import QuietStarOutput
-from .talk import IGNORE, MixingHead, base_nll, mix_talk_steps, talk
+from .parts import WHOLE, BatchPart
+from .talk import MixingHead, base_nll, check_labels, mix_talk_steps, talk
 from .think import (
     ThoughtEmbedding,
     Thoughts,
@@ -34,6 +35,7 @@ from .think import (
     rollout,
     run_decoder_plain,
     text_pass,
+    text_with_layout,
 )
 from .tokens import add_meta_tokens, meta_token_ids
 
@@ -171,10 +173,12 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
         labels: Tensor | None = None,
         thought_ids: Tensor | None = None,
         anchors: Tensor | None = None,
+        baseline_losses: Tensor | None = None,
         logits_to_keep: int = 0,
         thought_temperature: float | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        batch_part: BatchPart = WHOLE,
         **ignored: Any,
     ) -> QuietStarOutput:
         """Think at the anchors, then predict.
@@ -182,17 +186,24 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
         Args:
             input_ids: [B, N] int64.
             attention_mask: [B, N], nonzero for text; padding at either end. Position ids follow from it.
+                Neighbours with different numbers are of different documents: no attention, no talk and
+                no prediction goes from one to the other.
             labels: [B, N] int64, -100 where a token does not count. With labels the result holds the
                 losses; without, ``logits`` of the mixed prediction.
             thought_ids: [B, R, N, T] or [B, R, A, T] int64, thoughts to use instead of sampling
                 (R = 1 without labels).
             anchors: [B, A] int64 ascending positions that think; default: ``config.think_at``.
+            baseline_losses: [B, N-1] fp32, the losses that the reward ``information-gain`` measures
+                against; :class:`~quietstar.QuietStarTrainer` takes them from its averaged copy. Required
+                in training mode, where the reward counts; otherwise the model's own stand in.
             logits_to_keep: without labels, think and predict at the last so many positions only
                 (0: all).
             past_key_values, use_cache: without labels, keep the text's keys between calls; then
                 ``input_ids`` holds the new tokens only, and the last of them alone is predicted from.
             thought_temperature: default: the configuration's while training, 0 (the most likely
                 thought, one rationale) in evaluation mode.
+            batch_part: with labels, which part of a larger batch this is
+                (:class:`~quietstar.parts.BatchPart`).
 
         Raises:
             ValueError: names the argument that cannot be used, before anything is computed.
@@ -201,23 +212,19 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
         config.check_thoughts()
         check_ignored(ignored)
         check_text(config, input_ids, labels)
+        check_baseline(config, baseline_losses, input_ids, labels is not None and self.training)
         if past_key_values is not None or self._thinking is not None:
             if labels is not None:
                 raise ValueError("labels were given with past_key_values; expected one of them")
             return self._next(input_ids, attention_mask, past_key_values, use_cache, thought_temperature)
         ranges = text_ranges(attention_mask, input_ids)
-        if labels is not None and attention_mask is not None:
-            # Nothing can be predicted of padding, nor from it: a row's first token has no context.
-            padding = attention_mask == 0
-            padding[:, 1:] |= padding[:, :-1].clone()
-            labels = labels.masked_fill(padding, IGNORE)
-        if labels is not None and not bool((labels[:, 1:] != IGNORE).any()):
-            raise ValueError("labels are all ignored (-100 or padding); expected at least one target")
+        if labels is not None:
+            labels = check_labels(labels, attention_mask)
         if not self._head_checked:
             check_head(self.base, self.get_input_embeddings()(input_ids[:1, :4]).detach())
             self._head_checked = True
         if not config.thinks:
-            return self._plain(input_ids, attention_mask, ranges, labels, logits_to_keep)
+            return self._plain(input_ids, attention_mask, ranges, labels, logits_to_keep, batch_part)
         temperature = thought_temperature
         if temperature is None:
             temperature = config.thought_temperature if self.training else 0.0
@@ -229,23 +236,29 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
             if thought_ids is not None and logits_to_keep:
                 raise ValueError("logits_to_keep was given with thought_ids; expected one of them")
             return self._predict(input_ids, ranges, logits_to_keep, temperature, thought_ids, anchors)
-        return self._learn(input_ids, ranges, labels, thought_ids, anchors, temperature)
+        return self._learn(
+            input_ids, ranges, labels, thought_ids, anchors, temperature, baseline_losses, batch_part
+        )
 
     def _plain(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None,
-        ranges: tuple[Tensor, Tensor, bool],
+        ranges: TextRanges,
         labels: Tensor | None,
         logits_to_keep: int,
+        part: BatchPart,
     ) -> QuietStarOutput:
         """The decoder without thoughts (``thought_kind="none"``)."""
+        if ranges.end is None:
+            positions = text_positions(ranges.start, ranges.stop)
+            hidden = run_decoder_plain(self.base, input_ids, attention_mask, positions)
+        else:
+            hidden = text_with_layout(self.base, input_ids, ranges)[0]
         head = output_head(self.base)
-        positions = text_positions(ranges[0], ranges[1])
-        hidden = run_decoder_plain(self.base, input_ids, attention_mask, positions)
         if labels is None:
             return QuietStarOutput(logits=head.logits(hidden[:, -logits_to_keep:]))
-        loss, losses = base_nll(head, hidden, labels, 1.0)
+        loss, losses = base_nll(head, hidden, labels, 1.0, part)
         return QuietStarOutput(
             loss=loss, nll_loss=loss.detach(), base_losses=losses, base_loss=loss.detach()
         )
@@ -253,7 +266,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
     def _predict(
         self,
         input_ids: Tensor,
-        ranges: tuple[Tensor, Tensor, bool],
+        ranges: TextRanges,
         logits_to_keep: int,
         temperature: float,
         thought_ids: Tensor | None,
@@ -303,11 +316,13 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
     def _learn(
         self,
         input_ids: Tensor,
-        ranges: tuple[Tensor, Tensor, bool],
+        ranges: TextRanges,
         labels: Tensor,
         thought_ids: Tensor | None,
         anchors: Tensor | None,
         temperature: float,
+        baseline_losses: Tensor | None,
+        part: BatchPart,
     ) -> QuietStarOutput:
         """Losses, rewards and the policy term for one batch."""
         config, head = self.config, output_head(self.base)
@@ -325,10 +340,11 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
                 rationales=rationales,
                 temperature=temperature,
                 to_the_end=not with_grad,
+                part=part,
             )
             columns, ids, logprobs = thoughts.anchors, thoughts.ids, thoughts.logprobs
         else:
-            columns, ids = self._forced(input_ids, ranges, thought_ids, anchors)
+            columns, ids = self._forced(input_ids, ranges, thought_ids, anchors, part)
             logprobs, rationales = None, thought_ids.shape[1]
         if thoughts is not None and thoughts.slot_hidden is not None:
             text_hidden, slot_hidden = thoughts.text_hidden, thoughts.slot_hidden
@@ -344,20 +360,20 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
             text_hidden,
             slot_hidden,
             labels,
-            ranges[0] < ranges[1],
+            ranges,
             anchors,
             rationales,
+            part,
         )
-        earned = reward_thoughts(talked, anchors, input_ids.shape[1])
-        loss, policy = talked.nll, None
-        if ids is not None:
-            policy = self._policy(slot_hidden, ids, earned)
-            if config.policy_weight and with_grad:
-                loss = loss + config.policy_weight * policy
-            elif config.policy_weight:
-                loss = loss + config.policy_weight * policy.detach()
+        earned = reward_thoughts(
+            config, head, talked, slot_hidden, anchors, ranges, baseline_losses
+        )
+        can_think = (ranges.start < ranges.stop).gather(1, anchors)
+        total, policy = learn(config, head, talked.nll, slot_hidden, ids, earned, can_think, part)
         return QuietStarOutput(
-            loss=loss,
+            loss=total.loss,
+            language_loss=total.language_loss,
+            thinking_loss=total.thinking_loss,
             nll_loss=talked.nll.detach(),
             base_losses=talked.base_losses,
             base_loss=talked.base_loss,
@@ -365,7 +381,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
             talk_loss=talked.talk_loss,
             reward=earned.reward.transpose(1, 2),
             advantage=earned.advantage.transpose(1, 2),
-            policy_loss=None if policy is None else policy.detach(),
+            policy_loss=policy,
             mixing_weight=talked.mixing_weight.transpose(2, 3),
             anchors=anchors,
             has_target=talked.has_target,
@@ -373,16 +389,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
             thought_logprobs=_by_rationale(logprobs, rationales),
         )
 
-    def _policy(self, slot_hidden: Tensor, ids: Tensor, earned: Reward) -> Tensor:
-        config, head = self.config, output_head(self.base)
-        if not config.policy_weight:
-            with torch.no_grad():
-                return policy_loss(config, head, slot_hidden, ids, earned)
-        return policy_loss(config, head, slot_hidden, ids, earned)
-
-    def _rollout(
-        self, input_ids: Tensor, ranges: tuple[Tensor, Tensor, bool], **options: Any
-    ) -> Thoughts:
+    def _rollout(self, input_ids: Tensor, ranges: TextRanges, **options: Any) -> Thoughts:
         meta = self.thought_embedding(self.config.embedding_scale)
         # Drawn from torch's generator, so that torch.manual_seed and a resumed run repeat the thoughts.
         seed = int(torch.randint(2**62, ()))
@@ -391,9 +398,10 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
     def _forced(
         self,
         input_ids: Tensor,
-        ranges: tuple[Tensor, Tensor, bool],
+        ranges: TextRanges,
         thought_ids: Tensor,
         anchors: Tensor | None,
+        part: BatchPart = WHOLE,
     ) -> tuple[Tensor, Tensor | None]:
         """Columns [B, A*R] and tokens [B, A*R, T] from given thoughts."""
         config = self.config
@@ -402,8 +410,8 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
             hidden = None
             if config.parse_think_at()[0] == "entropy":
                 hidden, _ = text_pass(self.base, input_ids, ranges)
-            is_text = ranges[0] < ranges[1]
-            anchors = choose_anchors(config, input_ids, is_text, hidden, output_head(self.base))
+            is_text = ranges.start < ranges.stop
+            anchors = choose_anchors(config, input_ids, is_text, hidden, output_head(self.base), part)
         count = anchors.shape[1]
         given = tuple(thought_ids.shape)
         fits = len(given) == 4 and given[0] == batch and given[2] in (length, count)

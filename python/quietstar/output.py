@@ -11,12 +11,14 @@ from transformers.utils import ModelOutput
 
 @dataclass
 class QuietStarOutput(ModelOutput):
-    """What one call returns; everything but ``loss`` and ``logits`` is free of gradients.
+    """What one call returns; only ``loss``, its two parts and ``logits`` have gradients.
 
     Sizes: B rows, N tokens, A anchors per row, R rationales, K talk steps, T thought tokens.
 
     Attributes:
-        loss: nll_loss + policy_weight * policy_loss (None without labels).
+        loss: language_loss + thinking_loss (None without labels).
+        language_loss: nll_weight * nll_loss; thinking_loss: policy_weight * policy_loss - entropy_bonus
+            * entropy, None where neither has a weight. Both None without thoughts.
         nll_loss: weighted cross entropy of the base and the mixed predictions.
         base_losses: [B, N-1]; base_loss: their mean over tokens that count.
         talk_losses: [K, B, R, A], 0 where there is no target; talk_loss: [K] means.
@@ -31,6 +33,8 @@ class QuietStarOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
+    language_loss: Tensor | None = None
+    thinking_loss: Tensor | None = None
     nll_loss: Tensor | None = None
     base_losses: Tensor | None = None
     base_loss: Tensor | None = None

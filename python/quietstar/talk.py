@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from quietstar_ext import linear_cross_entropy_sum, mixing_head
 
 from .config import QuietStarConfig
+from .layout import TextRanges
+from .parts import WHOLE, BatchPart
 from .think import Head, depth_of_end
 
 IGNORE = -100
@@ -37,10 +39,18 @@ class MixingHead(nn.Module):
         nn.init.zeros_(self.fc3.weight)
 
     def forward(
-        self, base: Tensor, thought: Tensor, activation: str, base_index: Tensor | None = None
+        self,
+        base: Tensor,
+        thought: Tensor,
+        activation: str,
+        base_index: Tensor | None = None,
+        floor: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """base [P, d], thought [rows, d], base_index [rows] -> mixed [rows, d], weight [rows, 1]."""
-        return mixing_head(
+        """base [P, d], thought [rows, d], base_index [rows] -> mixed [rows, d], weight [rows, 1].
+
+        With a floor f the head's weight w becomes f + (1 - f) w.
+        """
+        mixed, weight = mixing_head(
             base,
             thought,
             self.fc1.weight,
@@ -51,6 +61,10 @@ class MixingHead(nn.Module):
             activation,
             base_index=base_index,
         )
+        if floor:
+            # (1 - w') b + w' z, w' = f + (1 - f) w, is the mixture moved towards z by the share f.
+            mixed, weight = mixed.lerp(thought.to(mixed.dtype), floor), floor + (1 - floor) * weight
+        return mixed, weight
 
 
 @dataclass
@@ -63,6 +77,7 @@ class Talk:
         talk_losses: [K, B, A, R] fp32.
         base_loss: scalar mean; talk_loss: [K] means.
         mixing_weight: [K, B, A, R] fp32.
+        targets: [K, B, A*R] int64, the true tokens, -100 where there is none.
         has_target: [K, B, A] bool.
     """
 
@@ -72,10 +87,13 @@ class Talk:
     base_loss: Tensor
     talk_loss: Tensor
     mixing_weight: Tensor
+    targets: Tensor
     has_target: Tensor
 
 
-def base_nll(head: Head, text_hidden: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+def base_nll(
+    head: Head, text_hidden: Tensor, labels: Tensor, weight: float, part: BatchPart = WHOLE
+) -> tuple[Tensor, Tensor]:
     """Cross entropy of the base prediction of every token.
 
     Args:
@@ -87,7 +105,7 @@ def base_nll(head: Head, text_hidden: Tensor, labels: Tensor, weight: float) -> 
     """
     targets = labels[:, 1:]
     share = (targets != IGNORE).float()
-    share = weight * share / share.sum().clamp(min=1)
+    share = weight * share / part.mean_count("targets", share.sum()[None])
     loss, losses = linear_cross_entropy_sum(
         text_hidden[:, :-1].flatten(0, 1).to(head.weight.dtype),
         head.weight,
@@ -100,12 +118,41 @@ def base_nll(head: Head, text_hidden: Tensor, labels: Tensor, weight: float) -> 
     return loss, losses.view_as(targets)
 
 
-def talk_targets(labels: Tensor, anchors: Tensor, talk_length: int) -> Tensor:
-    """The true token that talk step k of an anchor predicts: labels[anchor + 1 + k], [K, B, A]."""
+def check_labels(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Labels [B, N] without those of which nothing can be predicted: padding, and every document's
+    first token, which has no context.
+
+    Raises:
+        ValueError: if nothing is left.
+    """
+    if attention_mask is not None:
+        out = attention_mask == 0
+        out[:, 1:] |= attention_mask[:, 1:] != attention_mask[:, :-1]
+        labels = labels.masked_fill(out, IGNORE)
+    if not bool((labels[:, 1:] != IGNORE).any()):
+        raise ValueError("labels are all ignored (-100 or padding); expected at least one target")
+    return labels
+
+
+def talk_targets(labels: Tensor, anchors: Tensor, talk_length: int, ranges: TextRanges) -> Tensor:
+    """The true token that talk step k of an anchor predicts: labels[anchor + 1 + k], [K, B, A].
+
+    A thought that hangs from padding has nothing to say, and none speaks of the next document.
+    """
     length = labels.shape[1]
     ahead = anchors[None] + 1 + torch.arange(talk_length, device=labels.device)[:, None, None]
     picked = labels.expand(talk_length, -1, -1).gather(2, ahead.clamp(max=length - 1))
-    return torch.where(ahead < length, picked, IGNORE)
+    is_text = (ranges.start < ranges.stop).gather(1, anchors)
+    return torch.where((ahead < length) & is_text & ~ranges.crosses(anchors, ahead), picked, IGNORE)
+
+
+def count_targets(labels: Tensor, targets: Tensor) -> Tensor:
+    """How many tokens each mean of the NLL is over, [1 + K]: the base prediction's, each talk step's.
+
+    Args:
+        labels: [B, N]; targets: [K, B, M] of :func:`talk_targets`.
+    """
+    return torch.cat([(labels[:, 1:] != IGNORE).sum()[None], (targets != IGNORE).sum((1, 2))])
 
 
 def mix_talk_steps(
@@ -138,6 +185,7 @@ def mix_talk_steps(
         thought.flatten(0, 2),
         config.mixing_activation,
         (row + speaks_for).flatten(),
+        config.mixing_floor,
     )
     shape = (k, batch, anchors.shape[1])
     return mixed.view(*shape, width), weight.view(shape)
@@ -150,27 +198,29 @@ def talk(
     text_hidden: Tensor,
     slot_hidden: Tensor,
     labels: Tensor,
-    is_text: Tensor,
+    ranges: TextRanges,
     anchors: Tensor,
     rationales: int,
+    part: BatchPart = WHOLE,
 ) -> Talk:
     """Mixed predictions of every talk step, their losses, and the base prediction's.
 
     Args:
         text_hidden: [B, N, d]; slot_hidden: [B, S, A*R, d].
         labels: [B, N], -100 where a token does not count.
-        is_text: [B, N] bool; a thought that hangs from padding has nothing to say.
+        ranges: what each text token sees.
         anchors: [B, A], without the repeats for rationales.
+        part: which part of a larger batch this is; the means in ``nll`` are over the larger one.
     """
     k = config.talk_length
     columns = anchors.repeat_interleave(rationales, dim=1)
     mixed, weight = mix_talk_steps(config, mixing, text_hidden, slot_hidden, columns)
-    base_targets, targets = labels[:, 1:], talk_targets(labels, columns, k)
-    targets = torch.where(is_text.gather(1, columns), targets, IGNORE)
-    base_count = (base_targets != IGNORE).sum().clamp(min=1)
-    counts = (targets != IGNORE).sum((1, 2)).clamp(min=1)
-    base_share = (config.base_loss_weight / base_count).expand_as(base_targets)
-    share = ((1 - config.base_loss_weight) / k / counts)[:, None, None].expand_as(targets)
+    base_targets, targets = labels[:, 1:], talk_targets(labels, columns, k, ranges)
+    counts = count_targets(labels, targets)
+    divide_by = part.mean_count("targets", counts)
+    base_share = (config.base_loss_weight / divide_by[0]).expand_as(base_targets)
+    share = ((1 - config.base_loss_weight) / k / divide_by[1:])[:, None, None].expand_as(targets)
+    counts = counts.clamp(min=1)
     # One call for both predictions: the gradient of the vocabulary matrix is held once.
     hidden = torch.cat([text_hidden[:, :-1].flatten(0, 1), mixed.flatten(0, 2)])
     every = torch.cat([base_targets.flatten(), targets.flatten()])
@@ -192,8 +242,9 @@ def talk(
         nll=nll,
         base_losses=base_losses,
         talk_losses=losses,
-        base_loss=base_losses.sum() / base_count,
-        talk_loss=losses.sum((1, 2, 3)) / counts,
+        base_loss=base_losses.sum() / counts[0],
+        talk_loss=losses.sum((1, 2, 3)) / counts[1:],
         mixing_weight=weight.detach().float().view(shape),
+        targets=targets,
         has_target=(targets != IGNORE).view(shape)[..., 0],
     )

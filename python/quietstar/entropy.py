@@ -1,0 +1,135 @@
+"""Entropy of the distributions behind hidden states, with gradients, in chunks of rows.
+
+For logits x [V] of a row, p = softmax(x) over the ids that are not banned:
+
+    H = -Σ_v p_v log p_v        dH/dx_v = -p_v (log p_v + H)
+
+Like ``linear_cross_entropy_sum``, the forward pass takes the gradients along while a chunk's logits are
+there, so rows x vocabulary is never held and the backward pass only scales: three matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from quietstar_ext.precision import autocast_inputs, compute_dtype, without_autocast
+
+WORKSPACE_BYTES = 64 * 2**20
+MOST_ROWS = 256
+
+
+def linear_entropy_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    row_weights: Tensor,
+    *,
+    temperature: float = 1.0,
+    banned: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """``Σ_r row_weights[r] · H[r]`` in nats, a scalar with gradients for hidden and weight.
+
+    The logits are ``cap(logit_scale · hidden weightᵀ) / temperature``, as in ``linear_cross_entropy``.
+
+    Args:
+        hidden: [rows, d] floating.
+        weight: [V, d], dtype and device of hidden.
+        row_weights: [rows], no gradient; rows of weight 0 cost nothing.
+        banned: [n] int64, ids that the softmax leaves out.
+    """
+    hidden, weight = autocast_inputs(hidden, weight)
+    wide = compute_dtype(hidden.dtype)
+    options = (float(temperature), banned, softcap, float(logit_scale))
+    grads = torch.is_grad_enabled()
+    wanted = (grads and hidden.requires_grad, grads and weight.requires_grad)
+    with without_autocast(hidden):
+        total: Tensor = _EntropySum.apply(hidden, weight, row_weights.detach().to(wide), options, wanted)
+    return total
+
+
+def entropy_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    temperature: float,
+    banned: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    live: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | float]]:
+    """Chunk by chunk: row indices, log p, p, H, and the slope of x by the raw product h Wᵀ.
+
+    ``live`` [n] int64: the rows to take (default: all). Entries of banned ids are 0 in p and log p.
+    """
+    wide = compute_dtype(hidden.dtype)
+    if live is None:
+        live = torch.arange(hidden.shape[0], device=hidden.device)
+    # The logits, log p, p and one product of theirs are there at a time.
+    rows = WORKSPACE_BYTES // (weight.shape[0] * (3 * wide.itemsize + hidden.itemsize))
+    for index in live.split(max(1, min(MOST_ROWS, rows))):
+        x = (hidden[index] @ weight.T).to(wide).mul_(logit_scale)
+        slope: Tensor | float = logit_scale / temperature
+        if softcap is not None:
+            capped = torch.tanh(x / softcap)
+            slope = slope * (1 - capped * capped)
+            x = capped * softcap
+        x.div_(temperature)
+        if banned is not None and banned.numel():
+            x.index_fill_(1, banned, float("-inf"))
+        logp = x - x.logsumexp(1, keepdim=True)
+        p = logp.exp()
+        logp.masked_fill_(p == 0, 0.0)
+        yield index, logp, p, -(p * logp).sum(1), slope
+
+
+class _EntropySum(torch.autograd.Function):
+    """Weighted sum of row entropies; the forward pass takes the gradients along."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        row_weights: Tensor,
+        options: tuple[float, Tensor | None, float | None, float],
+        wanted: tuple[bool, bool],
+    ) -> Tensor:
+        # Weights of 1/count would push 16-bit gradients below what they can hold: scaled at the end.
+        largest = row_weights.new_ones(())
+        if row_weights.numel():
+            largest = row_weights.abs().amax()
+            largest = largest.masked_fill(largest == 0, 1)
+        scaled = row_weights / largest
+        total = row_weights.new_zeros(())
+        grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=scaled.dtype) if wanted[1] else None
+        live = scaled.nonzero()[:, 0]
+        for index, logp, p, entropy, slope in entropy_chunks(hidden, weight, *options, live=live):
+            total += scaled[index] @ entropy
+            if not any(wanted):
+                continue
+            gradient = logp.add_(entropy[:, None]).mul_(p).mul_(-scaled[index, None]).mul_(slope)
+            gradient = gradient.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[index] = gradient @ weight
+            if grad_weight is not None:
+                grad_weight += gradient.T @ hidden[index]
+        ctx.save_for_backward(grad_hidden, grad_weight, largest)
+        ctx.dtype = weight.dtype
+        return total * largest
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        grad_hidden, grad_weight, largest = ctx.saved_tensors
+        grad = grad * largest
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * grad).to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad).to(ctx.dtype)
+        return grad_hidden, grad_weight, None, None, None
