@@ -23,6 +23,7 @@ from .layout import TextRanges, text_positions, text_ranges
 from .learn import learn, reward_thoughts
 from .output import QuietStarOutput
 from .parts import WHOLE, BatchPart
+from .sharding import decoder_gathered, output_layer_gathered
 from .talk import MixingHead, base_nll, check_labels, mix_talk_steps, talk
 from .think import (
     ThoughtEmbedding,
@@ -166,6 +167,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
 
     # ---- thinking -------------------------------------------------------------------------------
 
+    @output_layer_gathered
     def forward(
         self,
         input_ids: Tensor,
@@ -365,9 +367,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
             rationales,
             part,
         )
-        earned = reward_thoughts(
-            config, head, talked, slot_hidden, anchors, ranges, baseline_losses
-        )
+        earned = reward_thoughts(config, head, talked, slot_hidden, anchors, ranges, baseline_losses)
         can_think = (ranges.start < ranges.stop).gather(1, anchors)
         total, policy = learn(config, head, talked.nll, slot_hidden, ids, earned, can_think, part)
         return QuietStarOutput(
@@ -389,11 +389,15 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
             thought_logprobs=_by_rationale(logprobs, rationales),
         )
 
-    def _rollout(self, input_ids: Tensor, ranges: TextRanges, **options: Any) -> Thoughts:
+    def _rollout(
+        self, input_ids: Tensor, ranges: TextRanges, part: BatchPart = WHOLE, **options: Any
+    ) -> Thoughts:
         meta = self.thought_embedding(self.config.embedding_scale)
-        # Drawn from torch's generator, so that torch.manual_seed and a resumed run repeat the thoughts.
-        seed = int(torch.randint(2**62, ()))
-        return rollout(self.base, self.config, meta, input_ids, ranges, seed=seed, **options)
+        seed = part.seed()
+        with decoder_gathered(self.base):
+            return rollout(
+                self.base, self.config, meta, input_ids, ranges, seed=seed, part=part, **options
+            )
 
     def _forced(
         self,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 MeanCount = Callable[[str, Tensor], Tensor]
@@ -24,16 +25,25 @@ class BatchPart:
     Args:
         index: of this part; count: how many parts there are.
         mean_count: takes a name (``"targets"`` or ``"thoughts"``) and this part's counts (any shape) and
-            returns the mean over the parts, in the shape and on the device of the counts. Called once for
+            returns the mean over the parts, in the shape and on the device of the counts. Asked once for
             each name in a training pass, in the same order on every process. Default: the counts
             themselves.
+        seed: of what is drawn, the same for all parts. Default: drawn from torch's generator, so that
+            torch.manual_seed repeats it.
     """
 
-    def __init__(self, index: int = 0, count: int = 1, mean_count: MeanCount | None = None):
+    def __init__(
+        self,
+        index: int = 0,
+        count: int = 1,
+        mean_count: MeanCount | None = None,
+        seed: int | None = None,
+    ):
         if not 0 <= index < count:
             raise ValueError(f"index is {index}; expected a part from 0 to {count - 1} (count - 1)")
         self.index = index
         self.count = count
+        self._seed = seed
         self._mean_count = mean_count
 
     def mean_count(self, name: str, own: Tensor) -> Tensor:
@@ -42,9 +52,15 @@ class BatchPart:
         mean = own if self._mean_count is None else self._mean_count(name, own)
         return mean.float().clamp(min=1e-6)
 
-    def rows_of(self, whole: Tensor) -> Tensor:
-        """This part's rows of a tensor that has those of every part, [count * rows, ...]."""
-        return whole.chunk(self.count)[self.index]
+    def seed(self) -> int:
+        """Of the thoughts of one pass; to be asked once for each."""
+        return int(torch.randint(2**62, ())) if self._seed is None else self._seed
+
+    def uniform(self, rows: int, columns: int) -> Tensor:
+        """This part's rows [rows, columns] of uniform numbers that are drawn for every part, fp32."""
+        generator = None if self._seed is None else torch.Generator().manual_seed(self._seed)
+        drawn = torch.rand(rows * self.count, columns, generator=generator)
+        return drawn.chunk(self.count)[self.index]
 
 
 WHOLE = BatchPart()

@@ -122,7 +122,7 @@ def choose_anchors(
         return everywhere[:: int(number)].expand(batch, -1)
     count = max(1, round(number * length))
     if rule == "random":
-        score = part.rows_of(torch.rand(batch * part.count, length)).to(input_ids.device)
+        score = part.uniform(batch, length).to(input_ids.device)
     else:
         if hidden is None or head is None:
             raise ValueError("think_at='entropy:p' needs the text's hidden states")

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from .batches import WholeBatches
 from .metrics import Average, Watch, describe
 from .tokens import check_tokenizer
 
@@ -17,7 +18,7 @@ class NonFiniteLoss(RuntimeError):
     """Training met a loss or gradient that is not a number; nothing was saved after it."""
 
 
-class QuietStarTrainer(Trainer):
+class QuietStarTrainer(WholeBatches):
     """Trains a :class:`~quietstar.QuietStarForCausalLM`.
 
     Everything is the Trainer's own (accelerate, logging, checkpoints, resuming); added are the
@@ -49,6 +50,8 @@ class QuietStarTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's loss while training; its language-model part alone in evaluation."""
+        if model.training:
+            inputs = {**inputs, "batch_part": self.next_batch_part(self._thought_config())}
         output = model(**inputs)
         self._averages[model.training].add(describe(output))
         if model.training:
