@@ -19,6 +19,10 @@ from typing import Any
 import torch
 
 import quietstar_ext
+from benchmarks import device
+from benchmarks.device import DEVICE, finished
+
+__all__ = ["DEVICE", "RESULTS", "compare", "finished", "machine_name", "show", "write"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,11 +30,13 @@ RESULTS = Path(__file__).parent / "results"
 def compare(
     contestants: dict[str, Callable[[], object]], rounds: int = 15
 ) -> dict[str, dict[str, float]]:
-    """Time every contestant ``rounds`` times in turn.
+    """Time every contestant ``rounds`` times in turn; on a CUDA device by :mod:`benchmarks.device`.
 
     Returns per name ``ms`` (the median), ``best_ms``, and ``times_ours``: how many times as long as
     the first contestant it took, the median over the rounds.
     """
+    if DEVICE.type == "cuda":
+        return device.compare(dict(contestants), rounds)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         for name, run in contestants.items():
@@ -49,11 +55,24 @@ def compare(
     }
 
 
-def show(title: str, results: dict[str, dict[str, float]], megabytes: float | None = None) -> None:
-    """Print a table; megabytes is what the first contestant has to read and write."""
+def show(
+    title: str,
+    results: dict[str, dict[str, float]],
+    megabytes: float | None = None,
+    gflop: float | None = None,
+) -> None:
+    """Print a table; megabytes is what the first contestant has to read and write, gflop the
+    operations that it has to do. On a CUDA device its rates go into its row, too."""
     print(f"\n{title}")
     for name, row in results.items():
-        print(f"  {name:32} {row['ms']:9.2f} ms   {row['times_ours']:7.2f} x")
+        print(f"  {name:32} {row['ms']:9.{2 if row['ms'] > 1 else 4}f} ms   {row['times_ours']:7.2f} x")
+    if DEVICE.type == "cuda":
+        if megabytes is not None or gflop is not None:
+            print(device.rates(next(iter(results.values())), megabytes, gflop))
+        return
+    if gflop is not None:
+        best = next(iter(results.values()))["best_ms"]
+        print(f"  {gflop:.2f} GFLOP, {gflop / best * 1e3:.0f} GFLOP/s at best")
     if megabytes is not None:
         best = next(iter(results.values()))["best_ms"]
         print(f"  {megabytes:.1f} MB, {megabytes / best:.1f} GB/s at best")
@@ -102,11 +121,14 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
+        facts["cuda_archs"] = quietstar_ext.build_info().get("cuda_archs")
     return {**facts, **ceilings()}
 
 
 def ceilings() -> dict[str, float]:
     """Copy bandwidth (bytes read and written, GB/s) and matrix product rates (GFLOP/s), measured."""
+    if DEVICE.type == "cuda":
+        return device.ceilings()
     source = torch.rand(32 << 20)
     target = torch.empty_like(source)
     size = 2048
