@@ -10,6 +10,7 @@ from families import tiny_decoder
 from transformers import TrainerCallback, TrainingArguments
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer
+from quietstar.arguments import QuietStarArguments
 from quietstar.lookup import build_tokenizer
 from quietstar.metrics import Watch
 from quietstar.trainer import NonFiniteLoss
@@ -29,7 +30,7 @@ def rows(count: int = 32) -> list[dict[str, torch.Tensor]]:
 
 
 def trainer(folder, model, *, steps: int = 8, **settings) -> QuietStarTrainer:
-    arguments = TrainingArguments(
+    arguments = QuietStarArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=4,
@@ -116,7 +117,7 @@ def test_it_stops_at_a_loss_that_is_not_finite(tmp_path):
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_it_stops_at_a_gradient_that_is_not_finite(tmp_path, clip: float):
-    run = trainer(tmp_path, small_model(), max_grad_norm=clip)
+    run = trainer(tmp_path, small_model(), max_grad_norm=clip, max_skipped_steps=0)
     weight = run.model.mixing_head.fc2.weight
     before = weight.detach().clone()
     run.model.thought_embedding.start.register_hook(lambda g: torch.full_like(g, float("inf")))
@@ -148,6 +149,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_training(tmp_path):
         ({"mixing_weight_top": 0.0}, "mixing weight stays at 0"),
         ({"policy_loss": 4.0, "base_loss": 2.0}, "policy term is far larger"),
         ({"thought_entropy": 0.001, "gain": 0.0}, "Thoughts have collapsed"),
+        ({"positive_advantages": 0.0, "mixing_weight_top": 0.2}, "No thought has a positive advantage"),
     ],
 )
 def test_known_failures_are_named_with_a_remedy(logs: dict, said: str):
@@ -157,4 +159,5 @@ def test_known_failures_are_named_with_a_remedy(logs: dict, said: str):
     assert said in message
     assert watch.look(logs, policy_weight=1e6, max_grad_norm=1.0) == []
     healthy = {"mixing_weight_top": 0.3, "policy_loss": 0.1, "base_loss": 2.0, "thought_entropy": 2.0}
+    healthy["positive_advantages"] = 0.4
     assert Watch(patience=1).look(healthy, policy_weight=10.0, max_grad_norm=1.0) == []

@@ -15,6 +15,7 @@ from quietstar.corpora import Document
 from quietstar.data import Blocks, StreamedBlocks, TokenBlocks, read_blocks
 from quietstar.errors import UserError
 from quietstar.recipe import DataSection, ModelSection, Recipe
+from quietstar.schedule import longest_talk
 from quietstar.sources import STDLIB, expand_files, open_documents
 from quietstar.values import Mismatch, coerce, describe
 
@@ -98,7 +99,7 @@ def build_data(
     if data.name == LOOKUP:
         return _lookup_data(data)
     thoughts = QuietStarConfig(**recipe.thoughts)
-    blocks = Blocks(data.block_size, data.packing, thoughts.talk_length + 2)
+    blocks = Blocks(data.block_size, data.packing, longest_talk(thoughts, recipe.training) + 2)
     seed = int(recipe.training.get("data_seed") or recipe.training.get("seed", 42))
     train_source = _source(data, data.name, data.files, data.split, seed)
     eval_data, skip = None, 0

@@ -125,7 +125,7 @@ class _EntropySum(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         grad_hidden, grad_weight, largest = ctx.saved_tensors
         grad = grad * largest
         if grad_hidden is not None:

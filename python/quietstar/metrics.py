@@ -77,6 +77,9 @@ class Average:
     def add(self, found: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Add one batch."""
         for name, (total, count) in found.items():
+            # A step that is not finite is skipped, and left out of the means as well.
+            finite = torch.isfinite(total)
+            total, count = torch.where(finite, total, 0.0), torch.where(finite, count, 0.0)
             old_total, old_count = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (old_total + total, old_count + count)
 
@@ -96,28 +99,44 @@ class Average:
 
 
 class Watch:
-    """Warns, once each and with a remedy, when training goes where it is known to fail."""
+    """Warns, once each and with a remedy, when training goes where it is known to fail.
+
+    Args:
+        patience: log entries in a row that have to show a sign.
+    """
 
     def __init__(self, patience: int = 3) -> None:
         self._patience = patience
         self._seen: dict[str, int] = {}
 
     def look(self, logs: dict[str, float], policy_weight: float, max_grad_norm: float) -> list[str]:
-        """Examine one log entry; returns (and logs) the warnings it gave rise to."""
+        """Examine one log entry; returns (and logs) the warnings it gave rise to.
+
+        Args:
+            logs: with the metrics of thinking; what is missing shows no sign.
+            max_grad_norm: of a clip that the policy term shares with the language-model loss, or 0.
+        """
         policy = abs(logs.get("policy_loss", 0.0)) * policy_weight
+        silent = abs(logs.get("mixing_weight_top", 1.0)) < 1e-3
         signs = {
             "The mixing weight stays at 0, so thoughts have no say: raise the learning rate or"
-            " embedding_scale, or check that the data has anything a thought could help with.": abs(
-                logs.get("mixing_weight_top", 1.0)
-            )
-            < 1e-3,
+            " embedding_scale, or set a mixing_floor (with mixing_activation: sigmoid), or see that the"
+            " data has anything a thought could help with.": silent,
             "The policy term is far larger than the language-model loss; after gradient clipping it is"
-            " nearly the whole update: lower policy_weight (1 to 100 works on small models).": (
+            " nearly the whole update: lower policy_weight (1 to 100 works on small models) or clip it"
+            " apart with policy_max_grad_norm.": (
                 max_grad_norm > 0 and policy > 1000 * max(logs.get("base_loss", 1.0), 1e-3)
             ),
-            "Thoughts have collapsed to nearly the same tokens (entropy near 0): lower policy_weight or"
-            " the learning rate, or raise thought_temperature.": logs.get("thought_entropy", 1.0) < 0.01
-            and logs.get("gain", 0.0) <= 0.01,
+            "Thoughts have collapsed to nearly the same tokens (entropy near 0): set an entropy_bonus,"
+            " lower policy_weight or the learning rate, or raise thought_temperature.": (
+                logs.get("thought_entropy", 1.0) < 0.01 and logs.get("gain", 0.0) <= 0.01
+            ),
+            # Without a say no thought can earn anything, which the first warning says already.
+            "No thought has a positive advantage, so REINFORCE learns nothing: raise num_rationales or"
+            " thought_temperature so that thoughts differ, or take the reward base-gain or"
+            " clamp_advantage: false.": (
+                policy_weight > 0 and not silent and logs.get("positive_advantages", 1.0) < 1e-3
+            ),
         }
         said = []
         for message, holds in signs.items():

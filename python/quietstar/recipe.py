@@ -7,7 +7,8 @@
     training: {learning_rate: 1e-6, max_steps: 1000}
 
 ``thoughts`` takes every field of :class:`~quietstar.config.QuietStarConfig`, ``training`` every
-field of ``transformers.TrainingArguments`` but ``output_dir``. An unknown key is refused and the
+field of :class:`~quietstar.arguments.QuietStarArguments`, which are those of
+``transformers.TrainingArguments`` and a few more, but ``output_dir``. An unknown key is refused and the
 nearest known one named; ``key=value`` words change a recipe from the command line.
 """
 
@@ -180,10 +181,10 @@ def known_keys(section: str) -> dict[str, Any]:
         names = list(inspect.signature(QuietStarConfig.__init__).parameters)
         skip = ("self", "text_config", "kwargs")
         return {name: hints[name] for name in names if name not in skip}
-    from transformers import TrainingArguments
+    from quietstar.arguments import QuietStarArguments
 
-    hints = typing.get_type_hints(TrainingArguments)
-    return {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
+    hints = typing.get_type_hints(QuietStarArguments)
+    return {f.name: hints[f.name] for f in dataclasses.fields(QuietStarArguments) if f.init}
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -365,12 +366,16 @@ def _check_together(recipe: Recipe, where: str) -> None:
         count = "both are given" if data.name else "neither is given"
         raise UserError(f"{where}: data needs exactly one of name and files; {count}")
     from quietstar.config import QuietStarConfig
+    from quietstar.schedule import longest_talk
 
     try:
         thoughts = QuietStarConfig(**recipe.thoughts)
     except ValueError as error:
         raise UserError(f"{where}: thoughts.{error}") from error
-    least = thoughts.talk_length + 2
+    try:
+        least = longest_talk(thoughts, recipe.training) + 2
+    except ValueError as error:
+        raise UserError(f"{where}: training.{error}") from error
     if data.block_size < least:
         raise UserError(
             f"{where}: data.block_size is {data.block_size}; expected at least {least} (talk_length + 2)"

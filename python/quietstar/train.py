@@ -122,9 +122,10 @@ def _bar_only() -> type[TrainerCallback]:
 
 
 def training_arguments(recipe: Recipe, output: Path, *, progress: bool) -> TrainingArguments:
-    """``transformers.TrainingArguments`` of a recipe; raises :class:`UserError` if they do not fit."""
+    """The training arguments of a recipe; raises :class:`UserError` if they do not fit."""
     import torch
-    from transformers import TrainingArguments
+
+    from quietstar.arguments import QuietStarArguments
 
     defaults = {"report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
     settings: dict[str, Any] = {**defaults, **recipe.training}
@@ -137,7 +138,7 @@ def training_arguments(recipe: Recipe, output: Path, *, progress: bool) -> Train
             "the number of rows to evaluate on"
         )
     try:
-        return TrainingArguments(output_dir=str(output), remove_unused_columns=False, **settings)
+        return QuietStarArguments(output_dir=str(output), remove_unused_columns=False, **settings)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"training: {' '.join(str(error).split())}") from error
 

@@ -5,26 +5,27 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
 from .batches import WholeBatches
+from .guard import NonFiniteLoss
 from .metrics import Average, Watch, describe
 from .tokens import check_tokenizer
+from .trainer_objective import ObjectiveTrainer
+
+__all__ = ["NonFiniteLoss", "QuietStarTrainer"]
 
 
-class NonFiniteLoss(RuntimeError):
-    """Training met a loss or gradient that is not a number; nothing was saved after it."""
-
-
-class QuietStarTrainer(WholeBatches):
+class QuietStarTrainer(ObjectiveTrainer, WholeBatches):
     """Trains a :class:`~quietstar.QuietStarForCausalLM`.
 
     Everything is the Trainer's own (accelerate, logging, checkpoints, resuming); added are the
     metrics of thinking (base and talk losses, gain, reward, share of positive advantages, mixing
     weight on hard and easy tokens, entropy of thoughts, tokens per second), warnings with a remedy
-    where training is known to go wrong, and a stop at the first loss that is not finite.
+    where training is known to go wrong, and what the objectives need: two clipped gradients, an averaged
+    copy, a schedule, steps that are skipped if they are not finite
+    (:class:`~quietstar.arguments.QuietStarArguments`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -37,10 +38,6 @@ class QuietStarTrainer(WholeBatches):
         self._last_log = time.perf_counter()
         self._watch = Watch()
         self.warnings_given: list[str] = []
-        self.add_callback(_StopAtNonFiniteGradient())
-
-    def _thought_config(self) -> Any:
-        return self.accelerator.unwrap_model(self.model).config
 
     def compute_loss(
         self,
@@ -52,19 +49,12 @@ class QuietStarTrainer(WholeBatches):
         """The model's loss while training; its language-model part alone in evaluation."""
         if model.training:
             inputs = {**inputs, "batch_part": self.next_batch_part(self._thought_config())}
-        output = model(**inputs)
+        output = self.run_model(model, inputs)
         self._averages[model.training].add(describe(output))
         if model.training:
             self._tokens += inputs["input_ids"].numel()
-        loss = output.loss if model.training else output.nll_loss
+        loss = self.loss_to_send_back(model, output) if model.training else output.nll_loss
         return (loss, output) if return_outputs else loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One step; stops at a loss that is not finite, before the optimiser sees it."""
-        loss = super().training_step(*args, **kwargs)
-        if not bool(torch.isfinite(loss)):
-            _stop("loss", self.state.global_step + 1)
-        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what thinking did since the last entry."""
@@ -73,9 +63,11 @@ class QuietStarTrainer(WholeBatches):
             now = time.perf_counter()
             logs["tokens_per_second"] = self._tokens / max(now - self._last_log, 1e-9)
             self._tokens, self._last_log = 0, now
+            logs.update(self.objective_logs())
             config = self._thought_config()
             if config.thinks:
-                clip = self.args.max_grad_norm or 0.0
+                # Clipped apart, the policy term cannot crowd out the other.
+                clip = 0.0 if self._policy_gradient else self.args.max_grad_norm or 0.0
                 self.warnings_given += self._watch.look(logs, config.policy_weight, clip)
         super().log(logs, start_time)
 
@@ -99,22 +91,3 @@ class QuietStarTrainer(WholeBatches):
         for name, value in self._averages[False].pop(self._reduce).items():
             result.metrics[f"{metric_key_prefix}_{name}"] = value
         return result
-
-    def _reduce(self, tensor: Tensor) -> Tensor:
-        return self.accelerator.reduce(tensor, reduction="sum")
-
-
-class _StopAtNonFiniteGradient(TrainerCallback):
-    """A finite loss can still have a gradient that is not; it must not reach weights or a checkpoint."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        if gradients and not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
-            _stop("gradient", state.global_step + 1)
-
-
-def _stop(what: str, step: int) -> None:
-    raise NonFiniteLoss(
-        f"the {what} at step {step} is not finite; training stopped and the last checkpoint is kept"
-        " (try a lower learning rate or policy_weight)"
-    )
