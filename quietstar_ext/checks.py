@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+LARGEST = torch.finfo(torch.float32).max
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -16,12 +17,16 @@ def check_tensor(
     dtypes: Sequence[torch.dtype] | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """Require a tensor of the given shape (a string stands for a dimension of any size).
+    """Require a strided tensor of the given shape (a string stands for a dimension of any size).
 
-    Raises ``TypeError`` if it is no tensor, ``ValueError`` if its shape, dtype or device is wrong.
+    Raises ``TypeError`` if it is no tensor, ``ValueError`` if its layout, shape, dtype or device is
+    wrong.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        raise ValueError(f"{name} is a {kind} tensor; expected a dense one")
     got = tuple(tensor.shape)
     fits = len(got) == len(shape) and all(
         isinstance(want, str) or want == have for want, have in zip(shape, got, strict=True)
@@ -38,9 +43,27 @@ def check_tensor(
         raise ValueError(f"{name} is on {tensor.device}; expected {device} like the others")
 
 
-def check_positive(name: str, value: float) -> None:
-    """Require a number greater than zero."""
-    if not value > 0:
+def check_number(name: str, value: object) -> None:
+    """Require a number: ``TypeError`` if it is none, ``ValueError`` if float32 cannot hold it."""
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+        raise TypeError(f"{name} is {value!r}; expected a number")
+    if isinstance(value, int | float) and not abs(value) <= LARGEST:
+        raise ValueError(f"{name} is {value}; expected a finite number in the range of float32")
+
+
+def check_whole(name: str, value: object, least: int = -(2**63)) -> None:
+    """Require a whole number from ``least`` on that fits in 64 bits with a sign."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name} is {value!r}; expected a whole number")
+    if isinstance(value, int) and not least <= value < 2**63:
+        expected = f"{least} or more" if value < least else "a number that fits in 64 bits"
+        raise ValueError(f"{name} is {value}; expected {expected}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Require a finite number greater than zero."""
+    check_number(name, value)
+    if not value > 0:  # type: ignore[operator]
         raise ValueError(f"{name} is {value}; expected a number greater than 0")
 
 
@@ -68,7 +91,14 @@ def banned_ids(
     if banned is None:
         return None
     if not isinstance(banned, torch.Tensor):
-        banned = torch.tensor(list(banned), dtype=torch.int64, device=device)
+        if not isinstance(banned, Sequence):
+            raise TypeError(f"banned is {banned!r}; expected an int64 tensor or a list of token ids")
+        for token in banned:
+            check_whole("an id in banned", token)
+        banned = torch.tensor(banned, dtype=torch.int64, device=device)
     check_tensor("banned", banned, ["n"], [torch.int64], device)
     check_index_range("banned", banned, vocabulary)
+    looks = not torch.compiler.is_compiling() and banned.device.type == "cpu"
+    if looks and banned.numel() >= vocabulary and banned.unique().numel() == vocabulary:
+        raise ValueError(f"banned has all {vocabulary} ids; expected at least one left")
     return banned if banned.numel() else None

@@ -77,7 +77,9 @@ def linear_cross_entropy(
         RuntimeError: ``impl="fused"`` and there is no kernel for this call.
     """
     hidden, weight = autocast_inputs(hidden, weight)
-    banned = _check(hidden, weight, targets, temperature, banned, ignore_index, softcap)
+    banned = _check(hidden, weight, targets, temperature, banned, ignore_index, softcap, logit_scale)
+    temperature, logit_scale = float(temperature), float(logit_scale)
+    softcap = None if softcap is None else float(softcap)
 
     chosen = choose_impl("linear_cross_entropy", impl, _why_not_fused(hidden))
     with without_autocast(hidden):
@@ -134,7 +136,9 @@ def linear_cross_entropy_sum(
         as ``linear_cross_entropy``.
     """
     hidden, weight = autocast_inputs(hidden, weight)
-    banned = _check(hidden, weight, targets, temperature, banned, ignore_index, softcap)
+    banned = _check(hidden, weight, targets, temperature, banned, ignore_index, softcap, logit_scale)
+    temperature, logit_scale = float(temperature), float(logit_scale)
+    softcap = None if softcap is None else float(softcap)
     wide = compute_dtype(hidden.dtype)
     checks.check_tensor(
         "row_weights", row_weights, [hidden.shape[0]], [torch.float32, wide], hidden.device
@@ -183,6 +187,7 @@ def _check(
     banned: torch.Tensor | Sequence[int] | None,
     ignore_index: int,
     softcap: float | None,
+    logit_scale: float,
 ) -> torch.Tensor | None:
     """Check all arguments; return the banned ids as a tensor or None."""
     checks.check_tensor("hidden", hidden, ["rows", "d"], checks.FLOAT_DTYPES)
@@ -196,6 +201,8 @@ def _check(
     checks.check_positive("temperature", temperature)
     if softcap is not None:
         checks.check_positive("softcap", softcap)
+    checks.check_number("logit_scale", logit_scale)
+    checks.check_whole("ignore_index", ignore_index)
     return checks.banned_ids(banned, vocabulary, hidden.device)
 
 

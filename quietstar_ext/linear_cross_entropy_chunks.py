@@ -228,7 +228,7 @@ class _Chunks:
         self.all_live = self.live_rows == live.numel()
         room = WORKSPACE_BYTES
         # A block of the weight's gradient in fp32, and its product before it is added.
-        self.words = max(1, room // 4 // (width * (wide.itemsize + dtype.itemsize)))
+        self.words = max(1, room // 4 // max(1, width * (wide.itemsize + dtype.itemsize)))
         self.second_pass = False
         sum_bytes = width * vocabulary * wide.itemsize
         if fused and sums and dtype == torch.bfloat16 and self._size(room, hidden, weight)[1] > 1:

@@ -74,6 +74,8 @@ def linear_sample(
         raise ValueError("weight has no rows; expected a vocabulary of at least one token")
     if softcap is not None:
         checks.check_positive("softcap", softcap)
+    checks.check_number("logit_scale", logit_scale)
+    checks.check_whole("offset", offset)
     banned = checks.banned_ids(banned, weight.shape[0], hidden.device)
     fused = choose_impl("linear_sample", impl, why_not_native(hidden)) == "fused"
     return torch.ops.quietstar.linear_sample(

@@ -175,7 +175,7 @@ def _forward(
     narrow = base.dtype != torch.float32
     from_base, h1 = _first_products(base, thought, w1, b1, index)
     mixed = torch.empty_like(thought)
-    gate = torch.zeros(rows, dtype=torch.float32)
+    gate = torch.full((rows,), 0.5 if sigmoid else 0.0, dtype=torch.float32)
     if rows == 0 or size == 0:
         return mixed, gate[:, None].to(mixed.dtype, copy=True), gate, h1, h1.clone()
     sizes = (DTYPE_CODES[base.dtype], rows, base.shape[0], size, sigmoid)

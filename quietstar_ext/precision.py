@@ -19,7 +19,7 @@ def autocast_inputs(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     left alone.
     """
     kind = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(
@@ -29,4 +29,7 @@ def autocast_inputs(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """A block in which matrix products keep the dtype of their operands."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    kind = tensor.device.type
+    if not torch.amp.is_autocast_available(kind):  # tensors without memory, for one
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)

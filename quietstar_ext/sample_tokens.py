@@ -68,6 +68,7 @@ def sample_tokens(
     if logits.shape[1] == 0:
         raise ValueError("logits has no columns; expected a vocabulary of at least one token")
     banned = checks.banned_ids(banned, logits.shape[1], logits.device)
+    checks.check_whole("offset", offset)
     fused = choose_impl("sample_tokens", impl, why_not_native(logits)) == "fused"
     return torch.ops.quietstar.sample_tokens(
         logits.detach(),
@@ -84,6 +85,9 @@ def sample_tokens(
 
 def check_sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
     """Require sampling options in range; ``ValueError`` names the first that is not."""
+    for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):
+        checks.check_number(name, value)
+    checks.check_whole("top_k", top_k)
     if not (temperature == 0 or 1e-30 <= temperature <= 1e30):
         raise ValueError(f"temperature is {temperature}; expected 0 or a number from 1e-30 to 1e30")
     if not top_k >= 0:
@@ -104,8 +108,7 @@ def seed_tensor(seed: int | torch.Tensor, device: torch.device) -> torch.Tensor:
                 f"int64, one element, on {device}"
             )
         return seed
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed is {seed}; expected a number that fits in 64 bits with a sign")
+    checks.check_whole("seed", seed)
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 

@@ -121,7 +121,9 @@ def thought_attention(
     """
     q, k_text, v_text, k_thought, v_thought = autocast_inputs(q, k_text, v_text, k_thought, v_thought)
     _check(q, k_text, v_text, k_thought, v_thought, text_start, text_stop)
-    _check_options(q, sliding_window, softcap, sinks)
+    _check_options(q, scale, sliding_window, softcap, sinks)
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    softcap = None if softcap is None else float(softcap)
 
     if choose_impl("thought_attention", impl, why_not_native(q)) == "fused":
         out, lse = _fused(
@@ -133,7 +135,7 @@ def thought_attention(
             text_start,
             text_stop,
             sinks,
-            float(q.shape[-1] ** -0.5 if scale is None else scale),
+            scale,
             sliding_window or 0,
             float(softcap or 0),
         )
@@ -190,12 +192,15 @@ def _check(
 
 def _check_options(
     q: torch.Tensor,
+    scale: float | None,
     sliding_window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> None:
+    if scale is not None:
+        checks.check_number("scale", scale)
     if sliding_window is not None:
-        checks.check_positive("sliding_window", sliding_window)
+        checks.check_whole("sliding_window", sliding_window, 1)
     if softcap is not None:
         checks.check_positive("softcap", softcap)
     if sinks is not None:
