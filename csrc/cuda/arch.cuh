@@ -18,6 +18,7 @@
 #include <cuda_runtime.h>
 #define QUIETSTAR_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define QUIETSTAR_SHARED(type, name, extents) __shared__ type name extents
+#define QUIETSTAR_NOINLINE __noinline__
 #else
 #include "cuda_on_cpu.h"
 #define QUIETSTAR_DYNAMIC_SHARED(name) \
@@ -27,6 +28,7 @@
   typedef type name##_type extents;               \
   name##_type& name = *static_cast<name##_type*>( \
       ::quietstar::testing::static_shared(&name##_key, sizeof(name##_type), alignof(name##_type)))
+#define QUIETSTAR_NOINLINE __attribute__((noinline))
 #endif
 
 namespace quietstar::cuda {
@@ -138,6 +140,34 @@ __device__ __forceinline__ unsigned pack2(float lower, float upper) {
   return bits;
 #else
   return from_float<T>(lower).bits | static_cast<unsigned>(from_float<T>(upper).bits) << 16;
+#endif
+}
+
+// ---- maxima that a NaN passes through
+__device__ __forceinline__ float max_nan(float a, float b) {
+#ifdef __CUDACC__
+  float value;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(value) : "f"(a), "f"(b));
+  return value;
+#else
+  return a != a || b != b ? __uint_as_float(0x7fffffffu) : fmaxf(a, b);
+#endif
+}
+
+// Of both numbers in a register; T is BFloat16 or Float16.
+template <class T>
+__device__ __forceinline__ unsigned max2_nan(unsigned a, unsigned b) {
+#ifdef __CUDACC__
+  unsigned value;
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(value) : "r"(a), "r"(b));
+  } else {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(value) : "r"(a), "r"(b));
+  }
+  return value;
+#else
+  const auto half = [](unsigned bits) { return to_float(T{static_cast<std::uint16_t>(bits)}); };
+  return pack2<T>(max_nan(half(a), half(b)), max_nan(half(a >> 16), half(b >> 16)));
 #endif
 }
 
