@@ -87,7 +87,7 @@ constexpr int warpSize = 32;
 #define __syncthreads_or(predicate) (__syncthreads_count(predicate) > 0)
 #define __syncthreads_and(predicate) \
   (__syncthreads_count(predicate) == ::quietstar::testing::block().threads)
-#define __syncwarp(...) ::quietstar::testing::sync_warp(QUIETSTAR_HERE, ##__VA_ARGS__)
+#define __syncwarp(...) (::quietstar::testing::SyncWarp{QUIETSTAR_HERE}(__VA_ARGS__))
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
@@ -134,6 +134,12 @@ template <class T>
 T atomicMin(T* at, std::common_type_t<T> value) {
   const T before = *at;
   *at = value < before ? value : before;
+  return before;
+}
+template <class T>
+T atomicOr(T* at, std::common_type_t<T> value) {
+  const T before = *at;
+  *at = before | value;
   return before;
 }
 template <class T>

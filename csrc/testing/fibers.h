@@ -55,9 +55,12 @@ int sync_block(Place place, int value);
 using WarpWork = void (*)(Place place, unsigned mask, void* const* lanes);
 void warp_operation(Place place, unsigned mask, void* data, WarpWork work);
 
-inline void sync_warp(Place place, unsigned mask = ~0u) {
-  warp_operation(place, mask, nullptr, [](Place, unsigned, void* const*) {});
-}
+struct SyncWarp {
+  Place place;
+  void operator()(unsigned mask = ~0u) const {
+    warp_operation(place, mask, nullptr, [](Place, unsigned, void* const*) {});
+  }
+};
 
 // Calls body(lane, data) for the lanes of a mask.
 template <class T, class Body>

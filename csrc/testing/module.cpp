@@ -6,6 +6,7 @@
 #include "bindings_cuda.h"
 #include "cuda_on_cpu.h"
 #include "faults.h"
+#include "primitives.h"
 
 PYBIND11_MODULE(_cuda_on_cpu, m) {
   m.doc() = "CUDA kernels of quietstar_ext, run on the CPU for tests.";
@@ -15,6 +16,11 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
   m.def("launches", &quietstar::testing::launches);
   m.def("fault_names", &quietstar::testing::fault_names);
   m.def("run_fault", &quietstar::testing::run_fault);
+  m.def("run_matrix_product", &quietstar::testing::run_matrix_product);
+  m.def("run_warp", &quietstar::testing::run_warp);
+  m.def("run_block", &quietstar::testing::run_block);
+  m.def("run_copies", &quietstar::testing::run_copies);
+  m.def("run_rounding", &quietstar::testing::run_rounding);
   m.attr("sanitized") =
 #ifdef __SANITIZE_ADDRESS__
       true;
