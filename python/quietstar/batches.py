@@ -64,6 +64,26 @@ class WholeBatches(Trainer):
         self._micro_batches: list[dict[str, Any]] = []
         self._next_micro_batch = 0
         self._counts: dict[str, Tensor] | None = None
+        self._check_parallelism()
+
+    def _check_parallelism(self) -> None:
+        """Refuse what would run without thoughts' means, or not at all, before training."""
+        state: Any = self.accelerator.state
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"fsdp is {self.args.fsdp!r} on {self.args.device.type}, where accelerate would run DDP"
+                " instead; expected an accelerator, or fsdp left out"
+            )
+        if self.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
+            raise ValueError(
+                f"fsdp_config version is {state.fsdp_plugin.fsdp_version}; expected 2 (a rollout needs"
+                " the output layer's own weight, which FSDP1 flattens)"
+            )
+        if self.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
+            raise ValueError(
+                "DeepSpeed zero_stage is 3; expected 0 to 2, or FSDP2, which shards the same (a rollout"
+                " would gather every layer at every slot)"
+            )
         sizes = {
             "tensor": self.get_tp_size(),
             "context": self.get_cp_size(),

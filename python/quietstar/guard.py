@@ -6,7 +6,9 @@ import logging
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .clipping import total_norm
 
@@ -80,7 +82,7 @@ class NonFiniteGuard:
             )
         self.in_a_row += not overflows
         if self.in_a_row > self.limit:
-            row = f", the {self.in_a_row}th step in a row" if self.in_a_row > 1 else ""
+            row = f" ({self.in_a_row} skipped steps in a row)" if self.in_a_row > 1 else ""
             raise NonFiniteLoss(
                 f"the {what} at step {step} is not finite{row}; training stopped and the last checkpoint"
                 " is kept (try a lower learning rate or policy_weight)"
@@ -101,4 +103,9 @@ def weights_are_finite(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether all entries of the trained parameters are numbers."""
     with torch.no_grad():
         trained = [p.detach() for p in parameters if p.requires_grad]
-        return bool(torch.isfinite(total_norm(trained, float("inf"))))
+        # A process may hold an empty shard, which has no largest entry; so each looks at its own.
+        own = [p.to_local() if isinstance(p, DTensor) else p for p in trained]
+        finite = torch.isfinite(total_norm([p for p in own if p.numel()], float("inf"))).float()
+        if any(isinstance(p, DTensor) for p in trained):
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+        return bool(finite)

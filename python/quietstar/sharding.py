@@ -96,3 +96,9 @@ def output_layer_gathered(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, *args, **kwargs)
 
     return wrapped
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Drop gathered weights, so that the model's parameters are the shards that an optimiser moves."""
+    for unit in _units(model.modules()):
+        unit.reshard()

@@ -11,13 +11,14 @@ from transformers import PreTrainedTokenizerBase
 from .batches import WholeBatches
 from .guard import NonFiniteLoss
 from .metrics import Average, Watch, describe
+from .saving import SafeCheckpoints
 from .tokens import check_tokenizer
 from .trainer_objective import ObjectiveTrainer
 
 __all__ = ["NonFiniteLoss", "QuietStarTrainer"]
 
 
-class QuietStarTrainer(ObjectiveTrainer, WholeBatches):
+class QuietStarTrainer(ObjectiveTrainer, WholeBatches, SafeCheckpoints):
     """Trains a :class:`~quietstar.QuietStarForCausalLM`.
 
     Everything is the Trainer's own (accelerate, logging, checkpoints, resuming); added are the

@@ -1,0 +1,160 @@
+"""What a checkpoint holds beside the weights, as safetensors and JSON: nothing in it is code.
+
+Transformers writes optimiser, schedule and random states with pickle. Here tensors go to safetensors
+under the names of their parameters and plain values to JSON, whole even where the parameters are
+sharded, so that a checkpoint does not depend on how many processes wrote it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+# In a key, between a parameter's name and the name of its state; neither contains it.
+_SEPARATOR = "//"
+_META = "quietstar"
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "module.")
+
+Meta = dict[str, Any]
+
+
+def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    """Every parameter's name, without what wrappers put into it."""
+    names = {}
+    for name, parameter in model.named_parameters():
+        for wrapper in _WRAPPERS[:2]:
+            name = name.replace(wrapper, "")
+        names[parameter] = name.removeprefix(_WRAPPERS[2])
+    return names
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor on the CPU, gathered if it is sharded (all processes have to call then)."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.detach().cpu().contiguous()
+
+
+def like(value: Tensor, pattern: Tensor) -> Tensor:
+    """A whole tensor, sharded as ``pattern`` is if it has its shape; no communication."""
+    if isinstance(pattern, DTensor) and value.shape == pattern.shape:
+        value = value.to(pattern.device)
+        return distribute_tensor(value, pattern.device_mesh, pattern.placements, src_data_rank=None)
+    return value
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], keep: bool
+) -> tuple[dict[str, Tensor], Meta]:
+    """Tensors by ``parameter//state`` and everything else as plain data.
+
+    Args:
+        keep: False on a process that only takes part in the gathering.
+
+    Raises:
+        ValueError: for a state that is neither a tensor nor plain data.
+    """
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Any] = {}
+    groups = []
+    for group in optimizer.param_groups:
+        settings = {key: value for key, value in group.items() if key != "params"}
+        groups.append({**settings, "params": [names[p] for p in group["params"]]})
+        for parameter in group["params"]:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                place = f"{names[parameter]}{_SEPARATOR}{key}"
+                if not isinstance(value, Tensor):
+                    values[place] = value
+                    continue
+                gathered = whole(value)
+                if keep:
+                    tensors[place] = gathered
+    meta = {"groups": groups, "values": values}
+    check_plain(meta, f"optimizer {type(optimizer).__name__}")
+    return tensors, meta
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str], path: Path
+) -> None:
+    """Put back what :func:`optimizer_state` took out.
+
+    Raises:
+        ValueError: if the file is of other parameters than the optimiser's.
+    """
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    index = {names[p]: (i, p) for i, p in enumerate(order)}
+    state: dict[int, dict[str, Any]] = {}
+    with safe_open(path, "pt") as file:
+        meta = json.loads(file.metadata()[_META])
+        saved = [name for group in meta["groups"] for name in group["params"]]
+        if set(saved) != set(index):
+            strange = sorted(set(saved) ^ set(index))[0]
+            raise ValueError(
+                f"{path} does not fit: parameter {strange!r} is only in one of file and run"
+            )
+        for place in file.keys():  # noqa: SIM118 - not a mapping
+            name, key = place.split(_SEPARATOR)
+            number, parameter = index[name]
+            state.setdefault(number, {})[key] = like(file.get_tensor(place), parameter)
+    for place, value in meta["values"].items():
+        name, key = place.split(_SEPARATOR)
+        state.setdefault(index[name][0], {})[key] = value
+    groups = [{**group, "params": [index[n][0] for n in group["params"]]} for group in meta["groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def random_state(cuda: bool) -> Meta:
+    """Python's, numpy's and torch's generators of this process, as plain data."""
+    version, words, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, [int(key) for key in keys], *(float(value) for value in rest)],
+        "torch": _to_text(torch.get_rng_state()),
+        "cuda": [_to_text(state) for state in torch.cuda.get_rng_state_all()] if cuda else [],
+    }
+
+
+def set_random_state(state: Meta) -> None:
+    """Put back what :func:`random_state` took out; another number of GPUs keeps its own states."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    keys = np.array(keys, dtype=np.uint32)
+    np.random.set_state((kind, keys, int(position), int(has_gauss), cached))
+    torch.set_rng_state(_from_text(state["torch"]))
+    if state["cuda"] and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all([_from_text(text) for text in state["cuda"]])
+
+
+def _to_text(state: Tensor) -> str:
+    return base64.b64encode(state.cpu().numpy().tobytes()).decode()
+
+
+def _from_text(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def write_tensors(tensors: dict[str, Tensor], meta: Any, path: Path) -> None:
+    """Tensors and plain data in one safetensors file."""
+    save_file(tensors, path, metadata={_META: json.dumps(meta)})
+
+
+def check_plain(value: Any, what: str) -> None:
+    """Raise ``ValueError`` unless JSON gives back what it was given (tuples become lists)."""
+    try:
+        json.dumps(value)
+    except TypeError as error:
+        raise ValueError(f"{what} keeps a state that is no plain data ({error})") from error

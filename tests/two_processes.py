@@ -1,0 +1,236 @@
+"""Run by test_distributed.py: ``torchrun --nproc-per-node 2 two_processes.py OUT``, gloo on the CPU.
+
+Each case trains a tiny model with QuietStarTrainer and leaves what came out of it in OUT as safetensors
+(process 0 alone). The same functions run in one process, on the whole batch, inside the test.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from families import tiny_decoder
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback, TrainingArguments
+
+from quietstar import QuietStarForCausalLM, QuietStarTrainer
+
+ROWS, LENGTH = 16, 11
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+CASES: dict[str, dict[str, Any]] = {
+    # 2 processes x 2 rows; rows of different lengths, so that the counts of the parts differ.
+    "ddp": {"padded": True},
+    "fsdp": {"padded": True, "arguments": FSDP},
+    "fsdp-tied": {"padded": True, "arguments": FSDP, "tied": True, "think_at": "stride:2"},
+    # No padding: two processes then draw the very thoughts that one would.
+    "ddp-drawn": {"think_at": "random:0.5", "thoughts": False},
+    # The counts of both micro-batches on both processes are known before the first.
+    "ddp-accumulated": {"padded": True, "accumulate": 2},
+    "fsdp-accumulated": {"padded": True, "accumulate": 2, "arguments": FSDP},
+}
+
+
+# A run of four steps that is saved after two, in one process and in two, and continued in the other.
+SAVED: dict[str, dict[str, Any]] = {
+    "ddp": {"think_at": "random:0.5", "thoughts": False},
+    "fsdp": {"think_at": "random:0.5", "thoughts": False, "arguments": FSDP, "tied": True},
+}
+SAVING: dict[str, Any] = {"steps": 4, "save_strategy": "steps", "save_steps": 2}
+
+
+def build(case: dict[str, Any]) -> QuietStarForCausalLM:
+    decoder = tiny_decoder("llama", vocab_size=48, tie_word_embeddings=case.get("tied", False))
+    model = QuietStarForCausalLM.from_base(
+        decoder,
+        start_token_id=39,
+        end_token_id=40,
+        thought_length=2,
+        talk_length=2,
+        policy_weight=3.0,
+        think_at=case.get("think_at", "all"),
+    )
+    with torch.no_grad():
+        model.mixing_head.fc3.weight.normal_(0, 0.3)
+    return model
+
+
+def rows(case: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    made = []
+    for number in range(ROWS):
+        ids = torch.randint(3, 30, (LENGTH,), generator=generator)
+        mask = torch.ones_like(ids)
+        if case.get("padded"):
+            mask[LENGTH - number % 5 :] = 0
+        row = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        if case.get("thoughts", True):
+            row["thought_ids"] = torch.randint(3, 30, (2, LENGTH, 2), generator=generator)
+        made.append(row)
+    return made
+
+
+@contextmanager
+def fsdp_on_the_cpu(wanted: bool) -> Iterator[None]:
+    """accelerate leaves FSDP out where there is no accelerator; here it has to take it."""
+    AcceleratorState._reset_state()
+    original = AcceleratorState.__init__
+
+    def patched(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU and kwargs.get("fsdp_plugin"):
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = kwargs["fsdp_plugin"]
+
+    if wanted:
+        AcceleratorState.__init__ = patched
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = original
+
+
+class Gradients(TrainerCallback):
+    """Keeps every step's gradients, whole."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        found = {}
+        for name, parameter in kwargs["model"].named_parameters():
+            gradient = parameter.grad
+            assert gradient is not None, name
+            if isinstance(gradient, DTensor):
+                gradient = gradient.full_tensor()
+            found[name.removeprefix("module.")] = gradient.detach().clone()
+        self.steps.append(found)
+
+
+def train(
+    case: dict[str, Any],
+    folder: Path,
+    *,
+    batch: int,
+    steps: int = 2,
+    resume: bool = False,
+    callbacks: tuple[TrainerCallback, ...] = (),
+    **more: Any,
+) -> tuple[QuietStarTrainer, Gradients]:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=case.get("accumulate", 1),
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=3,
+        remove_unused_columns=False,
+        **{"save_strategy": "no", "logging_steps": 1, **more, **case.get("arguments", {})},
+    )
+    gradients = Gradients()
+    wants_fsdp = "fsdp" in case.get("arguments", {})
+    with fsdp_on_the_cpu(wants_fsdp):
+        run = QuietStarTrainer(
+            model=build(case),
+            args=arguments,
+            train_dataset=rows(case),
+            callbacks=[gradients, *callbacks],
+        )
+    assert run.is_fsdp_enabled == wants_fsdp
+    run.train(resume_from_checkpoint=True if resume else None)
+    assert wants_fsdp == all(isinstance(p, DTensor) for p in run.model.parameters())
+    return run, gradients
+
+
+def alone(case: dict[str, Any], folder: Path, **more: Any) -> tuple[QuietStarTrainer, Gradients]:
+    """The same in one process on the whole batch."""
+    plain = {key: value for key, value in case.items() if key not in ("arguments", "accumulate")}
+    return train(plain, folder, batch=4 * case.get("accumulate", 1), **more)
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func).startswith("c10d."):
+            self.counts[str(func).split(".")[1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_collectives(case: dict[str, Any], folder: Path) -> dict[str, int]:
+    """The collectives of forward and backward in the second training step."""
+    watch = Collectives()
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                watch.__enter__()
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                watch.__exit__(None, None, None)
+
+    train(case, folder, batch=2, callbacks=(Watch(),))
+    return dict(watch.counts)
+
+
+def main(out: Path) -> None:
+    import json
+
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    for name, case in CASES.items():
+        run, gradients = train(case, out / f"run-{name}", batch=2)
+        if rank == 0:
+            for step, found in enumerate(gradients.steps):
+                save_file(found, out / f"{name}-gradients-{step}.safetensors")
+            losses = [e["loss"] for e in run.state.log_history if "loss" in e]
+            (out / f"{name}-losses.json").write_text(json.dumps(losses))
+    for name, case in SAVED.items():
+        run, _ = train(case, out / f"two-{name}", batch=2, **SAVING)
+        keep(whole_weights(run), out / f"two-{name}.safetensors", rank)
+        run, _ = train(case, out / f"one-two-{name}", batch=2, resume=True, **SAVING)
+        keep(whole_weights(run), out / f"one-two-{name}.safetensors", rank)
+    collectives = {
+        name: count_collectives({**CASES["fsdp"], **changes}, out / "counted")
+        for name, changes in {"forced": {}, "sampled": {"thoughts": False}}.items()
+    }
+    if rank == 0:
+        (out / "collectives.json").write_text(json.dumps(collectives))
+    torch.distributed.destroy_process_group()
+
+
+def whole_weights(run: QuietStarTrainer) -> dict[str, torch.Tensor]:
+    model: nn.Module = run.accelerator.unwrap_model(run.model)
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def keep(weights: dict[str, torch.Tensor], path: Path, rank: int) -> None:
+    if rank == 0:
+        save_file(weights, path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
