@@ -109,13 +109,11 @@ inline void __threadfence_block() {}
 #define __any_sync(mask, predicate) (__ballot_sync(mask, predicate) != 0)
 #define __all_sync(mask, predicate) (__ballot_sync(mask, predicate) == static_cast<unsigned>(mask))
 #define __reduce_add_sync(mask, value) \
-  ::quietstar::testing::reduce(QUIETSTAR_HERE, mask, value, [](auto a, auto b) { return a + b; })
-#define __reduce_max_sync(mask, value)                      \
-  ::quietstar::testing::reduce(QUIETSTAR_HERE, mask, value, \
-                               [](auto a, auto b) { return a < b ? b : a; })
-#define __reduce_min_sync(mask, value)                      \
-  ::quietstar::testing::reduce(QUIETSTAR_HERE, mask, value, \
-                               [](auto a, auto b) { return b < a ? b : a; })
+  ::quietstar::testing::reduce(QUIETSTAR_HERE, mask, value, ::quietstar::testing::Sum{})
+#define __reduce_max_sync(mask, value) \
+  ::quietstar::testing::reduce(QUIETSTAR_HERE, mask, value, ::quietstar::testing::Larger{})
+#define __reduce_min_sync(mask, value) \
+  ::quietstar::testing::reduce(QUIETSTAR_HERE, mask, value, ::quietstar::testing::Smaller{})
 
 // ---- atomics: one fiber runs at a time
 template <class T>

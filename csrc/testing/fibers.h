@@ -105,6 +105,25 @@ inline unsigned ballot(Place place, unsigned mask, unsigned predicate) {
   return vote;
 }
 
+struct Sum {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+struct Larger {
+  template <class T>
+  T operator()(T a, T b) const {
+    return a < b ? b : a;
+  }
+};
+struct Smaller {
+  template <class T>
+  T operator()(T a, T b) const {
+    return b < a ? b : a;
+  }
+};
+
 template <class T, class Combine>
 T reduce(Place place, unsigned mask, T value, Combine) {
   static_assert(std::is_integral_v<T> && sizeof(T) == 4, "warp reductions take 32-bit integers");
