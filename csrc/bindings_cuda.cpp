@@ -27,6 +27,6 @@ T* pointer(Address address) {
 
 void bind_cuda(py::module_& m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
-  (void)m;
   (void)release;
+  bind_cuda_attention(m);
 }

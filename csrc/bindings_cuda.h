@@ -1,6 +1,7 @@
-// The functions of bindings_cuda.cpp, for the two modules that have them.
+// The functions of bindings_cuda*.cpp, for the two modules that have them.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 void bind_cuda(pybind11::module_& m);
+void bind_cuda_attention(pybind11::module_& m);  // called by bind_cuda

@@ -4,9 +4,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <stdexcept>
-#include <string>
 
+#include "quietstar/thought_attention_sizes.h"
 #include "thought_attention_job.h"
 
 #ifdef _OPENMP
@@ -30,28 +29,6 @@ constexpr std::int64_t kPackKeys = 256;
 
 std::int64_t round_up(std::int64_t n) {
   return (n + kPanelKeys - 1) / kPanelKeys * kPanelKeys;
-}
-
-void require(bool fine, const std::string& message) {
-  if (!fine) throw std::invalid_argument(message);
-}
-
-void check(const ThoughtAttention& call) {
-  require(call.batch >= 0 && call.columns >= 0 && call.text_length >= 0 && call.query_slots >= 0,
-          "a size is negative; expected 0 or more");
-  require(call.columns < (std::int64_t{1} << 31) && call.text_length < (std::int64_t{1} << 31),
-          "q has " + std::to_string(call.columns) + " columns and k_text " +
-              std::to_string(call.text_length) + " keys; expected less than 2^31");
-  require(call.head_size >= 1, "q has a head size of 0; expected at least 1");
-  require(call.kv_heads >= 1 && call.q_heads >= 0 && call.q_heads % call.kv_heads == 0,
-          "q has " + std::to_string(call.q_heads) + " heads and k_text " +
-              std::to_string(call.kv_heads) + "; expected q's to be a multiple of k_text's");
-  require(call.key_slots >= call.query_slots || (call.key_slots == 0 && call.query_slots == 1),
-          "k_thought has " + std::to_string(call.key_slots) + " slots and q has " +
-              std::to_string(call.query_slots) +
-              "; expected at least as many, or none with one query slot");
-  require(call.window >= 0, "sliding_window is negative; expected 0 or more");
-  require(call.softcap >= 0, "softcap is negative; expected 0 or more");
 }
 
 // Cuts the call into tiles, by its sizes alone: results do not depend on the number of threads.
@@ -211,7 +188,7 @@ char* prepare(AttentionJob& job) {
 }  // namespace
 
 std::int64_t thought_attention_workspace(const ThoughtAttention& call, bool backward) {
-  check(call);
+  check_sizes(call);
   AttentionJob job = plan(call, backward);
   AttentionScratch scratch{};
   return lay_out_shared(job, backward, nullptr) +
@@ -219,7 +196,7 @@ std::int64_t thought_attention_workspace(const ThoughtAttention& call, bool back
 }
 
 void thought_attention(const ThoughtAttention& call) {
-  check(call);
+  check_sizes(call);
   AttentionJob job = plan(call, false);
   if (call.batch * call.columns * job.rows_per_column == 0) return;
   char* memory = prepare(job);
@@ -231,7 +208,7 @@ void thought_attention(const ThoughtAttention& call) {
 }
 
 void thought_attention_backward(const ThoughtAttentionBackward& call) {
-  check(call.forward);
+  check_sizes(call.forward);
   AttentionJob job = plan(call.forward, true);
   job.backward = &call;
   char* memory = prepare(job);

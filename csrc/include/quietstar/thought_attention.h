@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "quietstar/device.h"
 #include "quietstar/types.h"
 
 namespace quietstar {
@@ -46,7 +47,8 @@ struct ThoughtAttention {
   std::int64_t window;  // tokens, 0: none
   double softcap;       // 0: none
   void* workspace;      // thought_attention_workspace(...) bytes, aligned to 64
-  int threads;          // >= 1; changes nothing in the results
+  int threads;          // >= 1; changes nothing in the results. CPU only
+  bool tf32;            // fp32 products may round their operands to tf32. CUDA only
 };
 
 struct ThoughtAttentionBackward {
@@ -69,4 +71,15 @@ std::int64_t thought_attention_workspace(const ThoughtAttention& call, bool back
 void thought_attention(const ThoughtAttention& call);
 void thought_attention_backward(const ThoughtAttentionBackward& call);
 
+namespace cuda {
+
+// The same on a device, for head sizes up to 256. All pointers are the device's; nothing waits for
+// it, and the plan depends on sizes and device alone, so that a call can be captured in a graph.
+// Columns may come in any order; neighbours with near anchors are fastest.
+std::int64_t thought_attention_workspace(const ThoughtAttention& call, bool backward,
+                                         const Device& device);
+void thought_attention(const ThoughtAttention& call, const Device& device);
+void thought_attention_backward(const ThoughtAttentionBackward& call, const Device& device);
+
+}  // namespace cuda
 }  // namespace quietstar

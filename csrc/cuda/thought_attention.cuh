@@ -1,0 +1,346 @@
+// What the kernels of thought_attention share: the rows of a call, what they see, and loading.
+//
+// A pair is one batch row and one key head. Its rows are all (column, slot, grouped head), numbered
+// in this order, so that neighbours share their keys: 128 rows are about two columns of 15 slots
+// and 4 heads. Its text keys are numbered by position. Its slot keys are numbered column by column,
+// slot_stride for each, of which those past key_slots do not exist. So what a row sees is one range
+// of text keys and one range of slot keys, and both are attended by the same code.
+#pragma once
+
+#include "launch.cuh"
+#include "quietstar/thought_attention.h"
+
+namespace quietstar::cuda::attention {
+
+constexpr int kFar = 1 << 30;  // no key has this number
+constexpr float kLog2E = 1.442695041f, kLn2 = 0.6931471806f;
+
+// Tiles, by bytes of an element and by the head size that they are made for. A warp has row_tiles
+// times 16 rows in the row kernels, and 16 keys in the key kernel. What limits them: 255 registers
+// per thread, which hold the sums of a warp, and 163 KiB of shared memory on sm_80.
+struct Shape {
+  int warps, row_tiles, keys;
+  constexpr int rows() const { return warps * row_tiles * 16; }
+  constexpr int threads() const { return warps * 32; }
+};
+constexpr Shape forward_shape(int bytes, int size) {
+  if (bytes == 4) return {4, 1, 32};
+  return size <= 128 ? Shape{4, 2, 32} : Shape{8, 1, 32};
+}
+constexpr Shape row_gradient_shape(int bytes, int size) {
+  if (bytes == 4) return size <= 128 ? Shape{4, 1, 32} : Shape{2, 1, 16};
+  return size <= 128 ? Shape{4, 2, size <= 64 ? 64 : 32} : Shape{4, 1, 32};
+}
+struct KeyShape {
+  int warps, rows, step;  // rows of a block, and how many of them a warp takes at once
+  constexpr int keys() const { return warps * 16; }
+  constexpr int threads() const { return warps * 32; }
+};
+constexpr KeyShape key_gradient_shape(int bytes, int size) {
+  if (bytes == 4) return size <= 128 ? KeyShape{4, 32, 16} : KeyShape{2, 16, 16};
+  return size <= 128 ? KeyShape{8, 64, 32} : KeyShape{4, 32, 32};
+}
+
+// Division of 0 .. 2^31 - 1 by a number that is fixed beforehand.
+struct Divider {
+  unsigned divisor, magic;
+  int shift;
+
+  static Divider by(std::int64_t divisor) {
+    int bits = 0;
+    while ((std::int64_t{1} << bits) < divisor) ++bits;
+    const std::uint64_t power = std::uint64_t{1} << (31 + bits);
+    const auto d = static_cast<std::uint64_t>(divisor);
+    return {static_cast<unsigned>(divisor), static_cast<unsigned>(power / d + 1), 31 + bits};
+  }
+  __device__ __forceinline__ unsigned divide(unsigned n) const {
+    return static_cast<unsigned>(static_cast<std::uint64_t>(n) * magic >> shift);
+  }
+};
+
+// How a product q.k becomes an exponent of 2: outer times f(product).
+enum class Scores : int {
+  plain,     // f(x) = x
+  negative,  // f(x) = -x, for a negative scale; outer is never negative
+  capped     // f(x) = tanh(inner x)
+};
+
+struct Arguments {
+  AttentionTensor q, k_text, v_text, k_thought, v_thought, out;
+  AttentionTensor dout, dq, dk_text, dv_text, dk_thought, dv_thought;  // backward
+  float* lse;
+  const std::int32_t *text_start, *text_stop;
+  std::int64_t window;  // 0: none
+  const float* sinks;
+  const float* dlse;
+  float* delta;
+  int q_heads, kv_heads, groups, query_slots, key_slots, columns, text_length, size;
+  int rows;         // of a pair
+  int pairs;        // batch * kv_heads
+  int slot_stride;  // slot keys per column, with those that do not exist
+  int slot_keys;    // columns * slot_stride, or 0
+  Divider by_rows, by_groups, by_slot_stride;
+  Scores scores;
+  float inner, outer, scale;
+  bool precise;  // fp32 products keep all bits
+  // Addresses and strides are multiples of 16 bytes, and so is a row.
+  bool q_aligned, keys_aligned, out_aligned, gradients_aligned;
+
+  // forward with its keys split: out and lse of each split, [splits][pairs * rows] (x D), fp32
+  int splits;
+  float *split_out, *split_lse;
+
+  // backward
+  int parts;                   // sets of rows over which text gradients are summed apart
+  float *dk_parts, *dv_parts;  // [parts][pairs][text_length][padded size], fp32
+  const int2* block_ranges;    // [B][row blocks] first and last text key that a block sees
+  int row_blocks;
+};
+
+// Instantiated in thought_attention_forward_*.cu and thought_attention_backward_*.cu: the kernels
+// of head sizes up to kSize.
+template <class T, int kSize>
+void launch_forward(const Arguments& a, const Device& device);
+template <class T, int kSize>
+void launch_backward(const Arguments& a, const Device& device);
+
+// A row: its column, its query slot and its query head.
+struct Row {
+  int column, slot, head;
+};
+struct Pair {
+  int batch, kv_head;
+};
+
+__device__ __forceinline__ Pair pair_of(const Arguments& a, int pair) {
+  return {pair / a.kv_heads, pair % a.kv_heads};
+}
+
+__device__ __forceinline__ Row row_of(const Arguments& a, const Pair& pair, int row) {
+  const int column = static_cast<int>(a.by_rows.divide(static_cast<unsigned>(row)));
+  const int rest = row - column * static_cast<int>(a.by_rows.divisor);
+  const int slot = static_cast<int>(a.by_groups.divide(static_cast<unsigned>(rest)));
+  return {column, slot, pair.kv_head * a.groups + rest - slot * a.groups};
+}
+
+template <class T>
+__device__ __forceinline__ T* element(const AttentionTensor& t, int batch, int head, int slot,
+                                      int column) {
+  return static_cast<T*>(t.data) + batch * t.batch + head * t.head + slot * t.slot +
+         column * t.column;
+}
+template <class T>
+__device__ __forceinline__ T* element(const AttentionTensor& t, const Pair& pair, const Row& row) {
+  return element<T>(t, pair.batch, row.head, row.slot, row.column);
+}
+
+// Where lse, dlse and delta have a row.
+__device__ __forceinline__ std::int64_t flat(const Arguments& a, const Pair& pair, const Row& row) {
+  return ((static_cast<std::int64_t>(pair.batch) * a.q_heads + row.head) * a.query_slots +
+          row.slot) *
+             a.columns +
+         row.column;
+}
+
+// Keys first .. last - 1; where there are none, first = kFar and last = 0.
+struct Range {
+  int first, last;
+};
+
+__device__ __forceinline__ int depth_of(const Arguments& a, int slot) {
+  return a.key_slots == 0 ? 0 : slot + 1 + a.key_slots - a.query_slots;
+}
+
+__device__ __forceinline__ Range text_range(const Arguments& a, int batch, const Row& row) {
+  const std::int64_t at = static_cast<std::int64_t>(batch) * a.columns + row.column;
+  const std::int64_t stop = a.text_stop[at];
+  std::int64_t first = a.text_start[at];
+  if (a.window > 0) {
+    const std::int64_t near = stop + depth_of(a, row.slot) - a.window;
+    first = first < near ? near : first;
+  }
+  first = first < 0 ? 0 : first;
+  const std::int64_t last = stop < a.text_length ? stop : a.text_length;
+  if (first >= last) return {kFar, 0};
+  return {static_cast<int>(first), static_cast<int>(last)};
+}
+
+__device__ __forceinline__ Range slot_range(const Arguments& a, const Row& row) {
+  const int depth = depth_of(a, row.slot);
+  if (depth == 0) return {kFar, 0};
+  const int first = row.column * a.slot_stride;
+  return {first, first + depth};
+}
+
+// What rows see between them, and what every one of them sees.
+struct Span {
+  int low, high, all_first, all_last;
+
+  __device__ __forceinline__ bool meets(int begin, int end) const {
+    return low < end && high > begin;
+  }
+  __device__ __forceinline__ bool covers(int begin, int end) const {
+    return all_first <= begin && all_last >= end;
+  }
+};
+
+// Of rows 0 .. count - 1, whose ranges lie in shared memory; by a whole warp.
+__device__ __forceinline__ Span span_of_rows(const int* first, const int* last, int count) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  Span s{kFar, 0, 0, kFar};
+  for (int r = lane; r < count; r += 32) {
+    s.low = min(s.low, first[r]);
+    s.high = max(s.high, last[r]);
+    s.all_first = max(s.all_first, first[r]);
+    s.all_last = min(s.all_last, last[r]);
+  }
+  s.low = __reduce_min_sync(kAllLanes, s.low);
+  s.high = __reduce_max_sync(kAllLanes, s.high);
+  s.all_first = __reduce_max_sync(kAllLanes, s.all_first);
+  s.all_last = __reduce_min_sync(kAllLanes, s.all_last);
+  return s;
+}
+
+// ---- tiles in shared memory: rows of kSize elements, in which the chunks of 16 bytes change
+// places by the number of the row, so that eight rows of one column of chunks lie in different
+// banks.
+template <class T, int kSize>
+__device__ __forceinline__ T* in_tile(T* tile, int row, int column) {
+  constexpr int kPack = Pack<T>::size, kChunks = kSize / kPack;
+  static_assert(kChunks % 4 == 0, "chunks change places within groups of 4 or 8");
+  const int swap = kChunks % 8 == 0 ? row & 7 : row >> 1 & 3;
+  return tile + row * kSize + (column / kPack ^ swap) * kPack + column % kPack;
+}
+
+// Elements d .. of a row of `size` to a chunk of a tile; zeros from `size` on, or where the row
+// does not exist (then `row` is still an address that can be read).
+template <class T>
+__device__ __forceinline__ void copy_chunk(T* to, const T* row, int d, int size, bool exists,
+                                           bool aligned) {
+  const bool valid = exists && d < size;
+  if (aligned) {
+    copy16_async(to, row + (valid ? d : 0), valid);
+    return;
+  }
+  Pack<T> pack;
+#pragma unroll
+  for (int i = 0; i < Pack<T>::size; ++i) {
+    pack.at[i] = valid && d + i < size ? row[d + i] : T{};
+  }
+  store16(to, pack);
+}
+
+// The rows [first, first + kRows) of a pair, of a tensor like q, by all threads of the block.
+template <class T, int kSize, int kRows, int kThreads>
+__device__ __forceinline__ void load_rows(const Arguments& a, const Pair& pair,
+                                          const AttentionTensor& from, int first, T* tile,
+                                          bool aligned) {
+  constexpr int kPack = Pack<T>::size, kChunks = kSize / kPack;
+#pragma unroll
+  for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kThreads) {
+    const int r = i / kChunks, d = i % kChunks * kPack;
+    const bool exists = first + r < a.rows;
+    const Row row = row_of(a, pair, exists ? first + r : 0);
+    copy_chunk(in_tile<T, kSize>(tile, r, d), element<const T>(from, pair, row), d, a.size, exists,
+               aligned);
+  }
+}
+
+// Which keys a tile holds: kKeys of the text or of the slots, from `begin` on, those below `end`.
+struct KeyTile {
+  bool slots;
+  int begin, end;
+};
+
+// A tile of keys or values, by all threads of the block.
+template <class T, int kSize, int kKeys, int kThreads>
+__device__ __forceinline__ void load_keys(const Arguments& a, const Pair& pair,
+                                          const AttentionTensor& text,
+                                          const AttentionTensor& thought, const KeyTile& keys,
+                                          T* tile) {
+  constexpr int kPack = Pack<T>::size, kChunks = kSize / kPack;
+#pragma unroll 2
+  for (int i = static_cast<int>(threadIdx.x); i < kKeys * kChunks; i += kThreads) {
+    const int r = i / kChunks, d = i % kChunks * kPack, key = keys.begin + r;
+    bool exists = key < keys.end;
+    const T* row;
+    if (keys.slots) {
+      const int column =
+          exists ? static_cast<int>(a.by_slot_stride.divide(static_cast<unsigned>(key))) : 0;
+      const int slot = exists ? key - column * a.slot_stride : 0;
+      exists = exists && slot < a.key_slots;
+      row = element<const T>(thought, pair.batch, pair.kv_head, exists ? slot : 0, column);
+    } else {
+      row = element<const T>(text, pair.batch, pair.kv_head, exists ? key : 0, 0);
+    }
+    copy_chunk(in_tile<T, kSize>(tile, r, d), row, d, a.size, exists, a.keys_aligned);
+  }
+}
+
+// Chunk d of a tile's row to memory, as far as the row goes.
+template <class T>
+__device__ __forceinline__ void store_chunk(T* row, const Pack<T>& pack, int d, int size,
+                                            bool aligned) {
+  if (aligned && d + Pack<T>::size <= size) {
+    store16(row + d, pack);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < Pack<T>::size; ++i) {
+    if (d + i < size) row[d + i] = pack.at[i];
+  }
+}
+
+// Rows of a warp's tile to memory.
+template <class T, int kSize, int kRows>
+__device__ __forceinline__ void store_rows(const Arguments& a, const Pair& pair,
+                                           const AttentionTensor& to, int first, T* tile,
+                                           bool aligned) {
+  constexpr int kPack = Pack<T>::size, kChunks = kSize / kPack;
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x) % 32; i < kRows * kChunks; i += 32) {
+    const int r = i / kChunks, d = i % kChunks * kPack;
+    if (first + r >= a.rows || d >= a.size) continue;
+    store_chunk(element<T>(to, pair, row_of(a, pair, first + r)),
+                load16(in_tile<T, kSize>(tile, r, d)), d, a.size, aligned);
+  }
+}
+
+// Two numbers side by side in a tile.
+template <class T>
+__device__ __forceinline__ void put_two(T* at, float first, float second) {
+  if constexpr (std::is_same_v<T, float>) {
+    *reinterpret_cast<float2*>(at) = make_float2(first, second);
+  } else {
+    *reinterpret_cast<unsigned*>(at) = pack2<T>(first, second);
+  }
+}
+
+// ---- scores
+template <class T>
+__device__ __forceinline__ float tanh_of(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return tanhf(x);
+  } else {
+    // 1 - 2 / (1 + e^2x): off by some 2^-23 of 1, which is little beside the 16-bit inputs.
+    return 1 - __fdividef(2.0f, 1 + fast_exp2(fminf(x * (2 * kLog2E), 126.0f)));
+  }
+}
+
+template <class T>
+__device__ __forceinline__ float score_of(const Arguments& a, float product) {
+  if (a.scores == Scores::plain) return product;
+  return a.scores == Scores::negative ? -product : tanh_of<T>(product * a.inner);
+}
+
+// exp2, as exact as the element type asks for.
+template <class T>
+__device__ __forceinline__ float exp2_of(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return exp2f(x);
+  } else {
+    return fast_exp2(x);
+  }
+}
+
+}  // namespace quietstar::cuda::attention
