@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer
+from quietstar.arguments import QuietStarArguments
 
 ROWS, LENGTH = 16, 11
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
@@ -46,6 +47,16 @@ SAVED: dict[str, dict[str, Any]] = {
     "ddp": {"think_at": "random:0.5", "thoughts": False},
     "fsdp": {"think_at": "random:0.5", "thoughts": False, "arguments": FSDP, "tied": True},
 }
+# The same with an averaged copy to measure against, two gradients clipped apart, and an entropy bonus.
+OBJECTIVE: dict[str, Any] = {
+    "fields": {"reward": "information-gain", "entropy_bonus": 0.3},
+    "settings": {"policy_max_grad_norm": 0.1, "max_grad_norm": 0.5, "ema_decay": 0.5},
+    "accumulate": 2,
+}
+SAVED |= {
+    "ddp-objective": {"padded": True, **OBJECTIVE},
+    "fsdp-objective": {"padded": True, "arguments": FSDP, "tied": True, **OBJECTIVE},
+}
 SAVING: dict[str, Any] = {"steps": 4, "save_strategy": "steps", "save_steps": 2}
 
 
@@ -59,6 +70,7 @@ def build(case: dict[str, Any]) -> QuietStarForCausalLM:
         talk_length=2,
         policy_weight=3.0,
         think_at=case.get("think_at", "all"),
+        **case.get("fields", {}),
     )
     with torch.no_grad():
         model.mixing_head.fc3.weight.normal_(0, 0.3)
@@ -127,20 +139,20 @@ def train(
     callbacks: tuple[TrainerCallback, ...] = (),
     **more: Any,
 ) -> tuple[QuietStarTrainer, Gradients]:
-    arguments = TrainingArguments(
+    settings = {"save_strategy": "no", "logging_steps": 1, "max_grad_norm": 0.0, **more}
+    arguments = QuietStarArguments(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=case.get("accumulate", 1),
         learning_rate=1e-2,
         lr_scheduler_type="constant",
-        max_grad_norm=0.0,
         report_to=[],
         disable_tqdm=True,
         use_cpu=True,
         seed=3,
         remove_unused_columns=False,
-        **{"save_strategy": "no", "logging_steps": 1, **more, **case.get("arguments", {})},
+        **{**settings, **case.get("settings", {}), **case.get("arguments", {})},
     )
     gradients = Gradients()
     wants_fsdp = "fsdp" in case.get("arguments", {})

@@ -31,9 +31,9 @@ def count_what_counts(config: QuietStarConfig, batch: dict[str, Any]) -> dict[st
     Args:
         batch: arguments of the model, with ``input_ids`` and ``labels`` [B, N].
     """
-    ids, mask = batch["input_ids"], batch.get("attention_mask")
-    ranges = text_ranges(mask, ids)
-    labels = check_labels(batch["labels"], mask)
+    ids = batch["input_ids"]
+    ranges = text_ranges(batch.get("attention_mask"), ids, batch.get("document_ids"))
+    labels = check_labels(batch["labels"], ranges)
     if not config.thinks:
         return {"targets": (labels[:, 1:] != -100).sum()[None]}
     anchors = batch.get("anchors")

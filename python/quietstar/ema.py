@@ -29,7 +29,7 @@ from quietstar_ext.precision import compute_dtype
 FILE_NAME = "ema.safetensors"
 # Parts of the model that the prediction without a thought does not use.
 _NOT_COPIED = ("mixing_head.", "thought_embedding.")
-_TEXT = ("input_ids", "attention_mask", "labels")
+_TEXT = ("input_ids", "attention_mask", "document_ids", "labels")
 
 
 class EmaCopy:
@@ -74,18 +74,17 @@ class EmaCopy:
 
     @contextmanager
     def _in_place(self, model: nn.Module) -> Iterator[None]:
-        own: dict[str, Tensor] = {}
+        parameters = dict(_copied(model))
+        own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         try:
-            for name, parameter in _copied(model):
-                own[name] = parameter.detach().clone()
+            for name, parameter in parameters.items():
                 parameter.copy_(self.values[name])
-            _forget_gathered(model)
             yield
         finally:
-            for name, parameter in _copied(model):
-                if name in own:
-                    parameter.copy_(own[name])
+            # FSDP may still hold what it gathered, which is the copy's.
             _forget_gathered(model)
+            for name, parameter in parameters.items():
+                parameter.copy_(own[name])
 
     def save(self, folder: str | Path, *, write: bool = True) -> None:
         """Put the copy into a checkpoint; every process calls, one has ``write``."""
@@ -119,13 +118,15 @@ class EmaCopy:
 
 
 def _copied(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that have a copy; with FSDP the shards."""
+    _forget_gathered(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not any(part in name for part in _NOT_COPIED):
             yield name.replace("_orig_mod.", ""), parameter
 
 
 def _forget_gathered(model: nn.Module) -> None:
-    """FSDP may still hold gathered parameters, which know nothing of a change in the shards."""
+    """FSDP2 puts its shards back in the place of gathered parameters."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -96,7 +96,13 @@ def text_positions(row_start: Tensor, row_stop: Tensor) -> Tensor:
     return (row_stop - 1 - row_start).clamp(min=0).long()
 
 
-class TextRanges(NamedTuple):
+class _Ranges(NamedTuple):
+    start: Tensor
+    stop: Tensor
+    plain: bool
+
+
+class TextRanges(_Ranges):
     """Which text each text token sees, and where its document ends.
 
     Attributes:
@@ -107,9 +113,6 @@ class TextRanges(NamedTuple):
             several documents, otherwise None.
     """
 
-    start: Tensor
-    stop: Tensor
-    plain: bool
     end: Tensor | None = None
 
     def crosses(self, anchors: Tensor, ahead: Tensor) -> Tensor:
@@ -119,34 +122,39 @@ class TextRanges(NamedTuple):
         return ahead >= self.end.gather(1, anchors)
 
 
-def text_ranges(attention_mask: Tensor | None, input_ids: Tensor) -> TextRanges:
+def text_ranges(
+    attention_mask: Tensor | None, input_ids: Tensor, document_ids: Tensor | None = None
+) -> TextRanges:
     """The range of text that each text token sees, from the attention mask.
 
     Args:
         attention_mask: [B, N], nonzero where a token is text, or None for all of them. Padding may
-            stand at either end of a row. Neighbours with different numbers belong to different
-            documents, which do not see each other and have position ids of their own.
+            stand at either end of a row.
         input_ids: [B, N].
+        document_ids: [B, N]; neighbours with different numbers belong to different documents, which do
+            not see each other and have position ids of their own. None: a row is one document.
 
     Raises:
-        ValueError: if the mask has another shape, or a hole between two text tokens of a row.
+        ValueError: if mask or numbers have another shape, or a hole between two text tokens of a row.
     """
     batch, length = input_ids.shape
     stop = torch.arange(1, length + 1, device=input_ids.device, dtype=torch.int32).expand(batch, -1)
-    if attention_mask is None:
+    for name, given in (("attention_mask", attention_mask), ("document_ids", document_ids)):
+        if given is not None and given.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} has shape {list(given.shape)}; expected {list(input_ids.shape)} like input_ids"
+            )
+    if attention_mask is None and document_ids is None:
         return TextRanges(torch.zeros_like(stop), stop, True)
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {list(attention_mask.shape)}; expected {list(input_ids.shape)}"
-            " like input_ids"
-        )
-    is_text = attention_mask != 0
-    before = torch.nn.functional.pad(attention_mask, (1, 0))[:, :-1]
-    changes = attention_mask != before
+    is_text = torch.ones_like(stop) != 0 if attention_mask is None else attention_mask != 0
+    starts = is_text & ~torch.nn.functional.pad(is_text, (1, 0))[:, :-1]
+    changes = starts | (~is_text & torch.nn.functional.pad(is_text, (1, 0))[:, :-1])
+    if document_ids is not None:
+        changes[:, 1:] |= is_text[:, 1:] & (document_ids[:, 1:] != document_ids[:, :-1])
     # One look at the device for all questions.
     most_starts, most_documents, plain = torch.stack(
         [
-            (is_text & (before == 0)).sum(1).max(),
+            starts.sum(1).max(),
             (is_text & changes).sum(1).max(),
             (is_text[:, 0] | ~is_text.any(1)).all().long(),
         ]
@@ -159,7 +167,9 @@ def text_ranges(attention_mask: Tensor | None, input_ids: Tensor) -> TextRanges:
     start = torch.where(is_text, first, stop)
     if most_documents <= 1:
         return TextRanges(start, stop, bool(plain))
-    return TextRanges(start, stop, False, _document_ends(is_text, changes, stop))
+    ranges = TextRanges(start, stop, False)
+    ranges.end = _document_ends(is_text, changes, stop)
+    return ranges
 
 
 def _document_ends(is_text: Tensor, changes: Tensor, stop: Tensor) -> Tensor:

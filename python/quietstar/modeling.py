@@ -180,6 +180,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
         thought_temperature: float | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        document_ids: Tensor | None = None,
         batch_part: BatchPart = WHOLE,
         **ignored: Any,
     ) -> QuietStarOutput:
@@ -188,8 +189,6 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
         Args:
             input_ids: [B, N] int64.
             attention_mask: [B, N], nonzero for text; padding at either end. Position ids follow from it.
-                Neighbours with different numbers are of different documents: no attention, no talk and
-                no prediction goes from one to the other.
             labels: [B, N] int64, -100 where a token does not count. With labels the result holds the
                 losses; without, ``logits`` of the mixed prediction.
             thought_ids: [B, R, N, T] or [B, R, A, T] int64, thoughts to use instead of sampling
@@ -204,6 +203,8 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
                 ``input_ids`` holds the new tokens only, and the last of them alone is predicted from.
             thought_temperature: default: the configuration's while training, 0 (the most likely
                 thought, one rationale) in evaluation mode.
+            document_ids: [B, N], several documents in a row: between neighbours with different numbers
+                goes no attention, no talk and no prediction, and position ids start anew.
             batch_part: with labels, which part of a larger batch this is
                 (:class:`~quietstar.parts.BatchPart`).
 
@@ -218,10 +219,12 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
         if past_key_values is not None or self._thinking is not None:
             if labels is not None:
                 raise ValueError("labels were given with past_key_values; expected one of them")
+            if document_ids is not None:
+                raise ValueError("document_ids were given with past_key_values; expected one of them")
             return self._next(input_ids, attention_mask, past_key_values, use_cache, thought_temperature)
-        ranges = text_ranges(attention_mask, input_ids)
+        ranges = text_ranges(attention_mask, input_ids, document_ids)
         if labels is not None:
-            labels = check_labels(labels, attention_mask)
+            labels = check_labels(labels, ranges)
         if not self._head_checked:
             check_head(self.base, self.get_input_embeddings()(input_ids[:1, :4]).detach())
             self._head_checked = True

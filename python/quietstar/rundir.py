@@ -2,7 +2,9 @@
 
 A run writes ``run.json`` (the recipe's fingerprint) and ``recipe.yaml`` (the resolved recipe)
 before it trains, ``checkpoint-N`` while it trains, and the model, the tokenizer and
-``metrics.json`` (last) when it is done. A folder that holds anything else is never written to.
+``metrics.json`` (last) when it is done. Whatever it is at may be killed: each of these is there whole
+or not at all, and what is called ``incomplete-`` is nothing. A folder that holds anything else is never
+written to.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 from quietstar.errors import UserError
 from quietstar.recipe import HARMLESS_PREFIXES, Recipe, load_recipe
 
+INCOMPLETE = "incomplete-"
 RUN_FILE, RECIPE_FILE, METRICS_FILE = "run.json", "recipe.yaml", "metrics.json"
 
 
@@ -41,7 +44,9 @@ def open_run(path: Path, recipe: Recipe, *, resume: bool = False, overwrite: boo
     """
     if path.exists() and not path.is_dir():
         raise UserError(f"output folder {path} is a file; expected a folder or a new name")
-    has_files = path.is_dir() and any(path.iterdir())
+    # Killed before its first file was whole, a run leaves a scratch file and no more.
+    scratch = _scratch(path / RUN_FILE).name
+    has_files = path.is_dir() and any(entry.name != scratch for entry in path.iterdir())
     if has_files and not (path / RUN_FILE).is_file():
         raise UserError(
             f"output folder {path} holds files but no {RUN_FILE}, so it belongs to something else; "
@@ -72,7 +77,7 @@ def start_run(folder: RunFolder, recipe: Recipe) -> None:
     from quietstar.versions import package_versions
 
     folder.path.mkdir(parents=True, exist_ok=True)
-    (folder.path / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
+    # This file first: a folder without it belongs to something else.
     write_json(
         folder.path / RUN_FILE,
         {
@@ -81,6 +86,7 @@ def start_run(folder: RunFolder, recipe: Recipe) -> None:
             "versions": package_versions(),
         },
     )
+    _write_whole(folder.path / RECIPE_FILE, recipe.to_yaml())
 
 
 def last_checkpoint(path: Path) -> Path | None:
@@ -107,9 +113,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON so that a reader finds the old file or the new one, never a part."""
-    scratch = path.with_suffix(path.suffix + ".new")
-    scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    _write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def _scratch(path: Path) -> Path:
+    return path.with_suffix(path.suffix + ".new")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    _scratch(path).write_text(text, encoding="utf-8")
+    os.replace(_scratch(path), path)
 
 
 def _clear(path: Path) -> None:

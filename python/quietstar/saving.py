@@ -40,11 +40,11 @@ from .plain_state import (
     whole,
     write_tensors,
 )
+from .rundir import INCOMPLETE
 from .sharding import forget_gathered
 
 logger = logging.getLogger("quietstar")
 
-INCOMPLETE = "incomplete-"
 SCHEDULER_FILE, SCALER_FILE = "scheduler.json", "scaler.json"
 RNG_FILE, STATE_FILE = "rng_state.json", "trainer_state.json"
 # What transformers or torch would unpickle, if it were there.

@@ -118,17 +118,14 @@ def base_nll(
     return loss, losses.view_as(targets)
 
 
-def check_labels(labels: Tensor, attention_mask: Tensor | None) -> Tensor:
+def check_labels(labels: Tensor, ranges: TextRanges) -> Tensor:
     """Labels [B, N] without those of which nothing can be predicted: padding, and every document's
     first token, which has no context.
 
     Raises:
         ValueError: if nothing is left.
     """
-    if attention_mask is not None:
-        out = attention_mask == 0
-        out[:, 1:] |= attention_mask[:, 1:] != attention_mask[:, :-1]
-        labels = labels.masked_fill(out, IGNORE)
+    labels = labels.masked_fill(ranges.stop - ranges.start <= 1, IGNORE)
     if not bool((labels[:, 1:] != IGNORE).any()):
         raise ValueError("labels are all ignored (-100 or padding); expected at least one target")
     return labels

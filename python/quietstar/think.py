@@ -211,7 +211,7 @@ def text_with_layout(
     decoder: PreTrainedModel, input_ids: Tensor, ranges: TextRanges
 ) -> tuple[Tensor, dict[int, LayerKeys]]:
     """The text alone, each token seeing its range of it; with gradients where they are on."""
-    row_start, row_stop, plain, _ = ranges
+    row_start, row_stop, plain = ranges
     no_columns = torch.empty(input_ids.shape[0], 0, dtype=torch.int64, device=input_ids.device)
     layout = ThoughtLayout(row_start, row_stop, no_columns, 0, phase="text", plain_text=plain)
     embeds = decoder.get_input_embeddings()(input_ids)
@@ -248,7 +248,7 @@ def rollout(
         num_slots: run no further than this many slots (default: all, with ``to_the_end``).
         part: which part of a larger batch this is; it draws what the larger one would have drawn.
     """
-    row_start, row_stop, _, _ = ranges
+    row_start, row_stop, _ = ranges
     slots = config.num_slots if num_slots is None else num_slots
     check_length(decoder.config, input_ids.shape[1] + slots)
     text_hidden, keys = text_pass(decoder, input_ids, ranges)
@@ -335,7 +335,7 @@ def packed_pass(
 
     ``num_slots`` stops the columns early (default: all S slots).
     """
-    row_start, row_stop, plain, _ = ranges
+    row_start, row_stop, plain = ranges
     count = config.num_slots if num_slots is None else num_slots
     embed = decoder.get_input_embeddings()
     check_length(decoder.config, input_ids.shape[1] + count)

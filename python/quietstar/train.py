@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 from quietstar.build import build_data, build_model, build_tokenizer, check_files
 from quietstar.data import collator_for
+from quietstar.disk import check_room, check_writable, checkpoint_bytes
 from quietstar.errors import UserError
 from quietstar.recipe import Recipe
-from quietstar.rundir import METRICS_FILE, open_run, start_run, write_json
+from quietstar.rundir import INCOMPLETE, METRICS_FILE, open_run, start_run, write_json
 from quietstar.versions import package_versions
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback, TrainingArguments
+
+    from quietstar.trainer import QuietStarTrainer
 
 logger = logging.getLogger("quietstar")
 
@@ -49,8 +54,13 @@ def run_recipe(
     done is not repeated. Everything that can be wrong with the recipe, the data or the folder
     raises :class:`UserError` (or ``ValueError`` from the model) before the folder is touched.
     ``log_lines=False`` leaves the progress bar alone on the screen; the log is in the checkpoints.
+    Under ``torchrun`` or ``accelerate launch`` every process calls this and the first one writes.
     """
-    folder = open_run(Path(output), recipe, resume=resume, overwrite=overwrite)
+    arguments = training_arguments(recipe, Path(output), progress=progress)
+    with arguments.main_process_first(desc="looking at the output folder"):
+        # The first process has cleared the folder before the others look.
+        overwrite = overwrite and arguments.process_index == 0
+        folder = open_run(Path(output), recipe, resume=resume, overwrite=overwrite)
     if folder.metrics is not None:
         logger.info("%s: this run is done", folder.path)
         return RunResult(folder.path, folder.metrics, continued=True)
@@ -60,13 +70,16 @@ def run_recipe(
 
     from quietstar.trainer import QuietStarTrainer
 
-    arguments = training_arguments(recipe, folder.path, progress=progress)
+    check_writable(folder.path)
     set_seed(arguments.seed)
     tokenizer = build_tokenizer(recipe.model)
     model = build_model(recipe, tokenizer)
+    copied = model.config.reward == "information-gain"
+    check_room(folder.path, arguments, *checkpoint_bytes(model, str(arguments.optim), copied))
     train_data, eval_data = build_data(recipe, tokenizer, progress=progress)
 
-    start_run(folder, recipe)
+    if arguments.process_index == 0:
+        start_run(folder, recipe)
     trainer = QuietStarTrainer(
         model=model,
         args=arguments,
@@ -104,10 +117,25 @@ def run_recipe(
             progress=progress,
         )
         metrics["evaluation"] = summarize(losses)
-    trainer.save_model(str(folder.path))
-    tokenizer.save_pretrained(folder.path)
-    write_json(folder.path / METRICS_FILE, metrics)
+    _save_result(trainer, folder.path, metrics)
     return RunResult(folder.path, metrics, continued=folder.checkpoint is not None)
+
+
+def _save_result(trainer: QuietStarTrainer, path: Path, metrics: dict[str, Any]) -> None:
+    """The model and its tokenizer, then the metrics: where these are, all is there."""
+    scratch = path / f"{INCOMPLETE}model"
+    first = trainer.args.process_index == 0
+    if first:
+        shutil.rmtree(scratch, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(scratch))
+    if first:
+        # The configuration last: without it a folder is no model.
+        for file in sorted(scratch.iterdir(), key=lambda p: p.name == "config.json"):
+            os.replace(file, path / file.name)
+        scratch.rmdir()
+        write_json(path / METRICS_FILE, metrics)
+    trainer.accelerator.wait_for_everyone()
 
 
 def _bar_only() -> type[TrainerCallback]:
