@@ -9,6 +9,7 @@
 //   - calls barriers, shuffles and the warp-wide functions below in converged code only.
 #pragma once
 
+#include <cassert>
 #include <cstdint>
 #include <type_traits>
 
@@ -19,6 +20,8 @@
 #define QUIETSTAR_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define QUIETSTAR_SHARED(type, name, extents) __shared__ type name extents
 #define QUIETSTAR_NOINLINE __noinline__
+// Stops the device with a message, as PyTorch's own checks of indices do.
+#define QUIETSTAR_REQUIRE(condition, message) assert((condition) && message)
 #else
 #include "cuda_on_cpu.h"
 #define QUIETSTAR_DYNAMIC_SHARED(name) \
@@ -29,6 +32,8 @@
   name##_type& name = *static_cast<name##_type*>( \
       ::quietstar::testing::static_shared(&name##_key, sizeof(name##_type), alignof(name##_type)))
 #define QUIETSTAR_NOINLINE __attribute__((noinline))
+#define QUIETSTAR_REQUIRE(condition, message) \
+  if (!(condition)) ::quietstar::testing::fail(QUIETSTAR_HERE, message)
 #endif
 
 namespace quietstar::cuda {
@@ -65,9 +70,11 @@ __device__ __forceinline__ Pack<T> load16_once(const T* p) {
     uint4 bits;
     Pack<T> pack;
   } u;
-  asm volatile("ld.global.L1::no_allocate.L2::evict_first.v4.u32 {%0, %1, %2, %3}, [%4];"
+  std::uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                : "=r"(u.bits.x), "=r"(u.bits.y), "=r"(u.bits.z), "=r"(u.bits.w)
-               : "l"(p));
+               : "l"(p), "l"(policy));
   return u.pack;
 #else
   return load16(p);
