@@ -58,7 +58,7 @@ class PolicyGradient:
 
     def add(self, parameters: Iterable[nn.Parameter], backward: Callable[[], None]) -> None:
         """Run a backward pass whose gradients are added up here and not in ``parameter.grad``."""
-        parameters = [p for p in parameters if p.requires_grad]
+        parameters = list(parameters)
         others = [p.grad for p in parameters]
         for parameter in parameters:
             parameter.grad = self.gradients.pop(parameter, None)

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from quietstar_ext.precision import compute_dtype
+
+from .sharding import put_shards_back
 
 FILE_NAME = "ema.safetensors"
 # Parts of the model that the prediction without a thought does not use.
@@ -82,7 +83,7 @@ class EmaCopy:
             yield
         finally:
             # FSDP may still hold what it gathered, which is the copy's.
-            _forget_gathered(model)
+            put_shards_back(model)
             for name, parameter in parameters.items():
                 parameter.copy_(own[name])
 
@@ -119,14 +120,7 @@ class EmaCopy:
 
 def _copied(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that have a copy; with FSDP the shards."""
-    _forget_gathered(model)
+    put_shards_back(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not any(part in name for part in _NOT_COPIED):
             yield name.replace("_orig_mod.", ""), parameter
-
-
-def _forget_gathered(model: nn.Module) -> None:
-    """FSDP2 puts its shards back in the place of gathered parameters."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()

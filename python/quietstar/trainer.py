@@ -54,7 +54,7 @@ class QuietStarTrainer(ObjectiveTrainer, WholeBatches, SafeCheckpoints):
         self._averages[model.training].add(describe(output))
         if model.training:
             self._tokens += inputs["input_ids"].numel()
-        loss = self.loss_to_send_back(model, output) if model.training else output.nll_loss
+        loss = self.loss_to_send_back(output) if model.training else output.nll_loss
         return (loss, output) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

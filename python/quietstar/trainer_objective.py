@@ -21,6 +21,7 @@ from .clipping import PolicyGradient, average_over_processes
 from .ema import EmaCopy
 from .guard import NonFiniteGuard
 from .schedule import Schedule
+from .sharding import put_shards_back
 
 logger = logging.getLogger("quietstar")
 
@@ -39,6 +40,7 @@ class ObjectiveTrainer(Trainer):
         self._policy_gradient = None if max_norm is None else PolicyGradient(max_norm)
         self._policy_norms: list[Tensor] = []
         self._thinking_loss: Tensor | None = None
+        self._parameters: list[nn.Parameter] = []
         self.ema: EmaCopy | None = None
         self.guard = NonFiniteGuard(argument(self.args, "max_skipped_steps"))
         self._check_strategy()
@@ -80,7 +82,7 @@ class ObjectiveTrainer(Trainer):
                 inputs = {**inputs, "baseline_losses": losses}
         return model(**inputs)
 
-    def loss_to_send_back(self, model: nn.Module, output: Any) -> Tensor:
+    def loss_to_send_back(self, output: Any) -> Tensor:
         """The loss for the Trainer's backward pass; the thinking loss's is done here if it is clipped
         apart."""
         own = self._policy_gradient
@@ -93,7 +95,7 @@ class ObjectiveTrainer(Trainer):
         self._thinking_loss = output.thinking_loss.detach() / steps
         with torch.autocast(output.loss.device.type, enabled=False):
             own.add(
-                model.parameters(),
+                self._parameters,
                 lambda: self.accelerator.backward(output.thinking_loss / steps, retain_graph=True),
             )
         language: Tensor = output.language_loss
@@ -102,6 +104,10 @@ class ObjectiveTrainer(Trainer):
     def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch; whether its loss is finite is looked at before the optimiser's step."""
         apart = self._policy_gradient
+        if apart is not None:
+            # Between forward and backward FSDP2 shows gathered parameters, which get no gradient.
+            put_shards_back(model)
+            self._parameters = [p for p in model.parameters() if p.requires_grad]
         context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if apart is not None and isinstance(model, DistributedDataParallel):
             # DDP would average the gradients of one backward pass only; both are averaged below.
