@@ -86,10 +86,32 @@ void forward(int dtype, const Sizes& sizes, const Slots& q, const Text& k_text, 
       {device, stream});
 }
 
+void backward(int dtype, const Sizes& sizes, const Slots& q, const Text& k_text, const Text& v_text,
+              const Slots& k_thought, const Slots& v_thought, const Slots& out, Address lse,
+              Address text_start, Address text_stop, Address sinks, double scale,
+              std::int64_t window, double softcap, Address workspace, bool tf32, const Slots& dout,
+              Address dlse, const Slots& dq, const Text& dk_text, const Text& dv_text,
+              const Slots& dk_thought, const Slots& dv_thought, Address delta, int device,
+              std::uintptr_t stream) {
+  quietstar::ThoughtAttentionBackward call{};
+  call.forward = call_of(dtype, sizes, q, k_text, v_text, k_thought, v_thought, out, lse,
+                         text_start, text_stop, sinks, scale, window, softcap, workspace, tf32);
+  call.dout = tensor(dout);
+  call.dlse = pointer<const float>(dlse);
+  call.dq = tensor(dq);
+  call.dk_text = tensor(dk_text);
+  call.dv_text = tensor(dv_text);
+  call.dk_thought = tensor(dk_thought);
+  call.dv_thought = tensor(dv_thought);
+  call.delta = pointer<float>(delta);
+  quietstar::cuda::thought_attention_backward(call, {device, stream});
+}
+
 }  // namespace
 
 void bind_cuda_attention(py::module_& m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("cuda_thought_attention_workspace", &workspace, release);
   m.def("cuda_thought_attention", &forward, release);
+  m.def("cuda_thought_attention_backward", &backward, release);
 }

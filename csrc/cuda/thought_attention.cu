@@ -1,6 +1,7 @@
 // Checks, plan and launches of thought_attention on a device. The kernels are in
-// thought_attention_{forward,merge,row_gradients,key_gradients}.cuh, each compiled for some head
-// sizes in a file of its own, and what they share in thought_attention.cuh.
+// thought_attention_{forward,merge,backward,row_gradients,key_gradients}.cuh, compiled for each
+// head size in a file of its own; what they share is in thought_attention.cuh and
+// thought_attention_mma.cuh.
 #include <algorithm>
 #include <string>
 
@@ -17,6 +18,7 @@ using attention::Scores;
 constexpr std::int64_t kMost = std::int64_t{1} << 30;
 // A split takes at least so many text keys, and there are at most so many splits.
 constexpr std::int64_t kSplitKeys = 64, kMostSplits = 128;
+constexpr std::int64_t kMostParts = 64;
 
 std::int64_t over(std::int64_t n, std::int64_t d) {
   return (n + d - 1) / d;
@@ -50,15 +52,33 @@ void check(const ThoughtAttention& call) {
               " keys; the CUDA kernels take less than 2^30 rows and keys of a key head");
 }
 
-// Whether 16 bytes can be read at a time. extents: B, heads, slots or keys, columns.
-bool is_aligned(const AttentionTensor& t, std::int64_t bytes, std::int64_t size,
-                const std::int64_t (&extents)[4]) {
-  const std::int64_t strides[4] = {t.batch, t.head, t.slot, t.column};
-  bool aligned = reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0 && size * bytes % 16 == 0;
-  for (int i = 0; i < 4; ++i)
-    aligned = aligned && (extents[i] <= 1 || strides[i] * bytes % 16 == 0);
-  return aligned;
-}
+// Tells whether the rows of a tensor can be read 16 bytes at a time.
+class Extents {
+ public:
+  explicit Extents(const ThoughtAttention& call) : call_(call) {}
+  bool rows_aligned(const AttentionTensor& t) const {
+    return aligned(t, call_.q_heads, call_.query_slots, call_.columns);
+  }
+  bool slots_aligned(const AttentionTensor& t) const {
+    return aligned(t, call_.kv_heads, call_.key_slots, call_.columns);
+  }
+  bool text_aligned(const AttentionTensor& t) const {
+    return aligned(t, call_.kv_heads, call_.text_length, 1);
+  }
+
+ private:
+  bool aligned(const AttentionTensor& t, std::int64_t heads, std::int64_t slots,
+               std::int64_t columns) const {
+    const std::int64_t bytes = element_bytes(call_);
+    const auto fits = [&](std::int64_t extent, std::int64_t stride) {
+      return extent <= 1 || stride * bytes % 16 == 0;
+    };
+    return reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0 &&
+           call_.head_size * bytes % 16 == 0 && fits(call_.batch, t.batch) && fits(heads, t.head) &&
+           fits(slots, t.slot) && fits(columns, t.column);
+  }
+  const ThoughtAttention& call_;
+};
 
 // Everything but the workspace.
 Arguments arguments(const ThoughtAttention& call) {
@@ -105,15 +125,11 @@ Arguments arguments(const ThoughtAttention& call) {
     a.outer = std::max(static_cast<float>(std::abs(call.scale) * kLog2E), 1e-30f);
   }
   a.precise = !call.tf32;
-  const std::int64_t bytes = element_bytes(call), size = call.head_size;
-  const std::int64_t rows[4] = {call.batch, call.q_heads, call.query_slots, call.columns};
-  const std::int64_t slots[4] = {call.batch, call.kv_heads, call.key_slots, call.columns};
-  const std::int64_t text[4] = {call.batch, call.kv_heads, call.text_length, 1};
-  a.q_aligned = is_aligned(a.q, bytes, size, rows);
-  a.out_aligned = is_aligned(a.out, bytes, size, rows);
-  a.keys_aligned =
-      is_aligned(a.k_text, bytes, size, text) && is_aligned(a.v_text, bytes, size, text) &&
-      is_aligned(a.k_thought, bytes, size, slots) && is_aligned(a.v_thought, bytes, size, slots);
+  const Extents of(call);
+  a.q_aligned = of.rows_aligned(a.q);
+  a.out_aligned = of.rows_aligned(a.out);
+  a.keys_aligned = of.text_aligned(a.k_text) && of.text_aligned(a.v_text) &&
+                   of.slots_aligned(a.k_thought) && of.slots_aligned(a.v_thought);
   a.splits = a.parts = 1;
   return a;
 }
@@ -133,18 +149,57 @@ std::int64_t plan_forward(Arguments& a, int bytes, int size, const Device& devic
   return a.splits * all * (size + 1) * std::int64_t{sizeof(float)};
 }
 
-template <class T>
-void forward(const Arguments& a, int size, const Device& device) {
-  switch (size) {
-    case 64:
-      return attention::launch_forward<T, 64>(a, device);
-    case 96:
-      if constexpr (sizeof(T) == 2) return attention::launch_forward<T, 96>(a, device);
-      break;
-    case 128:
-      return attention::launch_forward<T, 128>(a, device);
+// The same for the backward pass: parts of the text's gradients.
+std::int64_t plan_backward(Arguments& a, int bytes, int size, const Device& device, void* memory) {
+  const attention::KeyShape shape = attention::key_gradient_shape(bytes, size);
+  const std::int64_t batch = a.pairs / a.kv_heads, tiles = over(a.text_length, shape.keys());
+  a.row_blocks = static_cast<int>(over(a.rows, shape.rows));
+  const std::int64_t ranges = over(batch * a.row_blocks * std::int64_t{sizeof(int2)}, 64) * 64;
+  a.block_ranges = static_cast<int2*>(memory);
+  // Under a causal mask with a column at every position, tile i of n is seen by n - i as many rows
+  // as the last one. So the longest block is not longer than what a multiprocessor has to do.
+  const std::int64_t wanted = over(2 * std::int64_t{multiprocessors(device)},
+                                   std::max<std::int64_t>(a.pairs, 1) * (tiles + 1));
+  a.parts = static_cast<int>(
+      std::max<std::int64_t>(std::min({wanted, kMostParts, std::int64_t{a.row_blocks} / 2}), 1));
+  if (a.parts == 1 || tiles == 0) {
+    a.parts = 1;
+    return ranges;
+  }
+  const std::int64_t part = static_cast<std::int64_t>(a.pairs) * a.text_length * size;
+  a.dk_parts = reinterpret_cast<float*>(static_cast<char*>(memory) + ranges);
+  a.dv_parts = a.dk_parts + a.parts * part;
+  return ranges + 2 * a.parts * part * std::int64_t{sizeof(float)};
+}
+
+template <int kSize, bool kBackward, class T>
+void run(const Arguments& a, const Device& device) {
+  if constexpr (kBackward) {
+    attention::launch_backward<T, kSize>(a, device);
+  } else {
+    attention::launch_forward<T, kSize>(a, device);
+  }
+}
+
+template <bool kBackward, class T>
+void run_size(const Arguments& a, int size, const Device& device) {
+  if (size == 64) return run<64, kBackward, T>(a, device);
+  if constexpr (sizeof(T) == 2) {
+    if (size == 96) return run<96, kBackward, T>(a, device);
+  }
+  if (size == 128) return run<128, kBackward, T>(a, device);
+  run<256, kBackward, T>(a, device);
+}
+
+template <bool kBackward>
+void run_type(const Arguments& a, DType dtype, int size, const Device& device) {
+  switch (dtype) {
+    case DType::bf16:
+      return run_size<kBackward, BFloat16>(a, size, device);
+    case DType::f16:
+      return run_size<kBackward, Float16>(a, size, device);
     default:
-      return attention::launch_forward<T, 256>(a, device);
+      return run_size<kBackward, float>(a, size, device);
   }
 }
 
@@ -154,8 +209,8 @@ std::int64_t thought_attention_workspace(const ThoughtAttention& call, bool back
                                          const Device& device) {
   check(call);
   Arguments a = arguments(call);
-  (void)backward;
-  return plan_forward(a, element_bytes(call), kernel_size(call), device, nullptr);
+  const auto plan = backward ? plan_backward : plan_forward;
+  return plan(a, element_bytes(call), kernel_size(call), device, nullptr);
 }
 
 void thought_attention(const ThoughtAttention& call, const Device& device) {
@@ -164,14 +219,30 @@ void thought_attention(const ThoughtAttention& call, const Device& device) {
   const int size = kernel_size(call);
   if (a.rows == 0 || a.pairs == 0) return;
   plan_forward(a, element_bytes(call), size, device, call.workspace);
-  switch (call.dtype) {
-    case DType::bf16:
-      return forward<BFloat16>(a, size, device);
-    case DType::f16:
-      return forward<Float16>(a, size, device);
-    default:
-      return forward<float>(a, size, device);
-  }
+  run_type<false>(a, call.dtype, size, device);
+}
+
+void thought_attention_backward(const ThoughtAttentionBackward& call, const Device& device) {
+  const ThoughtAttention& forward = call.forward;
+  check(forward);
+  Arguments a = arguments(forward);
+  a.dout = call.dout;
+  a.dlse = call.dlse;
+  a.dq = call.dq;
+  a.dk_text = call.dk_text;
+  a.dv_text = call.dv_text;
+  a.dk_thought = call.dk_thought;
+  a.dv_thought = call.dv_thought;
+  a.delta = call.delta;
+  const Extents of(forward);
+  a.dout_aligned = of.rows_aligned(a.dout);
+  a.gradients_aligned = of.rows_aligned(a.dq) && of.text_aligned(a.dk_text) &&
+                        of.text_aligned(a.dv_text) && of.slots_aligned(a.dk_thought) &&
+                        of.slots_aligned(a.dv_thought);
+  const int size = kernel_size(forward);
+  if (a.pairs == 0) return;
+  plan_backward(a, element_bytes(forward), size, device, forward.workspace);
+  run_type<true>(a, forward.dtype, size, device);
 }
 
 }  // namespace quietstar::cuda

@@ -84,7 +84,7 @@ struct Arguments {
   float inner, outer, scale;
   bool precise;  // fp32 products keep all bits
   // Addresses and strides are multiples of 16 bytes, and so is a row.
-  bool q_aligned, keys_aligned, out_aligned, gradients_aligned;
+  bool q_aligned, keys_aligned, out_aligned, dout_aligned, gradients_aligned;
 
   // forward with its keys split: out and lse of each split, [splits][pairs * rows] (x D), fp32
   int splits;
@@ -93,7 +93,7 @@ struct Arguments {
   // backward
   int parts;                   // sets of rows over which text gradients are summed apart
   float *dk_parts, *dv_parts;  // [parts][pairs][text_length][padded size], fp32
-  const int2* block_ranges;    // [B][row blocks] first and last text key that a block sees
+  int2* block_ranges;          // [B][row blocks] first and last text key that a block sees
   int row_blocks;
 };
 
@@ -199,6 +199,35 @@ __device__ __forceinline__ Span span_of_rows(const int* first, const int* last, 
   s.all_first = __reduce_max_sync(kAllLanes, s.all_first);
   s.all_last = __reduce_min_sync(kAllLanes, s.all_last);
   return s;
+}
+
+// For the rows of a block: seen_by [4][kRows] gets first and last of the text, then of the slots;
+// spans [1 + warps][2] those of the block and of each warp, of the text and of the slots. They can
+// be read afterwards.
+template <int kRows, int kWarpRows, int kThreads>
+__device__ __forceinline__ void find_spans(const Arguments& a, const Pair& pair, int first_row,
+                                           int* seen_by, Span* spans) {
+  for (int r = static_cast<int>(threadIdx.x); r < kRows; r += kThreads) {
+    // Rows past the end see what the last one sees: they change no decision.
+    const Row row = row_of(a, pair, min(first_row + r, a.rows - 1));
+    const Range text = text_range(a, pair.batch, row), slots = slot_range(a, row);
+    seen_by[r] = text.first;
+    seen_by[kRows + r] = text.last;
+    seen_by[2 * kRows + r] = slots.first;
+    seen_by[3 * kRows + r] = slots.last;
+  }
+  __syncthreads();
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int* first = seen_by + 2 * i * kRows;
+    const int* mine = first + warp * kWarpRows;
+    const Span all = span_of_rows(first, first + kRows, kRows);
+    const Span own = span_of_rows(mine, mine + kRows, kWarpRows);
+    if (threadIdx.x == 0) spans[i] = all;
+    if (threadIdx.x % 32 == 0) spans[2 + 2 * warp + i] = own;
+  }
+  __syncthreads();
 }
 
 // ---- tiles in shared memory: rows of kSize elements, in which the chunks of 16 bytes change

@@ -34,39 +34,6 @@ struct Forward {
   float top[kRowTiles][2], sum[kRowTiles][2];  // of each row; sums of this thread's keys only
   float scores[kRowTiles][kKeyTiles][2][4];
 
-  // Bit i is set where the warp sees some of keys 16 i .. 16 i + 15 of a tile.
-  __device__ __forceinline__ static unsigned groups(const Span& span, const KeyTile& keys) {
-    unsigned seen = 0;
-#pragma unroll
-    for (int i = 0; i < kKeyTiles; ++i) {
-      seen |= (span.meets(keys.begin + 16 * i, keys.begin + 16 * i + 16) ? 1u : 0u) << i;
-    }
-    return seen;
-  }
-
-  // scores = q k^T
-  template <bool kEdge>
-  __device__ __forceinline__ void multiply_keys(T* q, T* k, unsigned seen, bool precise) {
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int j = 0; j < kKeyTiles * 8; ++j) scores[r][j / 8][j / 4 % 2][j % 4] = 0;
-    }
-#pragma unroll 2
-    for (int d = 0; d < kWide; ++d) {
-      Left<T> left[kRowTiles];
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) left[r] = left_of_tile<kSize>(q, r * 16, d * 16);
-#pragma unroll
-      for (int j = 0; j < kKeyTiles; ++j) {
-        if (kEdge && !(seen >> j & 1)) continue;
-        const Right<T> right = right_of_rows<kSize>(k, j * 16, d * 16);
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) multiply(scores[r][j], left[r], right, precise);
-      }
-    }
-  }
-
   // scores = weights relative to the new maximum; out and sum are brought to it. first and last are
   // those of the warp's rows, as seen from the first key of the tile.
   template <bool kEdge>
@@ -124,24 +91,6 @@ struct Forward {
       }
     }
   }
-
-  // out += scores v
-  template <bool kEdge>
-  __device__ __forceinline__ void add_values(T* v, unsigned seen, bool precise) {
-#pragma unroll
-    for (int j = 0; j < kKeyTiles; ++j) {
-      if (kEdge && !(seen >> j & 1)) continue;
-      Left<T> left[kRowTiles];
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) left[r] = left_of_results<T>(scores[r][j]);
-#pragma unroll
-      for (int n = 0; n < kWide; ++n) {
-        const Right<T> right = right_of_columns<kSize>(v, j * 16, n * 16);
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) multiply(out[r][n], left[r], right, precise);
-      }
-    }
-  }
 };
 
 template <class T, int kSize>
@@ -163,31 +112,11 @@ __global__ void __launch_bounds__(Forward<T, kSize>::kThreads) forward_kernel(co
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
 
   load_rows<T, kSize, kRows, kThreads>(a, pair, a.q, first_row, q, a.q_aligned);
-  for (int r = static_cast<int>(threadIdx.x); r < kRows; r += kThreads) {
-    // Rows past the end see what the last one sees: they change no decision.
-    const Row row = row_of(a, pair, min(first_row + r, a.rows - 1));
-    const Range text = text_range(a, pair.batch, row), slots = slot_range(a, row);
-    seen_by[r] = text.first;
-    seen_by[kRows + r] = text.last;
-    seen_by[2 * kRows + r] = slots.first;
-    seen_by[3 * kRows + r] = slots.last;
-  }
-  __syncthreads();
-  const int* mine = seen_by + warp * kWarpRows;
-  // Spans of text and slots, those of the block and those of each warp: read where they are needed,
-  // as registers are short.
+  // Read where they are needed, as registers are short.
   Span* spans = reinterpret_cast<Span*>(seen_by + 4 * kRows);
-  Span* my_spans = spans + 2 + 2 * warp;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int* first = seen_by + 2 * i * kRows;
-    const Span all = span_of_rows(first, first + kRows, kRows);
-    const Span own =
-        span_of_rows(first + warp * kWarpRows, first + kRows + warp * kWarpRows, kWarpRows);
-    if (threadIdx.x == 0) spans[i] = all;
-    if (lane == 0) my_spans[i] = own;
-  }
-  __syncthreads();
+  find_spans<kRows, kWarpRows, kThreads>(a, pair, first_row, seen_by, spans);
+  const int* mine = seen_by + warp * kWarpRows;
+  const Span* my_spans = spans + 2 + 2 * warp;
 
   const int split = static_cast<int>(blockIdx.y);
   const int all_tiles = max(spans[0].high - spans[0].low + kKeys - 1, 0) / kKeys;
@@ -232,17 +161,17 @@ __global__ void __launch_bounds__(Forward<T, kSize>::kThreads) forward_kernel(co
     T* v_tile = k_tile + kKeys * kSize;
     const Span& span = my_spans[keys.slots];
     if (!keys.slots && span.covers(keys.begin, keys.begin + kKeys)) {
-      tile.template multiply_keys<false>(my_q, k_tile, 0, a.precise);
+      multiply_rows<kSize, false>(tile.scores, my_q, k_tile, 0, a.precise);
       tile.template weigh<false>(a, mine, mine, 0);
-      tile.template add_values<false>(v_tile, 0, a.precise);
+      add_weighted<kSize, false>(tile.out, tile.scores, v_tile, 0, a.precise);
       continue;
     }
-    const unsigned seen = Tile::groups(span, keys);
+    const unsigned seen = groups_seen<Tile::kKeyTiles>(span, keys);
     if (seen == 0) continue;
     const int* first = mine + (keys.slots ? 2 * kRows : 0);
-    tile.template multiply_keys<true>(my_q, k_tile, seen, a.precise);
+    multiply_rows<kSize, true>(tile.scores, my_q, k_tile, seen, a.precise);
     tile.template weigh<true>(a, first, first + kRows, keys.begin);
-    tile.template add_values<true>(v_tile, seen, a.precise);
+    add_weighted<kSize, true>(tile.out, tile.scores, v_tile, seen, a.precise);
   }
   wait_for_copies<0>();
   __syncwarp();

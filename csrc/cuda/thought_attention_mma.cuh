@@ -167,4 +167,60 @@ __device__ __forceinline__ void multiply<float>(float (&d)[2][4], const Left<flo
   }
 }
 
+// Bit i is set where some of keys 16 i .. 16 i + 15 of a tile are seen.
+template <int kKeyTiles>
+__device__ __forceinline__ unsigned groups_seen(const Span& span, const KeyTile& keys) {
+  unsigned seen = 0;
+#pragma unroll
+  for (int i = 0; i < kKeyTiles; ++i) {
+    seen |= (span.meets(keys.begin + 16 * i, keys.begin + 16 * i + 16) ? 1u : 0u) << i;
+  }
+  return seen;
+}
+
+// d = rows keys^T, both tiles of kSize columns; with kEdge for the groups of keys in `seen` only,
+// and 0 for the others.
+template <int kSize, bool kEdge, class T, int kRowTiles, int kKeyTiles>
+__device__ __forceinline__ void multiply_rows(float (&d)[kRowTiles][kKeyTiles][2][4], T* rows,
+                                              T* keys, unsigned seen, bool precise) {
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int j = 0; j < kKeyTiles * 8; ++j) d[r][j / 8][j / 4 % 2][j % 4] = 0;
+  }
+#pragma unroll 2
+  for (int c = 0; c < kSize; c += 16) {
+    Left<T> left[kRowTiles];
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) left[r] = left_of_tile<kSize>(rows, r * 16, c);
+#pragma unroll
+    for (int j = 0; j < kKeyTiles; ++j) {
+      if (kEdge && !(seen >> j & 1)) continue;
+      const Right<T> right = right_of_rows<kSize>(keys, j * 16, c);
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) multiply(d[r][j], left[r], right, precise);
+    }
+  }
+}
+
+// sums += weights values
+template <int kSize, bool kEdge, class T, int kRowTiles, int kKeyTiles>
+__device__ __forceinline__ void add_weighted(float (&sums)[kRowTiles][kSize / 16][2][4],
+                                             const float (&weights)[kRowTiles][kKeyTiles][2][4],
+                                             T* values, unsigned seen, bool precise) {
+#pragma unroll
+  for (int j = 0; j < kKeyTiles; ++j) {
+    if (kEdge && !(seen >> j & 1)) continue;
+    Left<T> left[kRowTiles];
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) left[r] = left_of_results<T>(weights[r][j]);
+#pragma unroll
+    for (int n = 0; n < kSize / 16; ++n) {
+      const Right<T> right = right_of_columns<kSize>(values, j * 16, n * 16);
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) multiply(sums[r][n], left[r], right, precise);
+    }
+  }
+}
+
 }  // namespace quietstar::cuda::attention
