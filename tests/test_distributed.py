@@ -16,6 +16,7 @@ import two_processes as two
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

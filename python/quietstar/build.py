@@ -199,7 +199,9 @@ def _load(section: ModelSection) -> PreTrainedModel:
     }
     try:
         return AutoModelForCausalLM.from_pretrained(
-            section.name, **{key: value for key, value in options.items() if value is not None}
+            section.name,
+            use_safetensors=True,
+            **{key: value for key, value in options.items() if value is not None},
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load model {section.name}: {_first_line(error)}") from error

@@ -98,7 +98,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
             ValueError: for a model family that cannot think, or meta tokens that are nowhere to be had.
         """
         if isinstance(base, str):
-            base = AutoModelForCausalLM.from_pretrained(base)
+            base = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True)
         check_supported(base)
         if tokenizer is not None:
             add_meta_tokens(tokenizer)
@@ -127,6 +127,11 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
                 model.thought_embedding.start.copy_(mean)
                 model.thought_embedding.end.copy_(mean)
         return model
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *args: Any, **options: Any) -> QuietStarForCausalLM:
+        """As transformers', from safetensors alone: nothing that was downloaded is unpickled."""
+        return super().from_pretrained(name, *args, **{"use_safetensors": True, **options})
 
     @classmethod
     def from_reference(cls, name: str | Path, **options: Any) -> QuietStarForCausalLM:
