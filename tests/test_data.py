@@ -72,6 +72,29 @@ class TestPacking:
             for key, value in item.items():
                 assert torch.equal(value, memory[i][key]), (i, key)
 
+    def test_packed_is_the_stream_with_its_documents(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        plain = list(cut_blocks(tokenize(documents(), tokenizer), Blocks(32)))
+        memory, _ = read_blocks(documents_iter, tokenizer, Blocks(32, "packed"), progress=False)
+        streamed = list(StreamedBlocks(documents_iter, tokenizer, Blocks(32, "packed")))
+        eos, several = tokenizer.eos_token_id, 0
+        assert len(memory) == len(plain) == len(streamed)
+        for i, row in enumerate(plain):
+            item = memory[i]
+            assert item["input_ids"].tolist() == row
+            assert all(torch.equal(streamed[i][key], value) for key, value in item.items())
+            ends = [j + 1 for j, token in enumerate(row[:-1]) if token == eos]
+            several += bool(ends)
+            expected = [1 + sum(j >= end for end in ends) for j in range(32)]
+            assert item["document_ids"].tolist() == expected
+            assert [j for j, label in enumerate(item["labels"].tolist()) if label == -100] == ends
+        assert several >= 2
+        batch = PaddingCollator(9, "left")([memory[0], {k: v[:5] for k, v in memory[1].items()}])
+        assert batch["document_ids"][1].tolist()[:27] == [0] * 27
+
+    def test_documents_without_a_token_are_not_counted(self) -> None:
+        rows = list(cut_blocks([[1], [], [], [2, 3], [4, 5]], Blocks(3, "packed")))
+        assert rows == [[1, 2, 3]] and rows[0].documents == [1, 2, 2]
+
     def test_evaluation_rows_are_not_trained_on(self, tokenizer: PreTrainedTokenizerFast) -> None:
         heldout, used = read_blocks(documents_iter, tokenizer, Blocks(16), max_blocks=3, progress=False)
         assert len(heldout) == 3

@@ -2,14 +2,17 @@
 
     source (sources.py) -> documents -> tokens -> blocks of block_size -> collated batches
 
-Two ways to fill a block (``packing``):
+Three ways to fill a block (``packing``):
 
 - ``concat``: documents follow one another, each closed by the end-of-text token, and the stream is
   cut every ``block_size`` tokens; no padding, the last incomplete block is dropped;
+- ``packed``: the same cut, but documents in a block are kept apart: no attention, no thought's talk and
+  no prediction goes from one to the next, and position ids start anew in each;
 - ``document``: one document per row, cut after ``block_size`` tokens, padded in the batch.
 
 :class:`TokenBlocks` keeps everything in memory and has a length, :class:`StreamedBlocks` reads as
-it goes. Items have ``input_ids``, ``attention_mask`` and ``labels``, int64 of [n], n <= block_size.
+it goes. Items have ``input_ids``, ``attention_mask`` and ``labels``, int64 of [n], n <= block_size, and
+if packed ``document_ids``, which number the documents in the block from 1.
 """
 
 from __future__ import annotations
@@ -34,11 +37,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("quietstar")
 
 IGNORED = -100
-PACKINGS = ("concat", "document")
+PACKINGS = ("concat", "packed", "document")
 # Documents tokenized in one call: enough for the tokenizer's own threads, little enough to stream.
 TOKENIZER_BATCH = 64
 
 Block = list[int]
+
+
+class PackedBlock(list[int]):
+    """A block and the number of the document that each of its tokens is from (from 1)."""
+
+    documents: list[int]
 
 
 @dataclass(frozen=True)
@@ -90,48 +99,82 @@ def cut_blocks(token_lists: Iterable[list[int]], blocks: Blocks) -> Iterator[Blo
                 yield ids[:size]
         return
     rest: list[int] = []
-    for ids in token_lists:
+    numbers: list[int] = []
+    for number, ids in enumerate(token_lists):
         rest.extend(ids)
+        numbers.extend([number] * len(ids))
         whole = len(rest) - len(rest) % size
         for start in range(0, whole, size):
-            yield rest[start : start + size]
-        del rest[:whole]
+            block = rest[start : start + size]
+            if blocks.packing == "packed":
+                block = PackedBlock(block)
+                first = numbers[start]
+                block.documents = _count_up(n - first for n in numbers[start : start + size])
+            yield block
+        del rest[:whole], numbers[:whole]
 
 
-def _item(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+def _count_up(numbers: Iterable[int]) -> list[int]:
+    """1 for the first number, 2 for the next that differs, and so on (empty documents leave gaps)."""
+    seen: dict[int, int] = {}
+    return [seen.setdefault(number, len(seen) + 1) for number in numbers]
+
+
+def _item(ids: torch.Tensor, documents: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    item = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    if documents is not None:
+        item["document_ids"] = documents
+        # Nothing within its document stands before a first token to predict it from.
+        item["labels"][1:][documents[1:] != documents[:-1]] = IGNORED
+    return item
 
 
 class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
     """Rows of token ids in memory.
 
-    ``tokens`` [rows, block_size] int32, ``lengths`` [rows]: how many of each row are text.
+    ``tokens`` [rows, block_size] int32, ``lengths`` [rows]: how many of each row are text;
+    ``documents`` [rows, block_size] int32, None where a row is one document.
     """
 
-    def __init__(self, tokens: npt.NDArray[np.int32], lengths: npt.NDArray[np.int32]) -> None:
+    def __init__(
+        self,
+        tokens: npt.NDArray[np.int32],
+        lengths: npt.NDArray[np.int32],
+        documents: npt.NDArray[np.int32] | None = None,
+    ) -> None:
         self.tokens = tokens
         self.lengths = lengths
+        self.documents = documents
 
     @classmethod
     def from_rows(cls, rows: Iterable[Block], block_size: int) -> TokenBlocks:
         """Store rows of at most ``block_size`` ids."""
         # One growing flat array: lists of Python integers would take ten times the memory.
-        flat, lengths = bytearray(), []
+        flat, numbers, lengths = bytearray(), bytearray(), []
         for row in rows:
             flat += np.asarray(row, dtype=np.int32).tobytes()
+            if isinstance(row, PackedBlock):
+                numbers += np.asarray(row.documents, dtype=np.int32).tobytes()
             lengths.append(len(row))
         sizes = np.asarray(lengths, dtype=np.int32)
         tokens = np.zeros((len(lengths), block_size), dtype=np.int32)
         kept = np.arange(block_size)[None, :] < sizes[:, None]
         tokens[kept] = np.frombuffer(bytes(flat), dtype=np.int32)
-        return cls(tokens, sizes)
+        if not numbers:
+            return cls(tokens, sizes)
+        documents = np.zeros_like(tokens)
+        documents[kept] = np.frombuffer(bytes(numbers), dtype=np.int32)
+        return cls(tokens, sizes, documents)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = self.tokens[index, : self.lengths[index]]
-        return _item(torch.from_numpy(ids.astype(np.int64)))
+        length = self.lengths[index]
+        ids = torch.from_numpy(self.tokens[index, :length].astype(np.int64))
+        if self.documents is None:
+            return _item(ids)
+        return _item(ids, torch.from_numpy(self.documents[index, :length].astype(np.int64)))
 
     @property
     def num_tokens(self) -> int:
@@ -169,7 +212,8 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
         documents = islice(self.open_source(), self.skip + first, None, step)
         rows = cut_blocks(tokenize(documents, self.tokenizer), self.blocks)
         for row in islice(rows, limit):
-            yield _item(torch.tensor(row, dtype=torch.int64))
+            documents = torch.tensor(row.documents) if isinstance(row, PackedBlock) else None
+            yield _item(torch.tensor(row, dtype=torch.int64), documents)
 
 
 @dataclass
@@ -177,8 +221,8 @@ class PaddingCollator:
     """Pad rows to the longest of the batch and stack them.
 
     Returns ``input_ids``, ``attention_mask`` (1 at text) and ``labels`` (-100 at pads, and at a first
-    token that only pads precede), each [B, longest] int64. The mask alone says what is padding:
-    ``pad_id`` may equal the end-of-text id.
+    token that only pads precede), each [B, longest] int64, and ``document_ids`` if the rows have them.
+    The mask alone says what is padding: ``pad_id`` may equal the end-of-text id.
     """
 
     pad_id: int = 0
@@ -190,6 +234,8 @@ class PaddingCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         fill = {"input_ids": self.pad_id, "attention_mask": 0, "labels": IGNORED}
+        if "document_ids" in rows[0]:
+            fill["document_ids"] = 0
         longest = max(len(row["input_ids"]) for row in rows)
         batch = {}
         for key, value in fill.items():
@@ -245,8 +291,8 @@ def read_blocks(
     if len(result) == 0:
         if seen["documents"] == skip:
             raise UserError(f"{what} has no documents" + (f" after the first {skip}" if skip else ""))
-        needed = blocks.block_size if blocks.packing == "concat" else blocks.min_tokens
-        why = "block_size" if blocks.packing == "concat" else "talk_length + 2"
+        needed = blocks.min_tokens if blocks.packing == "document" else blocks.block_size
+        why = "talk_length + 2" if blocks.packing == "document" else "block_size"
         raise UserError(
             f"{what} is too short: {seen['tokens']} tokens in {seen['documents'] - skip} "
             f"documents give no row of {needed} tokens ({why}); lower data.block_size or give "

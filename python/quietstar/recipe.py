@@ -82,7 +82,8 @@ class DataSection:
         txt_documents: what one document is in a text file: ``file``, ``paragraph`` or ``line``.
         streaming: read while training instead of before it; needs ``training.max_steps``.
         shuffle_buffer: rows held for shuffling while streaming from the hub.
-        packing: ``concat`` (documents one after another) or ``document`` (one per row, padded).
+        packing: ``concat`` (documents one after another), ``packed`` (the same, kept apart: no
+            attention, no talk from one to the next) or ``document`` (one per row, padded).
         padding_side: ``right`` or ``left``.
         block_size: tokens in a row.
         max_train_blocks: stop reading after so many rows.
@@ -104,7 +105,7 @@ class DataSection:
     txt_documents: Literal["file", "paragraph", "line"] = "file"
     streaming: bool = False
     shuffle_buffer: int = 1000
-    packing: Literal["concat", "document"] = "concat"
+    packing: Literal["concat", "packed", "document"] = "concat"
     padding_side: Literal["right", "left"] = "right"
     block_size: int = 256
     max_train_blocks: int | None = None
