@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("quietstar")
 
 IGNORED = -100
-PACKINGS = ("concat", "packed", "document")
+PACKINGS = ("concat", "document", "packed")
 # Documents tokenized in one call: enough for the tokenizer's own threads, little enough to stream.
 TOKENIZER_BATCH = 64
 
@@ -212,8 +212,8 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
         documents = islice(self.open_source(), self.skip + first, None, step)
         rows = cut_blocks(tokenize(documents, self.tokenizer), self.blocks)
         for row in islice(rows, limit):
-            documents = torch.tensor(row.documents) if isinstance(row, PackedBlock) else None
-            yield _item(torch.tensor(row, dtype=torch.int64), documents)
+            numbers = torch.tensor(row.documents) if isinstance(row, PackedBlock) else None
+            yield _item(torch.tensor(row, dtype=torch.int64), numbers)
 
 
 @dataclass

@@ -105,7 +105,7 @@ class DataSection:
     txt_documents: Literal["file", "paragraph", "line"] = "file"
     streaming: bool = False
     shuffle_buffer: int = 1000
-    packing: Literal["concat", "packed", "document"] = "concat"
+    packing: Literal["concat", "document", "packed"] = "concat"
     padding_side: Literal["right", "left"] = "right"
     block_size: int = 256
     max_train_blocks: int | None = None
