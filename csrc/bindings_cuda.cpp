@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "quietstar/device.h"
+#include "quietstar/mixing_head.h"
 #include "quietstar/types.h"
 
 namespace py = pybind11;
@@ -23,10 +24,59 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// tensors: the pointers of cuda::MixingHead, in its order.
+template <void (*run)(const quietstar::cuda::MixingHead&, const quietstar::cuda::Device&)>
+void mixing_head(int dtype, std::int64_t rows, std::int64_t positions, std::int64_t width,
+                 bool sigmoid, const std::array<Address, 25>& tensors, int device, Address stream) {
+  quietstar::cuda::MixingHead call{};
+  call.dtype = static_cast<quietstar::DType>(dtype);
+  call.rows = rows;
+  call.positions = positions;
+  call.width = width;
+  call.sigmoid = sigmoid;
+  const Address* next = tensors.data();
+  call.index = pointer<const std::int64_t>(*next++);
+  call.base = pointer<const void>(*next++);
+  call.thought = pointer<const void>(*next++);
+  call.from_base = pointer<const float>(*next++);
+  call.product = pointer<const float>(*next++);
+  call.b1 = pointer<const void>(*next++);
+  call.h1 = pointer<void>(*next++);
+  call.h2 = pointer<const void>(*next++);
+  call.w3 = pointer<const void>(*next++);
+  call.mixed = pointer<void>(*next++);
+  call.w = pointer<void>(*next++);
+  call.gate = pointer<float>(*next++);
+  call.grad_mixed = pointer<const void>(*next++);
+  call.grad_gate = pointer<const float>(*next++);
+  call.grad_thought = pointer<void>(*next++);
+  call.grad_base = pointer<void>(*next++);
+  call.grad_h1 = pointer<void>(*next++);
+  call.grad_from_base = pointer<void>(*next++);
+  call.grad_h2 = pointer<void>(*next++);
+  call.grad_b1 = pointer<void>(*next++);
+  call.grad_b2 = pointer<void>(*next++);
+  call.grad_w3 = pointer<void>(*next++);
+  call.first = pointer<const std::int64_t>(*next++);
+  call.order = pointer<const std::int64_t>(*next++);
+  call.workspace = pointer<float>(*next++);
+  run(call, {device, stream});
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
-  (void)release;
+  m.def("cuda_mixing_most_width", [] { return quietstar::cuda::kMostMixingWidth; });
+  m.def("cuda_mixing_workspace",
+        [](int dtype, std::int64_t rows, std::int64_t positions, std::int64_t width) {
+          return quietstar::cuda::mixing_workspace(static_cast<quietstar::DType>(dtype), rows,
+                                                   positions, width);
+        });
+  m.def("cuda_mixing_first", &mixing_head<&quietstar::cuda::mixing_first>, release);
+  m.def("cuda_mixing_tail", &mixing_head<&quietstar::cuda::mixing_tail>, release);
+  m.def("cuda_mixing_tail_backward", &mixing_head<&quietstar::cuda::mixing_tail_backward>, release);
+  m.def("cuda_mixing_first_backward", &mixing_head<&quietstar::cuda::mixing_first_backward>,
+        release);
   bind_cuda_attention(m);
 }

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from quietstar_ext import checks
+from quietstar_ext import checks, mixing_head_cuda
 from quietstar_ext.dispatch import choose_impl
-from quietstar_ext.native import DTYPE_CODES, native, why_not_native
+from quietstar_ext.native import DTYPE_CODES, native, takes_cuda_path, why_not_native
 from quietstar_ext.precision import autocast_inputs, without_autocast
 from quietstar_ext.reference.mixing_head import mixing_head as _reference
 
@@ -59,8 +59,8 @@ def mixing_head(
         w3: [1, d], no bias. All parameters have base's dtype and device.
         activation: ``"identity"`` (w is unbounded) or ``"sigmoid"``.
         base_index: [rows] int64 in 0 .. P-1, the base row of each thought row; None is row for row
-            and needs P == rows. Checked on the CPU; out of range it is an error of PyTorch's on
-            CUDA.
+            and needs P == rows. Checked on the CPU; out of range it is a device-side assertion on
+            CUDA, as for PyTorch's own indexing.
         impl: ``"auto"``, ``"fused"`` or ``"reference"``.
 
     Returns:
@@ -80,13 +80,20 @@ def mixing_head(
     base, thought, w1, b1, w2, b2, w3 = autocast_inputs(base, thought, w1, b1, w2, b2, w3)
     _check(base, thought, w1, b1, w2, b2, w3, activation, base_index)
 
-    chosen = choose_impl("mixing_head", impl, why_not_native(thought))
+    chosen = choose_impl("mixing_head", impl, _why_not_fused(thought))
     tensors = (base, thought, w1, b1, w2, b2, w3)
     with without_autocast(thought):
         if chosen == "reference":
             return _reference(*tensors, activation, base_index=base_index)
         mixed, w = _MixingHead.apply(*tensors, base_index, activation == "sigmoid")
         return mixed, w
+
+
+def _why_not_fused(thought: torch.Tensor) -> str | None:
+    reason, most = why_not_native(thought), mixing_head_cuda.MOST_WIDTH
+    if reason is None and takes_cuda_path(thought) and thought.shape[1] > most:
+        return f"the CUDA kernel takes widths up to {most}, not {thought.shape[1]}"
+    return reason
 
 
 def _check(
@@ -169,6 +176,8 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """mixed [rows, d], w [rows, 1], and for the backward pass the gate [rows] in fp32, h1 and h2
     [rows, d]."""
+    if takes_cuda_path(thought):
+        return mixing_head_cuda.forward(base, thought, w1, b1, w2, b2, w3, base_index, sigmoid)
     rows, size = thought.shape
     index = None if base_index is None else base_index.contiguous()
     base, thought, b2, w3 = (t.contiguous() for t in (base, thought, b2, w3))
@@ -234,6 +243,10 @@ def _backward(
         return [
             base.new_zeros(shape if want else (0,)) for shape, want in zip(shapes, wanted, strict=True)
         ]
+    if takes_cuda_path(thought):
+        kept = (base, thought, w1, w2, w3, gate, h1, h2, base_index)
+        results = mixing_head_cuda.backward(grad_mixed, grad_w, *kept, sigmoid, wanted)
+        return _only(wanted, results, base)
     index = None if base_index is None else base_index.contiguous()
     base, thought, w3, grad_mixed = (t.contiguous() for t in (base, thought, w3, grad_mixed))
     grad_gate = grad_w.flatten().float().contiguous()
@@ -261,7 +274,7 @@ def _backward(
     if wanted[2]:
         torch.mm(grad_from_base.T, base, out=grad_w1[:, :size])
         torch.mm(grad_h1.T, thought, out=grad_w1[:, size:])
-    results = (
+    results = [
         grad_base,
         grad_thought,
         grad_w1,
@@ -269,15 +282,22 @@ def _backward(
         grad_h2.T @ h1 if wanted[4] else None,
         grad_b2.to(dtype),
         grad_w3.to(dtype)[None],
-    )
+    ]
+    return _only(wanted, results, base)
+
+
+def _only(
+    wanted: Sequence[bool], results: Sequence[torch.Tensor | None], like: torch.Tensor
+) -> list[torch.Tensor]:
+    """The results that are wanted, and empty tensors in place of the others."""
     return [
-        result if want and result is not None else base.new_empty(0)
+        result if want and result is not None else like.new_empty(0)
         for result, want in zip(results, wanted, strict=True)
     ]
 
 
-torch.library.impl("quietstar::mixing_head_forward", "cpu")(_forward)
-torch.library.impl("quietstar::mixing_head_backward", "cpu")(_backward)
+torch.library.impl("quietstar::mixing_head_forward", ["cpu", "cuda"])(_forward)
+torch.library.impl("quietstar::mixing_head_backward", ["cpu", "cuda"])(_backward)
 
 
 @torch.library.register_fake("quietstar::mixing_head_forward")
