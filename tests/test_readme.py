@@ -65,3 +65,29 @@ def test_recipes_in_the_readme_are_shipped():
     text = README.read_text(encoding="utf-8")
     for name in ("qwen2.5-0.5b", "llama-3.2-1b", "mistral-7b-paper"):
         assert f"`{name}`" in text and name in shipped_recipes()
+
+
+METHODS = re.findall(r"^\| ([^|]+) \| (`(?:thoughts|training): .*`) \|$", README.read_text(), flags=re.M)
+
+
+@pytest.mark.parametrize(("method", "cell"), METHODS, ids=[m.partition(" (")[0] for m, _ in METHODS])
+def test_recipe_lines_of_the_methods(method: str, cell: str, tmp_path):
+    from quietstar.config import QuietStarConfig
+    from quietstar.recipe import load_recipe
+    from quietstar.train import training_arguments
+    from quietstar.values import load_yaml
+
+    lines: dict = {}
+    for line in re.findall(r"`([^`]*)`", cell):
+        lines |= load_yaml(line, "README.md")
+    recipe = load_recipe("tiny").changed(**lines)
+    arguments = training_arguments(recipe, tmp_path, progress=False)
+    # Read back, they are what the paper's name stands for and not the defaults.
+    for name, value in lines.get("thoughts", {}).items():
+        assert getattr(QuietStarConfig(**recipe.thoughts), name) == value, (method, name)
+    for name, value in lines.get("training", {}).items():
+        assert getattr(arguments, name) == value, (method, name)
+
+
+def test_there_are_methods():
+    assert len(METHODS) == 7

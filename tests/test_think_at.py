@@ -1,0 +1,72 @@
+"""Thinking at fewer positions costs less in proportion: counted operations, not seconds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import tiny_decoder
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from quietstar import QuietStarForCausalLM
+from quietstar_ext import use_impl
+
+LENGTH = 64
+
+
+class Operations(TorchDispatchMode):
+    """Adds up the operations of matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.fixture(scope="module")
+def cost():
+    """Operations of a training step by its settings."""
+    # Every thought's policy term is computed: with the clamp the rows that are left out vary.
+    model = QuietStarForCausalLM.from_base(
+        tiny_decoder("llama", vocab_size=512),
+        start_token_id=510,
+        end_token_id=511,
+        thought_length=4,
+        talk_length=2,
+        clamp_advantage=False,
+    ).train()
+    with torch.no_grad():
+        model.mixing_head.fc3.weight.normal_(0, 0.3)
+    torch.seed()
+    ids = torch.randint(3, 500, (2, LENGTH))
+    model(ids, labels=ids)  # the output layer is checked at the first call
+
+    def count(**fields) -> int:
+        for name, value in fields.items():
+            setattr(model.config, name, value)
+        with use_impl("reference"), Operations() as operations:
+            model(ids, labels=ids).loss.backward()
+        return operations.total
+
+    return count
+
+
+@pytest.mark.parametrize(
+    ("rule", "share"),
+    [("stride:2", 1 / 2), ("stride:8", 1 / 8), ("random:0.25", 1 / 4), ("entropy:0.125", 1 / 8)],
+)
+def test_cost_falls_in_proportion(cost, rule: str, share: float):
+    text = cost(thought_kind="none")
+    everywhere = cost(thought_kind="sampled", think_at="all")
+    found = cost(think_at=rule)
+    assert text < 0.15 * everywhere
+    # The text goes through the decoder twice (rollout and packed pass), whoever thinks; the entropy rule
+    # looks at its predictions once more.
+    expected = text + share * (everywhere - text)
+    assert expected <= found < expected + text
+    assert found < (share + 0.15) * everywhere
