@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quietstar import lookup
+from quietstar.adapters import quantization, settle_new_rows
 from quietstar.config import QuietStarConfig
 from quietstar.corpora import Document
 from quietstar.data import Blocks, StreamedBlocks, TokenBlocks, read_blocks
@@ -53,10 +54,13 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStar
     Adds the meta tokens to ``tokenizer`` if they are new.
     """
     from quietstar.modeling import QuietStarForCausalLM
-    from quietstar.tokens import check_tokenizer
+    from quietstar.tokens import add_meta_tokens, check_tokenizer
 
     section = recipe.model
-    decoder = _random_decoder(section, tokenizer) if section.config else _load(section)
+    if section.config:
+        decoder = _random_decoder(section, tokenizer)
+    else:
+        decoder = _load(section, quantization(recipe.adapter.quantize))
     thoughts = dict(recipe.thoughts)
     if isinstance(decoder, QuietStarForCausalLM):
         check_tokenizer(tokenizer, _thoughts_of(decoder))
@@ -73,6 +77,9 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStar
             f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary has {rows}; they "
             "do not belong together (check model.tokenizer)"
         )
+    if recipe.adapter.rank is not None:
+        add_meta_tokens(tokenizer)
+        settle_new_rows(decoder, tokenizer)
     return QuietStarForCausalLM.from_base(
         decoder, tokenizer, init_embedding_from=section.init_embedding_from, **thoughts
     )
@@ -188,7 +195,7 @@ def _torch_dtype(name: str) -> Any:
     return name if name == "auto" else getattr(torch, name)
 
 
-def _load(section: ModelSection) -> PreTrainedModel:
+def _load(section: ModelSection, more: dict[str, Any]) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     assert section.name is not None  # checked with the recipe
@@ -196,6 +203,7 @@ def _load(section: ModelSection) -> PreTrainedModel:
         "dtype": _torch_dtype(section.dtype),
         "attn_implementation": section.attn_implementation,
         "revision": section.revision,
+        **more,
     }
     try:
         return AutoModelForCausalLM.from_pretrained(

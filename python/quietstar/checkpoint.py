@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quietstar.adapters import is_adapter, load_adapter, merge
 from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError
 from quietstar.rundir import RUN_FILE, last_checkpoint
@@ -25,8 +26,8 @@ def load_checkpoint(
 
     Args:
         name: a folder that ``quietstar train`` or ``save_pretrained`` wrote (of a run that is not done,
-            the last checkpoint is taken), a checkpoint of the reference code, or the name of either on
-            the Hugging Face Hub.
+            the last checkpoint is taken; adapters are merged), a checkpoint of the reference code, or
+            the name of either on the Hugging Face Hub.
         device: default: ``cuda`` where there is one, otherwise ``cpu``.
         tokenizer: folder or name of another tokenizer than the checkpoint's own.
 
@@ -57,7 +58,9 @@ def load_checkpoint(
             f"cannot load the tokenizer of {tokenizer or name}: {_first_line(error)} (--tokenizer names"
             " another)"
         ) from error
-    if theirs:
+    if is_adapter(name):
+        model = merge(load_adapter(name, words))
+    elif theirs:
         add_meta_tokens(words)
         model = from_reference(name, tokenizer=words)
     else:

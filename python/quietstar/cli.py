@@ -55,6 +55,16 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="no progress bars")
     train.set_defaults(run=_train)
 
+    merge = commands.add_parser(
+        "merge",
+        help="make a model of an adapter and its decoder",
+        description="Add an adapter's updates into the weights of its decoder and save the model.",
+    )
+    merge.add_argument("model", metavar="ADAPTER", help="folder of a run with an adapter section")
+    merge.add_argument("output", metavar="DIR", type=Path, help="a new folder for the model")
+    merge.add_argument("--tokenizer", metavar="T", help="another tokenizer than the adapter's own")
+    merge.set_defaults(run=_merge)
+
     _add_generate(commands)
     _add_inspect(commands)
     _add_eval(commands)
@@ -240,6 +250,12 @@ def _train(args: argparse.Namespace) -> int:
     from quietstar.train import main as run
 
     return run(recipe, output, args)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from quietstar.adapters import main as run
+
+    return run(args)
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -1,4 +1,5 @@
-"""A training run as data: a YAML file with the sections model, data, thoughts and training.
+"""A training run as data: a YAML file with the sections model, data, thoughts, training and, for
+adapters, adapter.
 
     name: my-run
     model:    {name: Qwen/Qwen2.5-0.5B, dtype: bfloat16}
@@ -113,6 +114,23 @@ class DataSection:
 
 
 @dataclass
+class AdapterSection:
+    """Train adapters (:mod:`quietstar.adapters`) instead of the whole model.
+
+    Args:
+        rank: of the low-rank updates; null: the whole model is trained.
+        alpha: the updates are scaled by ``alpha / rank``.
+        targets: last parts of the names of the layers to adapt; null: every linear layer of the decoder.
+        quantize: ``4bit``: load the frozen decoder in 4 bits (QLoRA; needs bitsandbytes).
+    """
+
+    rank: int | None = None
+    alpha: int = 32
+    targets: list[str] | None = None
+    quantize: Literal["none", "4bit"] = "none"
+
+
+@dataclass
 class Recipe:
     """A checked recipe. Build one with :func:`load_recipe` or :func:`parse_recipe`."""
 
@@ -122,6 +140,7 @@ class Recipe:
     data: DataSection = field(default_factory=DataSection)
     thoughts: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    adapter: AdapterSection = field(default_factory=AdapterSection)
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain data."""
@@ -142,6 +161,8 @@ class Recipe:
         """A hash of everything that changes the result (not of logging, saving and names)."""
         content = self.to_dict()
         del content["name"], content["description"]
+        if self.adapter == AdapterSection():
+            del content["adapter"]
         content["training"] = {
             key: value
             for key, value in content["training"].items()
@@ -150,7 +171,7 @@ class Recipe:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-SECTIONS = ("model", "data", "thoughts", "training")
+SECTIONS = ("model", "data", "thoughts", "training", "adapter")
 # Training settings that change what is written down, not what is learned: a run may be continued
 # with other values.
 HARMLESS_PREFIXES = (
@@ -173,8 +194,9 @@ def known_keys(section: str) -> dict[str, Any]:
     """The keys of a section and their type annotations."""
     if section == "":
         return {"name": str, "description": str}
-    if section in ("model", "data"):
-        return typing.get_type_hints(ModelSection if section == "model" else DataSection)
+    classes = {"model": ModelSection, "data": DataSection, "adapter": AdapterSection}
+    if section in classes:
+        return typing.get_type_hints(classes[section])
     if section == "thoughts":
         from quietstar.config import QuietStarConfig
 
@@ -241,6 +263,7 @@ def parse_recipe(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
             **recipe,
             "model": ModelSection(**recipe.get("model", {})),
             "data": DataSection(**recipe.get("data", {})),
+            "adapter": AdapterSection(**recipe.get("adapter", {})),
         }
     )
     _check_together(result, where)
@@ -359,6 +382,16 @@ def _check_together(recipe: Recipe, where: str) -> None:
             raise UserError(
                 f"{where}: a model from model.config needs model.tokenizer (a name, path or stdlib)"
             )
+    adapter = recipe.adapter
+    if adapter.rank is not None and adapter.rank < 1:
+        raise UserError(f"{where}: adapter.rank is {adapter.rank}; expected 1 or more, or null")
+    if adapter.rank is None and adapter != AdapterSection():
+        raise UserError(f"{where}: section adapter has no rank; set it, e.g. adapter.rank=16")
+    if adapter.rank is not None and model.name is None:
+        raise UserError(
+            f"{where}: adapter.rank is {adapter.rank} and model.name null; expected a decoder by name,"
+            " an adapter is nothing without it"
+        )
     if data.lookup is not None and data.name != "lookup":
         raise UserError(f"{where}: data.lookup is given, but data.name is {data.name!r}, not 'lookup'")
     if data.name == "lookup" and data.max_train_blocks is None:

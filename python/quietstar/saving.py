@@ -180,6 +180,9 @@ class SafeCheckpoints(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
+            inside = self.accelerator.unwrap_model(self.model)
+            if hasattr(inside, "peft_config"):
+                inside.config.save_pretrained(output_dir or self.args.output_dir)
             # Pickled, never read by anything here, and the recipe says all of it.
             (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 

@@ -50,6 +50,9 @@ class MixingHead(nn.Module):
 
         With a floor f the head's weight w becomes f + (1 - f) w.
         """
+        if not torch.is_autocast_enabled(base.device.type):
+            # An adapter's head is in fp32 on a decoder in bf16.
+            base, thought = base.to(self.fc1.weight.dtype), thought.to(self.fc1.weight.dtype)
         mixed, weight = mixing_head(
             base,
             thought,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quietstar.adapters import add_adapters
 from quietstar.build import build_data, build_model, build_tokenizer, check_files
 from quietstar.data import collator_for
 from quietstar.disk import check_room, check_writable, checkpoint_bytes
@@ -73,7 +74,10 @@ def run_recipe(
     check_writable(folder.path)
     set_seed(arguments.seed)
     tokenizer = build_tokenizer(recipe.model)
-    model = build_model(recipe, tokenizer)
+    model: Any = build_model(recipe, tokenizer)
+    if recipe.adapter.rank is not None:
+        assert recipe.model.name is not None  # checked with the recipe
+        model = add_adapters(model, recipe.adapter, recipe.model.name)
     copied = model.config.reward == "information-gain"
     check_room(folder.path, arguments, *checkpoint_bytes(model, str(arguments.optim), copied))
     train_data, eval_data = build_data(recipe, tokenizer, progress=progress)

@@ -1,0 +1,178 @@
+"""Adapters: trained by a recipe, saved, resumed, opened again, merged; the recipe for a small GPU."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import tiny_decoder
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from quietstar import QuietStarForCausalLM, add_meta_tokens, cli
+from quietstar.adapters import add_adapters, settle_new_rows, target_pattern
+from quietstar.checkpoint import load_checkpoint
+from quietstar.corpora import train_tokenizer
+from quietstar.errors import UserError
+from quietstar.lookup import build_tokenizer
+from quietstar.recipe import AdapterSection, Recipe, load_recipe, parse_recipe
+from quietstar.train import run_recipe
+
+pytest.importorskip("peft")
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog lets it. "
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def decoder_folder(tmp_path: Path) -> Path:
+    """A decoder and a tokenizer that lack the two meta tokens."""
+    tokenizer = train_tokenizer([TEXT], 300)
+    folder = tmp_path / "decoder"
+    tiny_decoder("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "text.txt").write_text(TEXT * 40)
+    return folder
+
+
+def recipe(decoder: Path, **sections: dict[str, Any]) -> Recipe:
+    content: dict[str, Any] = {
+        "name": "adapted",
+        "model": {"name": str(decoder)},
+        "data": {"files": [str(decoder.parent / "text.txt")], "block_size": 16, "max_train_blocks": 20},
+        "thoughts": {"thought_length": 2, "talk_length": 2},
+        "training": {
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-2,
+            "save_steps": 2,
+            "use_cpu": True,
+        },
+        "adapter": {"rank": 2, "alpha": 4},
+    }
+    for name, values in sections.items():
+        content[name] = {**content[name], **values}
+    return parse_recipe(content)
+
+
+def logits(model: Any) -> torch.Tensor:
+    model.eval()
+    ids = torch.arange(3, 15)[None]
+    thoughts = torch.full((1, 1, 12, 2), 7)
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=ids, thought_ids=thoughts).logits
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_trained_saved_opened_and_merged(decoder_folder: Path, tmp_path: Path, dtype: str):
+    here = recipe(decoder_folder, model={"dtype": dtype}, training={"bf16": dtype == "bfloat16"})
+    kept: dict[str, Any] = {}
+
+    class Keep(TrainerCallback):
+        def on_train_end(
+            self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any
+        ) -> None:
+            kept["model"] = model
+
+    result = run_recipe(here, tmp_path / "run", progress=False, callbacks=[Keep()])
+    trained = {n for n, p in kept["model"].named_parameters() if p.requires_grad}
+    assert {p.dtype for p in kept["model"].parameters() if p.requires_grad} == {torch.float32}
+    assert all("lora_" in n or "modules_to_save" in n for n in trained)
+    assert not any("lm_head" in n or "embed_tokens" in n for n in trained)
+    files = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "config.json", "tokenizer.json"} <= files
+    assert "model.safetensors" not in files and result.metrics["steps"] == 4
+
+    model, tokenizer = load_checkpoint(str(tmp_path / "run"))
+    assert isinstance(model, QuietStarForCausalLM) and len(tokenizer) > 0
+    scale = float(logits(kept["model"]).abs().max())
+    tolerance = 1e-4 if dtype == "float32" else 3e-2
+    assert (logits(model) - logits(kept["model"])).abs().max() < tolerance * scale
+
+    assert cli.main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
+    merged = QuietStarForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(merged), logits(model))
+    words = train_tokenizer([TEXT], 300)
+    add_meta_tokens(words)
+    assert len(words) == len(tokenizer) == merged.config.text_config.vocab_size
+    untrained = QuietStarForCausalLM.from_base(str(decoder_folder), words, thought_length=2)
+    assert (logits(untrained) - logits(merged)).abs().max() > 0.05 * scale
+    assert cli.main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 2
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(decoder_folder: Path, tmp_path: Path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                raise KeyboardInterrupt
+
+    here = recipe(decoder_folder)
+    run_recipe(here, tmp_path / "whole", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(here, tmp_path / "parts", progress=False, callbacks=[Interrupt()])
+    run_recipe(here, tmp_path / "parts", progress=False)
+    whole, parts = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_new_rows_are_the_same_at_every_loading():
+    tokenizer = build_tokenizer()
+    rows = []
+    for seed in (1, 2):
+        decoder = tiny_decoder("llama", vocab_size=len(tokenizer) - 2)
+        torch.manual_seed(seed)
+        settle_new_rows(decoder, tokenizer)
+        rows.append(decoder.lm_head.weight.detach()[-2:].clone())
+    assert torch.equal(*rows)
+    assert torch.allclose(rows[0][0], decoder.lm_head.weight[:-2].mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_what_is_adapted(family: str):
+    model = QuietStarForCausalLM.from_base(tiny_decoder(family), start_token_id=94, end_token_id=95)
+    wrapped = add_adapters(model, AdapterSection(rank=2), "nowhere")
+    adapted = {n.partition(".lora_A")[0] for n, _ in wrapped.named_parameters() if ".lora_A" in n}
+    inner = [n.removeprefix("base_model.model.") for n in adapted]
+    assert len(inner) >= 2 * 4 and all(n.startswith("base.") for n in inner)
+    assert not any(part in n for n in inner for part in ("lm_head", "embed_out", "mixing_head"))
+    with pytest.raises(UserError, match="adapter.targets names 'q'; expected linear layers"):
+        target_pattern(
+            QuietStarForCausalLM.from_base(tiny_decoder(family), start_token_id=94, end_token_id=95),
+            ["q"],
+        )
+
+
+def test_refused_with_clear_words(decoder_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UserError, match="adapter.rank is 0; expected 1 or more"):
+        recipe(decoder_folder, adapter={"rank": 0})
+    with pytest.raises(UserError, match="section adapter has no rank"):
+        recipe(decoder_folder, adapter={"rank": None, "quantize": "4bit"})
+    with pytest.raises(UserError, match="expected a decoder by name"):
+        recipe(
+            decoder_folder,
+            model={"name": None, "config": {"model_type": "llama"}, "tokenizer": "stdlib"},
+        )
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match=r"needs bitsandbytes: pip install 'quietstar\[qlora\]'"):
+        run_recipe(recipe(decoder_folder, adapter={"quantize": "4bit"}), decoder_folder.parent / "x")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"adapters need peft.*pip install 'quietstar\[peft\]'"):
+        run_recipe(recipe(decoder_folder), decoder_folder.parent / "x")
+
+
+def test_the_recipe_for_a_small_gpu():
+    small = load_recipe("mistral-7b-lora")
+    assert small.adapter.rank and small.adapter.quantize == "4bit"
+    assert small.training["gradient_checkpointing"] and small.training["bf16"]
+    plain = load_recipe("mistral-7b-paper")
+    assert plain.adapter == AdapterSection()
+    # Recipes without the section keep the fingerprints that their run folders have.
+    assert plain.fingerprint() != plain.changed(adapter={"rank": 4}).fingerprint()
