@@ -262,6 +262,31 @@ def test_the_entropy_never_holds_rows_x_vocabulary(monkeypatch):
     assert size < rows * vocabulary / 50
 
 
+def test_a_step_with_everything_holds_nothing_of_size_rows_x_vocabulary(monkeypatch):
+    monkeypatch.setattr("quietstar.entropy.WORKSPACE_BYTES", 1 << 20)
+    vocabulary, length = 4096, 64
+    model = QuietStarForCausalLM.from_base(
+        tiny_decoder("llama", vocab_size=vocabulary),
+        start_token_id=4094,
+        end_token_id=4095,
+        thought_length=4,
+        talk_length=2,
+        reward="information-gain",
+        advantage="normalized",
+        clamp_advantage=False,
+        entropy_bonus=0.1,
+    ).train()
+    ids = torch.randint(0, 4000, (2, length))
+    with Watch() as watch:
+        output = model(ids, labels=ids, baseline_losses=torch.rand(2, length - 1))
+        output.loss.backward()
+    size, where = watch.largest
+    talk_rows = 2 * (length - 1 + 2 * 2 * length)
+    assert size < talk_rows * vocabulary / 8, where
+    assert "quietstar.linear_cross_entropy_forward" in watch.called
+    assert output.advantage.min() < 0
+
+
 @pytest.mark.parametrize("floor", [0.25, 1.0])
 def test_mixing_floor(floor: float):
     """w = f + (1 - f) sigmoid(x), and the mixed state is (1 - w) b + w z."""

@@ -7,10 +7,13 @@ attention    the attention function that lets an unmodified decoder think
 think        rollout (sampling) and packed pass
 talk         mixing head and losses
 learn        reward and policy term
+objective    rewards, advantages and the terms of the loss
+arguments    QuietStarArguments: what training with thoughts adds to TrainingArguments
 trainer      QuietStarTrainer on transformers.Trainer
 reference    models from the reference implementation's state dicts
 """
 
+from .arguments import QuietStarArguments
 from .config import END_TOKEN, START_TOKEN, QuietStarConfig
 from .layout import ThoughtLayout
 from .modeling import QuietStarForCausalLM, QuietStarOutput
@@ -21,6 +24,7 @@ from .trainer import QuietStarTrainer
 __all__ = [
     "END_TOKEN",
     "START_TOKEN",
+    "QuietStarArguments",
     "QuietStarConfig",
     "QuietStarForCausalLM",
     "QuietStarOutput",

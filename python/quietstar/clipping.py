@@ -70,18 +70,9 @@ class PolicyGradient:
                     self.gradients[parameter] = parameter.grad
                 parameter.grad = other
 
-    def merge(self, scale: float = 1.0) -> Tensor:
-        """Clip, add to ``parameter.grad`` and forget.
-
-        Args:
-            scale: that the losses were multiplied with (of a gradient scaler, for float16).
-
-        Returns:
-            the norm before clipping, a scalar.
-        """
+    def merge(self) -> Tensor:
+        """Clip, add to ``parameter.grad`` and forget; returns the norm before clipping, a scalar."""
         gradients, self.gradients = self.gradients, {}
-        for gradient in gradients.values():
-            gradient.div_(scale)
         norm = total_norm(gradients.values())
         factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         for parameter, gradient in gradients.items():

@@ -46,7 +46,7 @@ class NonFiniteGuard:
         step: int,
         *,
         add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-        overflows: bool = False,
+        scale: float | None = None,
     ) -> bool:
         """Decide about a step, after all its backward passes; if it is skipped, its gradients are gone.
 
@@ -55,8 +55,9 @@ class NonFiniteGuard:
         Args:
             step: its number, from 1.
             add_up: sums a tensor over the processes.
-            overflows: a gradient scaler is at work whose scale was too large; it will lower it, so the
-                step does not count towards the limit.
+            scale: of a gradient scaler (float16), which has to see a gradient that is not finite: it
+                then skips the step itself and lowers its scale. Until that is down to 1, such a step
+                does not count towards the limit.
 
         Raises:
             NonFiniteLoss: at the limit, or at once if the weights themselves are not finite.
@@ -71,8 +72,10 @@ class NonFiniteGuard:
         if not loss_bad and not gradient_bad:
             self.in_a_row = 0
             return False
-        for parameter in parameters:
-            parameter.grad = None
+        overflow = scale is not None and gradient_bad
+        if not overflow:
+            for parameter in parameters:
+                parameter.grad = None
         self.skipped += 1
         what = "loss" if loss_bad else "gradient"
         if not weights_are_finite(parameters):
@@ -80,7 +83,7 @@ class NonFiniteGuard:
                 f"the {what} at step {step} is not finite, nor are the weights; training stopped and the"
                 " last checkpoint is kept"
             )
-        self.in_a_row += not overflows
+        self.in_a_row += not (overflow and scale is not None and scale > 1)
         if self.in_a_row > self.limit:
             row = f" ({self.in_a_row} skipped steps in a row)" if self.in_a_row > 1 else ""
             raise NonFiniteLoss(

@@ -55,11 +55,17 @@ class ObjectiveTrainer(Trainer):
 
     def _check_strategy(self) -> None:
         """Refuse what cannot work, before training."""
-        deepspeed, optim = self.is_deepspeed_enabled, str(self.args.optim)
-        owner = "DeepSpeed" if deepspeed else optim if "lomo" in optim.lower() else None
+        deepspeed, optim = (
+            self.is_deepspeed_enabled,
+            str(getattr(self.args.optim, "value", self.args.optim)),
+        )
+        owner = "DeepSpeed" if deepspeed else optim if "lomo" in optim else None
+        if self.args.fp16:
+            # The scaler looks at one gradient, and would not lower its scale for the other.
+            owner = "fp16 (bf16 works)"
         if owner is not None and self._policy_gradient is not None:
             raise ValueError(
-                f"policy_max_grad_norm is {self._policy_gradient.max_norm} with {owner}, which clips"
+                f"policy_max_grad_norm is {self._policy_gradient.max_norm} with {owner}, which handles"
                 " gradients itself; expected null"
             )
         if deepspeed and self._averages_a_copy():
@@ -133,14 +139,13 @@ class ObjectiveTrainer(Trainer):
         """Put the two clipped gradients together; True if the step has to be skipped."""
         scaler = getattr(self.accelerator, "scaler", None)
         if self._policy_gradient is not None and self._policy_gradient.gradients:
-            scale = 1.0 if scaler is None else float(scaler.get_scale())
-            self._policy_norms.append(self._policy_gradient.merge(scale))
+            self._policy_norms.append(self._policy_gradient.merge())
         several = self.accelerator.num_processes > 1
         return self.guard.skips(
             self.trained_parameters(),
             self.state.global_step + 1,
             add_up=self._reduce if several else lambda tensor: tensor,
-            overflows=scaler is not None and scaler.get_scale() > 1,
+            scale=None if scaler is None else float(scaler.get_scale()),
         )
 
     def _reduce(self, tensor: Tensor) -> Tensor:
