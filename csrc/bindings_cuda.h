@@ -5,3 +5,4 @@
 
 void bind_cuda(pybind11::module_& m);
 void bind_cuda_attention(pybind11::module_& m);  // called by bind_cuda
+void bind_cuda_diagonal(pybind11::module_& m);   // called by bind_cuda_attention

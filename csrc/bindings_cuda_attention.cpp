@@ -114,4 +114,5 @@ void bind_cuda_attention(py::module_& m) {
   m.def("cuda_thought_attention_workspace", &workspace, release);
   m.def("cuda_thought_attention", &forward, release);
   m.def("cuda_thought_attention_backward", &backward, release);
+  bind_cuda_diagonal(m);
 }

@@ -15,6 +15,7 @@ from quietstar_ext import checks
 from quietstar_ext.dispatch import choose_impl
 from quietstar_ext.precision import autocast_inputs, without_autocast
 from quietstar_ext.reference.thought_attention import thought_attention as _reference
+from quietstar_ext.thought_attention_composed import composed_attention, goes_composed
 from quietstar_ext.thought_attention_fused import fused, why_not_fused
 
 
@@ -33,6 +34,7 @@ def thought_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: Literal[False] = False,
+    every_position: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor: ...
 
@@ -52,6 +54,7 @@ def thought_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: Literal[True],
+    every_position: bool = False,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
@@ -70,6 +73,7 @@ def thought_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
+    every_position: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of slot queries over ranged text keys and the keys of their own column.
@@ -103,7 +107,12 @@ def thought_attention(
         sinks: [Hq] float, one more logit in the softmax of every row of that head, which has no
             value and is neither scaled nor capped; or None.
         return_lse: also return the natural logarithm of the softmax denominator.
-        impl: ``"auto"``, ``"fused"`` or ``"reference"``.
+        every_position: the caller's word that every position thinks and sees the whole text before it:
+            M is R·N, text_start 0, and text_stop of column m is ``m // R + 1``. It is not checked (that
+            would wait for the device) and changes no result, but allows ``"composed"``.
+        impl: ``"auto"``, ``"fused"`` (one kernel), ``"composed"`` (stock attention on the text and
+            a kernel for the slots, merged; CUDA only) or ``"reference"``. ``"auto"`` chooses between the
+            two by :func:`quietstar_ext.thought_attention_composed.takes_composed`.
 
     Returns:
         out [B, Hq, Sq, M, D] in q's dtype, and with ``return_lse`` lse [B, Hq, Sq, M] in float32
@@ -114,7 +123,7 @@ def thought_attention(
     Raises:
         TypeError: an argument that must be a tensor is none.
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
-        RuntimeError: ``impl="fused"`` and there is no kernel for this call.
+        RuntimeError: ``impl`` is ``"fused"`` or ``"composed"`` and there is no kernel for this call.
 
     Source: Zelikman et al. 2024 (arXiv 2403.09629), section 4.2, parallel generation.
     """
@@ -124,20 +133,14 @@ def thought_attention(
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     softcap = None if softcap is None else float(softcap)
 
-    if choose_impl("thought_attention", impl, why_not_fused(q)) == "fused":
-        out, lse = fused(
-            q,
-            k_text,
-            v_text,
-            k_thought,
-            v_thought,
-            text_start,
-            text_stop,
-            sinks,
-            scale,
-            sliding_window or 0,
-            float(softcap or 0),
-        )
+    window, cap = sliding_window or 0, softcap or 0.0
+    asked = "fused" if impl == "composed" else impl
+    if choose_impl("thought_attention", asked, why_not_fused(q)) == "fused":
+        tensors = (q, k_text, v_text, k_thought, v_thought, text_start, text_stop, sinks)
+        if goes_composed(impl, q, k_text, k_thought, every_position, window, cap):
+            out, lse = composed_attention(*tensors, scale)
+        else:
+            out, lse = fused(*tensors, scale, window, cap)
         return (out, lse) if return_lse else out
     with without_autocast(q):
         out, lse = _reference(
