@@ -9,8 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import dense, gradients, make
+from families import tiny_decoder
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from quietstar import QuietStarForCausalLM, attention
 from quietstar_ext import thought_attention, use_impl
 from quietstar_ext import thought_attention_composed as composed
 from quietstar_ext.reference.thought_attention import thought_attention as reference
@@ -333,6 +335,51 @@ def test_the_rule_can_be_overruled():
         assert not composed.takes_composed(border, None)
     with pytest.raises(ValueError, match="'other'; expected one of auto"), composed.use_path("other"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("rule", "padding", "expected"),
+    [("all", None, True), ("all", "right", True), ("all", "left", False), ("stride:2", None, False)],
+)
+def test_a_model_promises_what_is_true(monkeypatch, rule, padding, expected):
+    """Every call of a training step that says every_position has such columns."""
+    said = []
+
+    def watch(*tensors, every_position=False, **options):
+        start, stop = tensors[5:7]
+        if tensors[0].shape[2] > 1:  # the packed pass
+            said.append(every_position)
+        if every_position:
+            length, columns = tensors[1].shape[2], stop.shape[1]
+            wanted = torch.arange(columns, dtype=torch.int32) // (columns // length) + 1
+            seen = start < stop  # columns of padding see nothing and nothing reads them
+            assert seen.any() and (start[seen] == 0).all()
+            assert torch.equal(stop[seen], wanted.expand_as(stop)[seen])
+        return thought_attention(*tensors, every_position=every_position, **options)
+
+    monkeypatch.setattr(attention, "thought_attention", watch)
+    model = QuietStarForCausalLM.from_base(
+        tiny_decoder("llama", num_hidden_layers=1),
+        start_token_id=94,
+        end_token_id=95,
+        thought_length=2,
+        talk_length=2,
+        num_rationales=2,
+        think_at=rule,
+    ).train()
+    ids = torch.randint(0, 90, (2, 7))
+    mask = torch.ones_like(ids)
+    if padding is not None:
+        mask[0, slice(0, 2) if padding == "left" else slice(5, 7)] = 0
+    model(ids, attention_mask=mask, labels=ids)
+    assert said == [expected]
+    model(
+        ids,
+        labels=ids,
+        thought_ids=torch.zeros(2, 1, 3, 2).long(),
+        anchors=torch.tensor([[2, 1, 6]] * 2),
+    )
+    assert said == [expected, False]
 
 
 # ---- on a GPU alone

@@ -100,6 +100,7 @@ def _with_thoughts(
         value[:, :, n:].unflatten(2, columns),
         layout.text_start,
         layout.text_stop,
+        every_position=layout.every_position,
         **options,
     )
     return torch.cat([text, slots.flatten(2, 3).transpose(1, 2)], dim=1)

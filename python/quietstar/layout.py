@@ -48,6 +48,8 @@ class ThoughtLayout:
         slot: in phase ``"slot"``, the slot being computed, counted from 0.
         plain_text: True when every text token sees exactly the tokens before it and itself (no left
             padding, no document boundary), so that any ordinary causal kernel may serve the text rows.
+        every_position: True when besides every position has the same number of columns, in order.
+            Columns of padding at the right may then see it; nothing reads them.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class ThoughtLayout:
         *,
         phase: str = "packed",
         plain_text: bool = False,
+        every_position: bool = False,
     ):
         self.text_length = row_start.shape[1]
         self.row_start = row_start
@@ -70,6 +73,7 @@ class ThoughtLayout:
         self.phase = phase
         self.slot = 0
         self.plain_text = plain_text
+        self.every_position = plain_text and every_position
         self.keys: dict[int, LayerKeys] = {}
         self.layers_seen: dict[int, int] = {}
 

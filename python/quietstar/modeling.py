@@ -360,7 +360,14 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
             text_hidden, slot_hidden = thoughts.text_hidden, thoughts.slot_hidden
         else:
             text_hidden, slot_hidden = packed_pass(
-                self.base, config, meta, input_ids, ranges, columns, ids
+                self.base,
+                config,
+                meta,
+                input_ids,
+                ranges,
+                columns,
+                ids,
+                every_position=anchors is None and config.parse_think_at()[0] == "all",
             )
         anchors = columns[:, ::rationales]
         talked = talk(

@@ -330,16 +330,20 @@ def packed_pass(
     anchors: Tensor,
     thought_ids: Tensor | None,
     num_slots: int | None = None,
+    every_position: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Text and slots in one differentiable pass: hidden states [B, N, d] and [B, S, M, d].
 
-    ``num_slots`` stops the columns early (default: all S slots).
+    ``num_slots`` stops the columns early (default: all S slots). ``every_position`` is the caller's word
+    that the anchors are all positions in order, the same number of times each.
     """
     row_start, row_stop, plain = ranges
     count = config.num_slots if num_slots is None else num_slots
     embed = decoder.get_input_embeddings()
     check_length(decoder.config, input_ids.shape[1] + count)
-    layout = ThoughtLayout(row_start, row_stop, anchors, count, plain_text=plain)
+    layout = ThoughtLayout(
+        row_start, row_stop, anchors, count, plain_text=plain, every_position=every_position
+    )
     text = embed(input_ids)
     slots = [
         slot_embeds(config, embed, meta, input_ids, anchors, thought_ids, slot).to(text.dtype)
