@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "quietstar/device.h"
+#include "quietstar/linear_cross_entropy.h"
 #include "quietstar/mixing_head.h"
 #include "quietstar/types.h"
 
@@ -63,6 +64,39 @@ void mixing_head(int dtype, std::int64_t rows, std::int64_t positions, std::int6
   run(call, {device, stream});
 }
 
+void softmax_cross_entropy(Address logits, int dtype, std::int64_t rows, std::int64_t words,
+                           std::int64_t row_stride, Address targets, Address live, Address banned,
+                           double temperature, double softcap, double logit_scale, Address nll,
+                           Address row_weights, int device, Address stream) {
+  quietstar::cuda::SoftmaxCrossEntropy call{};
+  call.logits = pointer<void>(logits);
+  call.dtype = static_cast<quietstar::DType>(dtype);
+  call.rows = rows;
+  call.words = words;
+  call.row_stride = row_stride;
+  call.targets = pointer<const std::int64_t>(targets);
+  call.live = pointer<const unsigned char>(live);
+  call.banned = pointer<const std::uint32_t>(banned);
+  call.temperature = temperature;
+  call.softcap = softcap;
+  call.logit_scale = logit_scale;
+  call.nll = pointer<float>(nll);
+  call.row_weights = pointer<const float>(row_weights);
+  quietstar::cuda::softmax_cross_entropy(call, {device, stream});
+}
+
+void banned_words(Address ids, std::int64_t count, std::int64_t words, Address mask, int device,
+                  Address stream) {
+  quietstar::cuda::banned_words(pointer<const std::int64_t>(ids), count, words,
+                                pointer<std::uint32_t>(mask), {device, stream});
+}
+
+void scale_in_place(Address data, int dtype, std::int64_t count, Address factor, int device,
+                    Address stream) {
+  quietstar::cuda::scale_in_place(pointer<void>(data), static_cast<quietstar::DType>(dtype), count,
+                                  pointer<const float>(factor), {device, stream});
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -78,5 +112,8 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_mixing_tail_backward", &mixing_head<&quietstar::cuda::mixing_tail_backward>, release);
   m.def("cuda_mixing_first_backward", &mixing_head<&quietstar::cuda::mixing_first_backward>,
         release);
+  m.def("cuda_softmax_cross_entropy", &softmax_cross_entropy, release);
+  m.def("cuda_banned_words", &banned_words, release);
+  m.def("cuda_scale_in_place", &scale_in_place, release);
   bind_cuda_attention(m);
 }

@@ -3,8 +3,8 @@
 ``linear_cross_entropy`` returns the loss of every row, ``linear_cross_entropy_sum`` their weighted
 sum. Both take the gradients while the logits are there, so that they need three matrix products
 instead of four: the sum because it knows every row's weight, the other by assuming that all are equal.
-The chunked products are in ``linear_cross_entropy_chunks.py``, the step between them in
-``linear_cross_entropy_softmax.py``.
+The chunked products are in ``linear_cross_entropy_chunks.py`` and ``linear_cross_entropy_cuda.py``,
+the CPU's step between them in ``linear_cross_entropy_softmax.py``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from quietstar_ext.precision import autocast_inputs, compute_dtype, without_auto
 from quietstar_ext.reference.linear_cross_entropy import linear_cross_entropy as _reference
 from quietstar_ext.reference.linear_cross_entropy import linear_cross_entropy_sum as _reference_sum
 
+ACCUMULATE = ("auto", "float32", "parameter")
+
 
 def linear_cross_entropy(
     hidden: torch.Tensor,
@@ -33,6 +35,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    accumulate: str = "auto",
     impl: str = "auto",
 ) -> torch.Tensor:
     """Negative log-likelihood of each row's target under a linear layer and a softmax.
@@ -43,8 +46,8 @@ def linear_cross_entropy(
         nll[r] = log Σ_{v not banned} exp(x[r, v]) - x[r, targets[r]]
 
     Rows whose target is ``ignore_index`` have nll 0 and no gradient, whatever their hidden state
-    holds; the fused path leaves them out, so they cost no product. It works on chunks of rows in at
-    most 64 MiB besides its results (one row at least).
+    holds; the fused path leaves them out, so they cost no product (in a CUDA graph they do). It works
+    on chunks of rows in at most 64 MiB besides its results, on CUDA 256 MiB (one row at least).
 
     Where a gradient will be asked for, the fused path takes it along in the forward pass, as if every
     row counted the same: then a sum or a mean of the rows needs three matrix products in all, and the
@@ -52,17 +55,26 @@ def linear_cross_entropy(
     gradients differ after all, weight's is computed again, of the rows where it is not 0: up to five
     products. Weights that are known before the call belong in ``linear_cross_entropy_sum``.
 
+    On CUDA the host may wait for the device for two things: to leave rows out, and to see whether the
+    incoming gradients are equal (those of ``nll.sum()`` show it without). It does not where the
+    products to save are small, nor in a CUDA graph, which can be captured; there only ``nll.sum()``
+    keeps to three products.
+
     Args:
         hidden: [rows, d], float32, bfloat16, float16 or float64 (reference only).
         weight: [V, d], dtype and device of hidden.
         targets: [rows] int64, in 0 .. V-1 or ``ignore_index``. Checked on the CPU only, where it
-            costs no wait; out of range on CUDA is an error of PyTorch's or undefined.
+            costs no wait. Out of range on CUDA makes the row's nll and the gradients NaN (fused).
         temperature: greater than 0.
         banned: ids [n] that the softmax leaves out: an int64 tensor on hidden's device, a sequence
             of int, or None. The nll of a banned target is inf; not every id may be banned.
         ignore_index: the target that marks a row without a loss.
         softcap: c > 0, or None.
         logit_scale: factor on the logits, before the cap.
+        accumulate: how weight's gradient is summed over chunks of rows, for bfloat16 on CUDA:
+            ``"float32"`` in a buffer of 4·V·d bytes; ``"parameter"`` in bfloat16, rounded once per
+            chunk (8 chunks for 8192 rows onto 128,256 words), without a buffer; ``"auto"`` in
+            float32 where the buffer takes no more than half of the 256 MiB. Else always in float32.
         impl: ``"auto"``, ``"fused"`` or ``"reference"``.
 
     Returns:
@@ -78,15 +90,19 @@ def linear_cross_entropy(
     """
     hidden, weight = autocast_inputs(hidden, weight)
     banned = _check(hidden, weight, targets, temperature, banned, ignore_index, softcap, logit_scale)
+    _check_accumulate(accumulate)
     temperature, logit_scale = float(temperature), float(logit_scale)
     softcap = None if softcap is None else float(softcap)
 
     chosen = choose_impl("linear_cross_entropy", impl, _why_not_fused(hidden))
     with without_autocast(hidden):
         if chosen == "fused":
-            return _fused(
-                hidden, weight, targets, banned, temperature, ignore_index, softcap, logit_scale
+            options = (float(temperature), ignore_index, softcap, float(logit_scale))
+            wanted = _wanted(hidden, weight)
+            nll: torch.Tensor = _LinearCrossEntropy.apply(
+                hidden, weight, targets, banned, options, wanted, accumulate
             )
+            return nll
         return _reference(
             hidden,
             weight,
@@ -111,6 +127,7 @@ def linear_cross_entropy_sum(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     skip_zero_weight: bool = True,
+    accumulate: str = "auto",
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``Σ_r row_weights[r] · nll[r]``, for row weights that are known before the call.
@@ -118,15 +135,16 @@ def linear_cross_entropy_sum(
     A mean over n rows has weights 1/n, a REINFORCE term weights -advantage/count. The fused path
     takes the gradients in the forward pass, row chunk by row chunk, and the backward pass only
     scales them, in place, and not at all if it comes with a gradient of 1: three matrix products. For
-    bfloat16 four, where an fp32 copy of weight does not fit into half of the 64 MiB.
+    bfloat16 on the CPU four, where an fp32 copy of weight does not fit into half of the 64 MiB.
+    On CUDA the host waits once where rows may be left out, as in ``linear_cross_entropy``.
 
     Args:
         row_weights: [rows], float32 or the dtype that hidden is summed in; gets no gradient. Rows
             of weight 0 get no gradient either.
         skip_zero_weight: leave rows of weight 0 out altogether; their nll is then 0. False computes
             their nll.
-        hidden, weight, targets, temperature, banned, ignore_index, softcap, logit_scale, impl: as
-            in ``linear_cross_entropy``.
+        hidden, weight, targets, temperature, banned, ignore_index, softcap, logit_scale,
+            accumulate, impl: as in ``linear_cross_entropy``.
 
     Returns:
         the loss, a scalar with gradients for hidden and weight, and nll [rows] without gradient;
@@ -137,6 +155,7 @@ def linear_cross_entropy_sum(
     """
     hidden, weight = autocast_inputs(hidden, weight)
     banned = _check(hidden, weight, targets, temperature, banned, ignore_index, softcap, logit_scale)
+    _check_accumulate(accumulate)
     temperature, logit_scale = float(temperature), float(logit_scale)
     softcap = None if softcap is None else float(softcap)
     wide = compute_dtype(hidden.dtype)
@@ -148,18 +167,12 @@ def linear_cross_entropy_sum(
     chosen = choose_impl("linear_cross_entropy_sum", impl, _why_not_fused(hidden))
     with without_autocast(hidden):
         if chosen == "fused":
-            return _fused_sum(
-                hidden,
-                weight,
-                targets,
-                row_weights,
-                banned,
-                temperature,
-                ignore_index,
-                softcap,
-                logit_scale,
-                skip_zero_weight,
+            options = (float(temperature), ignore_index, softcap, float(logit_scale), skip_zero_weight)
+            wanted = _wanted(hidden, weight)
+            loss, nll = _LinearCrossEntropySum.apply(
+                hidden, weight, targets, row_weights, banned, options, wanted, accumulate
             )
+            return loss, nll
         return _reference_sum(
             hidden,
             weight,
@@ -206,39 +219,9 @@ def _check(
     return checks.banned_ids(banned, vocabulary, hidden.device)
 
 
-def _fused(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    banned: torch.Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-) -> torch.Tensor:
-    options = (float(temperature), ignore_index, softcap, float(logit_scale))
-    nll: torch.Tensor
-    nll = _LinearCrossEntropy.apply(hidden, weight, targets, banned, options, _wanted(hidden, weight))
-    return nll
-
-
-def _fused_sum(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    row_weights: torch.Tensor,
-    banned: torch.Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    skip_zero_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    options = (float(temperature), ignore_index, softcap, float(logit_scale), skip_zero_weight)
-    loss, nll = _LinearCrossEntropySum.apply(
-        hidden, weight, targets, row_weights, banned, options, _wanted(hidden, weight)
-    )
-    return loss, nll
+def _check_accumulate(accumulate: str) -> None:
+    if accumulate not in ACCUMULATE:
+        raise ValueError(f"accumulate is {accumulate!r}; expected one of {', '.join(ACCUMULATE)}")
 
 
 def _wanted(hidden: torch.Tensor, weight: torch.Tensor) -> tuple[bool, bool]:
@@ -284,6 +267,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         banned: torch.Tensor | None,
         options: tuple[float, int, float | None, float],
         wanted: tuple[bool, bool],
+        accumulate: str,
     ) -> torch.Tensor:
         if not any(wanted):
             return torch.ops.quietstar.linear_cross_entropy_forward(
@@ -291,10 +275,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             )
         ones = torch.ones(hidden.shape[0], dtype=compute_dtype(hidden.dtype), device=hidden.device)
         nll, *gradients = torch.ops.quietstar.linear_cross_entropy_forward_and_backward(
-            hidden, weight, targets, ones, banned, *options, False, *wanted
+            hidden, weight, targets, ones, banned, *options, False, *wanted, accumulate
         )
         _keep(ctx, (gradients[0], gradients[1]), hidden, weight, targets, banned)
-        ctx.options, ctx.wanted = options, wanted
+        ctx.options, ctx.wanted, ctx.accumulate = options, wanted, accumulate
         return nll
 
     @staticmethod
@@ -307,9 +291,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grads[0],
             *(hidden, weight, targets),
             *(gradients or (None, None)),
-            *(banned, *ctx.options, *ctx.wanted),
+            *(banned, *ctx.options, *ctx.wanted, ctx.accumulate),
         )
-        return (*_where(ctx.wanted, results), None, None, None, None)
+        return (*_where(ctx.wanted, results), *(None,) * 5)
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -325,6 +309,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         banned: torch.Tensor | None,
         options: tuple[float, int, float | None, float, bool],
         wanted: tuple[bool, bool],
+        accumulate: str,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # 16-bit gradients are taken for weights of at most 1 and scaled at the end: weights of
         # 1/count would push them below what float16 can hold.
@@ -333,10 +318,11 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             largest = row_weights.abs().amax()
             largest = largest.masked_fill(largest == 0, 1)
         nll, *gradients = torch.ops.quietstar.linear_cross_entropy_forward_and_backward(
-            hidden, weight, targets, row_weights / largest, banned, *options, *wanted
+            *(hidden, weight, targets, row_weights / largest, banned),
+            *(*options, *wanted, accumulate),
         )
         _keep(ctx, (gradients[0], gradients[1]), largest, hidden, weight, targets, row_weights, banned)
-        ctx.options, ctx.wanted = options, wanted
+        ctx.options, ctx.wanted, ctx.accumulate = options, wanted, accumulate
         ctx.mark_non_differentiable(nll)
         return (row_weights * nll.masked_fill(row_weights == 0, 0)).sum(), nll
 
@@ -346,14 +332,15 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         scale = grads[0] * largest
         if gradients is None:
             _, *again = torch.ops.quietstar.linear_cross_entropy_forward_and_backward(
-                hidden, weight, targets, row_weights / largest, banned, *ctx.options, *ctx.wanted
+                *(hidden, weight, targets, row_weights / largest, banned),
+                *(*ctx.options, *ctx.wanted, ctx.accumulate),
             )
             gradients = (again[0], again[1])
         if torch.compiler.is_compiling():
             results = [(gradient * scale).to(hidden.dtype) for gradient in gradients]
         else:
             results = [chunks.scale_(gradient, scale).to(hidden.dtype) for gradient in gradients]
-        return (*_where(ctx.wanted, results), *(None,) * 5)
+        return (*_where(ctx.wanted, results), *(None,) * 6)
 
 
 def _where(wanted: tuple[bool, bool], results: Any) -> list[torch.Tensor | None]:

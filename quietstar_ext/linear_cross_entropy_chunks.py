@@ -1,8 +1,9 @@
-"""The fused path of linear_cross_entropy: row chunks through the framework's GEMM.
+"""The fused path of linear_cross_entropy: its operators, and row chunks through the CPU's GEMM.
 
 A chunk of rows is multiplied with the vocabulary layer, the logits are turned in place into losses
 and into gradients, and the gradients go through the GEMM again before the next chunk takes the same
-memory. Rows that cannot contribute are gathered away first, so they cost no product.
+memory. Rows that cannot contribute are gathered away first, so they cost no product. On a CUDA device
+the same is done by ``linear_cross_entropy_cuda.py``.
 
 On the CPU the logits of a chunk are word-major, ``weight @ hᵀ``, [V, rows]: the products of this
 layout took 3 to 6 per cent less time than those of [rows, V], and the kernel needs no sum across
@@ -27,8 +28,10 @@ from typing import Any
 
 import torch
 
+from quietstar_ext import linear_cross_entropy_cuda as cuda
 from quietstar_ext.linear_cross_entropy_softmax import SoftmaxCrossEntropy
-from quietstar_ext.precision import compute_dtype
+from quietstar_ext.native import DTYPE_CODES, takes_cuda_path
+from quietstar_ext.precision import compute_dtype, gradient_dtype
 
 WORKSPACE_BYTES = 64 * 2**20
 # With 1024 rows, 8192 fp32 logits each no longer leave the 32 MB cache room for the operands: 2048 x 256
@@ -37,7 +40,7 @@ MOST_ROWS = 512
 
 _OPTIONS = "Tensor? banned, float temperature, int ignore_index, float? softcap, float logit_scale"
 _INPUTS = "Tensor hidden, Tensor weight, Tensor targets"
-_WANTED = "bool want_hidden, bool want_weight"
+_WANTED = "bool want_hidden, bool want_weight, str accumulate='auto'"
 
 torch.library.define("quietstar::linear_cross_entropy_forward", f"({_INPUTS}, {_OPTIONS}) -> Tensor")
 torch.library.define(
@@ -50,11 +53,6 @@ torch.library.define(
     f"({_INPUTS}, Tensor row_weights, {_OPTIONS}, bool skip_zero_weight, {_WANTED})"
     " -> (Tensor, Tensor, Tensor)",
 )
-
-
-def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of a weight gradient that will be scaled later: a sum over rows may overflow float16."""
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def forward(
@@ -86,6 +84,7 @@ def forward_and_backward(
     skip_zero_weight: bool,
     want_hidden: bool,
     want_weight: bool,
+    accumulate: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """nll [rows], and the gradients of Σ row_weights · nll for hidden (its dtype) and for weight (its
     ``gradient_dtype``); empty where not wanted."""
@@ -93,7 +92,9 @@ def forward_and_backward(
     if skip_zero_weight:
         live &= row_weights != 0
     softmax = SoftmaxCrossEntropy(hidden, banned, temperature, softcap, logit_scale)
-    return _run(hidden, weight, targets, row_weights, live, softmax, want_hidden, want_weight)
+    return _run(
+        hidden, weight, targets, row_weights, live, softmax, want_hidden, want_weight, accumulate
+    )
 
 
 def backward(
@@ -110,6 +111,7 @@ def backward(
     logit_scale: float,
     want_hidden: bool,
     want_weight: bool,
+    accumulate: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of Σ grad · nll in the dtype of hidden; undefined where not wanted.
 
@@ -119,23 +121,36 @@ def backward(
     live = targets != ignore_index
     fresh = unit_hidden is None or unit_weight is None
     if unit_hidden is not None and unit_weight is not None:
+        factor = _common_factor(grad, live, hidden, weight)
+        if factor is not None:
+            return scale_(unit_hidden, factor), scale_(unit_weight, factor).to(weight.dtype)
         grad = grad.masked_fill(~live, 0)
-        low, high = torch.aminmax(grad[live]) if bool(live.any()) else (grad.new_ones(()),) * 2
-        if low == high:
-            return scale_(unit_hidden, low), scale_(unit_weight, low).to(weight.dtype)
         # Rows differ: a row of hidden's gradient is scaled, the sum for weight is taken again.
         if want_hidden:
             unit_hidden.mul_(grad[:, None])
     softmax = SoftmaxCrossEntropy(hidden, banned, temperature, softcap, logit_scale)
     live &= grad != 0
     _, grad_hidden, grad_weight = _run(
-        hidden, weight, targets, grad, live, softmax, want_hidden and fresh, want_weight
+        *(hidden, weight, targets, grad, live, softmax),
+        *(want_hidden and fresh, want_weight, accumulate),
     )
     return grad_hidden if unit_hidden is None else unit_hidden, grad_weight.to(weight.dtype)
 
 
+def _common_factor(
+    grad: torch.Tensor, live: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor | None:
+    """The one value of grad [rows] in all live rows; None where they differ."""
+    if takes_cuda_path(grad):
+        return cuda.common_factor(grad, live, 4.0 * hidden.shape[0] * weight.numel())
+    low, high = torch.aminmax(grad[live]) if bool(live.any()) else (grad.new_ones(()),) * 2
+    return low if low == high else None
+
+
 def scale_(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Multiply in place; a scale of 1 on the CPU costs nothing (looking on CUDA would wait)."""
+    """Multiply a contiguous tensor in place; a scale of 1 costs nothing."""
+    if takes_cuda_path(tensor) and tensor.dtype in DTYPE_CODES:
+        return cuda.scale_(tensor, scale)
     return tensor if scale.device.type == "cpu" and float(scale) == 1 else tensor.mul_(scale)
 
 
@@ -161,8 +176,14 @@ def _run(
     softmax: SoftmaxCrossEntropy,
     want_hidden: bool,
     want_weight: bool,
+    accumulate: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """nll [rows] and the gradients for hidden and weight (empty if not wanted) of the live rows."""
+    if softmax.fused and takes_cuda_path(hidden):
+        return cuda.run(
+            *(hidden, weight, targets, row_weights, live, softmax),
+            *(want_hidden, want_weight, accumulate),
+        )
     wide = compute_dtype(hidden.dtype)
     chunks = _Chunks(hidden, weight, live, softmax.fused, sums=want_weight)
     new = hidden.new_empty if chunks.all_live else hidden.new_zeros
@@ -322,7 +343,7 @@ def _(hidden, weight, targets, banned, temperature, ignore_index, softcap, logit
 
 @torch.library.register_fake("quietstar::linear_cross_entropy_backward")
 def _(grad, hidden, weight, *rest):  # type: ignore[no-untyped-def]
-    want_hidden, want_weight = rest[-2:]
+    want_hidden, want_weight = rest[8:10]
     return (
         hidden.new_empty(hidden.shape if want_hidden else (0,)),
         weight.new_empty(weight.shape if want_weight else (0,)),
@@ -331,7 +352,7 @@ def _(grad, hidden, weight, *rest):  # type: ignore[no-untyped-def]
 
 @torch.library.register_fake("quietstar::linear_cross_entropy_forward_and_backward")
 def _(hidden, weight, *rest):  # type: ignore[no-untyped-def]
-    want_hidden, want_weight = rest[-2:]
+    want_hidden, want_weight = rest[8:10]
     return (
         hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype)),
         hidden.new_empty(hidden.shape if want_hidden else (0,)),

@@ -12,6 +12,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a sum over rows that will be scaled later: until then it may overflow float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def autocast_inputs(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Cast to autocast's dtype where autocast is on, as it would for the matrix product inside.
 

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "quietstar/device.h"
 #include "quietstar/types.h"
 
 namespace quietstar {
@@ -47,3 +48,38 @@ void softmax_cross_entropy_loss(const SoftmaxCrossEntropy& call);
 void softmax_cross_entropy_gradient(const SoftmaxCrossEntropy& call);
 
 }  // namespace quietstar
+
+namespace quietstar::cuda {
+
+// The same in one pass on a device, for logits of whole rows that lie row by row: nll, and the
+// gradient in place of the logits.
+struct SoftmaxCrossEntropy {
+  void* logits;                 // [rows, words] of dtype; the products x, then the gradient
+  DType dtype;                  // f32, bf16 or f16
+  std::int64_t rows;            // >= 0
+  std::int64_t words;           // 1 .. 2^31 - 65536
+  std::int64_t row_stride;      // elements from one row to the next, >= words
+  const std::int64_t* targets;  // [rows] ids; one outside 0 .. words-1 makes its row NaN
+  const unsigned char* live;  // [rows] or null; a row with 0 has nll 0 and gradient 0, is not read
+  const std::uint32_t* banned;  // a bit per word, as banned_words leaves them, or null
+  double temperature;           // > 0
+  double softcap;               // 0: none
+  double logit_scale;
+  float* nll;                // out [rows]; inf where the target is banned
+  const float* row_weights;  // [rows]; null: the loss alone, the logits stay as they are
+};
+
+// Throws std::invalid_argument for an argument out of range.
+void softmax_cross_entropy(const SoftmaxCrossEntropy& call, const Device& device);
+
+// Sets the bits of the words in ids [count] (any order, repeats allowed, those outside 0 .. words-1
+// are passed over). mask [words / 32 + 2] is zero on entry: bit v % 32 of element v / 32 is word v.
+void banned_words(const std::int64_t* ids, std::int64_t count, std::int64_t words,
+                  std::uint32_t* mask, const Device& device);
+
+// data[i] *= *factor for a factor in device memory. A factor of 1 is found out there, and then
+// nothing is moved.
+void scale_in_place(void* data, DType dtype, std::int64_t count, const float* factor,
+                    const Device& device);
+
+}  // namespace quietstar::cuda
