@@ -12,6 +12,7 @@
 #include "quietstar/device.h"
 #include "quietstar/linear_cross_entropy.h"
 #include "quietstar/mixing_head.h"
+#include "quietstar/sample_tokens.h"
 #include "quietstar/types.h"
 
 namespace py = pybind11;
@@ -97,6 +98,34 @@ void scale_in_place(Address data, int dtype, std::int64_t count, Address factor,
                                   pointer<const float>(factor), {device, stream});
 }
 
+// options: temperature, top_p, min_p, logit_scale, softcap.
+void sample_tokens(Address logits, int dtype, std::int64_t rows, std::int64_t vocab,
+                   std::int64_t row_stride, const std::array<double, 5>& options,
+                   std::int64_t top_k, Address banned, std::int64_t banned_count, Address seed,
+                   std::int64_t offset, Address tokens, Address logprobs, Address workspace,
+                   int device, Address stream) {
+  quietstar::cuda::SampleTokens call{};
+  call.logits = pointer<const void>(logits);
+  call.dtype = static_cast<quietstar::DType>(dtype);
+  call.rows = rows;
+  call.vocab = vocab;
+  call.row_stride = row_stride;
+  call.temperature = options[0];
+  call.top_k = top_k;
+  call.top_p = options[1];
+  call.min_p = options[2];
+  call.logit_scale = options[3];
+  call.softcap = options[4];
+  call.banned = pointer<const std::int64_t>(banned);
+  call.banned_count = banned_count;
+  call.seed = pointer<const std::int64_t>(seed);
+  call.offset = static_cast<std::uint64_t>(offset);
+  call.tokens = pointer<std::int64_t>(tokens);
+  call.logprobs = pointer<float>(logprobs);
+  call.workspace = pointer<void>(workspace);
+  quietstar::cuda::sample_tokens(call, {device, stream});
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -115,5 +144,13 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_softmax_cross_entropy", &softmax_cross_entropy, release);
   m.def("cuda_banned_words", &banned_words, release);
   m.def("cuda_scale_in_place", &scale_in_place, release);
+  m.def("cuda_sample_tokens_workspace",
+        [](int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t banned_count, int device,
+           Address stream) {
+          return quietstar::cuda::sample_tokens_workspace(static_cast<quietstar::DType>(dtype),
+                                                          rows, vocab, banned_count,
+                                                          {device, stream});
+        });
+  m.def("cuda_sample_tokens", &sample_tokens, release);
   bind_cuda_attention(m);
 }

@@ -8,13 +8,15 @@ import torch
 
 from quietstar_ext import checks
 from quietstar_ext.dispatch import choose_impl
-from quietstar_ext.native import why_not_native
+from quietstar_ext.native import takes_cuda_path, why_not_native
 from quietstar_ext.precision import autocast_inputs, without_autocast
 from quietstar_ext.reference.linear_sample import linear_sample as _reference
 from quietstar_ext.sample_tokens import (
     check_sampled,
     check_sampling,
+    cuda_workspace_for,
     sample_tokens_into,
+    sample_tokens_into_cuda,
     seed_tensor,
     workspace_for,
 )
@@ -22,6 +24,12 @@ from quietstar_ext.sample_tokens import (
 # Logits held at a time. The matrix product prepares the weight again for every chunk: with chunks of
 # half the size it was a tenth slower at 2048 x 576 x 32000.
 CHUNK_BYTES = 64 * 2**20
+# On CUDA a chunk of logits that stays in L2 until it is sampled is best, but the product reads the
+# weight again for every chunk: below some 500 rows it waits for that instead of the tensor cores (2
+# operations per row and element, against 200 to 300 per byte that current devices do).
+CUDA_CHUNK_BYTES = 32 * 2**20
+CUDA_CHUNK_ROWS = 512
+CUDA_MOST_BYTES = 256 * 2**20
 
 _SCHEMA = (
     "(Tensor hidden, Tensor weight, float temperature, int top_k, float top_p, float min_p, "
@@ -49,9 +57,9 @@ def linear_sample(
 
     ``logits = softcap(hidden @ weight.T * logit_scale)`` with softcap(x) = c tanh(x / c); the rest is
     :func:`quietstar_ext.sample_tokens`, which describes the options, the random numbers and the
-    results. The fused implementation holds at most 64 MiB of logits (a single row may need more); its
-    product has the dtype of hidden, as the model's own would, and scale and cap are applied in
-    float32.
+    results. The fused implementation holds at most 64 MiB of logits, on CUDA 256 MiB (a single row may
+    need more); its product has the dtype of hidden, as the model's own would, and scale and cap are
+    applied in float32. On CUDA it waits for nothing and can be captured in a graph.
 
     Args:
         hidden: [rows, d] float32, bfloat16, float16, or float64 (reference only).
@@ -134,10 +142,32 @@ def _run_fused(
     logit_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, vocab = hidden.shape[0], weight.shape[0]
-    tokens = torch.empty(rows, dtype=torch.int64)
-    logprobs = torch.empty(rows, dtype=torch.float32)
+    tokens = torch.empty(rows, dtype=torch.int64, device=hidden.device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=hidden.device)
     if banned is not None:
         banned = banned.contiguous()
+    if takes_cuda_path(hidden):
+        per_chunk = cuda_rows_per_chunk(rows, vocab * hidden.itemsize)
+        product = hidden.new_empty(per_chunk, vocab)
+        workspace = cuda_workspace_for(product, per_chunk, vocab, banned)
+        for start in range(0, rows, per_chunk):
+            stop = min(start + per_chunk, rows)
+            sample_tokens_into_cuda(
+                tokens[start:stop],
+                logprobs[start:stop],
+                torch.mm(hidden[start:stop], weight.T, out=product[: stop - start]),
+                temperature,
+                top_k,
+                top_p,
+                min_p,
+                banned,
+                seed,
+                offset + start,
+                workspace,
+                logit_scale,
+                softcap,
+            )
+        return tokens, logprobs
     scaled = softcap is not None or logit_scale != 1
     # Scale and cap need a copy in float32, unless the product has that dtype already.
     copy = 4 if scaled and hidden.dtype != torch.float32 else 0
@@ -169,6 +199,22 @@ def _run_fused(
         )
         check_sampled("hidden", row, start)
     return tokens, logprobs
+
+
+def cuda_rows_per_chunk(rows: int, bytes_per_row: int) -> int:
+    """Rows of logits to hold at a time on CUDA: chunks of whole tiles of the product (128 rows) and
+    about the same size, so that none reads the weight for a few rows."""
+    most = max(
+        CUDA_CHUNK_BYTES // bytes_per_row,
+        min(CUDA_CHUNK_ROWS, CUDA_MOST_BYTES // bytes_per_row),
+        1,
+    )
+    if rows <= most:
+        return max(1, rows)
+    if most < 128:
+        return most
+    chunks = -(-rows // (most // 128 * 128))
+    return -(-rows // (128 * chunks)) * 128
 
 
 def _fake(hidden: torch.Tensor, *options: object, **named: object) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,14 @@ import torch
 
 from quietstar_ext import checks
 from quietstar_ext.dispatch import choose_impl
-from quietstar_ext.native import DTYPE_CODES, native, why_not_native
+from quietstar_ext.native import (
+    DTYPE_CODES,
+    cuda_device,
+    cuda_kernels,
+    native,
+    takes_cuda_path,
+    why_not_native,
+)
 from quietstar_ext.reference.sample_tokens import sample_tokens as _reference
 
 _SCHEMA = (
@@ -47,7 +54,8 @@ def sample_tokens(
         top_p: above 0 and up to 1, which keeps all.
         min_p: 0 (keeps all) to 1.
         banned: int64 tensor [n] or list of token ids never to draw, in any row.
-        seed: int64 number, or an int64 tensor of one element on the device of logits.
+        seed: int64 number, or an int64 tensor of one element on the device of logits. The kernel for
+            CUDA reads the tensor when it runs, so a captured graph draws anew from a new seed in it.
         offset: counter of the first row.
         impl: ``"auto"``, ``"fused"`` or ``"reference"`` (which computes in float64).
 
@@ -134,7 +142,7 @@ def sample_tokens_into(
     offset: int,
     workspace: torch.Tensor,
 ) -> int:
-    """Run the kernel; returns the first row that cannot be sampled, or -1.
+    """Run the CPU kernel; returns the first row that cannot be sampled, or -1.
 
     tokens [rows] int64 and logprobs [rows] float32 are written and must be contiguous; workspace is
     what :func:`workspace_for` returned for this vocabulary.
@@ -160,8 +168,60 @@ def sample_tokens_into(
     )
 
 
+def sample_tokens_into_cuda(
+    tokens: torch.Tensor,
+    logprobs: torch.Tensor,
+    logits: torch.Tensor,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    banned: torch.Tensor | None,
+    seed: torch.Tensor,
+    offset: int,
+    workspace: torch.Tensor,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> None:
+    """Launch the CUDA kernel and return without waiting for it.
+
+    All tensors lie on the device of logits; tokens and logprobs as for :func:`sample_tokens_into`,
+    workspace from :func:`cuda_workspace_for`. Row n draws from
+    ``softcap(logits[n] * logit_scale)`` with the counter ``offset + n``.
+    """
+    cuda_kernels().cuda_sample_tokens(
+        logits.data_ptr(),
+        DTYPE_CODES[logits.dtype],
+        logits.shape[0],
+        logits.shape[1],
+        logits.stride(0),
+        (temperature, top_p, min_p, logit_scale, 0.0 if softcap is None else softcap),
+        top_k,
+        0 if banned is None else banned.data_ptr(),
+        0 if banned is None else banned.numel(),
+        seed.data_ptr(),
+        offset,
+        tokens.data_ptr(),
+        logprobs.data_ptr(),
+        workspace.data_ptr(),
+        *cuda_device(logits),
+    )
+
+
+def cuda_workspace_for(
+    like: torch.Tensor, rows: int, vocab: int, banned: torch.Tensor | None
+) -> torch.Tensor:
+    """Scratch memory on the device of ``like`` for logits of its dtype: some bytes per 500 or 1000
+    tokens of a row where the rows are few, and a bit per token where many are banned."""
+    count = 0 if banned is None else banned.numel()
+    size = cuda_kernels().cuda_sample_tokens_workspace(
+        DTYPE_CODES[like.dtype], rows, vocab, count, *cuda_device(like)
+    )
+    return torch.empty(size, dtype=torch.uint8, device=like.device)
+
+
 def workspace_for(vocab: int) -> torch.Tensor:
-    """Scratch memory for the kernel, all threads together: some 8 bytes per token and thread."""
+    """Scratch memory for the CPU kernel, all threads together: some 8 bytes per token and thread."""
     size = native().sample_tokens_workspace(vocab, torch.get_num_threads())
     return torch.empty(size, dtype=torch.uint8)
 
@@ -185,22 +245,16 @@ def _run(
     rows, vocab = logits.shape
     if logits.stride(1) != 1 and vocab > 1:
         logits = logits.contiguous()
-    tokens = torch.empty(rows, dtype=torch.int64)
-    logprobs = torch.empty(rows, dtype=torch.float32)
-    row = sample_tokens_into(
-        tokens,
-        logprobs,
-        logits,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        None if banned is None else banned.contiguous(),
-        int(seed),
-        offset,
-        workspace_for(vocab),
-    )
-    check_sampled("logits", row)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    if banned is not None:
+        banned = banned.contiguous()
+    options = (tokens, logprobs, logits, temperature, top_k, top_p, min_p, banned)
+    if takes_cuda_path(logits):
+        workspace = cuda_workspace_for(logits, rows, vocab, banned)
+        sample_tokens_into_cuda(*options, seed, offset, workspace)
+    else:
+        check_sampled("logits", sample_tokens_into(*options, int(seed), offset, workspace_for(vocab)))
     return tokens, logprobs
 
 

@@ -49,3 +49,24 @@ def cuda_on_cpu() -> Iterator[ModuleType]:
             yield module
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.cuda_on_cpu),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def kernel_device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device of a test's tensors, where the CUDA kernels run: a GPU, or the CPU with the CUDA
+    sources compiled for it. That they ran there is asserted."""
+    print(f"torch.manual_seed({torch.seed()})")
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device")
+        yield "cuda"
+        return
+    module: ModuleType = request.getfixturevalue("cuda_on_cpu")
+    before = module.launches()
+    yield "cpu"
+    assert module.launches() > before, "no CUDA kernel ran"

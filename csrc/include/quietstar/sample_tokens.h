@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "quietstar/device.h"
 #include "quietstar/types.h"
 
 namespace quietstar {
@@ -40,3 +41,40 @@ std::int64_t sample_tokens_workspace(std::int64_t vocab, int threads);
 std::int64_t sample_tokens(const SampleTokens& call);
 
 }  // namespace quietstar
+
+namespace quietstar::cuda {
+
+// As above, with all memory on the device, and logits that are scaled and capped while they are
+// read: x * logit_scale, then softcap * tanh(that / softcap). A row that cannot be sampled is
+// marked in the outputs alone, and banned ids out of range are ignored: nobody waits for the
+// device.
+struct SampleTokens {
+  const void* logits;
+  DType dtype;
+  std::int64_t rows;
+  std::int64_t vocab;
+  std::int64_t row_stride;
+  double temperature;
+  std::int64_t top_k;
+  double top_p;
+  double min_p;
+  double logit_scale;
+  double softcap;  // 0: none
+  const std::int64_t* banned;
+  std::int64_t banned_count;
+  const std::int64_t* seed;  // [1] key of the generator, read when the kernel runs
+  std::uint64_t offset;
+  std::int64_t* tokens;
+  float* logprobs;
+  void* workspace;  // sample_tokens_workspace(...) bytes, aligned to 16; may be null for none
+};
+
+// Bytes of workspace that sample_tokens needs for up to so many rows.
+std::int64_t sample_tokens_workspace(DType dtype, std::int64_t rows, std::int64_t vocab,
+                                     std::int64_t banned_count, const Device& device);
+
+// Throws std::invalid_argument for an argument out of range, std::runtime_error where a launch
+// fails.
+void sample_tokens(const SampleTokens& call, const Device& device);
+
+}  // namespace quietstar::cuda

@@ -1,0 +1,330 @@
+// One token per row of logits; what is computed stands in quietstar/sample_tokens.h.
+//
+// Many rows: a block of 256 threads per row, one launch. A warp takes a chunk of the row (1024
+// 16-bit logits or 512 of fp32, four 16-byte loads per lane, the next chunk's under way), finds its
+// maximum, adds up its powers of two, and leaves maximum and sum in shared memory. Then the first
+// warp takes one uniform number from Philox, picks a chunk by the running sum of the sums, and
+// reads that chunk alone again to find the token. No noise per element, no sort, nothing per
+// element in memory. Few rows: the first pass is a launch of its own with several blocks per row,
+// which leaves the same maxima and sums in the workspace; the second launch finishes, a block per
+// row.
+//
+// Bytes: vocab elements per row, once (and one chunk of 2 KB again).
+// Operations per element, in issue slots of a multiprocessor (four warps a cycle: at 4.2 TB/s
+// and 1.8 GHz an H200 has 14 per 16-bit element, 29 per fp32 element):
+//   fast   (16-bit logits)  1 conversion, 1/2 maximum, 2 multiply-adds, 1 exp2, 1 addition, and 1
+//   for
+//          what a chunk costs: 6 1/2
+//   exact  (the rest)       1 conversion, 1 maximum, 1 lower limit, 4 for the argument, 6 for the
+//          polynomial, 1 for the exponent, 2 for a sum in double, and 2 for the chunk: 18
+// Where the edges between tokens are must not depend on how they were computed: with V tokens of
+// equal size, errors that move an edge by x of the total change V x of the draws, so 1 in 100,000
+// at 128,000 tokens leaves 10^-10 for x. Sums in fp32 do not have that, nor has the exp2 unit,
+// whose relative error is 2^-22. So fp32 logits are added up exactly from the start, as csrc/cpu
+// does. The sums of 16-bit logits are added up fast, and again exactly for the rows (about one in a
+// hundred where all tokens are equally likely, else fewer) whose number falls too close to an edge:
+// the token is that of the exact sums in either case (see draw()).
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "launch.cuh"
+#include "sample_tokens_draw.cuh"
+#include "sample_tokens_truncate.cuh"
+
+namespace quietstar::cuda {
+namespace {
+
+using namespace sampling;
+
+constexpr double kDoubt = 5e-7;  // see draw()
+// Blocks per multiprocessor that there are registers for; each of their threads has 64 to 128 bytes
+// of loads under way.
+template <class T>
+constexpr int kBlocks = sizeof(T) == 2 ? 4 : 3;
+
+template <class T>
+__global__ __launch_bounds__(kThreads,
+                             kBlocks<T>) void scan_rows(const __grid_constant__ Options o) {
+  QUIETSTAR_SHARED(int, banned, [kFewBanned]);
+  load_banned(o, banned);
+  __syncthreads();
+  const std::int64_t n = blockIdx.y;
+  const Row<T> row = row_of<T>(o, n, banned);
+  const int per_block =
+      (o.max_entries + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
+  const int first = static_cast<int>(blockIdx.x) * per_block;
+  scan<T, false>(row, o, first, min(first + per_block, row.entries), o.sums + n * o.max_entries,
+                 o.maxima + n * o.max_entries);
+}
+
+// Brings the sums to the scale of the row's maximum.
+__device__ __forceinline__ void weigh(const Options& o, int entries, const float* maxima,
+                                      float row_most, double* sums) {
+  const float scale = scale_of(row_most, o);
+  for (int i = static_cast<int>(threadIdx.x); i < entries; i += kThreads) {
+    sums[i] *= power_of_two(scale_of(maxima[i], o) - scale);
+  }
+  __syncthreads();
+}
+
+// What the block of a row keeps in shared memory.
+struct RowState {
+  double sums[kMostEntries];
+  float maxima[kMostEntries];
+  int banned[kFewBanned];
+  float scratch[kThreads / 32];
+  bool decided;
+};
+
+// From the maxima and sums of a row to its token. doubt: of the sums (see draw); 0 for exact ones.
+template <class T>
+QUIETSTAR_NOINLINE __device__ void finish(RowState& state, Bins& bins, Row<T> row, const Options& o,
+                                          std::int64_t n, double doubt) {
+  const int thread = static_cast<int>(threadIdx.x);
+  double* const sums = state.sums;
+  float* const maxima = state.maxima;
+  float row_most = -kInf;
+  for (int i = thread; i < row.entries; i += kThreads) row_most = max_nan(row_most, maxima[i]);
+  row_most = block_reduce<kThreads>(row_most, state.scratch, LargestNan{});
+
+  if (!(fabsf(row_most) < kInf)) {  // NaN, +inf, or nothing is left
+    if (thread == 0) write_row(o, n, -1, kNaN);
+    return;
+  }
+  if (o.greedy) {
+    if (thread < 32) take_largest(row, o, n, maxima, row_most);
+    return;
+  }
+  if (fabsf(row_most) * o.factor > kShiftedFrom) {
+    row.origin = row_most;
+    row_most = 0;
+    rescan(row, o, kLowest, true, sums, maxima);
+    __syncthreads();
+    doubt = 0;
+  }
+  weigh(o, row.entries, maxima, row_most, sums);
+  float floor = kLowest;
+  if (o.truncated) {
+    floor = smallest_kept(bins, row, o, sums, maxima, row_most);
+    __syncthreads();
+    rescan(row, o, floor, false, sums, maxima);
+    __syncthreads();
+    weigh(o, row.entries, maxima, row_most, sums);
+  }
+  if (thread < 32) {
+    const bool done = draw(row, o, n, sums, maxima, row_most, floor, doubt);
+    if (thread == 0) state.decided = done;
+  }
+  if (doubt == 0) return;
+  __syncthreads();
+  if (state.decided) return;
+  rescan(row, o, floor, false, sums, maxima);
+  __syncthreads();
+  weigh(o, row.entries, maxima, row_most, sums);
+  if (thread < 32) draw(row, o, n, sums, maxima, row_most, floor, 0);
+}
+
+template <class T, bool kFast>
+__global__ __launch_bounds__(kThreads,
+                             kBlocks<T>) void sample_rows(const __grid_constant__ Options o) {
+  QUIETSTAR_SHARED(RowState, state, [1]);
+  QUIETSTAR_DYNAMIC_SHARED(memory);
+  load_banned(o, state->banned);
+  __syncthreads();
+  const std::int64_t n = blockIdx.x;
+  const Row<T> row = row_of<T>(o, n, state->banned);
+  if (!kFast && o.sums) {
+    for (int i = static_cast<int>(threadIdx.x); i < row.entries; i += kThreads) {
+      state->sums[i] = o.sums[n * o.max_entries + i];
+      state->maxima[i] = o.maxima[n * o.max_entries + i];
+    }
+  } else {
+    scan<T, kFast>(row, o, 0, row.entries, state->sums, state->maxima);
+  }
+  __syncthreads();
+  finish(*state, *reinterpret_cast<Bins*>(memory), row, o, n, kFast ? kDoubt : 0);
+}
+
+__global__ void clear_bits(unsigned* bits, std::int64_t words) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < words) bits[i] = 0;
+}
+__global__ void set_bits(unsigned* bits, const std::int64_t* ids, std::int64_t count,
+                         std::int64_t vocab) {
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= count) return;
+  const std::int64_t id = ids[i];
+  if (id >= 0 && id < vocab) atomicOr(&bits[id / 32], 1u << (id % 32));
+}
+
+void require(bool fine, const std::string& message) {
+  if (!fine) throw std::invalid_argument(message);
+}
+
+void check(const SampleTokens& call) {
+  const auto text = [](auto x) { return std::to_string(x); };
+  require(call.vocab >= 1 && call.vocab < (std::int64_t{1} << 31),
+          "logits has " + text(call.vocab) + " columns; expected 1 to 2^31 - 1");
+  require(call.rows >= 0 && call.rows < (std::int64_t{1} << 31),
+          "logits has " + text(call.rows) + " rows; expected 0 to 2^31 - 1");
+  require(
+      call.temperature == 0 || (call.temperature >= 1e-30 && call.temperature <= 1e30),
+      "temperature is " + text(call.temperature) + "; expected 0 or a number from 1e-30 to 1e30");
+  require(call.top_k >= 0, "top_k is " + text(call.top_k) + "; expected 0 or more");
+  require(call.top_p > 0 && call.top_p <= 1,
+          "top_p is " + text(call.top_p) + "; expected a number above 0 and up to 1");
+  require(call.min_p >= 0 && call.min_p <= 1,
+          "min_p is " + text(call.min_p) + "; expected a number from 0 to 1");
+  require(call.softcap >= 0, "softcap is " + text(call.softcap) + "; expected 0 or more");
+}
+
+int size_of(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
+}
+std::int64_t quotient_up(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// How a launch is cut up.
+struct Plan {
+  int per_entry, max_entries;
+  std::int64_t parts;  // blocks per row in the first of two launches; 1: there is only one launch
+  std::int64_t words;  // of the bitmap of banned ids; 0: none
+};
+
+Plan plan(DType dtype, std::int64_t rows, std::int64_t vocab, std::int64_t banned_count,
+          const Device& device) {
+  const int pack = 16 / size_of(dtype);
+  const std::int64_t chunks = quotient_up(vocab + pack - 1, 32 * kPacks * pack);
+  Plan plan{};
+  plan.per_entry = static_cast<int>(quotient_up(chunks, kMostEntries));
+  plan.max_entries = static_cast<int>(quotient_up(chunks, plan.per_entry));
+  plan.words = banned_count > kFewBanned ? quotient_up(vocab, 32) : 0;
+  plan.parts = 1;
+  const std::int64_t multiprocessors = cuda::multiprocessors(device);
+  if (rows > 0 && rows < multiprocessors) {
+    // A chunk for each of a block's eight warps, and four blocks per multiprocessor.
+    plan.parts = std::min(quotient_up(plan.max_entries, kThreads / 32),
+                          quotient_up(4 * multiprocessors, rows));
+  }
+  return plan;
+}
+
+// Where the arrays of the workspace begin, in bytes.
+struct Offsets {
+  std::int64_t maxima, bits, end;
+};
+Offsets offsets(const Plan& plan, std::int64_t rows) {
+  const std::int64_t entries = plan.parts > 1 ? rows * plan.max_entries : 0;
+  Offsets at{};
+  at.maxima = entries * static_cast<std::int64_t>(sizeof(double));
+  at.bits = at.maxima + entries * static_cast<std::int64_t>(sizeof(float));
+  at.end = at.bits + plan.words * static_cast<std::int64_t>(sizeof(unsigned));
+  return at;
+}
+
+Options options_of(const SampleTokens& call, const Plan& plan) {
+  Options o{};
+  o.logits = call.logits;
+  o.vocab = call.vocab;
+  o.row_stride = call.row_stride;
+  const double temperature = call.temperature == 0 ? 1 : call.temperature;
+  constexpr double kLog2E = 1.4426950408889634;
+  o.factor = kLog2E / temperature;
+  o.hi = static_cast<float>(o.factor);
+  o.lo = static_cast<float>(o.factor - static_cast<double>(o.hi));
+  o.below_hi = static_cast<double>(o.hi) < o.factor ? o.hi : std::nextafterf(o.hi, 0.0f);
+  o.above_0 = static_cast<float>(o.factor - static_cast<double>(o.below_hi));
+  o.gain = static_cast<float>(call.softcap > 0 ? 2 * kLog2E * call.logit_scale / call.softcap
+                                               : call.logit_scale);
+  o.cap = static_cast<float>(call.softcap);
+  o.transformed = call.softcap > 0 || call.logit_scale != 1;
+  o.greedy = call.temperature == 0;
+  o.top_k = call.top_k < call.vocab ? call.top_k : 0;
+  o.top_p = call.top_p;
+  o.min_p_shift = call.min_p > 0 ? temperature * std::log(call.min_p) : -HUGE_VAL;
+  o.truncated = !o.greedy && (o.top_k > 0 || o.top_p < 1 || call.min_p > 0);
+  o.first_sums = !o.greedy && (!o.truncated || (o.top_p < 1 && o.top_k == 0));
+  // Very high and low temperatures may leave the range of fp32 on the way.
+  const bool usual = o.factor > 1e-4 && o.factor < 1e4;
+  o.fast = usual && call.dtype != DType::f32 && !o.transformed && o.first_sums && !o.truncated &&
+           plan.parts == 1;
+  int vocab_bits = 1;
+  while (call.vocab >> vocab_bits) ++vocab_bits;
+  o.unit = std::ldexp(1.0, 61 - vocab_bits);
+  o.banned = call.banned;
+  o.banned_count = plan.words ? 0 : static_cast<int>(call.banned_count);
+  o.seed = call.seed;
+  o.offset = call.offset;
+  o.tokens = call.tokens;
+  o.logprobs = call.logprobs;
+  o.per_entry = plan.per_entry;
+  o.max_entries = plan.max_entries;
+  char* workspace = static_cast<char*>(call.workspace);
+  const Offsets at = offsets(plan, call.rows);
+  if (plan.parts > 1) {
+    o.sums = reinterpret_cast<double*>(workspace);
+    o.maxima = reinterpret_cast<float*>(workspace + at.maxima);
+  }
+  if (plan.words) o.banned_bits = reinterpret_cast<unsigned*>(workspace + at.bits);
+  return o;
+}
+
+dim3 blocks(std::int64_t count) {
+  return dim3(static_cast<unsigned>(quotient_up(count, kThreads)));
+}
+
+template <class T>
+void launch_rows(const Options& o, std::int64_t rows, std::int64_t parts, const Device& device) {
+  const std::size_t shared = o.truncated ? sizeof(Bins) : 0;
+  if (parts > 1) {
+    launch("sample_tokens, first pass", device, scan_rows<T>,
+           dim3(static_cast<unsigned>(parts), static_cast<unsigned>(rows)), dim3(kThreads), 0, o);
+  }
+  const dim3 grid(static_cast<unsigned>(rows));
+  if constexpr (sizeof(T) == 2) {
+    if (o.fast) {
+      launch("sample_tokens", device, sample_rows<T, true>, grid, dim3(kThreads), shared, o);
+      return;
+    }
+  }
+  launch("sample_tokens", device, sample_rows<T, false>, grid, dim3(kThreads), shared, o);
+}
+
+}  // namespace
+
+std::int64_t sample_tokens_workspace(DType dtype, std::int64_t rows, std::int64_t vocab,
+                                     std::int64_t banned_count, const Device& device) {
+  const auto bytes = [&](std::int64_t count) {
+    return offsets(plan(dtype, count, vocab, banned_count, device), count).end;
+  };
+  // A call with fewer rows needs more where it takes two launches.
+  const std::int64_t most = multiprocessors(device) - 1;
+  return rows > most ? std::max(bytes(rows), bytes(most)) : bytes(rows);
+}
+
+void sample_tokens(const SampleTokens& call, const Device& device) {
+  check(call);
+  if (call.rows == 0) return;
+  const Plan cut = plan(call.dtype, call.rows, call.vocab, call.banned_count, device);
+  const Options o = options_of(call, cut);
+  if (cut.words) {
+    auto* bits = const_cast<unsigned*>(o.banned_bits);
+    launch("sample_tokens, clearing the bitmap", device, clear_bits, blocks(cut.words),
+           dim3(kThreads), 0, bits, cut.words);
+    launch("sample_tokens, banned ids", device, set_bits, blocks(call.banned_count), dim3(kThreads),
+           0, bits, call.banned, call.banned_count, call.vocab);
+  }
+  switch (call.dtype) {
+    case DType::bf16:
+      return launch_rows<BFloat16>(o, call.rows, cut.parts, device);
+    case DType::f16:
+      return launch_rows<Float16>(o, call.rows, cut.parts, device);
+    default:
+      return launch_rows<float>(o, call.rows, cut.parts, device);
+  }
+}
+
+}  // namespace quietstar::cuda
