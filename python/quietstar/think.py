@@ -18,6 +18,7 @@ from quietstar_ext import linear_sample
 
 from .attention import check_layers, check_length
 from .config import QuietStarConfig
+from .graphs import run_slots
 from .layout import LayerKeys, TextRanges, ThoughtLayout, text_positions
 from .parts import WHOLE, BatchPart
 
@@ -230,7 +231,7 @@ def rollout(
     anchors: Tensor | None = None,
     rationales: int = 1,
     temperature: float = 1.0,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     to_the_end: bool = False,
     num_slots: int | None = None,
     part: BatchPart = WHOLE,
@@ -243,7 +244,8 @@ def rollout(
         anchors: [B, A] positions that think; None: what ``config.think_at`` says.
         rationales: R, columns per anchor; they share the text's keys.
         temperature: 0 takes the most likely token.
-        seed: of the counter-based generator; the same seed gives the same thoughts.
+        seed: of the counter-based generator; the same seed gives the same thoughts. A number, or an
+            int64 tensor of one element on the device of the text, which is read there.
         to_the_end: also run the end and talk slots and keep all hidden states.
         num_slots: run no further than this many slots (default: all, with ``to_the_end``).
         part: which part of a larger batch this is; it draws what the larger one would have drawn.
@@ -260,9 +262,8 @@ def rollout(
     steps.keys = keys
     sampled = config.thought_kind == "sampled"
     last = slots if to_the_end else (config.thought_length if sampled else 0)
-    ids, logprobs, kept = slot_steps(
-        decoder, config, meta, input_ids, steps, temperature=temperature, seed=seed, last=last, part=part
-    )
+    options = {"temperature": temperature, "seed": seed, "last": last, "part": part}
+    ids, logprobs, kept = run_slots(slot_steps, decoder, config, meta, input_ids, steps, **options)
     slot_hidden = torch.stack(kept, dim=1) if to_the_end else None
     return Thoughts(anchors, ids, logprobs, text_hidden, slot_hidden)
 
@@ -276,7 +277,7 @@ def slot_steps(
     steps: ThoughtLayout,
     *,
     temperature: float,
-    seed: int,
+    seed: int | Tensor,
     last: int,
     part: BatchPart = WHOLE,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
@@ -285,6 +286,8 @@ def slot_steps(
     Args:
         input_ids: [B, N], for the talk slots.
         steps: a layout in phase ``"slot"`` that has the text's keys.
+        seed: a number, or an int64 tensor [1] on the device.
+        banned: the meta tokens on the device, where the caller has them there already.
 
     Returns:
         tokens and log-probabilities [B, M, T] (None for pause tokens), hidden states [B, M, d] per slot.
@@ -299,6 +302,8 @@ def slot_steps(
         ids = torch.empty(shape, dtype=torch.int64, device=anchors.device)
         logprobs = torch.empty(shape, dtype=torch.float32, device=anchors.device)
     banned = banned_ids(config, anchors.device)
+    if not isinstance(seed, Tensor):
+        seed = torch.full((1,), seed, dtype=torch.int64, device=anchors.device)
     kept: list[Tensor] = []
     for slot in range(last):
         steps.slot = slot
@@ -357,7 +362,11 @@ def packed_pass(
 def banned_ids(config: QuietStarConfig, device: torch.device) -> Tensor:
     """The meta tokens, which no thought may contain."""
     ids = [i for i in (config.start_token_id, config.end_token_id) if i is not None]
-    return torch.tensor(ids, dtype=torch.int64, device=device)
+    # Filled on the device: a copy from a list would wait for it.
+    banned = torch.empty(len(ids), dtype=torch.int64, device=device)
+    for place, token in enumerate(ids):
+        banned[place].fill_(token)
+    return banned
 
 
 @torch.no_grad()
