@@ -110,6 +110,8 @@ def test_every_kernel_passes_the_sanitizers() -> None:
             "pytest",
             "-q",
             "-x",
+            # What a sanitizer prints on its way out must not go down with pytest's capture.
+            "--capture=sys",
             "-m",
             "cuda_on_cpu and not slow",
             "-p",

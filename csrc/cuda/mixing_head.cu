@@ -1,4 +1,4 @@
-// Launches of the mixing head's kernels (mixing_head.cuh): which width of access, how many threads
+// Launches of the mixing head's kernels (mixing_head*.cuh): which width of access, how many threads
 // a row, and how the sums over rows are cut.
 #include <algorithm>
 #include <stdexcept>
@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "launch.cuh"
-#include "mixing_head.cuh"
+#include "mixing_head_backward.cuh"
 
 namespace quietstar::cuda {
 namespace {
