@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,34 +13,17 @@ from quietstar_ext import checks
 from quietstar_ext import linear_cross_entropy_chunks as chunks
 from quietstar_ext import linear_cross_entropy_cuda as cuda
 from quietstar_ext.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
-from quietstar_ext.linear_cross_entropy_cuda import _Kernel, scale_
 from quietstar_ext.linear_cross_entropy_softmax import SoftmaxCrossEntropy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PLAIN: dict[str, Any] = {"temperature": 1.0, "banned": None, "softcap": None, "logit_scale": 1.0}
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 # How the rows that take part are found: looked up by waiting, or all rows worked on, as in a capture.
 WAYS = ["waiting", "capturing"]
 
 
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=pytest.mark.cuda_on_cpu),
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The device of a test's tensors, on which the CUDA kernels run; that they did is asserted."""
-    print(f"torch.manual_seed({torch.seed()})")
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("there is no CUDA device")
-        yield "cuda"
-        return
-    module: ModuleType = request.getfixturevalue("cuda_on_cpu")
-    before = module.launches()
-    yield "cpu"
-    assert module.launches() > before, "no CUDA kernel ran"
+@pytest.fixture
+def device(kernel_device: str) -> str:
+    return kernel_device
 
 
 @pytest.fixture(params=WAYS)
@@ -61,178 +42,6 @@ def made(
     hidden, weight, targets = make(*sizes, dtype=dtype, **options)
     there = [t.detach().to(device).requires_grad_() for t in (hidden, weight)]
     return there[0], there[1], targets.to(device)
-
-
-def unaligned(rows: int, words: int, dtype: torch.dtype, offset: int, gap: int, device: str) -> Tensor:
-    """Random logits that begin ``offset`` elements into memory full of NaN, rows ``gap`` apart."""
-    memory = torch.full((offset + rows * (words + gap) + 16,), torch.nan, dtype=dtype, device=device)
-    logits = memory[offset:][: rows * (words + gap)].view(rows, words + gap)[:, :words]
-    return logits.copy_(torch.randn(rows, words) * 3)
-
-
-#                 rows  words  offset  gap
-LAYOUTS = {
-    "one element": (1, 1, 0, 0),
-    "one pack": (2, 8, 0, 0),
-    "less than a pack": (3, 3, 1, 2),
-    "aligned": (5, 64, 0, 0),
-    "every offset": (19, 301, 3, 0),
-    "padded": (4, 1003, 0, 5),
-    "several loads": (2, 9001, 1, 0),
-}
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_kernel(
-    device: str, options: dict[str, Any], layout: tuple[int, int, int, int], dtype: torch.dtype
-) -> None:
-    """Loss and gradient of logits wherever they lie, against fp64; nothing beside them is written."""
-    rows, words, offset, gap = layout
-    if words * rows > 5000 and device == "cpu" and dtype != torch.bfloat16:
-        rows = min(rows, 3)
-    options = PLAIN | options
-    if options["banned"] is not None:
-        few = [v for v in options["banned"] if v < words - 1] * 2
-        options["banned"] = torch.tensor(few, device=device) if few else None
-    logits = unaligned(rows, words, dtype, offset, gap, device)
-    targets = torch.randint(0, words, (rows,), device=device)
-    targets[: rows // 2] = words - 1
-    row_weights = torch.randn(rows, device=device)
-    live = torch.rand(rows, device=device) < 0.7
-    live[-1] = True
-    check_kernel(logits, targets, row_weights, live, options)
-    memory = torch.empty(0, dtype=dtype, device=device).set_(logits.untyped_storage())
-    assert memory.isnan().sum() == memory.numel() - logits.numel()
-
-
-def check_kernel(
-    logits: Tensor, targets: Tensor, row_weights: Tensor, live: Tensor, options: dict[str, Any]
-) -> None:
-    """Run the kernel on logits, without and with gradient, and compare with fp64."""
-    rows, words = logits.shape
-    exact = logits.double()
-    plain = SoftmaxCrossEntropy(exact, **options)
-    assert not plain.fused
-    wanted, *sums = plain.loss(exact, targets)
-    plain.gradient_(exact, targets, row_weights, *sums)
-    wanted.masked_fill_(~live, 0)
-    exact.masked_fill_(~live[:, None], 0)
-
-    kernel = _Kernel(SoftmaxCrossEntropy(logits, **options), logits.new_empty(words, 1))
-    nll = torch.full((2, rows), torch.nan, device=logits.device)
-    before = logits.clone()
-    kernel(logits, targets, live, nll[0], None)
-    assert torch.equal(logits, before)
-    kernel(logits, targets, live, nll[1], row_weights)
-    for each in nll:
-        torch.testing.assert_close(each.double(), wanted, **CLOSE)
-    rtol = max(3e-5, torch.finfo(logits.dtype).eps)
-    atol = 1e-7 if logits.dtype == torch.float16 else 1e-12
-    # (With softcap, y has the rounding of cap · tanh.)
-    torch.testing.assert_close(logits.double(), exact, rtol=rtol, atol=atol)
-
-
-@pytest.mark.parametrize("order", ["reverse", "shuffled"])
-@pytest.mark.cuda_on_cpu
-def test_kernel_in_any_order_of_threads(cuda_on_cpu: ModuleType, order: str) -> None:
-    """More rows than blocks, so that a block's shared memory is used again; the same bits each time."""
-    logits = torch.randn(40, 203).bfloat16()
-    targets, row_weights = torch.randint(0, 203, (40,)), torch.randn(40)
-    results = []
-    for each in ("forward", order):
-        cuda_on_cpu.set_order(each, 5)
-        x, nll = logits.clone(), torch.full((40,), torch.nan)
-        _Kernel(SoftmaxCrossEntropy(x, torch.tensor([7, 99]), 1.0, None, 1.0), x.T)(
-            x, targets, None, nll, row_weights
-        )
-        results.append((x, nll))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_longer_than_shared_memory(device: str, dtype: torch.dtype) -> None:
-    """What does not stay in shared memory is read again."""
-    words = (164 if device == "cpu" else 300) * 1024 // dtype.itemsize + 4099
-    logits = unaligned(2, words, dtype, 5, 3, device)
-    targets = torch.tensor([words - 40, 40], device=device)
-    options = PLAIN | {"banned": torch.tensor([0, words - 1, words - 30], device=device)}
-    check_kernel(
-        logits,
-        targets,
-        torch.tensor([0.5, -2.0], device=device),
-        torch.tensor([True, True], device=device),
-        options,
-    )
-
-
-@pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
-def test_any_number_of_banned_words(device: str, share: float) -> None:
-    """Including targets: their loss is inf, and their gradient that of the log-sum-exp."""
-    logits = unaligned(9, 709, torch.float32, 2, 1, device)
-    targets = torch.randint(0, 709, (9,), device=device)
-    banned = (torch.rand(709) < share).nonzero()[:, 0]
-    outside = torch.tensor([-1, 709, 720, 2**40])  # neither read nor written past the mask
-    kernel = _Kernel(
-        SoftmaxCrossEntropy(logits, torch.cat([banned, outside]).to(device), 1.0, None, 1.0), logits.T
-    )
-    plain = SoftmaxCrossEntropy(logits.double(), banned.to(device), 1.0, None, 1.0)
-    exact = logits.double()
-    wanted, *sums = plain.loss(exact, targets)
-    plain.gradient_(exact, targets, torch.ones(9, device=device), *sums)
-    nll = torch.full((9,), torch.nan, device=device)
-    kernel(logits, targets, None, nll, torch.ones(9, device=device))
-    torch.testing.assert_close(nll.double(), wanted, **CLOSE)
-    torch.testing.assert_close(logits.double(), exact, rtol=3e-5, atol=1e-12)
-    assert nll.isinf().tolist() == torch.isin(targets.cpu(), banned).tolist()
-
-
-def test_an_almost_certain_target_loses_no_digits(device: str) -> None:
-    """1 - p and -log p near p = 1, where subtracting would leave nothing."""
-    logits = torch.randn(6, 500, device=device)
-    targets = torch.randint(0, 500, (6,), device=device)
-    above = torch.tensor([5.0, 10, 15, 20, 30, 60], device=device)
-    logits.scatter_(1, targets[:, None], above[:, None])
-    others = logits.double().scatter(1, targets[:, None], -torch.inf).logsumexp(1) - above.double()
-    nll = torch.full((6,), torch.nan, device=device)
-    kernel = _Kernel(SoftmaxCrossEntropy(logits, None, 1.0, None, 1.0), logits.T)
-    kernel(logits, targets, None, nll, torch.ones(6, device=device))
-    torch.testing.assert_close(nll.double(), others.exp().log1p(), rtol=1e-5, atol=0)
-    at_target = logits.gather(1, targets[:, None])[:, 0].double()
-    torch.testing.assert_close(at_target, -others.sigmoid(), rtol=1e-5, atol=0)
-
-
-@pytest.mark.parametrize("softcap", [None, 30.0])
-def test_huge_and_infinite_logits(device: str, softcap: float | None) -> None:
-    logits = torch.randn(21, 50, device=device)
-    logits[1] *= 1e30
-    logits[2, 3:40] = -torch.inf
-    logits[4] = -1e38
-    logits[5] = 1e38
-    targets = torch.randint(0, 3, (21,), device=device)
-    live = torch.ones(21, dtype=torch.bool, device=device)
-    check_kernel(logits, targets, torch.ones(21, device=device), live, PLAIN | {"softcap": softcap})
-
-
-def test_a_nan_or_a_wrong_target_stays_in_its_row(device: str) -> None:
-    """A row that takes no part is not even read."""
-    logits = torch.randn(21, 90, device=device)
-    logits[[5, 6], 70] = torch.nan
-    targets = torch.zeros(21, dtype=torch.int64, device=device)
-    targets[8], targets[9] = 90, -100
-    live = torch.ones(21, dtype=torch.bool, device=device)
-    live[6] = False
-    weights = torch.ones(21, device=device)
-    weights[11] = 0
-    nll = torch.full((21,), torch.nan, device=device)
-    kernel = _Kernel(SoftmaxCrossEntropy(logits, None, 1.0, None, 1.0), logits.T)
-    kernel(logits, targets, live, nll, weights)
-    assert nll.isnan().nonzero().flatten().tolist() == [5, 8, 9]
-    assert logits.isnan().any(1).nonzero().flatten().tolist() == [5, 8, 9]
-    assert nll[6] == 0
-    assert nll[11] > 0
-    assert not logits[[6, 11]].any()
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
@@ -513,18 +322,6 @@ def test_chunks_of_the_sizes_that_are_promised() -> None:
         assert not cut.wide
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scale_in_place(device: str, dtype: torch.dtype) -> None:
-    for count, offset in ((0, 0), (1, 1), (5, 3), (3000, 0), (4097, 5)):
-        memory = torch.full((count + offset + 9,), torch.nan, dtype=dtype, device=device)
-        tensor = memory[offset : offset + count].copy_(torch.randn(count))
-        for factor in (0.37, 1.0):
-            wanted = (tensor.float() * torch.tensor(factor, device=device)).to(dtype)
-            scale_(tensor, torch.tensor(factor, device=device))
-            assert torch.equal(tensor, wanted)
-        assert memory.isnan().sum() == offset + 9
-
-
 @pytest.mark.parametrize("banned", [None, [1, 4]], ids=["all", "banned"])
 def test_opcheck(device: str, banned: list[int] | None) -> None:
     hidden, weight, targets = (t.detach() for t in made(device))
@@ -567,25 +364,127 @@ def test_compiles_as_one_graph(device: str, function: str) -> None:
     )
 
 
-@pytest.mark.cuda_on_cpu
-def test_bad_arguments_of_the_kernel(cuda_on_cpu: ModuleType) -> None:
-    def call(words: int = 4, stride: int = 4, temperature: float = 1.0, softcap: float = 0.0) -> None:
-        pointers = (0, 0, 0)
-        cuda_on_cpu.cuda_softmax_cross_entropy(
-            *(0, 0, 1, words, stride, *pointers, temperature, softcap, 1.0, 0, 0, 0, 0)
-        )
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+class TestOnADevice:
+    """What only a device can show."""
 
-    with pytest.raises(ValueError, match="words is 0; expected 1 to"):
-        call(words=0)
-    with pytest.raises(ValueError, match="row_stride is 3; expected at least 4"):
-        call(stride=3)
-    with pytest.raises(ValueError, match="temperature is 0"):
-        call(temperature=0)
-    with pytest.raises(ValueError, match="softcap is -1"):
-        call(softcap=-1)
-    hidden, weight, targets = make(dtype=torch.float32)
-    with pytest.raises(ValueError, match="accumulate is 'float16'; expected one of auto, float32"):
-        linear_cross_entropy(hidden, weight, targets, accumulate="float16")
-    cuda_on_cpu.fail_launch(0)
-    with pytest.raises(RuntimeError, match="injected launch failure"):
-        linear_cross_entropy(hidden, weight, targets, impl="fused")
+    def test_nothing_waits_in_a_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Below the size that is worth a wait, and for a sum's gradients at any size."""
+        hidden, weight, targets = made("cuda", 500, 64, 1000)
+        row_weights = torch.rand(500, device="cuda")
+        banned = torch.tensor([1, 4], device="cuda")
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            nll = linear_cross_entropy(hidden, weight, targets, banned=banned, impl="fused")
+            (nll * row_weights).sum().backward()
+            loss, _ = linear_cross_entropy_sum(hidden, weight, targets, row_weights, impl="fused")
+            (3 * loss).backward()
+            take("capturing", monkeypatch)
+            linear_cross_entropy(hidden, weight, targets, impl="fused").sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("accumulate", ["float32", "parameter"])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_graph(self, dtype: torch.dtype, accumulate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A captured step follows its inputs: other targets, other rows without loss or weight."""
+        monkeypatch.setattr(cuda, "WAIT_FOR_FLOP", 0)  # capturing alone must keep it from waiting
+        monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 300 * 1088 * dtype.itemsize)
+        hidden, weight, targets = made("cuda", 1000, 64, 1003, dtype=dtype)
+        row_weights = torch.rand(1000, device="cuda")
+
+        def step() -> list[Tensor]:
+            options: dict[str, Any] = {"softcap": 20.0, "accumulate": accumulate, "impl": "fused"}
+            loss, nll = linear_cross_entropy_sum(hidden, weight, targets, row_weights, **options)
+            rows = linear_cross_entropy(hidden, weight, targets, **options)
+            total = loss + (rows * row_weights).sum() + rows.sum()
+            return [loss, nll, rows, *torch.autograd.grad(total, (hidden, weight))]
+
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            step()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        for _ in range(3):
+            with torch.no_grad():
+                hidden.normal_()
+                weight.normal_()
+                row_weights.uniform_().mul_(torch.rand_like(row_weights) < 0.5)
+                targets.random_(0, 1003)
+                targets.masked_fill_(torch.rand_like(row_weights) < 0.3, -100)
+            graph.replay()
+            got = [t.clone() for t in captured]
+            eps = max(1e-5, 4 * torch.finfo(dtype).eps)
+            for a, b in zip(got, step(), strict=True):
+                torch.testing.assert_close(a, b, rtol=eps, atol=eps * float(b.abs().max()))
+
+    def test_another_stream(self) -> None:
+        hidden, weight, targets = made("cuda", 3000, 256, 5000)
+        wanted = linear_cross_entropy(hidden, weight, targets, impl="fused")
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            doubled = (hidden * 2).detach()
+            got = linear_cross_entropy(doubled / 2, weight, targets, impl="fused")
+        stream.synchronize()
+        torch.testing.assert_close(got, wanted)
+
+    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second CUDA device")
+    def test_another_device(self) -> None:
+        inputs = made("cpu", 300, 64, 1000)
+        results = []
+        for device in ("cuda:0", "cuda:1"):
+            hidden, weight = (t.detach().to(device).requires_grad_() for t in inputs[:2])
+            nll = linear_cross_entropy(hidden, weight, inputs[2].to(device), impl="fused")
+            results.append(
+                [nll.cpu(), *(g.cpu() for g in torch.autograd.grad(nll.sum(), (hidden, weight)))]
+            )
+        torch.testing.assert_close(*results)
+
+    @pytest.mark.parametrize("vocabulary", [32_000, 128_256])
+    def test_large_shapes(self, vocabulary: int) -> None:
+        """At the sizes of real models, in bfloat16, against fp64 on a few rows and words."""
+        hidden, weight, targets = made("cuda", 4100, 1024, vocabulary, dtype=torch.bfloat16)
+        with torch.no_grad():
+            weight.div_(32)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        row_weights = torch.rand(4100, device="cuda")
+        loss, nll = linear_cross_entropy_sum(hidden, weight, targets, row_weights, impl="fused")
+        extra = torch.cuda.max_memory_allocated() - before - hidden.nbytes - weight.nbytes
+        assert extra <= 256 * 2**20 + 2**22
+        grads = torch.autograd.grad(loss, (hidden, weight))
+        rows = torch.randperm(4100)[:50]
+        logits = hidden.detach()[rows].double() @ weight.detach().double().T
+        live = (targets[rows] != -100).double()
+        picked = targets[rows].clamp(min=0)[:, None]
+        true = (logits.logsumexp(1) - logits.gather(1, picked)[:, 0]) * live
+        torch.testing.assert_close(nll[rows].double(), true, rtol=1e-2, atol=2e-2)
+        p = logits.softmax(1).scatter_add(1, picked, -torch.ones_like(picked).double())
+        true_grad = (p * (live * row_weights[rows])[:, None]) @ weight.detach().double()
+        error = (grads[0][rows].double() - true_grad).norm() / true_grad.norm()
+        assert error < 1e-2
+        assert float(grads[1].float().norm()) > 0
+
+    def test_more_than_2_31_logits(self) -> None:
+        """The kernel on one tile of 4.3 GB: its last rows are those of a small tile."""
+        rows, words = 17_000, 128_256
+        assert rows * words > 2**31
+        logits = torch.empty(rows, words, dtype=torch.bfloat16, device="cuda").normal_()
+        targets = torch.randint(0, words, (rows,), device="cuda")
+        row_weights = torch.rand(rows, device="cuda")
+        last = slice(rows - 3, rows)
+        alone = logits[last].clone()
+        softmax = SoftmaxCrossEntropy(logits, None, 1.0, None, 1.0)
+        nll = torch.full((rows,), torch.nan, device="cuda")
+        kernel = cuda._Kernel(softmax, logits.T)
+        kernel(logits, targets, None, nll, row_weights)
+        nll_alone = torch.full((3,), torch.nan, device="cuda")
+        kernel(alone, targets[last], None, nll_alone, row_weights[last])
+        assert torch.equal(logits[last], alone)
+        assert torch.equal(nll[last], nll_alone)
+        assert nll.isfinite().all()
