@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, GenerationMixin
 
 from .attention import check_length
 from .config import QuietStarConfig
+from .graphs import run_slots
 from .layout import LayerKeys, ThoughtLayout, text_ranges
 from .output import QuietStarOutput
 from .think import banned_ids, depth_of_end, output_head, slot_steps
@@ -192,7 +193,8 @@ def _think(
     layout.keys = cached_keys(cache, rows, total)
     if temperature:
         seed = int(torch.randint(2**62, ()))
-    ids, _, kept = slot_steps(
+    ids, _, kept = run_slots(
+        slot_steps,
         model.base,
         config,
         model.thought_embedding(config.embedding_scale),

@@ -262,8 +262,18 @@ def rollout(
     steps.keys = keys
     sampled = config.thought_kind == "sampled"
     last = slots if to_the_end else (config.thought_length if sampled else 0)
-    options = {"temperature": temperature, "seed": seed, "last": last, "part": part}
-    ids, logprobs, kept = run_slots(slot_steps, decoder, config, meta, input_ids, steps, **options)
+    ids, logprobs, kept = run_slots(
+        slot_steps,
+        decoder,
+        config,
+        meta,
+        input_ids,
+        steps,
+        temperature=temperature,
+        seed=seed,
+        last=last,
+        part=part,
+    )
     slot_hidden = torch.stack(kept, dim=1) if to_the_end else None
     return Thoughts(anchors, ids, logprobs, text_hidden, slot_hidden)
 
