@@ -24,7 +24,7 @@ struct Shape {
   constexpr int threads() const { return warps * 32; }
 };
 constexpr Shape forward_shape(int bytes, int size) {
-  if (bytes == 4) return {4, 1, 32};
+  if (bytes == 4) return {4, 1, size <= 128 ? 32 : 16};
   return size <= 128 ? Shape{4, 2, 32} : Shape{8, 1, 32};
 }
 constexpr Shape row_gradient_shape(int bytes, int size) {
@@ -352,7 +352,8 @@ __device__ __forceinline__ float tanh_of(float x) {
     return tanhf(x);
   } else {
     // 1 - 2 / (1 + e^2x): off by some 2^-23 of 1, which is little beside the 16-bit inputs.
-    return 1 - __fdividef(2.0f, 1 + fast_exp2(fminf(x * (2 * kLog2E), 126.0f)));
+    const float exponent = x * (2 * kLog2E);
+    return 1 - __fdividef(2.0f, 1 + fast_exp2(exponent > 125 ? 125 : exponent));  // a NaN stays
   }
 }
 

@@ -51,15 +51,18 @@ struct KeyGradients {
     const float* lse = reinterpret_cast<const float*>(constants + 2 * kRows);
     const float* delta = lse + kRows;
 
+    // Under a cap, ds needs the tanh once more. In 16 bits it is exact enough to find it from its
+    // weight, and no register holds it all the while.
+    constexpr bool kHoldScores = kOfKeys && sizeof(T) == 4;
+    float scores[1][kHoldScores ? kGroups : 1][2][4];
     float p[1][kGroups][2][4];
     multiply_rows<kSize, false>(p, k, q, 0, a.precise);
-    float slope[1][kGroups][2][4];
 #pragma unroll
     for (int j = 0; j < kGroups * 8; ++j) {
       const int row = j / 4 * 8 + lane % 4 * 2 + j % 2;
       float& here = p[0][j / 8][j / 4 % 2][j % 4];
       const float x = score_of<T>(a, here);
-      if (kOfKeys) slope[0][j / 8][j / 4 % 2][j % 4] = x;
+      if (kHoldScores) scores[0][j / 8][j / 4 % 2][j % 4] = x;
       here = exp2_of<T>(x * a.outer - lse[row]);
     }
     if (masked) {
@@ -80,9 +83,13 @@ struct KeyGradients {
         const int row = j / 4 * 8 + lane % 4 * 2 + j % 2;
         float& here = ds[0][j / 8][j / 4 % 2][j % 4];
         const float weight = p[0][j / 8][j / 4 % 2][j % 4];
-        const float x = slope[0][j / 8][j / 4 % 2][j % 4];
         here = weight * (here - delta[row]);
-        if (a.scores == Scores::capped) here *= 1 - x * x;
+        if (a.scores == Scores::capped) {
+          const float x = kHoldScores
+                              ? scores[0][j / 8 % (kHoldScores ? kGroups : 1)][j / 4 % 2][j % 4]
+                              : (log2f(weight) + lse[row]) / a.outer;
+          here *= 1 - x * x;
+        }
         if (weight == 0) here = 0;  // masked: dout.v may be anything
       }
       add_weighted<kSize, false>(dk, ds, q, 0, a.precise);
