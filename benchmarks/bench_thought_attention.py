@@ -15,6 +15,15 @@ model; Hkv8 D64 has no grouped heads to share a key with; Hkv2 N512 D64 is long 
 Steps, one query slot: a rollout (all columns at once) against the dense mask and the flash kernel on
 the text, and generation (one column) against plain attention over the same keys.
 
+On a GPU, bf16: packed passes of N = 256, 1024 and 4096 columns, 15 slots, 32 heads of 128 on 8 key heads
+(those of Mistral 7B and Llama 3 8B), against
+
+- the stock kernels (flash, cuDNN) on the text prefix alone, as above; the best of them counts,
+- compiled flex_attention with a block mask over [text, slots],
+- the dense mask, up to N = 1024; beyond, it needs more memory than there is,
+
+and the steps of a rollout and of generation. Keys and values are those of the packed layout.
+
 GFLOP counted: 4 D per row and key seen in the forward pass, 10 D in the backward pass.
 """
 
@@ -26,27 +35,39 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import compare, show, write
+from benchmarks import DEVICE, compare, device, finished, show, write
 from quietstar_ext import thought_attention
 
 #          B  Hq Hkv  N   S   D
 PACKED = [(1, 8, 4, 256, 15, 32), (1, 8, 8, 256, 15, 64), (1, 8, 2, 512, 15, 64)]
 #         B  Hq Hkv  N    M   Sk  D
 STEPS = [(1, 8, 4, 256, 256, 5, 32), (1, 8, 2, 512, 512, 10, 64), (1, 32, 8, 2048, 1, 10, 128)]
+ON_GPU = DEVICE.type == "cuda"
+#             B  Hq  Hkv N     S   D
+GPU_PACKED = [(1, 32, 8, 256, 15, 128), (1, 32, 8, 1024, 15, 128), (1, 32, 8, 4096, 15, 128)]
+#            B   Hq Hkv  N     M    Sk  D
+GPU_STEPS = [(1, 32, 8, 1024, 1024, 8, 128), (1, 32, 8, 4096, 1, 10, 128), (64, 32, 8, 2048, 1, 10, 128)]
+STOCK = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+MOST_DENSE = 1024
+on_cpu = pytest.mark.skipif(ON_GPU, reason="the shapes of a CPU")
+on_gpu = pytest.mark.skipif(not ON_GPU, reason="there is no CUDA device")
 Contestants = dict[str, Callable[[], object]]
 _tables: dict[str, Any] = {}
 
 
 def inputs(b: int, hq: int, hkv: int, n: int, sq: int, sk: int, m: int, d: int) -> list[Tensor]:
     shapes = [(hq, sq, m), (hkv, n), (hkv, n), (hkv, sk, m), (hkv, sk, m)]
-    return [torch.randn(b, *shape, d, requires_grad=True) for shape in shapes]
+    dtype = torch.bfloat16 if ON_GPU else torch.float32
+    drawn = (torch.randn(b, *shape, d, device=DEVICE, dtype=dtype) for shape in shapes)
+    return [t.requires_grad_() for t in drawn]
 
 
 def ranges(b: int, n: int, m: int) -> tuple[Tensor, Tensor]:
     """Columns at every position, or one at the end."""
-    stop = torch.arange(n - m + 1, n + 1, dtype=torch.int32).expand(b, m).contiguous()
+    stop = torch.arange(n - m + 1, n + 1, dtype=torch.int32, device=DEVICE).expand(b, m).contiguous()
     return torch.zeros_like(stop), stop
 
 
@@ -54,9 +75,9 @@ def with_dense_mask(tensors: list[Tensor], stop: Tensor) -> tuple[Callable[[], T
     """Mask, keys and values over [text, slot 1, ..., slot S], made beforehand; heads repeated."""
     q, k_text, v_text, k_thought, v_thought = (t.detach() for t in tensors)
     (_, hq, sq, m, _), (n, sk) = q.shape, (k_text.shape[2], k_thought.shape[2])
-    slots = torch.ones(sq, sk, dtype=torch.bool).tril(sk - sq)
-    diagonals = slots[:, None, :, None] & torch.eye(m, dtype=torch.bool)[:, None]
-    text = (torch.arange(n) < stop[0][:, None]).expand(sq, m, n)
+    slots = torch.ones(sq, sk, dtype=torch.bool, device=DEVICE).tril(sk - sq)
+    diagonals = slots[:, None, :, None] & torch.eye(m, dtype=torch.bool, device=DEVICE)[:, None]
+    text = (torch.arange(n, device=DEVICE) < stop[0][:, None]).expand(sq, m, n)
     mask = torch.cat([text, diagonals.flatten(2)], -1).flatten(0, 1)
     group = hq // k_text.shape[1]
     rows = [
@@ -79,6 +100,43 @@ def flash_on_text(tensors: list[Tensor]) -> tuple[Callable[[], Tensor], list[Ten
     return lambda: scaled_dot_product_attention(*leaves, is_causal=True), leaves
 
 
+def by_stock_backend(
+    run: tuple[Callable[[], Tensor], list[Tensor]], backend: SDPBackend
+) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    forward, leaves = run
+
+    def chosen() -> Tensor:
+        with sdpa_kernel(backend):
+            return forward()
+
+    return chosen, leaves
+
+
+def with_flex(tensors: list[Tensor]) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """flex_attention over [text, slot 1, ..., slot S] for columns at every position, compiled; the
+    block mask is made beforehand."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    q, k_text, v_text, k_thought, v_thought = (t.detach() for t in tensors)
+    (_, _, sq, m, _), (n, sk) = q.shape, (k_text.shape[2], k_thought.shape[2])
+
+    def seen(batch: Tensor, head: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        slot, column = row // m, row % m
+        other = key - n
+        same = (other >= 0) & (other % m == column) & (other // m <= slot + sk - sq)
+        return torch.where(key < n, key <= column, same)
+
+    mask = create_block_mask(seen, None, None, sq * m, n + sk * m, device=DEVICE, _compile=True)
+    rows = [
+        q.flatten(2, 3),
+        torch.cat([k_text, k_thought.flatten(2, 3)], 2),
+        torch.cat([v_text, v_thought.flatten(2, 3)], 2),
+    ]
+    leaves = [t.contiguous().requires_grad_() for t in rows]
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(*leaves, block_mask=mask, enable_gqa=True), leaves
+
+
 def backward_of(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], object]:
     out = forward()
     grad = torch.randn_like(out)
@@ -93,17 +151,17 @@ def both(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], ob
 def report(
     benchmark: Any, title: str, runs: Contestants, rounds: int, gflop: float | None = None
 ) -> None:
-    benchmark.pedantic(next(iter(runs.values())), rounds=rounds, warmup_rounds=1)
-    results = compare(runs, rounds=rounds)
+    benchmark.pedantic(finished(next(iter(runs.values()))), rounds=rounds, warmup_rounds=1)
+    # A backward pass runs on the stream of its forward pass, which no capture has seen.
+    graph = "backward" not in title
+    results = device.compare(dict(runs), rounds, graph=graph) if ON_GPU else compare(runs, rounds)
     benchmark.extra_info.update({name: row["times_ours"] for name, row in results.items()})
-    show(title, results)
-    if gflop is not None:
-        best = next(iter(results.values()))["best_ms"]
-        print(f"  {gflop:.2f} GFLOP, {gflop / best * 1e3:.0f} GFLOP/s at best")
+    show(title, results, gflop=gflop)
     _tables[title] = results
     write("thought_attention", _tables)
 
 
+@on_cpu
 @pytest.mark.parametrize("part", ["forward", "backward", "forward + backward"])
 @pytest.mark.parametrize("shape", PACKED, ids=str)
 def bench_packed(benchmark: Any, shape: tuple[int, ...], part: str) -> None:
@@ -134,7 +192,37 @@ def bench_packed(benchmark: Any, shape: tuple[int, ...], part: str) -> None:
     report(benchmark, title, runs, 5 if part != "backward" else 9, keys * times * d / 1e9)
 
 
-@pytest.mark.parametrize("shape", STEPS, ids=str)
+@on_gpu
+@pytest.mark.parametrize("part", ["forward", "backward"])
+@pytest.mark.parametrize("shape", GPU_PACKED, ids=str)
+def bench_packed_on_gpu(benchmark: Any, shape: tuple[int, ...], part: str) -> None:
+    b, hq, hkv, n, s, d = shape
+    tensors = inputs(b, hq, hkv, n, s, s, n, d)
+    start, stop = ranges(b, n, n)
+
+    def fused() -> Tensor:
+        return thought_attention(*tensors, start, stop, impl="fused")
+
+    everyone = {"fused": (fused, tensors)}
+    for name, backend in STOCK.items():
+        everyone[f"{name} on the text prefix"] = by_stock_backend(flash_on_text(tensors), backend)
+    everyone["flex_attention, block mask"] = with_flex(tensors)
+    if n <= MOST_DENSE:
+        everyone["dense mask"] = with_dense_mask(tensors, stop)
+    wanted = everyone["flex_attention, block mask"][0]().detach().float()
+    torch.testing.assert_close(fused().flatten(2, 3).float(), wanted, atol=3e-2, rtol=3e-2)
+    make = backward_of if part == "backward" else lambda forward, leaves: forward
+    runs: Contestants = {name: make(*each) for name, each in everyone.items()}
+    keys = b * hq * s * n * ((n + 1) / 2 + (s + 1) / 2)
+    title = f"thought_attention {part}, B{b} Hq{hq} Hkv{hkv} N{n} S{s} D{d} bfloat16"
+    report(benchmark, title, runs, 15, keys * (10 if part == "backward" else 4) * d / 1e9)
+    best = min(row["ms"] for name, row in _tables[title].items() if "prefix" in name)
+    print(f"  {_tables[title]['fused']['ms'] / best:.2f} times the best stock kernel on the prefix")
+    if part == "forward":
+        print(f"  {device.peak_mb(fused):.0f} MB beyond the inputs, of which out is the most")
+
+
+@pytest.mark.parametrize("shape", GPU_STEPS if ON_GPU else STEPS, ids=str)
 def bench_step(benchmark: Any, shape: tuple[int, ...]) -> None:
     b, hq, hkv, n, m, sk, d = shape
     tensors = [t.detach() for t in inputs(b, hq, hkv, n, 1, sk, m, d)]
@@ -150,5 +238,6 @@ def bench_step(benchmark: Any, shape: tuple[int, ...]) -> None:
         k, v = (torch.cat([tensors[i], tensors[i + 2].flatten(2, 3)], 2) for i in (1, 2))
         runs["plain attention"] = lambda: scaled_dot_product_attention(rows, k, v, enable_gqa=True)
     with torch.no_grad():
-        title = f"thought_attention step, B{b} Hq{hq} Hkv{hkv} N{n} M{m} Sk{sk} D{d} float32"
+        dtype = str(tensors[0].dtype).removeprefix("torch.")
+        title = f"thought_attention step, B{b} Hq{hq} Hkv{hkv} N{n} M{m} Sk{sk} D{d} {dtype}"
         report(benchmark, title, runs, 15)
