@@ -13,6 +13,23 @@ import quietstar_ext
 from quietstar_ext import native
 
 SIMD_LEVELS = ("generic", "avx2", "avx512")
+# Cases of a test that run under the sanitizers, which take ten times as long.
+MOST_SANITIZED = 5
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Under the sanitizers every test runs, but of many cases only some, spread over all of them."""
+    if not cuda_sources.SANITIZED:
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = set()
+    for of_one in cases.values():
+        step = max(1.0, len(of_one) / MOST_SANITIZED)
+        kept |= {of_one[int(i * step)] for i in range(min(len(of_one), MOST_SANITIZED))}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(params=SIMD_LEVELS)

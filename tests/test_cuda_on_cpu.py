@@ -100,9 +100,13 @@ def line_of(name: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(cuda_sources.SANITIZED, reason="starts the sanitized processes")
 def test_every_kernel_passes_the_sanitizers() -> None:
     """The tests of the kernels again, with both sanitizers watching every access."""
+    tests = cuda_sources.REPOSITORY / "tests"
+    files = [str(f) for f in sorted(tests.glob("test_*.py")) if "cuda_on_cpu" in f.read_text()]
+    files += [str(f) for f in sorted(tests.glob("test_*.py")) if "kernel_device" in f.read_text()]
     done = subprocess.run(
         [
             sys.executable,
@@ -116,6 +120,7 @@ def test_every_kernel_passes_the_sanitizers() -> None:
             "cuda_on_cpu and not slow",
             "-p",
             "no:cacheprovider",
+            *dict.fromkeys(files),
         ],
         cwd=cuda_sources.REPOSITORY,
         env=cuda_sources.sanitized_environment(),
