@@ -226,8 +226,6 @@ def _run(
 class _Chunks:
     """How the work is cut: chunks of live rows of equal size whose logits fit the workspace.
 
-    Finding the live rows waits for the device once.
-
     Attributes:
         all_live: every row is live, and chunks are slices; otherwise they are index tensors.
         second_pass: the weight's gradient is summed in blocks of ``words`` words, in a second pass.

@@ -420,6 +420,7 @@ def test_asking_for_a_kernel_that_is_not_there():
         ({"banned": torch.zeros(2)}, "banned has dtype float32; expected int64"),
         ({"row_weights": torch.ones(12)}, r"row_weights has shape \[12\]; expected \[11\]"),
         ({"row_weights": torch.ones(11).long()}, "row_weights has dtype int64"),
+        ({"accumulate": "float16"}, "accumulate is 'float16'; expected one of auto, float32"),
         ({"impl": "kernel"}, "impl is 'kernel'"),
     ],
 )

@@ -8,8 +8,9 @@
 //   pass, which writes the gradient, reads it from there, and the rest of the row again, from L2.
 //   So the only barrier of a row is the one that joins the threads' sums.
 // Bytes: the loss reads an element once. The gradient reads and writes it once; of a row that is
-//   longer than shared memory (227 KB on sm_90: 116,000 words in bf16) it reads the rest twice.
-// Operations: 10 instructions an element in both passes, 2 of them exp2; with a softcap about 40, 6
+//   longer than shared memory (227 KB on sm_90: 115,000 words in bf16) it reads the rest twice.
+// Operations: some 12 instructions an element in both passes, 2 of them exp2; with a softcap about
+// 40, 6
 //   of them by the special-function unit, which then bounds the rate rather than memory.
 //
 // The target is left out of the running sum. So 1 - p of a target that is almost certain is the sum
