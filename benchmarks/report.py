@@ -19,6 +19,7 @@ EVERYTHING = Path(__file__).parent / "RESULTS.md"
 # What README shows; the rest is in RESULTS.md.
 HIGHLIGHTS = (
     "training step",
+    "slot step",
     "thought_attention forward + backward",
     "linear_cross_entropy, forward and backward, 2048 x 256 onto 8192 float32",
     "linear_cross_entropy, forward and backward, 2048 x 1024 onto 32000 float32",
@@ -58,6 +59,8 @@ def render(results: dict[str, Any], highlights: tuple[str, ...] | None = None) -
             (_, ours), *others = table.items()
             cells = [f"{name} {_times(row, ours)}" for name, row in others]
             memory = f", {ours['peak_mb']:.0f} MB" if "peak_mb" in ours else ""
+            if "utilisation" in ours:
+                memory += f", {ours['utilisation']:.0%} of a matrix product's rate"
             lines.append(f"| {work} | {ours['ms']:.1f} ms{memory} | {'; '.join(cells)} |")
     return "\n".join(lines)
 

@@ -54,7 +54,7 @@ PATHS = ("auto", "fused", "composed")
 # and compute. The composed path writes the text part and reads it again, backward it copies out and
 # its gradient if there are several rationales and sums the text gradients of all slots: work linear in
 # N. The stock kernel's advantage, if it has one, is a share of the quadratic part.
-# benchmarks/bench_thought_attention.py times both; take the length from which it is ahead.
+# benchmarks/bench_attention_paths.py times both and prints the length from which it is ahead.
 COMPOSED_FROM_TEXT_LENGTH = 2048
 
 _MOST_SIZE = 256  # of a head, in the stock kernel and in ours

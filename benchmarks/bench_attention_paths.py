@@ -1,0 +1,117 @@
+"""thought_attention on a GPU: the fused kernel against stock flash attention plus the diagonal kernel.
+
+Both serve a training step in which every position thinks; which of them takes it is decided by the
+length of the text alone (``quietstar_ext.thought_attention_composed.takes_composed``), and the last
+table says where this device would set ``COMPOSED_FROM_TEXT_LENGTH``: the shortest text from which the
+composed path is ahead, forward and backward together, at every longer length that was tried.
+
+Shapes: the heads of Mistral-7B and Llama-3.1-8B (32 over 8, size 128), 15 slots, bf16; one rationale
+and two, because the composed path copies more where there are several. ``flash on the text`` is the
+stock kernel's part alone, as the composed path calls it: neither can be expected to be faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import compare, show, write
+from benchmarks.device import DEVICE
+from quietstar_ext import thought_attention, thought_attention_composed
+
+LENGTHS = (256, 512, 1024, 2048, 4096)
+Table = dict[str, dict[str, float]]
+_tables: dict[str, Any] = {}
+
+
+def inputs(length: int, rationales: int, heads: tuple[int, int], slots: int, size: int) -> list[Tensor]:
+    """q, keys and values as a model leaves them, heads next to each other, and the ranges."""
+    q_heads, kv_heads = heads
+    columns = length * rationales
+
+    def rows(count: int, *sizes: int) -> Tensor:
+        made = torch.randn(1, *sizes, count, size, device=DEVICE).bfloat16()
+        return made.movedim(-2, 1).requires_grad_()
+
+    text = [rows(kv_heads, length) for _ in range(2)]
+    thought = [rows(kv_heads, slots, columns) for _ in range(2)]
+    stop = torch.arange(columns, dtype=torch.int32, device=DEVICE)[None] // rationales + 1
+    return [rows(q_heads, slots, columns), *text, *thought, torch.zeros_like(stop), stop]
+
+
+def paths(
+    length: int,
+    rationales: int,
+    heads: tuple[int, int] = (32, 8),
+    slots: int = 15,
+    size: int = 128,
+    rounds: int = 15,
+) -> dict[str, Table]:
+    """Both paths and the stock kernel's part, forward and forward with backward."""
+    tensors = inputs(length, rationales, heads, slots, size)
+    leaves = tensors[:5]
+    dout = torch.randn_like(leaves[0])
+
+    def forward(impl: str) -> Callable[[], Tensor]:
+        return lambda: thought_attention(*tensors, every_position=True, impl=impl)
+
+    def both(impl: str) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(forward(impl)(), leaves, dout)
+
+    def flash(backward: bool) -> Callable[[], object]:
+        q, k, v = (t.detach() for t in leaves[:3])
+        k, v = (t[0].expand(slots, -1, -1, -1) for t in (k, v))
+        rows = [q[0, :, :, r::rationales].transpose(0, 1) for r in range(rationales)]
+        grads = [dout[0, :, :, r::rationales].transpose(0, 1).contiguous() for r in range(rationales)]
+
+        def run() -> None:
+            for row, grad in zip(rows, grads, strict=True):
+                out, lse = thought_attention_composed._stock_forward(row, k, v, size**-0.5)
+                if backward:
+                    thought_attention_composed._stock_backward(grad, row, k, v, out, lse, size**-0.5)
+
+        return run
+
+    with torch.no_grad():
+        found = {
+            "forward": compare(
+                {
+                    "fused": forward("fused"),
+                    "composed": forward("composed"),
+                    "flash on the text": flash(False),
+                },
+                rounds,
+            )
+        }
+    runs = {"fused": both("fused"), "composed": both("composed"), "flash on the text": flash(True)}
+    return found | {"forward + backward": compare(runs, rounds)}
+
+
+def border(tables: dict[int, Table]) -> int | None:
+    """The shortest length from which the composed path is ahead at it and all longer ones."""
+    best = None
+    for length in sorted(tables, reverse=True):
+        if tables[length]["composed"]["times_ours"] >= 1:
+            break
+        best = length
+    return best
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
+@pytest.mark.parametrize("rationales", [1, 2])
+def bench_paths(rationales: int) -> None:
+    """All lengths, and from which on the composed path should be taken."""
+    steps: dict[int, Table] = {}
+    for length in LENGTHS:
+        for part, table in paths(length, rationales).items():
+            title = f"thought_attention paths, {part}, N{length} R{rationales} S15 Hq32 Hkv8 D128 bf16"
+            show(title, table)
+            _tables[title] = table
+            if part != "forward":
+                steps[length] = table
+    print(f"  composed is ahead from N = {border(steps)} on ({rationales} rationales)")
+    write("attention_paths", _tables)
