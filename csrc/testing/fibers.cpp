@@ -1,8 +1,7 @@
 // Scheduler of the fibers; see fibers.h. One fiber per thread of the block, reused from block to
-// block and from launch to launch. Switching is setjmp and longjmp, which, other than swapcontext,
-// need no system call; under the address sanitizer it is swapcontext, which the sanitizer can
-// follow.
-#include <setjmp.h>
+// block and from launch to launch. Switching is the compiler's own setjmp and longjmp: other than
+// swapcontext they need no system call, and other than the C library's the address sanitizer does
+// not put a pass over the whole stack before them. It is told of every switch instead.
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -38,6 +37,10 @@ struct Copy {
   std::vector<unsigned char> bytes;
 };
 
+struct Jump {
+  void* buffer[5];  // what __builtin_setjmp needs
+};
+
 struct Fiber {
   Self self{};
   State state = State::left;
@@ -49,7 +52,7 @@ struct Fiber {
 
   char* stack = nullptr;
   ucontext_t context{};
-  jmp_buf jump;
+  Jump jump;
   bool started = false;
   void* fake_stack = nullptr;
 };
@@ -103,8 +106,7 @@ struct World {
   int fail_in = -1;
   std::int64_t launches = 0;
 
-  jmp_buf scheduler;
-  ucontext_t scheduler_context{};
+  Jump scheduler;
   const void* scheduler_stack = nullptr;
   std::size_t scheduler_stack_bytes = 0;
 };
@@ -119,22 +121,43 @@ std::string show(Place place) {
 }
 
 // ---- switching
-void to_scheduler() {
-  Fiber& fiber = *world.current;
+#define QUIETSTAR_PLAIN __attribute__((noinline, no_sanitize("address", "undefined")))
+
+[[noreturn]] QUIETSTAR_PLAIN void jump(Jump& there) {
+  __builtin_longjmp(there.buffer, 1);
+}
+// Leaves for `there`, or for a fiber's beginning, and returns when something jumps to `here`.
+QUIETSTAR_PLAIN void change(Jump& here, Jump& there, const ucontext_t* beginning) {
+  if (__builtin_setjmp(here.buffer) != 0) return;
+  if (beginning) setcontext(beginning);
+  jump(there);
+}
+
+// Tells the sanitizer of the switch to another stack, and that it happened.
+void leave_stack(void** fake_stack, const void* next, std::size_t bytes) {
 #if QUIETSTAR_ASAN
-  __sanitizer_start_switch_fiber(&fiber.fake_stack, world.scheduler_stack,
-                                 world.scheduler_stack_bytes);
-  swapcontext(&fiber.context, &world.scheduler_context);
-  __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
+  __sanitizer_start_switch_fiber(fake_stack, next, bytes);
 #else
-  if (_setjmp(fiber.jump) == 0) _longjmp(world.scheduler, 1);
+  (void)fake_stack, (void)next, (void)bytes;
+#endif
+}
+void enter_stack(void* fake_stack, const void** previous, std::size_t* bytes) {
+#if QUIETSTAR_ASAN
+  __sanitizer_finish_switch_fiber(fake_stack, previous, bytes);
+#else
+  (void)fake_stack, (void)previous, (void)bytes;
 #endif
 }
 
+void to_scheduler() {
+  Fiber& fiber = *world.current;
+  leave_stack(&fiber.fake_stack, world.scheduler_stack, world.scheduler_stack_bytes);
+  change(fiber.jump, world.scheduler, nullptr);
+  enter_stack(fiber.fake_stack, nullptr, nullptr);
+}
+
 void fiber_main() {
-#if QUIETSTAR_ASAN
-  __sanitizer_finish_switch_fiber(nullptr, &world.scheduler_stack, &world.scheduler_stack_bytes);
-#endif
+  enter_stack(nullptr, &world.scheduler_stack, &world.scheduler_stack_bytes);
   for (;;) {
     (*world.body)();
     world.current->state = State::left;
@@ -142,21 +165,14 @@ void fiber_main() {
   }
 }
 
-__attribute__((noinline)) void run(Fiber& fiber) {
+void run(Fiber& fiber) {
   world.current = &fiber;
-#if QUIETSTAR_ASAN
-  void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, fiber.stack, kStackBytes);
+  const ucontext_t* beginning = fiber.started ? nullptr : &fiber.context;
   fiber.started = true;
-  swapcontext(&world.scheduler_context, &fiber.context);
-  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
-#else
-  if (_setjmp(world.scheduler) == 0) {
-    if (fiber.started) _longjmp(fiber.jump, 1);
-    fiber.started = true;
-    setcontext(&fiber.context);
-  }
-#endif
+  void* fake_stack = nullptr;
+  leave_stack(&fake_stack, fiber.stack, kStackBytes);
+  change(world.scheduler, fiber.jump, beginning);
+  enter_stack(fake_stack, nullptr, nullptr);
   world.current = nullptr;
 }
 
