@@ -80,8 +80,10 @@ struct RowState {
 
 // From the maxima and sums of a row to its token. doubt: of the sums (see draw); 0 for exact ones.
 template <class T>
-QUIETSTAR_NOINLINE __device__ void finish(RowState& state, Bins& bins, Row<T> row, const Options& o,
-                                          std::int64_t n, double doubt) {
+QUIETSTAR_NOINLINE __device__ void finish(RowState& state, Bins& bins, const Options& o,
+                                          double doubt) {
+  const std::int64_t n = blockIdx.x;
+  Row<T> row = row_of<T>(o, n, state.banned);
   const int thread = static_cast<int>(threadIdx.x);
   double* const sums = state.sums;
   float* const maxima = state.maxima;
@@ -144,7 +146,7 @@ __global__ __launch_bounds__(kThreads,
     scan<T, kFast>(row, o, 0, row.entries, state->sums, state->maxima);
   }
   __syncthreads();
-  finish(*state, *reinterpret_cast<Bins*>(memory), row, o, n, kFast ? kDoubt : 0);
+  finish<T>(*state, *reinterpret_cast<Bins*>(memory), o, kFast ? kDoubt : 0);
 }
 
 __global__ void clear_bits(unsigned* bits, std::int64_t words) {
