@@ -1,7 +1,12 @@
 """sample_tokens against what PyTorch offers for the same draw.
 
-512 rows x 32000 columns: one rollout step of a batch with a Llama-2-sized vocabulary.
-64 x 152064: a Qwen-sized one, whose rows do not fit in a 512 KB cache.
+On a CPU
+- 512 x 32000: one rollout step of a batch with a Llama-2-sized vocabulary.
+- 64 x 152064: a Qwen-sized one, whose rows do not fit in a 512 KB cache.
+On a GPU
+- 4096 x 32000 and 2048 x 128256, the vocabularies of Mistral 7B and Llama 3: rollout steps, many rows.
+- 64 x 128256 and 1 x 128256: generation, few rows.
+The bytes counted are one read of the logits.
 """
 
 from __future__ import annotations
@@ -13,12 +18,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import compare, show, write
+from benchmarks import DEVICE, compare, finished, show, write
 from quietstar_ext import sample_tokens
 
-SHAPES = [(512, 32_000), (64, 152_064)]
+ON_GPU = DEVICE.type == "cuda"
+SHAPES = (
+    [(4096, 32_000), (2048, 128_256), (64, 128_256), (1, 128_256)]
+    if ON_GPU
+    else [(512, 32_000), (64, 152_064)]
+)
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32} if ON_GPU else {"float32": torch.float32}
 TRUNCATIONS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "banned": {"banned": [1, 2]},
     "top_k 50, top_p 0.9": {"top_k": 50, "top_p": 0.9},
     "top_p 0.9": {"top_p": 0.9},
     "min_p 0.05": {"min_p": 0.05},
@@ -28,31 +40,44 @@ _tables: dict[str, Any] = {}
 
 
 def contestants(logits: Tensor, options: dict[str, Any]) -> dict[str, Callable[[], object]]:
-    def gumbel() -> Tensor:
-        return torch.nn.functional.gumbel_softmax(logits, hard=True).argmax(-1)
+    seed = torch.ones(1, dtype=torch.int64, device=logits.device)
+    if "banned" in options:
+        options = {"banned": torch.tensor(options["banned"], device=logits.device)}
+
+    def gumbel(logits: Tensor) -> Tensor:
+        noise = torch.empty_like(logits, dtype=torch.float32).exponential_()
+        return (logits.float() - noise.log()).argmax(-1)
 
     def multinomial() -> Tensor:
-        return torch.multinomial(logits.softmax(-1), 1)
+        return torch.multinomial(logits.softmax(-1, dtype=torch.float32), 1)
 
-    return {
-        "sample_tokens": lambda: sample_tokens(logits, seed=1, impl="fused", **options),
+    found: dict[str, Callable[[], object]] = {
+        "sample_tokens": lambda: sample_tokens(logits, seed=seed, impl="fused", **options),
         "log_softmax": lambda: logits.log_softmax(-1),
+        "argmax": lambda: logits.argmax(-1),
         "softmax + multinomial": multinomial,
-        "gumbel_softmax(hard=True)": gumbel,
+        "gumbel_softmax(hard=True)": lambda: torch.nn.functional.gumbel_softmax(
+            logits, hard=True
+        ).argmax(-1),
     }
+    if ON_GPU:
+        compiled = torch.compile(gumbel)
+        found["torch.compile of Gumbel argmax"] = lambda: compiled(logits)
+    return found
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", TRUNCATIONS)
-def bench_sample_tokens(benchmark: Any, name: str, shape: tuple[int, int]) -> None:
-    logits = torch.randn(shape) * 2
+def bench_sample_tokens(benchmark: Any, name: str, shape: tuple[int, int], dtype: str) -> None:
+    logits = (torch.randn(shape, device=DEVICE) * 2).to(DTYPES[dtype])
     runs = contestants(logits, TRUNCATIONS[name])
-    benchmark(runs["sample_tokens"])
+    benchmark(finished(runs["sample_tokens"]))
     if name != "plain":  # the others do not truncate: compared once, with the cheapest
         runs = {key: runs[key] for key in ("sample_tokens", "log_softmax")}
     results = compare(runs, rounds=9)
     benchmark.extra_info.update({key: row["times_ours"] for key, row in results.items()})
-    title = f"sample_tokens, {shape[0]} x {shape[1]} float32, {name}"
+    title = f"sample_tokens, {shape[0]} x {shape[1]} {dtype}, {name}"
     show(title, results, logits.nbytes / 1e6)
     _tables[title] = results
     write("sample_tokens", _tables)
