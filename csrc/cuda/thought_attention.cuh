@@ -223,7 +223,9 @@ __device__ __forceinline__ void find_spans(const Arguments& a, const Pair& pair,
     const int* first = seen_by + 2 * i * kRows;
     const int* mine = first + warp * kWarpRows;
     const Span all = span_of_rows(first, first + kRows, kRows);
-    const Span own = span_of_rows(mine, mine + kRows, kWarpRows);
+    Span own = span_of_rows(mine, mine + kRows, kWarpRows);
+    // A warp without rows, as in generation, has nothing to multiply.
+    if (first_row + warp * kWarpRows >= a.rows) own = {kFar, 0, kFar, 0};
     if (threadIdx.x == 0) spans[i] = all;
     if (threadIdx.x % 32 == 0) spans[2 + 2 * warp + i] = own;
   }

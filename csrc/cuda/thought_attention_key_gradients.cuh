@@ -185,8 +185,10 @@ __global__ void __launch_bounds__(KeyGradients<T, kSize, kPass>::kThreads)
       end = all.first + (all.last - all.first) * (part + 1) / a.parts;
     }
   }
+  // From the last rows to the first: a causal mask lets the last ones see every tile, so the tiles
+  // of a head begin with the same rows and read them from L2.
   const auto next = [&](int j) {
-    while (!slots && j < end && !(ranges[j].x < keys.end && ranges[j].y > keys.begin)) ++j;
+    while (!slots && j >= begin && !(ranges[j].x < keys.end && ranges[j].y > keys.begin)) --j;
     return j;
   };
   const auto load = [&](int j, int turn) {
@@ -213,18 +215,18 @@ __global__ void __launch_bounds__(KeyGradients<T, kSize, kPass>::kThreads)
   T* my_k = k + warp * 16 * kSize;
   T* my_v = v + warp * 16 * kSize;
   const int key = keys.begin + warp * 16;
-  int j = next(begin), turn = 0;
-  if (j < end) {
+  int j = next(end - 1), turn = 0;
+  if (j >= begin) {
     load(j, 0);
     if (thread < kRows) put(row_constants(a, pair, base + j * kRows + thread, slots), 0);
   }
   commit_copies();
-  while (j < end) {
+  while (j >= begin) {
     wait_for_copies<0>();
     __syncthreads();  // these rows are there, and nobody reads the ones before them any more
-    j = next(j + 1);
+    j = next(j - 1);
     RowConstants coming{};
-    if (j < end) {
+    if (j >= begin) {
       load(j, turn ^ 1);
       // They arrive while the products are taken.
       if (thread < kRows) coming = row_constants(a, pair, base + j * kRows + thread, slots);
@@ -237,7 +239,7 @@ __global__ void __launch_bounds__(KeyGradients<T, kSize, kPass>::kThreads)
       tile.add(a, my_k, my_v, q + r * kSize, q + (kRows + r) * kSize, here + r, key);
     }
     turn ^= 1;
-    if (j < end && thread < kRows) put(coming, turn);
+    if (j >= begin && thread < kRows) put(coming, turn);
   }
   wait_for_copies<0>();
   __syncthreads();  // for a tile that no row sees, its own copies are waited for here
