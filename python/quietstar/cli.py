@@ -55,6 +55,18 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="no progress bars")
     train.set_defaults(run=_train)
 
+    plan = commands.add_parser(
+        "plan",
+        help="what of a recipe fits GPUs of a given size",
+        description="Count the memory and the operations of a recipe's step, and what fits a GPU: batch"
+        " size, gradient checkpointing, adapters, several GPUs. Reads no weights (docs/scaling.md).",
+        epilog="example: quietstar plan mistral-7b-lora --gpu-memory 24G",
+    )
+    plan.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    plan.add_argument("settings", metavar="KEY=VALUE", nargs="*", help="changes to the recipe")
+    plan.add_argument("--gpu-memory", metavar="SIZE", default="24G", help="of a GPU (default: 24G)")
+    plan.set_defaults(run=_plan)
+
     merge = commands.add_parser(
         "merge",
         help="make a model of an adapter and its decoder",
@@ -250,6 +262,12 @@ def _train(args: argparse.Namespace) -> int:
     from quietstar.train import main as run
 
     return run(recipe, output, args)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from quietstar.plan_table import main as run
+
+    return run(args)
 
 
 def _merge(args: argparse.Namespace) -> int:

@@ -1,0 +1,319 @@
+"""What a training step needs: bytes and operations, and what of a recipe fits a GPU.
+
+The formulas are those of docs/scaling.md, counted for decoders with RMSNorm and a gated MLP (Llama,
+Mistral, Qwen, ...) and checked against measured peaks by tests/test_plan.py. A step's rows are
+``L = B (N + S M)``: B texts of N tokens, S slots for each of M columns (M = anchors x rationales).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from quietstar.config import QuietStarConfig
+
+# Rows of logits that the loss works on at a time, and the bytes they may take (linear_cross_entropy).
+CHUNK_ROWS, CHUNK_BYTES = 512, 64 * 2**20
+# What a GPU has in use before the first tensor, and what an allocator loses to gaps.
+CONTEXT_BYTES, GAPS = 0.8e9, 1.06
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A decoder in numbers: widths, layers, parameters."""
+
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    query: int
+    key: int
+    vocabulary: int
+    body: int
+    embeddings: int
+    head_dim: int
+    linear: int
+
+    @property
+    def mixing(self) -> int:
+        """Parameters of mixing head and thought embeddings."""
+        return 3 * self.width**2 + 5 * self.width
+
+    @property
+    def all(self) -> int:
+        """Every parameter."""
+        return self.body + self.embeddings + self.mixing
+
+
+def decoder_sizes(config: PretrainedConfig) -> Sizes:
+    """Count a decoder from its configuration; no weight is made."""
+    with torch.device("meta"):
+        decoder = AutoModelForCausalLM.from_config(config)
+    embeddings = {id(p): p for p in decoder.get_input_embeddings().parameters()}
+    embeddings |= {id(p): p for p in decoder.get_output_embeddings().parameters()}
+    every = sum(p.numel() for p in {id(p): p for p in decoder.parameters()}.values())
+    outer = sum(p.numel() for p in embeddings.values())
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    linear = sum(m.weight.numel() for m in decoder.base_model.modules() if isinstance(m, nn.Linear))
+    return Sizes(
+        width=config.hidden_size,
+        inner=config.intermediate_size,
+        layers=config.num_hidden_layers,
+        heads=heads,
+        query=heads * head_dim,
+        key=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
+        vocabulary=config.vocab_size,
+        body=every - outer,
+        embeddings=outer,
+        head_dim=head_dim,
+        linear=linear,
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a step is run.
+
+    Args:
+        batch, length: B texts of N tokens on a device.
+        precision: ``float32``, ``bfloat16`` (weights and all), or ``autocast`` (fp32 weights, or a
+            frozen decoder in bf16, computing in bf16).
+        checkpointing: gradient checkpointing of the layers.
+        rank: of adapters, None: everything is trained.
+        quantized: the frozen decoder's linear layers are in 4 bits.
+        processes: GPUs; sharded: FSDP2 over them, otherwise DDP.
+        optimizer_bytes: Adam's states per trained parameter, None: two in the parameters' dtype.
+    """
+
+    batch: int
+    length: int
+    precision: str = "float32"
+    checkpointing: bool = False
+    rank: int | None = None
+    quantized: bool = False
+    processes: int = 1
+    sharded: bool = False
+    optimizer_bytes: float | None = None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many rows each part of a step has."""
+
+    text: int
+    columns: int
+    packed: int
+    talk: int
+    base: int
+    scored: int
+
+    @staticmethod
+    def of(config: QuietStarConfig, step: Step) -> Rows:
+        rule, number = config.parse_think_at()
+        share = 1 / number if rule == "stride" else number
+        sampled = config.thought_kind == "sampled"
+        rationales = config.num_rationales if sampled else 1
+        anchors = max(1, round(step.length * share)) if config.thinks else 0
+        text, columns = step.batch * step.length, step.batch * anchors * rationales
+        return Rows(
+            text=text,
+            columns=columns,
+            packed=text + config.num_slots * columns,
+            talk=config.talk_length * columns,
+            base=step.batch * (step.length - 1),
+            scored=config.thought_length * columns if sampled else 0,
+        )
+
+
+def _layer_row(sizes: Sizes, step: Step) -> float:
+    """Bytes that one layer keeps for the backward pass, per row."""
+    d, q, kv, ff = sizes.width, sizes.query, sizes.key, sizes.inner
+    s = 4 if step.precision == "float32" else 2
+    # Of two norms: input, normalised, scaled. In bf16 the input is kept in fp32; under autocast all but
+    # what the linear layers take, which is cast once for each of them (q, k, v; gate, up).
+    norms = {"float32": 24 * d, "bfloat16": 16 * d, "autocast": 26 * d}[step.precision]
+    # Queries, keys and values; the attention's output twice; gate, its activation, up, their product.
+    kept = norms + s * (3 * q + 2 * kv + 4 * ff) + 4 * (sizes.heads + 2)
+    if step.rank is not None:
+        # A frozen scale needs no normalised input; the seven low-rank products are kept.
+        kept += 7 * step.rank * s - 2 * d * (2 if step.precision == "bfloat16" else 4)
+    return kept
+
+
+def _transient_row(sizes: Sizes, step: Step) -> float:
+    """Bytes of gradients at the widest place of a layer's backward pass, per row."""
+    s = 4 if step.precision == "float32" else 2
+    # Under autocast the residual's gradient takes the place of an output that is not made again.
+    return 2 * sizes.inner * s + (0 if step.precision == "autocast" else s * sizes.width)
+
+
+def activation_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float:
+    """The peak of one step over weights and optimiser states, gradients included."""
+    rows = Rows.of(config, step)
+    d, v = sizes.width, sizes.vocabulary
+    s = 4 if step.precision == "float32" else 2
+    wide = 2 if step.precision == "bfloat16" else 4
+    trained = _trained(sizes, step)
+    gradient = wide if step.rank is None else 4
+    share = step.processes if step.sharded else 1
+    positions = rows.packed * 2 * sizes.head_dim * wide
+    layer = rows.packed * _layer_row(sizes, step)
+    kept = rows.packed * d * wide if step.checkpointing else layer
+    # Autocast keeps a cast of every weight for the backward pass.
+    cast = 2 * sizes.linear / sizes.layers if step.precision == "autocast" and not step.quantized else 0
+    stack = sizes.layers * (kept + (0 if step.checkpointing else cast)) + positions
+
+    # 1. The loss: final norm, mixing head, both cross entropies with their gradients.
+    final = rows.packed * {"float32": 12, "bfloat16": 8, "autocast": 12}[step.precision] * d
+    heads = d * s * (4 * rows.talk + 2 * (rows.talk + rows.base))
+    talking = _vocabulary_bytes(sizes, step, rows.talk + rows.base)
+    # While the policy term is computed the talk's gradient of the output layer waits. About half of the
+    # thoughts have no positive advantage.
+    waiting = v * d * ((4 if step.rank is None else 0) + (2 if step.precision == "autocast" else 0))
+    scoring = 2 * d * s * rows.scored + waiting + _vocabulary_bytes(sizes, step, rows.scored // 2)
+    loss = stack + final + heads + max(talking, scoring)
+
+    # 2. The backward pass, at its beginning (all layers kept) and at its end (all gradients there).
+    inside: float = rows.packed * _transient_row(sizes, step)
+    inside += layer + cast if step.checkpointing else 0
+    first = sizes.mixing + (v * d + d * sizes.inner if step.rank is None else 0)
+    start = stack + inside + gradient * first
+    end = (kept if not step.checkpointing else 0) + positions + inside
+    not_yet = 0
+    if step.rank is None:
+        not_yet = sizes.linear // sizes.layers + (v * d if sizes.embeddings > v * d else 0)
+    end += gradient * (trained - not_yet) / share
+    return max(loss, start, end)
+
+
+def _vocabulary_bytes(sizes: Sizes, step: Step, live: int) -> float:
+    """What one cross entropy over ``live`` rows holds besides its rows: a chunk of logits and, where the
+    output layer is trained, its gradient."""
+    d, v = sizes.width, sizes.vocabulary
+    s = 4 if step.precision == "float32" else 2
+    most = min(CHUNK_ROWS, max(1, CHUNK_BYTES // (v * s)))
+    chunks = max(1, math.ceil(live / most))
+    held = v * s * live / chunks
+    if step.precision == "autocast":
+        held += 2 * v * d  # the weight, cast
+    if step.rank is None:
+        # In 16 bits the sum is in fp32, with a product before it is added; one chunk needs no sum.
+        sixteen = 8 if chunks > 1 else 6
+        held += v * d * (4 if s == 4 else sixteen)
+    return held
+
+
+def _trained(sizes: Sizes, step: Step) -> float:
+    if step.rank is None:
+        return sizes.all
+    d, q, kv, ff = sizes.width, sizes.query, sizes.key, sizes.inner
+    pairs = (d + q) + 2 * (d + kv) + (q + d) + 3 * (d + ff)
+    return step.rank * pairs * sizes.layers + sizes.mixing
+
+
+def static_bytes(sizes: Sizes, step: Step) -> float:
+    """Weights and optimiser states on one device."""
+    share = step.processes if step.sharded else 1
+    trained = _trained(sizes, step)
+    if step.rank is None:
+        item = 2 if step.precision == "bfloat16" else 4
+        weights: float = item * sizes.all
+    else:
+        frozen = 4 if step.precision == "float32" else 2
+        item = 4
+        linear = sizes.linear * (0.52 if step.quantized else frozen)
+        weights = linear + frozen * (sizes.all - sizes.mixing - sizes.linear) + 4 * trained
+    states = (2 * item if step.optimizer_bytes is None else step.optimizer_bytes) * trained
+    return (weights + states) / share
+
+
+def rollout_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float:
+    """Peak of the rollout over weights and states: keys and values, and with FSDP2 the whole decoder."""
+    rows = Rows.of(config, step)
+    s = 4 if step.precision == "float32" else 2
+    cache = rows.text + config.num_slots * rows.columns
+    keys = 2 * sizes.key * sizes.layers * cache * s
+    one = max(rows.text, rows.columns) * (3 * sizes.inner + 4 * sizes.width) * s
+    logits = min(CHUNK_BYTES, rows.columns * sizes.vocabulary * s)
+    gathered = s * sizes.all if step.sharded and step.processes > 1 else 0
+    return keys + one + logits + gathered
+
+
+def peak_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float:
+    """The most that is allocated on one device at a time, a GPU's own overhead not counted."""
+    trained = _trained(sizes, step)
+    item = 2 if step.precision == "bfloat16" and step.rank is None else 4
+    # DDP copies gradients into buckets; FSDP2 holds two gathered layers.
+    extra = 0.0
+    if step.processes > 1:
+        extra = 2 * 4 * sizes.body / sizes.layers if step.sharded else item * trained
+    step_peak = activation_bytes(config, sizes, step) + extra
+    return static_bytes(sizes, step) + max(step_peak, rollout_bytes(config, sizes, step))
+
+
+def step_flops(config: QuietStarConfig, sizes: Sizes, step: Step) -> dict[str, float]:
+    """Operations of one step on one device, by part (a multiply-add is two).
+
+    ``rollout`` and ``packed`` are the decoder's body, ``vocabulary`` all products with the output layer.
+    """
+    rows = Rows.of(config, step)
+    n, slots = step.length, config.num_slots
+    linear, attention = 2 * sizes.linear, 4 * sizes.query * sizes.layers
+    text_pairs = rows.text * (n + 1) / 2
+    passes = 2.0 if step.rank is not None else 3.0
+    if step.checkpointing:
+        # Computed again up to the layer's last product, which nothing needs.
+        passes += 1 - sizes.layers * sizes.width * sizes.inner / sizes.linear
+    packed: float = linear * rows.packed
+    packed += attention * (text_pairs + slots * rows.columns * ((n + 1) / 2 + (slots + 1) / 2))
+    drawn = config.thought_length if config.thought_kind == "sampled" else 0
+    rollout: float = linear * (rows.text + drawn * rows.columns)
+    rollout += attention * (text_pairs + drawn * rows.columns * ((n + 1) / 2 + (drawn + 1) / 2))
+    head = 2 * sizes.vocabulary * sizes.width
+    products = 3 if step.rank is None else 2
+    learned = rows.talk + rows.base + rows.scored / 2
+    return {
+        "rollout": rollout if config.thinks else 0.0,
+        "packed": passes * packed,
+        "vocabulary": head * (drawn * rows.columns + products * learned),
+    }
+
+
+def fits(config: QuietStarConfig, sizes: Sizes, step: Step, gpu_bytes: float) -> bool:
+    """Whether a step fits a GPU, its context and the allocator's gaps counted."""
+    return peak_bytes(config, sizes, step) * GAPS + CONTEXT_BYTES <= gpu_bytes
+
+
+def largest_batch(config: QuietStarConfig, sizes: Sizes, step: Step, gpu_bytes: float) -> int:
+    """The largest batch per device that fits; 0 if not even one text does."""
+    best = 0
+    for batch in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128):
+        if not fits(config, sizes, dataclasses.replace(step, batch=batch), gpu_bytes):
+            break
+        best = batch
+    return best
+
+
+def step_of(recipe: Any) -> Step:
+    """The step that a recipe describes, on one device."""
+    training, adapter = recipe.training, recipe.adapter
+    mixed = bool(training.get("bf16") or training.get("fp16"))
+    pure = recipe.model.dtype == "bfloat16" and adapter.rank is None
+    checkpointing = training.get("activation_checkpointing") or training.get("gradient_checkpointing")
+    optim = str(training.get("optim", "adamw_torch"))
+    return Step(
+        batch=int(training.get("per_device_train_batch_size", 8)),
+        length=recipe.data.block_size,
+        precision="bfloat16" if pure else "autocast" if mixed else "float32",
+        checkpointing=bool(checkpointing),
+        rank=adapter.rank,
+        quantized=adapter.quantize == "4bit",
+        optimizer_bytes=2.0 if "8bit" in optim else None,
+    )

@@ -1,0 +1,197 @@
+"""The memory and FLOP model of a step against measured peaks and counted operations."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from quietstar import QuietStarForCausalLM, cli, plan
+from quietstar.errors import UserError
+from quietstar.plan_table import parse_bytes
+from quietstar.recipe import AdapterSection
+
+RANK = 4
+
+
+def build(mode: str, checkpointing: bool, decoder: dict[str, Any], **thoughts: Any) -> Any:
+    config = LlamaConfig(**{"max_position_embeddings": 512, **decoder})
+    model: Any = QuietStarForCausalLM.from_base(
+        LlamaForCausalLM(config),
+        start_token_id=config.vocab_size - 2,
+        end_token_id=config.vocab_size - 1,
+        **thoughts,
+    )
+    with torch.no_grad():
+        # An untrained head gives no reward, and rows without one would be skipped.
+        model.mixing_head.fc3.weight.normal_(0, 0.2)
+    if mode == "bfloat16":
+        model = model.bfloat16()
+    if mode == "adapters":
+        from quietstar.adapters import add_adapters
+
+        pytest.importorskip("peft")
+        model = add_adapters(model, AdapterSection(rank=RANK), "nowhere")
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    return model.train()
+
+
+def measured_peak(model: Any, ids: torch.Tensor, autocast: bool) -> int:
+    """Bytes at the peak of a step over what was there before: every allocation is recorded."""
+
+    def step() -> None:
+        context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+        with context:
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+
+    step()
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        step()
+    found = record.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in found if e.name() == "[memory]")
+    level = peak = 0
+    for _, change in changes:
+        level += change
+        peak = max(peak, level)
+    return peak
+
+
+def drawn_case() -> tuple[dict[str, Any], dict[str, Any], int, int]:
+    heads = random.choice([2, 4, 8])
+    width = random.choice([96, 128, 256])
+    decoder = {
+        "vocab_size": random.choice([1024, 2048, 4096]),
+        "hidden_size": width,
+        "intermediate_size": random.choice([2, 3, 4]) * width,
+        "num_hidden_layers": random.randint(2, 6),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // random.choice([1, 2]),
+        "tie_word_embeddings": random.random() < 0.5,
+    }
+    thoughts = {
+        "thought_length": random.randint(3, 8),
+        "talk_length": random.randint(1, 4),
+        "num_rationales": random.randint(2, 3),
+        "think_at": random.choice(["all", "all", "stride:2"]),
+    }
+    return decoder, thoughts, random.randint(1, 2), random.choice([96, 128])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast", "adapters"])
+def test_peaks_are_within_ten_per_cent(mode: str, checkpointing: bool):
+    decoder, thoughts, batch, length = drawn_case()
+    model = build(mode, checkpointing, decoder, **thoughts)
+    ids = torch.randint(0, 1000, (batch, length))
+    measured = measured_peak(model, ids, mode == "autocast")
+    sizes = plan.decoder_sizes(LlamaConfig(**decoder))
+    step = plan.Step(
+        batch,
+        length,
+        precision="float32" if mode == "adapters" else mode,
+        checkpointing=checkpointing,
+        rank=RANK if mode == "adapters" else None,
+    )
+    counted = plan.activation_bytes(model.config, sizes, step)
+    assert counted / measured == pytest.approx(1, abs=0.1), (decoder, thoughts, batch, length)
+
+
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "adapters"])
+def test_weights_and_states(mode: str):
+    decoder, thoughts, *_ = drawn_case()
+    model = build(mode, False, decoder, **thoughts)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    held += sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values())
+    if mode == "adapters":  # peft keeps the untrained originals of what it saves whole
+        held -= sum(p.numel() * 4 for n, p in model.named_parameters() if "original_module" in n)
+    sizes = plan.decoder_sizes(LlamaConfig(**decoder))
+    precision = "float32" if mode == "adapters" else mode
+    step = plan.Step(1, 8, precision=precision, rank=RANK if mode == "adapters" else None)
+    assert plan.static_bytes(sizes, step) == pytest.approx(held, rel=0.01)
+
+
+class Products(TorchDispatchMode):
+    """Operations of the matrix products that are not inside an operator of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            left, right = args[-2:]
+            self.total += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_operations_of_the_decoder(checkpointing: bool):
+    """Exactly the products of the linear layers; attention and vocabulary are operators of their own."""
+    decoder, thoughts, batch, length = drawn_case()
+    thoughts["think_at"] = "all"
+    model = build("float32", checkpointing, decoder, **thoughts)
+    ids = torch.randint(0, 1000, (batch, length))
+    model(input_ids=ids, labels=ids)  # looks at the output layer once
+    with Products() as products:
+        model(input_ids=ids, labels=ids).loss.backward()
+    sizes = plan.decoder_sizes(LlamaConfig(**decoder))
+    step = plan.Step(batch, length, checkpointing=checkpointing)
+    rows = plan.Rows.of(model.config, step)
+    drawn = rows.text + model.config.thought_length * rows.columns
+    body = 2 * sizes.linear * (drawn + (3 + checkpointing) * rows.packed)
+    if checkpointing:  # which stops short of the last product, as nothing needs its result
+        body -= 2 * rows.packed * sizes.layers * sizes.width * sizes.inner
+    assert products.total == body
+    flops = plan.step_flops(model.config, sizes, step)
+    assert body < flops["rollout"] + flops["packed"] < 1.5 * body
+    double = plan.step_flops(model.config, sizes, plan.Step(2 * batch, length))
+    assert double["vocabulary"] == pytest.approx(2 * flops["vocabulary"], rel=0.01)
+
+
+def test_what_is_shared_and_what_is_saved():
+    sizes = plan.decoder_sizes(LlamaConfig(num_hidden_layers=4))
+    config = build("float32", False, {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+                                      "num_attention_heads": 2, "vocab_size": 64}).config  # fmt: skip
+    plain = plan.Step(2, 256, precision="autocast")
+    sharded = plan.Step(2, 256, precision="autocast", processes=8, sharded=True)
+    assert plan.static_bytes(sizes, sharded) == plan.static_bytes(sizes, plain) / 8
+    assert plan.peak_bytes(config, sizes, sharded) < plan.peak_bytes(config, sizes, plain)
+    ddp = plan.Step(2, 256, precision="autocast", processes=8)
+    assert plan.peak_bytes(config, sizes, ddp) > plan.peak_bytes(config, sizes, plain)
+    batches = [
+        plan.largest_batch(config, sizes, step, 24e9)
+        for step in (plain, plan.Step(2, 256, precision="autocast", checkpointing=True))
+    ]
+    assert 0 < batches[0] < batches[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24G", 24e9), ("24GB", 24e9), ("80gib", 80 * 2**30), ("1e9", 1e9)]
+)
+def test_sizes_are_read(text: str, size: float):
+    assert parse_bytes(text) == size
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["plan", "tiny", "--gpu-memory", "2G"]) == 0
+    said = capsys.readouterr().out
+    assert "1.1 M parameters" in said and "as the recipe says" in said and "FSDP2" in said
+    with pytest.raises(UserError, match="--gpu-memory is 'much'; expected a size"):
+        parse_bytes("much")
