@@ -131,9 +131,17 @@ def test_all_rows_without_loss(device: str, way: str, nothing: str) -> None:
     assert not any(grad.any() for grad in torch.autograd.grad(loss, (hidden, weight)))
 
 
-@pytest.mark.parametrize("accumulate", ["auto", "float32", "parameter"])
 @pytest.mark.parametrize("function", ["rows", "sum"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "accumulate"),
+    [
+        (torch.float32, "auto"),
+        (torch.float16, "auto"),
+        (torch.bfloat16, "float32"),
+        (torch.bfloat16, "parameter"),
+    ],
+    ids=str,
+)
 def test_error_budget(
     device: str,
     way: str,
@@ -143,11 +151,11 @@ def test_error_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Our error against the fp64 truth is within that of F.cross_entropy in the same dtype; in several
-    chunks (of 28 rows), strided inputs."""
+    chunks, strided inputs."""
     monkeypatch.setattr(cuda, "ROW_UNIT", 4)
-    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 30 * (320 + 32) * dtype.itemsize)
-    hidden, weight, targets = made(device, 90, 32, 301, dtype=dtype)
-    row_weights = torch.rand(90, device=device) / 90
+    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 18 * (320 + 32) * dtype.itemsize)
+    hidden, weight, targets = made(device, 50, 32, 301, dtype=dtype)
+    row_weights = torch.rand(50, device=device) / 50
 
     def torch_own(h: Tensor, w: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         nll = torch.nn.functional.cross_entropy(h @ w.T, targets, reduction="none")
@@ -174,9 +182,9 @@ def test_error_budget(
 
 
 def test_sums_in_float32_round_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16 over 32 chunks: summed in fp32 the error is that of one chunk, otherwise it grows."""
+    """bfloat16 over 24 chunks: summed in fp32 the error is that of one chunk, otherwise it grows."""
     monkeypatch.setattr(cuda, "ROW_UNIT", 1)
-    hidden, weight, targets = made(device, 96, 16, 40, dtype=torch.bfloat16)
+    hidden, weight, targets = made(device, 48, 16, 40, dtype=torch.bfloat16)
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     (truth,) = torch.autograd.grad(row_by_row(*exact, targets).sum(), exact[1])
 
@@ -186,7 +194,7 @@ def test_sums_in_float32_round_once(device: str, monkeypatch: pytest.MonkeyPatch
         (grad,) = torch.autograd.grad(nll.sum(), weight)
         return float((grad.double() - truth).norm() / truth.norm())
 
-    at_once, wide, narrow = error(96, "parameter"), error(3, "float32"), error(3, "parameter")
+    at_once, wide, narrow = error(48, "parameter"), error(2, "float32"), error(2, "parameter")
     assert wide < 1.2 * at_once
     assert narrow > 1.2 * at_once
     assert narrow < 10 * at_once
@@ -280,31 +288,29 @@ def test_sum_waits_once_at_most(device: str, share: float, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["all rows", "half of them", "capturing"])
-@pytest.mark.parametrize("accumulate", ["auto", "parameter"])
-def test_workspace(
-    device: str, dtype: torch.dtype, kind: str, accumulate: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_workspace(device: str, dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks and copies stay within the workspace; rows that take no part cost no product."""
-    workspace = 200_000
+    workspace = 60_000
     monkeypatch.setattr(cuda, "WORKSPACE_BYTES", workspace)
-    monkeypatch.setattr(cuda, "ROW_UNIT", 16)
+    monkeypatch.setattr(cuda, "ROW_UNIT", 4)
     take("capturing" if kind == "capturing" else "waiting", monkeypatch)
-    hidden, weight, targets = (t.detach() for t in made(device, 400, 20, 1000, dtype=dtype))
-    live = torch.ones(400, dtype=torch.bool, device=device)
+    hidden, weight, targets = (t.detach() for t in made(device, 96, 5, 1000, dtype=dtype))
+    live = torch.ones(96, dtype=torch.bool, device=device)
     if kind == "half of them":
-        live[torch.randperm(400)[:208]] = False
+        live[torch.randperm(96)[:48]] = False
     softmax = SoftmaxCrossEntropy(hidden, None, 1.0, None, 1.0)
-    with Watch(hidden, weight, targets) as watch:
-        results = cuda.run(
-            *(hidden, weight, targets, torch.ones(400, device=device), live, softmax),
-            *(True, True, accumulate),
-        )
-    wide = dtype == torch.float16 or (dtype == torch.bfloat16 and accumulate == "auto")
-    if device == "cuda" or not wide:  # (on the CPU 16-bit operands of an fp32 product are copied)
-        assert watch.most <= workspace + sum(r.nbytes for r in results) + 400 * 40
-    rows = [m for m, k, n in watch.products if (k, n) == (20, 1000)]
-    assert len(rows) > 1
-    assert sum(rows) == {"all rows": 400, "half of them": 192, "capturing": 400}[kind]
+    for accumulate in ("auto", "parameter") if dtype == torch.bfloat16 else ("auto",):
+        with Watch(hidden, weight, targets) as watch:
+            results = cuda.run(
+                *(hidden, weight, targets, torch.ones(96, device=device), live, softmax),
+                *(True, True, accumulate),
+            )
+        wide = dtype == torch.float16 or (dtype == torch.bfloat16 and accumulate == "auto")
+        if device == "cuda" or not wide:  # (on the CPU 16-bit operands of an fp32 product are copied)
+            assert watch.most <= workspace + sum(r.nbytes for r in results) + 96 * 40
+        rows = [m for m, k, n in watch.products if (k, n) == (5, 1000)]
+        assert len(rows) > 1
+        assert sum(rows) == {"all rows": 96, "half of them": 48, "capturing": 96}[kind]
 
 
 def test_chunks_of_the_sizes_that_are_promised() -> None:

@@ -42,7 +42,7 @@ struct Plan {
 Plan plan(std::int64_t packs, bool gradient, const Device& device) {
   const auto most = static_cast<std::int64_t>(most_shared_memory(device));
   // Some eight loads per thread keep a row's start and end small beside its middle.
-  int threads = 128;
+  int threads = 32;
   while (threads < 512 && threads * 8 < packs) threads *= 2;
   std::int64_t kept = gradient ? packs : 0;
   if (2 * (kept * 16 + kReserved) > most) {

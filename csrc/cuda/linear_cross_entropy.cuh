@@ -220,7 +220,7 @@ struct RowOfLogits {
   }
 };
 
-// nll[row], and with `gradient` the row's gradient: a block of 128 .. 1024 threads per row, with
+// nll[row], and with `gradient` the row's gradient: a block of 32 .. 1024 threads per row, with
 // `kept` packs of dynamic shared memory. scale is logit_scale / temperature.
 template <class T, class Logit, bool gradient>
 __global__ void __launch_bounds__(kMostRowThreads)
