@@ -5,25 +5,27 @@
 // maximum, adds up its powers of two, and leaves maximum and sum in shared memory. Then the first
 // warp takes one uniform number from Philox, picks a chunk by the running sum of the sums, and
 // reads that chunk alone again to find the token. No noise per element, no sort, nothing per
-// element in memory. Few rows: the first pass is a launch of its own with several blocks per row,
-// which leaves the same maxima and sums in the workspace; the second launch finishes, a block per
-// row.
+// element in memory.
 //
-// Bytes: vocab elements per row, once (and one chunk of 2 KB again).
-// Operations per element, in issue slots of a multiprocessor (four warps a cycle: at 4.2 TB/s
-// and 1.8 GHz an H200 has 14 per 16-bit element, 29 per fp32 element):
-//   fast   (16-bit logits)  1 conversion, 1/2 maximum, 2 multiply-adds, 1 exp2, 1 addition, and 1
-//   for
-//          what a chunk costs: 6 1/2
-//   exact  (the rest)       1 conversion, 1 maximum, 1 lower limit, 4 for the argument, 6 for the
-//          polynomial, 1 for the exponent, 2 for a sum in double, and 2 for the chunk: 18
-// Where the edges between tokens are must not depend on how they were computed: with V tokens of
+// Few rows: the first pass is a launch of its own with several blocks per row, which leaves the
+// same maxima and sums in the workspace; the second launch finishes, a block per row.
+//
+// Bytes: vocab elements per row, once, and one chunk of 2 KB again.
+//
+// Operations per element, in issue slots (a multiprocessor has four warps' a cycle: at 4.2 TB/s and
+// 1.8 GHz an H200 has 14 per 16-bit element and 29 per fp32 element):
+// - fast, for 16-bit logits: 1 conversion, 1/4 maximum, 2 multiply-adds, 1 exp2, 1 addition, and 3
+//   for what a chunk costs, counted in the machine code for sm_90: 8 1/4;
+// - exact, for the rest: 1 maximum, 1 lower limit, 4 for the argument, 6 for the polynomial, 1 for
+//   the exponent, 2 for a sum in double, and 4 for the chunk: 19.
+//
+// Where the edges between tokens lie must not depend on how they were computed: with V tokens of
 // equal size, errors that move an edge by x of the total change V x of the draws, so 1 in 100,000
 // at 128,000 tokens leaves 10^-10 for x. Sums in fp32 do not have that, nor has the exp2 unit,
 // whose relative error is 2^-22. So fp32 logits are added up exactly from the start, as csrc/cpu
-// does. The sums of 16-bit logits are added up fast, and again exactly for the rows (about one in a
-// hundred where all tokens are equally likely, else fewer) whose number falls too close to an edge:
-// the token is that of the exact sums in either case (see draw()).
+// does. 16-bit logits are added up fast, and again exactly in the rows (about one in a hundred
+// where all tokens are equally likely, else fewer) whose number falls too close to an edge: the
+// token is that of the exact sums in either case (see draw()).
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
