@@ -1,9 +1,8 @@
 // Sums of 2^(y log2(e) / temperature - scale) over the chunks of a row, two ways:
-//   exact  the element's power by the polynomial of csrc/cpu on the product that is not rounded, to
-//          one unit in the last place, added up in double: what the CPU kernel computes;
-//   fast   one instruction of the special-function unit and sums in fp32; each sum of a chunk is
-//   off
-//          by kFastError of itself at most (see draw() for what becomes of that).
+// - exact: the element's power by the polynomial of csrc/cpu on the product that is not rounded, to
+//   one unit in the last place, added up in double: what the CPU kernel computes;
+// - fast: one instruction of the special-function unit and sums in fp32; what its errors would do
+//   is caught in draw().
 #pragma once
 
 #include "sample_tokens_row.cuh"
