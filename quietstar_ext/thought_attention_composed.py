@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 from quietstar_ext.native import takes_cuda_path
 from quietstar_ext.thought_attention_diagonal import diagonal_backward, diagonal_forward
 
-#: The private operators and how they are declared, returns apart (their names have changed). Checked
-#: by tests; the same from torch 2.9 to 2.13.
+#: The private operators and how torch 2.13 declares them, returns apart (their names have changed
+#: before). Where the torch that runs declares one otherwise, the path is not taken.
 SCHEMAS = {
     "_scaled_dot_product_flash_attention": (
         "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, "
@@ -47,6 +47,17 @@ SCHEMAS = {
         "float dropout_p, bool is_causal, *, Tensor? attn_mask=None, float? scale=None)"
     ),
 }
+
+
+def _declared_otherwise() -> str | None:
+    for name, expected in SCHEMAS.items():
+        operator = getattr(torch.ops.aten, name, None)
+        if not str(operator and operator.default._schema).startswith(f"aten::{name}{expected} ->"):
+            return f"torch {torch.__version__} declares aten::{name} in another way"
+    return None
+
+
+_OTHERWISE = _declared_otherwise()
 
 PATHS = ("auto", "fused", "composed")
 
@@ -137,6 +148,8 @@ def why_not_composed(
     length, key_slots = k_text.shape[2], k_thought.shape[2]
     if not takes_cuda_path(q):
         return "it is for CUDA devices"
+    if _OTHERWISE is not None:
+        return _OTHERWISE
     if not every_position:
         return "the columns may be any (every_position is False)"
     if not length or not columns or columns % length:
