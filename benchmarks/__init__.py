@@ -28,14 +28,18 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def compare(
-    contestants: dict[str, Callable[[], object]], rounds: int = 15
+    contestants: dict[str, Callable[[], object]],
+    rounds: int = 15,
+    *,
+    on_host: bool = DEVICE.type == "cpu",
 ) -> dict[str, dict[str, float]]:
-    """Time every contestant ``rounds`` times in turn; on a CUDA device by :mod:`benchmarks.device`.
+    """Time every contestant ``rounds`` times in turn; on a CUDA device by :mod:`benchmarks.device`,
+    unless ``on_host`` says that the contestants do not use it.
 
     Returns per name ``ms`` (the median), ``best_ms``, and ``times_ours``: how many times as long as
     the first contestant it took, the median over the rounds.
     """
-    if DEVICE.type == "cuda":
+    if not on_host:
         return device.compare(dict(contestants), rounds)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):

@@ -78,6 +78,7 @@ def bench_generation(benchmark) -> None:  # type: ignore[no-untyped-def]
             "whole prefix and all thoughts again, as published": as_published,
         },
         rounds=7,
+        on_host=True,
     )
     show(f"generation, {NEW} tokens after {CONTEXT}, T = 5", table)
     write("generation", {f"generation, {NEW} tokens after {CONTEXT}, tiny recipe": table})

@@ -118,7 +118,7 @@ def bench_training_step(benchmark) -> None:  # type: ignore[no-untyped-def]
     """Time and memory of one step."""
     model, ids = build()
     runs = contestants(model, ids)
-    table = compare(runs, rounds=5)
+    table = compare(runs, rounds=5, on_host=True)
     for name, row in table.items():
         row["peak_mb"] = peak_megabytes(name)
     show("training step, 7.9 M parameters, 256 tokens, 2 rationales", table)

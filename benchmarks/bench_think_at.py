@@ -76,7 +76,7 @@ def bench_think_at(benchmark) -> None:  # type: ignore[no-untyped-def]
     model, ids = build()
     runs = contestants(model, ids)
     operations = {name: count_operations(run) for name, run in runs.items()}
-    table = compare(runs, rounds=5)
+    table = compare(runs, rounds=5, on_host=True)
     for name, row in table.items():
         row["operations_share"] = operations[name] / operations["all"]
     show("training step by think_at, 7.9 M parameters, 256 tokens", table)

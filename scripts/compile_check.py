@@ -1,0 +1,182 @@
+#!/usr/bin/env python3
+"""Compiles every csrc/cuda/*.cu for sm_80, sm_90 and sm_100 and reads what the compiler says of each
+kernel: registers, spills, shared memory. No GPU is needed.
+
+    python scripts/compile_check.py [FILE.cu ...] [--archs sm_90,...]
+
+Prints a table, a line per kernel. Exit status 1: a kernel of ``NO_SPILLS`` spills, or a pattern there
+names no kernel any more, or a file does not compile. Without nvcc it says so and checks nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SOURCES = REPOSITORY / "csrc" / "cuda"
+ARCHS = ("sm_80", "sm_90", "sm_100")
+
+# Kernels that must keep everything in registers: names as the table prints them, with wildcards.
+NO_SPILLS = ("mixing_*", "softmax_cross_entropy_rows*", "scale_elements*", "scan_rows*")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas reports of one kernel on one architecture; bytes where nothing else is said."""
+
+    name: str
+    arch: str
+    registers: int  # per thread
+    spills: int  # stores and loads
+    stack: int
+    shared: int  # static
+
+
+def find_nvcc() -> str | None:
+    """nvcc as csrc/cuda/cuda.cmake looks for it."""
+    if cudacxx := os.environ.get("CUDACXX"):
+        return cudacxx
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
+    folders = [str(Path(home) / "bin") for home in homes if home]
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(folders))
+
+
+def compile_file(nvcc: str, source: Path, archs: Iterable[str]) -> str:
+    """What the compiler reports of a file, its device half compiled once for all architectures.
+
+    ``RuntimeError`` where it does not compile.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = [arch.removeprefix("sm_") for arch in archs]
+        command = [
+            *(nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-fatbin"),
+            *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers),
+            *(f"-I{REPOSITORY / 'csrc' / 'include'}", f"-I{SOURCES}"),
+            *(str(source), "-o", str(Path(folder) / "out.fatbin")),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{source.name} does not compile:\n{(done.stdout + done.stderr)[-4000:]}")
+    return done.stdout + done.stderr
+
+
+def parse(report: str) -> list[Kernel]:
+    """The kernels of a report of ``ptxas -v``, with mangled names."""
+    kernels = []
+    blocks = re.split(r"Compiling entry function '(\S+)' for '(\w+)'", report)[1:]
+    for name, arch, text in zip(blocks[::3], blocks[1::3], blocks[2::3], strict=True):
+        # Functions that were not inlined are reported before or after; the entry names itself.
+        own = text.split(f"Function properties for {name}", 1)[-1]
+        frame = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", own
+        )
+        registers = re.search(r"Used (\d+) registers(.*)", own)
+        if frame is None or registers is None:
+            raise RuntimeError(f"cannot read what ptxas says of {name} for {arch}:\n{text[:1000]}")
+        stack, stores, loads = map(int, frame.groups())
+        shared = re.search(r"(\d+) bytes smem", registers[2])
+        used = int(registers[1])
+        bytes_shared = int(shared[1]) if shared else 0
+        kernels.append(Kernel(name, arch, used, stores + loads, stack, bytes_shared))
+    return kernels
+
+
+def readable(names: Iterable[str]) -> dict[str, str]:
+    """Mangled names to ``kernel<arguments>``, without namespaces, parameters and casts."""
+    names = list(dict.fromkeys(names))
+    tool = shutil.which("c++filt")
+    if tool is None or not names:
+        return {name: name for name in names}
+    done = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True)
+    return {n: _short(full) for n, full in zip(names, done.stdout.splitlines(), strict=True)}
+
+
+def _short(full: str) -> str:
+    """``void a::kernel<a::T, (a::Kind)1>(float*)`` as ``kernel<T, 1>``."""
+    full = re.sub(r"\([\w: ]+\)(?=-?\d)", "", full.replace("(anonymous namespace)::", ""))
+    depth, end = 0, len(full)
+    for at, letter in enumerate(full):
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0:
+            end = at
+            break
+    return re.sub(r"\w+::", "", full[:end].removeprefix("void "))
+
+
+def table(kernels: list[Kernel], archs: Iterable[str]) -> str:
+    """A line per kernel: registers and, where there are any, spilled bytes, per architecture."""
+    archs = list(archs)
+    by_name: dict[str, dict[str, Kernel]] = {}
+    for kernel in kernels:
+        by_name.setdefault(kernel.name, {})[kernel.arch] = kernel
+    width = max((len(name) for name in by_name), default=6)
+    lines = [f"{'kernel':{width}}  shared  " + "".join(f"{arch:>18}" for arch in archs)]
+    for name in sorted(by_name):
+        cells, most = [], max(k.shared for k in by_name[name].values())
+        for arch in archs:
+            kernel = by_name[name].get(arch)
+            cell = "" if kernel is None else f"{kernel.registers}"
+            if kernel is not None and kernel.spills:
+                cell += f" spills {kernel.spills}"
+            elif kernel is not None and kernel.stack:
+                cell += f" stack {kernel.stack}"
+            cells.append(f"{cell:>18}")
+        lines.append(f"{name:{width}}  {most:6}  " + "".join(cells))
+    return "\n".join(lines)
+
+
+def faults(kernels: list[Kernel], patterns: Iterable[str]) -> list[str]:
+    """A sentence for each spill in a named kernel, and for each pattern that names none."""
+    found = []
+    for pattern in patterns:
+        named = [kernel for kernel in kernels if fnmatchcase(kernel.name, pattern)]
+        if not named:
+            found.append(f"no kernel is called {pattern}; NO_SPILLS should follow its new name")
+        for kernel in named:
+            if kernel.spills:
+                found.append(
+                    f"{kernel.name} spills {kernel.spills} bytes on {kernel.arch} "
+                    f"({kernel.registers} registers)"
+                )
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("files", nargs="*", type=Path, help="default: all of csrc/cuda")
+    parser.add_argument("--archs", default=",".join(ARCHS))
+    options = parser.parse_args(arguments)
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("compile check skipped: nvcc was not found")
+        return 0
+    archs = options.archs.split(",")
+    files = options.files or sorted(SOURCES.glob("*.cu"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reports = list(pool.map(lambda file: compile_file(nvcc, file, archs), files))
+    raw = [kernel for report in reports for kernel in parse(report)]
+    names = readable(kernel.name for kernel in raw)
+    kernels = [Kernel(names[k.name], *list(vars(k).values())[1:]) for k in raw]
+    print(table(kernels, archs))
+    patterns = NO_SPILLS if not options.files else ("*",)
+    wrong = faults(kernels, patterns)
+    print("\n".join(wrong) or f"{len(names)} kernels, {len(files)} files: no spills where none may be")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except RuntimeError as error:
+        sys.exit(str(error))

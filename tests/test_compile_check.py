@@ -1,0 +1,131 @@
+"""scripts/compile_check.py: what it reads of the compiler's report, and the kernels themselves."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "compile_check.py"
+
+# A report as ptxas 13.0 writes it, of two kernels and two architectures.
+REPORT = """
+ptxas info    : 818 bytes gmem, 72 bytes cmem[4]
+ptxas info    : Compiling entry function '_ZN9quietstar4cuda3rowILi32EEEvPfi' for 'sm_80'
+ptxas info    : Function properties for _ZN9quietstar4cuda6helperEv
+    64 bytes stack frame, 12 bytes spill stores, 12 bytes spill loads
+ptxas info    : Function properties for _ZN9quietstar4cuda3rowILi32EEEvPfi
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 48 registers, used 1 barriers, 1024 bytes smem, 600 bytes cmem[0]
+ptxas info    : Compile time = 28.256 ms
+ptxas info    : Compiling entry function '_ZN9quietstar4cuda3rowILi32EEEvPfi' for 'sm_90'
+ptxas info    : Function properties for _ZN9quietstar4cuda3rowILi32EEEvPfi
+    136 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers, 136 bytes cumulative stack size
+ptxas info    : Compiling entry function '_Z5plainPf' for 'sm_90'
+ptxas info    : Function properties for _Z5plainPf
+    16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers
+"""
+
+# 64 sums of products that are all wanted at the end, in 64 registers a thread.
+SPILLING = """
+__global__ void __launch_bounds__(1024) many_sums(float* out, const float* in, int count) {
+  float sums[64] = {};
+  for (int n = 0; n < count; ++n) {
+    float x[64];
+#pragma unroll
+    for (int i = 0; i < 64; ++i) x[i] = in[n * 64 + i] * in[n + i];
+#pragma unroll
+    for (int i = 0; i < 64; ++i) sums[i] += x[i] * x[63 - i];
+  }
+#pragma unroll
+  for (int i = 0; i < 64; ++i) out[threadIdx.x * 64 + i] = sums[i];
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def check() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compile_check", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["compile_check"] = module  # dataclasses look it up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def need_nvcc(check: ModuleType) -> None:
+    if check.find_nvcc() is None:
+        pytest.skip("compile check of the CUDA kernels skipped: nvcc was not found")
+
+
+def test_reads_registers_spills_and_shared_memory(check) -> None:
+    row80, row90, plain = check.parse(REPORT)
+    assert vars(row80) == {
+        "name": "_ZN9quietstar4cuda3rowILi32EEEvPfi",
+        "arch": "sm_80",
+        "registers": 48,
+        "spills": 0,  # the helper's are reported apart
+        "stack": 0,
+        "shared": 1024,
+    }
+    assert (row90.registers, row90.spills, row90.stack, row90.shared) == (255, 24, 136, 0)
+    assert (plain.name, plain.registers, plain.stack) == ("_Z5plainPf", 8, 16)
+    shown = check.table([row80, row90, plain], ["sm_80", "sm_90"]).splitlines()
+    assert shown[2].split()[1:] == ["1024", "48", "255", "spills", "24"]
+    assert shown[1].split()[1:] == ["0", "8", "stack", "16"]
+
+
+def test_a_report_that_it_cannot_read_is_an_error(check) -> None:
+    with pytest.raises(RuntimeError, match="cannot read what ptxas says of _Z5plainPf"):
+        check.parse(REPORT.replace("Used 8 registers", "Used up"))
+
+
+def test_names_are_short(check) -> None:
+    names = ["_ZN9quietstar4cuda3rowILi32EEEvPfi", "_Z5plainPf"]
+    assert check.readable(names) == {names[0]: "row<32>", names[1]: "plain"}
+    full = "void ns::(anonymous namespace)::row<ns::Half, (int)64, (ns::Kind)1, false>(float*, (int)2)"
+    assert check._short(full) == "row<Half, 64, 1, false>"
+
+
+def test_finds_spills_and_patterns_without_a_kernel(check) -> None:
+    kernels = check.parse(REPORT)
+    assert check.faults(kernels, ["*row*", "_Z5plain*"]) == [
+        "_ZN9quietstar4cuda3rowILi32EEEvPfi spills 24 bytes on sm_90 (255 registers)"
+    ]
+    assert check.faults(kernels, ["_Z5plain*", "gone_*"]) == [
+        "no kernel is called gone_*; NO_SPILLS should follow its new name"
+    ]
+
+
+def test_without_nvcc_it_says_so(check, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(check, "find_nvcc", lambda: None)
+    assert check.main([]) == 0
+    assert capsys.readouterr().out == "compile check skipped: nvcc was not found\n"
+
+
+def test_a_kernel_that_spills_fails(check, tmp_path, capsys) -> None:
+    need_nvcc(check)
+    source = tmp_path / "many_sums.cu"
+    source.write_text(SPILLING)
+    assert check.main([str(source), "--archs", "sm_90"]) == 1
+    assert "many_sums spills" in capsys.readouterr().out
+    source.write_text("__global__ void fine(float* out) { *out = 1; }")
+    assert check.main([str(source), "--archs", "sm_90"]) == 0
+    source.write_text("__global__ void broken(float* out) { *out = }")
+    with pytest.raises(RuntimeError, match=r"(?s)many_sums\.cu does not compile:.*error"):
+        check.main([str(source), "--archs", "sm_90"])
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_that_must_not(check, capsys) -> None:
+    need_nvcc(check)
+    status = check.main([])
+    shown = capsys.readouterr().out
+    with capsys.disabled():
+        print(f"\n{shown}")
+    assert status == 0, shown
