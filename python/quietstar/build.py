@@ -133,7 +133,7 @@ def build_data(
         skip = 0 if separate else used
     if data.streaming:
         return StreamedBlocks(
-            train_source, tokenizer, blocks, skip=skip, max_blocks=data.max_train_blocks
+            train_source, tokenizer, blocks, skip=skip, max_blocks=data.max_train_blocks, repeat=True
         ), eval_data
     train_data, _ = read_blocks(
         train_source,

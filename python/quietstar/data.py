@@ -29,6 +29,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from quietstar.corpora import Document
 from quietstar.errors import UserError
+from quietstar.streams import Position, Track
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -98,20 +99,37 @@ def cut_blocks(token_lists: Iterable[list[int]], blocks: Blocks) -> Iterator[Blo
             if len(ids) >= blocks.min_tokens:
                 yield ids[:size]
         return
-    rest: list[int] = []
-    numbers: list[int] = []
-    for number, ids in enumerate(token_lists):
+    cutter = _Cutter(blocks)
+    for ids in token_lists:
+        yield from cutter.feed(ids)
+
+
+class _Cutter:
+    """Cuts a stream of documents; what has not made a block yet is in ``rest``.
+
+    ``numbers``: for each of these tokens, the number of its document.
+    """
+
+    def __init__(self, blocks: Blocks, rest: Iterable[int] = (), numbers: Iterable[int] = ()) -> None:
+        self.blocks = blocks
+        self.rest, self.numbers = list(rest), list(numbers)
+        self._next = max(self.numbers, default=-1) + 1
+
+    def feed(self, ids: list[int]) -> Iterator[Block]:
+        size, rest, numbers = self.blocks.block_size, self.rest, self.numbers
         rest.extend(ids)
-        numbers.extend([number] * len(ids))
+        numbers.extend([self._next] * len(ids))
+        self._next += 1
         whole = len(rest) - len(rest) % size
-        for start in range(0, whole, size):
-            block = rest[start : start + size]
-            if blocks.packing == "packed":
-                block = PackedBlock(block)
-                first = numbers[start]
-                block.documents = _count_up(n - first for n in numbers[start : start + size])
-            yield block
+        # Taken out before a block is handed on, so that the rest is always what is left.
+        ready, of = rest[:whole], numbers[:whole]
         del rest[:whole], numbers[:whole]
+        for start in range(0, whole, size):
+            block = ready[start : start + size]
+            if self.blocks.packing == "packed":
+                block = PackedBlock(block)
+                block.documents = _count_up(of[start : start + size])
+            yield block
 
 
 def _count_up(numbers: Iterable[int]) -> list[int]:
@@ -186,7 +204,11 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
     """Rows cut while reading. Starts again from the beginning at each iteration.
 
     With several loader workers each takes every n-th document, so that no text is seen twice.
-    ``skip`` documents at the front are left out (they were taken for evaluation).
+    ``skip`` documents at the front are left out (they were taken for evaluation). ``repeat``: begin
+    again at the end, for ever.
+
+    Without loader workers :meth:`position_at` says where the stream was after so many rows, and
+    :meth:`seek` makes the next iteration begin there.
     """
 
     def __init__(
@@ -196,14 +218,66 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
         blocks: Blocks,
         skip: int = 0,
         max_blocks: int | None = None,
+        repeat: bool = False,
     ) -> None:
         self.open_source = open_source
         self.tokenizer = tokenizer
         self.blocks = blocks
         self.skip = skip
         self.max_blocks = max_blocks
+        self.repeat = repeat
+        self._track = Track(open_source, skip)
+        self._start: Position | None = None
+
+    def position_at(self, rows: int) -> Position:
+        """Where the stream was when so many rows had come out of it, as plain data."""
+        return self._track.position_at(rows)
+
+    def seek(self, position: Position) -> None:
+        """Begin the next iteration at a position."""
+        self._start = position
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        if get_worker_info() is not None:
+            while True:
+                yield from self._one_worker()
+                if not self.repeat:
+                    return
+        start, self._start = self._start, None
+        return (yield from islice(self._from(start), 0 if start is None else start["drop"], None))
+
+    def _from(self, start: Position | None) -> Iterator[dict[str, torch.Tensor]]:
+        rows = 0 if start is None else int(start["rows"])
+        begun = 0 if start is None else rows - int(start["in_pass"])
+        cutter = _Cutter(self.blocks, *((start["rest"], start["numbers"]) if start else ()))
+
+        def about() -> dict[str, Any]:
+            kept = {"rest": list(cutter.rest), "numbers": list(cutter.numbers)}
+            return {"rows": rows, "in_pass": rows - begun, **kept}
+
+        while True:
+            for batch in self._track.batches(start, TOKENIZER_BATCH, about):
+                for ids in tokenize(batch, self.tokenizer):
+                    for row in self._cut(cutter, ids):
+                        if self.max_blocks is None or rows - begun < self.max_blocks:
+                            rows += 1
+                            yield _as_item(row)
+                if self.max_blocks is not None and rows - begun >= self.max_blocks:
+                    break
+            if not self.repeat:
+                return
+            if rows == begun:
+                raise UserError(
+                    f"the stream gave no row of {self.blocks.block_size} tokens; lower data.block_size"
+                )
+            start, begun, cutter = None, rows, _Cutter(self.blocks)
+
+    def _cut(self, cutter: _Cutter, ids: list[int]) -> Iterable[Block]:
+        if self.blocks.packing != "document":
+            return cutter.feed(ids)
+        return cut_blocks([ids], self.blocks)
+
+    def _one_worker(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = get_worker_info()
         step, first = (1, 0) if worker is None else (worker.num_workers, worker.id)
         limit = self.max_blocks
@@ -212,8 +286,12 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
         documents = islice(self.open_source(), self.skip + first, None, step)
         rows = cut_blocks(tokenize(documents, self.tokenizer), self.blocks)
         for row in islice(rows, limit):
-            numbers = torch.tensor(row.documents) if isinstance(row, PackedBlock) else None
-            yield _item(torch.tensor(row, dtype=torch.int64), numbers)
+            yield _as_item(row)
+
+
+def _as_item(row: Block) -> dict[str, torch.Tensor]:
+    numbers = torch.tensor(row.documents) if isinstance(row, PackedBlock) else None
+    return _item(torch.tensor(row, dtype=torch.int64), numbers)
 
 
 @dataclass

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +24,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
 
+from .checkpoint_folder import empty_folder, publish, refuse_pickles, rotate, sweep
 from .errors import UserError
 from .plain_state import (
     OPTIMIZER_FILE,
@@ -45,12 +45,9 @@ from .sharding import forget_gathered
 
 logger = logging.getLogger("quietstar")
 
+DATA_FILE = "data_position.json"
 SCHEDULER_FILE, SCALER_FILE = "scheduler.json", "scaler.json"
 RNG_FILE, STATE_FILE = "rng_state.json", "trainer_state.json"
-# What transformers or torch would unpickle, if it were there.
-_PICKLES = re.compile(
-    r"(pytorch_model|adapter_model).*\.bin|(optimizer|scheduler|scaler)\.(pt|bin)|rng_.*\.pth"
-)
 # Failed saves in a row that are put up with; the pauses between them double, in steps: 1, 2, 4, 8.
 SAVE_ATTEMPTS = 5
 _WRITING_FAILED = (OSError, SafetensorError)
@@ -63,13 +60,44 @@ class SafeCheckpoints(Trainer):
         super().__init__(*args, **kwargs)
         self._failed_saves = 0
         self._save_again_at: int | None = None
+        self._random_state_from: str | None = None
         self.add_callback(_SaveAgain(self))
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Sweep up what an interrupted save has left, then train."""
         if self.args.should_save:
             sweep(Path(self.args.output_dir))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        seeks = self._seek_data(resume_from_checkpoint)
+        skips, self.args.ignore_data_skip = (
+            self.args.ignore_data_skip,
+            (self.args.ignore_data_skip or seeks),
+        )
+        self._random_state_from = str(resume_from_checkpoint) if seeks else None
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.args.ignore_data_skip = skips
+
+    def _seek_data(self, checkpoint: Any) -> bool:
+        """Set a streamed data set to a checkpoint's place, so that nothing has to be skipped."""
+        path = Path(str(checkpoint)) / DATA_FILE
+        if not isinstance(checkpoint, str | Path) or not path.is_file():
+            return False
+        data: Any = self.train_dataset
+        if not hasattr(data, "seek") or self.args.dataloader_num_workers:
+            return False
+        data.seek(json.loads(path.read_text()))
+        return True
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step; opening the loader has drawn a random number."""
+        found = super().get_batch_samples(*args, **kwargs)
+        if self._random_state_from is not None:
+            self._load_rng_state(self._random_state_from)
+            self._random_state_from = None
+        return found
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # A run that was interrupted behind its last step would train one step more.
@@ -86,13 +114,14 @@ class SafeCheckpoints(Trainer):
         scratch = run / f"{INCOMPLETE}{final.name}"
         if trial is None:
             self.store_flos()
-        problem = self._tried(lambda: _empty_folder(scratch) if self.args.should_save else None)
+        problem = self._tried(lambda: empty_folder(scratch) if self.args.should_save else None)
         self.accelerator.wait_for_everyone()
         parts: list[Callable[[], None]] = [lambda: self.save_model(str(scratch), _internal_call=True)]
         if not self.args.save_only_model:
             parts.append(lambda: self._save_optimizer_and_scheduler(str(scratch)))
             parts.append(lambda: self._save_scaler(str(scratch)))
             parts.append(lambda: self._save_rng_state(str(scratch)))
+            parts.append(lambda: self._save_data_position(scratch))
         # A process that cannot write goes on: the others wait for it in the gathering of the next part.
         for part in parts:
             problem = self._tried(part) or problem
@@ -209,6 +238,17 @@ class SafeCheckpoints(Trainer):
         if self.args.should_save:
             (Path(output_dir) / RNG_FILE).write_text(json.dumps(states))
 
+    def _save_data_position(self, folder: Path) -> None:
+        """Where a streamed data set is behind the rows that were trained on."""
+        data: Any = self.train_dataset
+        if not self.args.should_save or not hasattr(data, "position_at"):
+            return
+        if self.args.dataloader_num_workers:
+            return  # the workers have streams of their own; a resumed run skips what was trained on
+        per_step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        position = data.position_at(self.state.global_step * per_step)
+        (folder / DATA_FILE).write_text(json.dumps(position))
+
     # ---- reading --------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -271,66 +311,6 @@ class _SaveAgain(TrainerCallback):
         again = self._trainer._save_again_at
         if again is not None and state.global_step >= again:
             control.should_save = True
-
-
-def refuse_pickles(folder: Path) -> None:
-    """Raise :class:`UserError` if a checkpoint holds a file that would have to be unpickled."""
-    for entry in folder.iterdir():
-        if _PICKLES.fullmatch(entry.name):
-            raise UserError(
-                f"checkpoint {folder} holds {entry.name}, which would have to be unpickled; expected"
-                " safetensors, as quietstar writes them"
-            )
-
-
-def publish(scratch: Path, final: Path) -> None:
-    """Make a finished folder appear under its name, whole and on the disk."""
-    for path in [*scratch.rglob("*"), scratch]:
-        _flush(path)
-    if final.exists():
-        replaced = final.with_name(f"{INCOMPLETE}replaced-{final.name}")
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    scratch.rename(final)
-    _flush(final.parent)
-    sweep(final.parent)
-
-
-def rotate(run: Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beyond ``limit``, but neither the newest nor the best."""
-    if not limit or limit < 1:
-        return
-    numbered = [(int(p.name.partition("-")[2]), p) for p in run.glob("checkpoint-*") if _is_numbered(p)]
-    ordered = [path for _, path in sorted(numbered)]
-    spare = [path for path in ordered[:-1] if best is None or path != Path(best)]
-    for path in spare[: max(0, len(ordered) - limit)]:
-        doomed = path.with_name(f"{INCOMPLETE}{path.name}")
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-
-
-def sweep(run: Path) -> None:
-    """Remove what interrupted saves have left."""
-    for path in run.glob(f"{INCOMPLETE}*"):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_numbered(path: Path) -> bool:
-    return re.fullmatch(r"checkpoint-\d+", path.name) is not None
-
-
-def _empty_folder(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _copy_weights(folder: Path, model: nn.Module, names: dict[nn.Parameter, str]) -> set[str]:

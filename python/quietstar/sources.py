@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from quietstar.corpora import Document, load_stdlib
 from quietstar.errors import UserError
+from quietstar.streams import HubStream
 
 STDLIB = "stdlib"
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -106,10 +107,16 @@ def hub_documents(
     if columns is not None:
         check_column(columns, text_column, f"data set {name}")
         rows = rows.select_columns([text_column])
+
+    def text_of(row: dict[str, Any], number: int) -> str:
+        return _text_of(row, text_column, f"row {number} of {name}")
+
     if streaming and shuffle_buffer > 0:
-        rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer)
-    for number, row in enumerate(rows):
-        yield Document(f"{name}:{number}", _text_of(row, text_column, f"row {number} of {name}"))
+        # The order of the shards alone; rows are shuffled by a buffer that a position can hold.
+        rows = rows.shuffle(seed=seed, buffer_size=1)
+    if streaming:
+        return HubStream(rows, name, text_of, shuffle_buffer, seed)
+    return (Document(f"{name}:{n}", text_of(row, n)) for n, row in enumerate(rows))
 
 
 def open_documents(

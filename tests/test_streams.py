@@ -1,0 +1,178 @@
+"""Streams: continued from a saved position, row for row, without reading all that was before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from quietstar.corpora import Document, train_tokenizer
+from quietstar.data import TOKENIZER_BATCH, Blocks, StreamedBlocks
+from quietstar.errors import UserError
+from quietstar.recipe import parse_recipe
+from quietstar.sources import open_documents
+from quietstar.train import run_recipe
+
+TEXTS = [f"{i} " + "the quick brown fox jumps over the lazy dog " * (1 + i * 7 % 5) for i in range(300)]
+Source = Callable[[], Iterator[Document]]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer(TEXTS[:20], 300)
+
+
+@pytest.fixture(params=["files", "hub", "hub shuffled"])
+def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for shard in range(3):
+        lines = [json.dumps({"text": text}) + "\n" for text in TEXTS[shard * 100 : shard * 100 + 100]]
+        (folder / f"train-{shard}.jsonl").write_text("".join(lines))
+    if request.param == "files":
+        return open_documents(name=None, files=[str(folder / "*.jsonl")], split="train")
+    buffer = 20 if request.param == "hub shuffled" else 0
+    return open_documents(
+        name=str(folder), files=None, split="train", streaming=True, shuffle_buffer=buffer, seed=3
+    )
+
+
+def take(stream: Iterator[dict[str, torch.Tensor]], count: int) -> list[dict[str, torch.Tensor]]:
+    return [next(stream) for _ in range(count)]
+
+
+@pytest.mark.parametrize("packing", ["concat", "packed", "document"])
+@pytest.mark.parametrize("limit", [None, 90])
+def test_a_position_continues_row_for_row(
+    source: Source, tokenizer: PreTrainedTokenizerFast, packing: str, limit: int | None
+):
+    def stream() -> StreamedBlocks:
+        return StreamedBlocks(source, tokenizer, Blocks(24, packing), 0, limit, repeat=True)
+
+    whole = take(iter(stream()), 400)
+    running = stream()
+    rows = iter(running)
+    seen = 0
+    # The last one lies in the second pass over the data, or in the fifth with a limit.
+    for stop in (3, 75, int(torch.randint(100, 200, ())), 370):
+        take(rows, stop + 7 - seen)  # a loader reads ahead
+        seen = stop + 7
+        position = json.loads(json.dumps(running.position_at(stop)))
+        other = stream()
+        other.seek(position)
+        for expected, found in zip(whole[stop:], take(iter(other), 400 - stop), strict=True):
+            assert expected.keys() == found.keys()
+            assert all(torch.equal(value, found[key]) for key, value in expected.items())
+
+
+def test_little_is_read_again(tokenizer: PreTrainedTokenizerFast, source: Source):
+    read: list[str] = []
+
+    def counted() -> Iterator[Document]:
+        inner = source()
+
+        class Counted:
+            def __iter__(self) -> Counted:
+                return self
+
+            def __next__(self) -> Document:
+                document = next(inner)
+                read.append(document.text)
+                return document
+
+        counting: Any = Counted()
+        if hasattr(inner, "seek"):
+            counting.seek, counting.position = inner.seek, inner.position
+        return counting
+
+    stream = StreamedBlocks(counted, tokenizer, Blocks(24), repeat=True)
+    rows = iter(stream)
+    take(rows, 300)
+    first = len(read)
+    position = stream.position_at(300)
+    read.clear()
+    other = StreamedBlocks(counted, tokenizer, Blocks(24), repeat=True)
+    other.seek(position)
+    take(iter(other), 1)
+    again = 2 * TOKENIZER_BATCH  # the batch that the position lies in, and the next if it ends there
+    seekable = hasattr(source(), "seek")
+    assert len(read) <= (again if seekable else first + again)
+    assert first > again and position["drop"] < 150
+
+
+def test_one_pass_ends_and_a_stream_without_rows_says_so(tokenizer: PreTrainedTokenizerFast):
+    def few() -> Iterator[Document]:
+        return iter([Document("a", "the fox")])
+
+    assert list(StreamedBlocks(few, tokenizer, Blocks(24))) == []
+    with pytest.raises(UserError, match="the stream gave no row of 24 tokens"):
+        next(iter(StreamedBlocks(few, tokenizer, Blocks(24), repeat=True)))
+
+
+def test_a_streamed_run_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:40])
+    )
+    recipe = parse_recipe(
+        {
+            "name": "streamed",
+            "model": {
+                "config": {
+                    "model_type": "llama",
+                    "hidden_size": 16,
+                    "intermediate_size": 32,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "max_position_embeddings": 64,
+                },
+                "tokenizer": "stdlib",
+                "vocab_size": 300,
+            },
+            "data": {
+                "files": [str(tmp_path / "text.jsonl")],
+                "streaming": True,
+                "packing": "packed",
+                "block_size": 16,
+                "max_train_blocks": 15,
+            },
+            "thoughts": {"thought_length": 2, "think_at": "random:0.5"},
+            "training": {
+                "max_steps": 9,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "save_steps": 4,
+                "use_cpu": True,
+            },
+        }
+    )
+
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 6:
+                raise KeyboardInterrupt
+
+    run_recipe(recipe, tmp_path / "whole", progress=False)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, tmp_path / "parts", progress=False, callbacks=[Interrupt()])
+    assert (tmp_path / "parts" / "checkpoint-4" / "data_position.json").is_file()
+    fetched: list[int] = []
+    original = StreamedBlocks.__iter__
+
+    def counted(self: StreamedBlocks) -> Iterator[dict[str, torch.Tensor]]:
+        for row in original(self):
+            fetched.append(1)
+            yield row
+
+    monkeypatch.setattr(StreamedBlocks, "__iter__", counted)
+    run_recipe(recipe, tmp_path / "parts", progress=False)
+    # Five steps of four rows and what the loader reads ahead: nothing was skipped.
+    assert len(fetched) <= 5 * 4 + 4
+    whole, parts = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
