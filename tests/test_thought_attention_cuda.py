@@ -10,7 +10,6 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import cuda_sources
 import pytest
 import torch
 from attention_cases import SHAPES, gradients, make
@@ -26,28 +25,6 @@ on_a_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
 ]
-
-
-# A test of these kernels takes some 15 s under the sanitizers: there, one of each kind is run.
-KINDS_FOR_SANITIZERS = (
-    *("test_shapes[cpu-everything-torch.bfloat16]", "test_shapes[cpu-everything-torch.float32]"),
-    *("test_shapes[cpu-text rows-torch.float16]", "test_several_tiles[cpu-few rows per column]"),
-    *("test_several_tiles[cpu-D96]", "test_strides_and_addresses[cpu-torch.bfloat16]"),
-    "test_few_rows_are_split_over_their_keys[cpu-no slots-torch.float16]",
-    "test_the_sanitizers_kinds_are_there",
-)
-
-
-@pytest.fixture(autouse=True)
-def few_under_the_sanitizers(request: pytest.FixtureRequest) -> None:
-    if cuda_sources.SANITIZED and request.node.name not in KINDS_FOR_SANITIZERS:
-        pytest.skip("one test of each kind is enough")
-
-
-@pytest.mark.cuda_on_cpu
-@pytest.mark.skipif(not cuda_sources.SANITIZED, reason="without sanitizers all run")
-def test_the_sanitizers_kinds_are_there(request: pytest.FixtureRequest) -> None:
-    assert set(KINDS_FOR_SANITIZERS) <= {item.name for item in request.session.items}
 
 
 @pytest.fixture
