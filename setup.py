@@ -32,7 +32,24 @@ class CMakeBuild(build_ext):
         # A build folder configured by another build environment names tools that are gone.
         subprocess.run([*configure, "--fresh"], check=True)
         jobs = ["--parallel", str(self.parallel)] if self.parallel else []
-        subprocess.run(["cmake", "--build", str(build), *jobs], check=True)
+        run_and_keep(["cmake", "--build", str(build), *jobs], build / "build.log")
+
+
+def run_and_keep(command: list[str], log: Path) -> None:
+    """Run a command; what it prints goes into a file, too, where scripts/compile_check.py reads what
+    the CUDA compiler says of the kernels."""
+    with (
+        log.open("w") as kept,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            kept.write(line)
+    if process.returncode != 0:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 setup(

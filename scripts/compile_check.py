@@ -4,7 +4,8 @@ kernel: registers, spills, shared memory. No GPU is needed.
 
     python scripts/compile_check.py [FILE.cu ...] [--archs sm_90,...]
 
-Prints a table, a line per kernel. Exit status 1: a kernel of ``NO_SPILLS`` spills, or a pattern there
+What the package's own build reported a moment ago is not compiled again. Prints a table, a line per
+kernel. Exit status 1: a kernel of ``NO_SPILLS`` spills, or a pattern there
 names no kernel any more, or a file does not compile. Without nvcc it says so and checks nothing.
 """
 
@@ -74,6 +75,24 @@ def compile_file(nvcc: str, source: Path, archs: Iterable[str]) -> str:
     if done.returncode != 0:
         raise RuntimeError(f"{source.name} does not compile:\n{(done.stdout + done.stderr)[-4000:]}")
     return done.stdout + done.stderr
+
+
+def reports_of_build(archs: Iterable[str]) -> dict[str, str]:
+    """The reports in the log of the package's last build, by file name: those for all ``archs``, if no
+    source has changed since."""
+    logs = sorted(REPOSITORY.glob("build/*/build.log"), key=lambda log: log.stat().st_mtime)
+    headers = (REPOSITORY / "csrc" / "include").rglob("*.h")
+    changed = max(path.stat().st_mtime for path in [*SOURCES.iterdir(), *headers])
+    if not logs or logs[-1].stat().st_mtime < changed:
+        return {}
+    # ninja prints what a command says in one piece, after the line that names the command.
+    pieces = re.split(r"^\[\d+/\d+\] (.*)$", logs[-1].read_text(), flags=re.MULTILINE)[1:]
+    found = {}
+    for title, text in zip(pieces[::2], pieces[1::2], strict=True):
+        name = re.fullmatch(r"Building CUDA object \S*csrc/cuda/(\w+\.cu)\.o", title)
+        if name and all(f"' for '{arch}'" in text for arch in archs):
+            found[name[1]] = text
+    return found
 
 
 def parse(report: str) -> list[Kernel]:
@@ -168,15 +187,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     archs = options.archs.split(",")
     files = options.files or sorted(SOURCES.glob("*.cu"))
+    known = {} if options.files else reports_of_build(archs)
+    rest = [file for file in files if file.name not in known]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reports = list(pool.map(lambda file: compile_file(nvcc, file, archs), files))
+        reports = [*known.values(), *pool.map(lambda file: compile_file(nvcc, file, archs), rest)]
     raw = [kernel for report in reports for kernel in parse(report)]
     names = readable(kernel.name for kernel in raw)
     kernels = [Kernel(names[k.name], *list(vars(k).values())[1:]) for k in raw]
     print(table(kernels, archs))
     patterns = NO_SPILLS if not options.files else ("*",)
     wrong = faults(kernels, patterns)
-    print("\n".join(wrong) or f"{len(names)} kernels, {len(files)} files: no spills where none may be")
+    print(f"{len(names)} kernels; {len(rest)} files compiled, {len(known)} read from the build's log")
+    print("\n".join(wrong) or "no spills where none may be")
     return 1 if wrong else 0
 
 

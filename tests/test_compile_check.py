@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -100,6 +101,28 @@ def test_finds_spills_and_patterns_without_a_kernel(check) -> None:
     assert check.faults(kernels, ["_Z5plain*", "gone_*"]) == [
         "no kernel is called gone_*; NO_SPILLS should follow its new name"
     ]
+
+
+def test_reads_the_log_of_a_build(check, monkeypatch, tmp_path) -> None:
+    sources, headers = tmp_path / "csrc" / "cuda", tmp_path / "csrc" / "include"
+    log = tmp_path / "build" / "temp.linux" / "build.log"
+    for folder in (sources, headers, log.parent):
+        folder.mkdir(parents=True)
+    (sources / "row.cu").write_text("")
+    monkeypatch.setattr(check, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(check, "SOURCES", sources)
+    assert check.reports_of_build(["sm_80"]) == {}
+    log.write_text(
+        "-- quietstar\n[1/3] Building CXX object CMakeFiles/x.dir/csrc/cpu/row.cpp.o\nwarning: ...\n"
+        f"[2/3] Building CUDA object CMakeFiles/kernels_cuda.dir/csrc/cuda/row.cu.o\n{REPORT}"
+        "[3/3] Linking CXX shared module _native.so\n"
+    )
+    (report,) = check.reports_of_build(["sm_80", "sm_90"]).values()
+    assert check.parse(report) == check.parse(REPORT)
+    assert check.reports_of_build(["sm_80", "sm_100"]) == {}
+    later = log.stat().st_mtime + 5
+    os.utime(sources / "row.cu", (later, later))
+    assert check.reports_of_build(["sm_80"]) == {}
 
 
 def test_without_nvcc_it_says_so(check, monkeypatch, capsys) -> None:

@@ -52,7 +52,7 @@ set(CMAKE_CUDA_COMPILER "${QUIETSTAR_NVCC}")
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-set(CMAKE_CUDA_FLAGS_RELEASE "-O3")
+set(CMAKE_CUDA_FLAGS_RELEASE "-O3 -Xptxas -v")  # scripts/compile_check.py reads the report
 enable_language(CUDA)
 list(JOIN archs ", sm_" shown)
 message(STATUS "quietstar: CPU and CUDA build (nvcc ${CMAKE_CUDA_COMPILER_VERSION}, sm_${shown})")

@@ -2,6 +2,10 @@
 # csrc/testing, as the Python module _cuda_on_cpu. Not part of the package; tests build it:
 #   cmake -S . -B build/cuda_on_cpu -DQUIETSTAR_CUDA=off [-DQUIETSTAR_SANITIZE=ON]
 #   cmake --build build/cuda_on_cpu --target cuda_on_cpu
+# Only where QUIETSTAR_CUDA=off: the language of a source file is that of all targets.
+if(TARGET kernels_cuda)
+  return()
+endif()
 option(QUIETSTAR_SANITIZE "Build cuda_on_cpu with the address and undefined-behaviour sanitizers" OFF)
 
 file(GLOB sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/testing/*.cu)
