@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,48 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
+
+
+def test_the_command_in_two_processes(out: Path, tmp_path: Path):
+    """``torchrun -m quietstar train`` ends where one process with twice the batch does."""
+    recipe: dict[str, Any] = {
+        "name": "small",
+        "model": {
+            "config": {
+                "model_type": "llama",
+                "hidden_size": 16,
+                "intermediate_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "max_position_embeddings": 64,
+            },
+            "tokenizer": "lookup",
+        },
+        "data": {"name": "lookup", "block_size": 16, "max_train_blocks": 40, "eval_blocks": 4},
+        "thoughts": {"thought_length": 2, "think_at": "random:0.5"},
+        "training": {"max_steps": 4, "save_steps": 2, "use_cpu": True, "learning_rate": 0.1},
+    }
+    recipe["training"]["optim"] = "sgd"  # Adam magnifies the rounding of small gradients
+    (tmp_path / "small.yaml").write_text(json.dumps(recipe))
+    for processes, batch in ((2, 2), (1, 4)):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        words = ["train", "small.yaml", "--quiet", "--output", str(tmp_path / str(processes))]
+        done = subprocess.run(
+            [sys.executable, *launch, "-m", "quietstar", *words, f"per_device_train_batch_size={batch}"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert done.stdout.count("4 steps of recipe small") == 1
+    one, twice = (load_file(tmp_path / n / "model.safetensors") for n in ("1", "2"))
+    assert difference(twice, one) < 1e-4
+    losses = [
+        json.loads((tmp_path / n / "metrics.json").read_text())["evaluation"]["base_nll"]["mean"]
+        for n in ("1", "2")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:

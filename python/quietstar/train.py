@@ -191,6 +191,8 @@ def main(recipe: Recipe, output: Path, args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         progress=not args.quiet,
     )
+    if int(os.environ.get("RANK", "0")):
+        return 0  # the first of several processes speaks
     console = Console(soft_wrap=True, highlight=False)
     metrics = result.metrics
     console.print(f"{metrics['steps']} steps of recipe {metrics['recipe']}: {result.output}")
