@@ -41,7 +41,7 @@ from .plain_state import (
     write_tensors,
 )
 from .rundir import INCOMPLETE
-from .sharding import forget_gathered
+from .sharding import put_shards_back
 
 logger = logging.getLogger("quietstar")
 
@@ -297,7 +297,7 @@ class SafeCheckpoints(Trainer):
 
     def _parameter_names(self) -> dict[nn.Parameter, str]:
         inside = self.accelerator.unwrap_model(self.model)
-        forget_gathered(inside)
+        put_shards_back(inside)
         return parameter_names(inside)
 
 

@@ -98,12 +98,6 @@ def output_layer_gathered(forward: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def forget_gathered(model: nn.Module) -> None:
-    """Drop gathered weights, so that the model's parameters are the shards that an optimiser moves."""
-    for unit in _units(model.modules()):
-        unit.reshard()
-
-
 def put_shards_back(model: nn.Module) -> None:
     """Drop what FSDP2 has gathered, so that ``model.parameters()`` are the shards."""
     for unit in _units(model.modules()):
