@@ -53,13 +53,17 @@ def every_position(b, hq, hkv, slots, key_slots, length, rationales, size, dtype
     return tensors, torch.zeros_like(stop), stop, sink
 
 
-def budget(names, ours, theirs, truth, dtype):
-    """Largest errors against fp64, where torch's own are the measure."""
+def budget(names, ours, theirs, truth, dtype, roundings=1):
+    """Largest errors against fp64, where torch's own are the measure.
+
+    ``roundings``: more than one where "torch's own" is the reference, which keeps weights and output in
+    fp32 until the end; a kernel rounds the weights for the matrix units, and reads the rounded output.
+    """
     for name, a, b, exact in zip(names, ours, theirs, truth, strict=True):
         if not exact.numel():
             continue
         size, error, own = (float(t.detach().abs().max()) for t in (exact, a - exact, b - exact))
-        allowed = FACTOR * own + ROUNDING[dtype] * max(1.0, size)
+        allowed = FACTOR * own + roundings * ROUNDING[dtype] * max(1.0, size)
         assert error <= allowed, f"{name}: {error}, and torch's own {own}"
 
 
@@ -116,10 +120,14 @@ def test_sinks_and_strides(device, dtype):
         result, _ = reference(*inputs[:5], start, stop, scale=0.3, sinks=inputs[5])
         return [result, *gradients([result], inputs)]
 
-    # The reference sums in fp32 and rounds once: the least that a kernel can err.
     theirs = run([t.detach().clone().requires_grad_() for t in (*tensors, sinks)])
     truth = run([t.detach().double().requires_grad_() for t in (*tensors, sinks)])
-    budget([*NAMES, "sinks"], ours, theirs, truth, dtype)
+    budget(NAMES, ours[:-1], theirs[:-1], truth[:-1], dtype, roundings=3)
+    # A sink's gradient sums sum(dout * out) over all rows of its head, with out as it was rounded: as
+    # many roundings in any direction as there are rows.
+    rows = tensors[0][:, 0, ..., 0].numel()
+    error = float((ours[-1] - truth[-1]).detach().abs().max())
+    assert error <= 2 * ROUNDING[dtype] * rows**0.5
 
 
 def test_gradient_of_lse(device):
@@ -193,7 +201,7 @@ def test_diagonal_kernel(device, dtype, shape):
 
     truth, true_lse = run(torch.float64)
     theirs, _ = run(dtype)
-    budget(["out", "dq", "dk", "dv"], [out, *results], theirs, truth, dtype)
+    budget(["out", "dq", "dk", "dv"], [out, *results], theirs, truth, dtype, roundings=3)
     torch.testing.assert_close(lse.double(), true_lse, rtol=1e-5, atol=1e-5)
     true_delta = (dout.double() * out.double()).sum(-1)
     torch.testing.assert_close(delta.double(), true_delta, rtol=1e-4, atol=1e-4)
