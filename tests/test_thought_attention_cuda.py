@@ -12,15 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import SHAPES, gradients, make
+from attention_budget import NAMES, assert_within_budget, case, ours, truth
+from attention_cases import SHAPES
 from torch import Tensor
 
 from quietstar_ext.native import cuda_device, cuda_kernels
-from quietstar_ext.reference.thought_attention import visible
 from quietstar_ext.thought_attention import thought_attention
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-NAMES = ["out", "lse", "q", "k_text", "v_text", "k_thought", "v_thought", "sinks"]
 on_a_gpu = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
@@ -30,95 +29,6 @@ on_a_gpu = [
 @pytest.fixture
 def device(kernel_device: str) -> str:
     return kernel_device
-
-
-def case(shape: tuple[Any, ...], dtype: torch.dtype, device: str) -> tuple[Any, ...]:
-    """Random inputs on a device; options as the public function takes them."""
-    tensors, start, stop, options = make(*shape, dtype=dtype)
-    tensors = [t.detach().to(device).requires_grad_() for t in tensors]
-    if options.pop("sinks", None) is not None:
-        options["sinks"] = torch.randn(shape[1], device=device, requires_grad=True)
-    return tensors, start.to(device), stop.to(device), options
-
-
-def everything(outputs: tuple[Tensor, ...], inputs: list[Tensor]) -> list[Tensor]:
-    """Outputs and gradients, the same random combination of the outputs for all."""
-    return [*(o.detach() for o in outputs), *gradients(outputs, inputs)]
-
-
-def ours(tensors: list[Tensor], start: Tensor, stop: Tensor, options: dict[str, Any]) -> list[Tensor]:
-    outputs = thought_attention(*tensors, start, stop, **options, return_lse=True, impl="fused")
-    return everything(outputs, [*tensors, *([options["sinks"]] if "sinks" in options else [])])
-
-
-def truth(tensors: list[Tensor], start: Tensor, stop: Tensor, options: dict[str, Any]) -> list[Tensor]:
-    exact = [t.detach().double().requires_grad_() for t in tensors]
-    chosen = dict(options)
-    if "sinks" in chosen:
-        chosen["sinks"] = chosen["sinks"].detach().double().requires_grad_()
-    outputs = thought_attention(*exact, start, stop, **chosen, return_lse=True, impl="reference")
-    return everything(outputs, [*exact, *([chosen["sinks"]] if "sinks" in chosen else [])])
-
-
-def by_torch(
-    tensors: list[Tensor], start: Tensor, stop: Tensor, options: dict[str, Any]
-) -> list[Tensor]:
-    """What PyTorch makes of it in the dtype of the inputs: products and softmax, with a mask."""
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    q, k_text, v_text, k_thought, v_thought = leaves
-    _, hq, sq, _, d = q.shape
-    group = hq // k_text.shape[1]
-    k_text, v_text, k_thought, v_thought = (
-        t.repeat_interleave(group, 1) for t in (k_text, v_text, k_thought, v_thought)
-    )
-    scale = options.get("scale") or d**-0.5
-    text = torch.einsum("bhsmd,bhnd->bhsmn", q, k_text)
-    slots = torch.einsum("bhsmd,bhtmd->bhsmt", q, k_thought)
-    scores = torch.cat([text, slots], -1) * scale
-    if options.get("softcap"):
-        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
-    text_seen, slot_seen = visible(
-        start, stop, sq, k_thought.shape[2], k_text.shape[2], options.get("sliding_window")
-    )
-    seen = torch.cat(
-        [t[:, None].expand(*scores.shape[:-1], -1) for t in (text_seen, slot_seen[None])], -1
-    )
-    scores = scores.masked_fill(~seen, -torch.inf)
-    extra = []
-    if "sinks" in options:
-        extra = [options["sinks"].detach().clone().requires_grad_()]
-        sink = extra[0].to(q.dtype)[:, None, None, None].expand(*scores.shape[:-1], 1)
-        scores = torch.cat([scores, sink], -1)
-    lse = torch.logsumexp(scores.float(), -1)
-    weights = torch.nan_to_num(torch.softmax(scores, -1))
-    n, sk = k_text.shape[2], k_thought.shape[2]
-    out = torch.einsum("bhsmn,bhnd->bhsmd", weights[..., :n], v_text)
-    out = out + torch.einsum("bhsmt,bhtmd->bhsmd", weights[..., n : n + sk], v_thought)
-    found = everything((out, lse), [*leaves, *extra])
-    return [t.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf) for t in found]
-
-
-def assert_within_budget(
-    tensors: list[Tensor], start: Tensor, stop: Tensor, options: dict[str, Any], factor: float = 1.0
-) -> list[Tensor]:
-    """Our error against the fp64 truth is at most PyTorch's own in this dtype, and some rounding."""
-    found = ours(tensors, start, stop, options)
-    theirs = by_torch(tensors, start, stop, options)
-    eps = torch.finfo(tensors[0].dtype).eps
-    for name, t, a, b in zip(NAMES, truth(tensors, start, stop, options), found, theirs, strict=False):
-        assert torch.equal(a.isinf(), t.isinf()), name
-        finite = t.isfinite()
-        if not finite.any():
-            continue
-        t, a, b = t[finite], a[finite].double(), b[finite].double()
-        assert not a.isnan().any(), name
-        unit = (8 if eps < 1e-5 or name == "lse" else 1) * (1.2e-7 if name == "lse" else eps)
-        error, budget = float((a - t).abs().max()), float((b - t).abs().max())
-        size = max(float(t.abs().max()), {"lse": 1.0, "sinks": 0.5}.get(name, 0.0))
-        if name == "sinks":  # a sum over rows that cancels, of sums with a rounded out
-            unit *= 4
-        assert error <= factor * budget + unit * size, f"{name}: {error:.3g} > {budget:.3g}"
-    return found
 
 
 @pytest.mark.parametrize(
@@ -332,7 +242,7 @@ def random_case(device: str, large: int) -> tuple[Any, ...]:
     hkv, groups = draw(1, 2), draw(1, 2, 3, 4)
     sk = draw(0, 1, 2, 5, 15, 17)
     sq = draw(1, sk, max(1, sk - 2)) if sk else 1
-    size, length = draw(1, 8, 24, 33, 64, 72, 96, 128), draw(0, 1, 31, 64, 40 * large)
+    size, length = draw(2, 8, 24, 33, 64, 72, 96, 128), draw(0, 1, 31, 64, 40 * large)
     columns = draw(1, 2, 7, 12 * large)
     options: dict[str, Any] = {"sinks": draw(True, False)}
     if draw(True, False):
@@ -350,13 +260,13 @@ def random_case(device: str, large: int) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("number", range(6))
 def test_random_shapes_and_options(device: str, number: int) -> None:
-    assert_within_budget(*random_case(device, 1), factor=1.5)
+    assert_within_budget(*random_case(device, 1), factor=4)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(60))
 def test_many_random_shapes_and_options(device: str, number: int) -> None:
-    assert_within_budget(*random_case(device, 4), factor=1.5)
+    assert_within_budget(*random_case(device, 4), factor=4)
 
 
 @pytest.mark.parametrize("name", ["everything"])
@@ -404,12 +314,12 @@ class TestOnAGpu:
     def test_large(self, dtype: torch.dtype, size: int) -> None:
         """Within the budget, and twice the same bits."""
         inputs = self.causal((*self.PACKED[:7], size), dtype)
-        found = assert_within_budget(*inputs, factor=1.5)
+        found = assert_within_budget(*inputs)
         assert all(torch.equal(a, b) for a, b in zip(ours(*inputs), found, strict=True))
 
     @pytest.mark.parametrize("shape", [(4, 32, 8, 1, 9, 1, 4096, 128), (2, 8, 8, 1, 5, 512, 512, 64)])
     def test_steps(self, shape: tuple[int, ...]) -> None:
-        assert_within_budget(*self.causal(shape, torch.bfloat16), factor=1.5)
+        assert_within_budget(*self.causal(shape, torch.bfloat16))
 
     def test_a_graph_sees_new_inputs(self) -> None:
         tensors, start, stop, options = self.causal(self.PACKED, torch.bfloat16)
