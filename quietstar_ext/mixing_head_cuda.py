@@ -49,7 +49,9 @@ def forward(
     mixed, w = torch.empty_like(thought), thought.new_empty(rows, 1)
     gate = thought.new_empty(rows, dtype=torch.float32)
     if rows == 0 or size == 0:
-        return mixed, w.zero_(), gate.zero_(), torch.empty_like(thought), torch.empty_like(thought)
+        act_of_0 = 0.5 if sigmoid else 0.0
+        empty = torch.empty_like(thought), torch.empty_like(thought)
+        return mixed, w.fill_(act_of_0), gate.fill_(act_of_0), *empty
     # Both halves of the first layer stay in fp32 until they are added: rounded before they cancel,
     # they would leave many a relu on its other side.
     product = _product_in_fp32(thought, w1[:, size:].T)

@@ -8,6 +8,7 @@ tensor at all, or an option out of range.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -179,10 +180,27 @@ def in_float64(value: Any) -> Any:
 
 @pytest.mark.parametrize("name", sorted(OPERATORS))
 def test_an_answer_or_an_error(name: str) -> None:
+    fuzz(name, 400)
+
+
+@pytest.mark.cuda_on_cpu
+@pytest.mark.parametrize("name", sorted(OPERATORS))
+def test_an_answer_or_an_error_on_cuda(name: str, cuda_on_cpu: ModuleType) -> None:
+    before = cuda_on_cpu.launches()
+    fuzz(name, 100)
+    assert cuda_on_cpu.launches() > before
+
+
+def fuzz(name: str, examples: int) -> None:
     operator = OPERATORS[name][0]
     counts = {"answered": 0, "refused": 0}
 
-    @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        database=None,
+    )
     @given(calls(name))
     def check(arguments: dict[str, Any]) -> None:
         try:
@@ -201,7 +219,7 @@ def test_an_answer_or_an_error(name: str) -> None:
 
     check()
     # Both ends of the rule were met.
-    assert min(counts.values()) > 20, counts
+    assert min(counts.values()) > examples // 20, counts
 
 
 def compare(name: str, ours: list[torch.Tensor], truth: list[torch.Tensor], tolerance: float) -> None:
