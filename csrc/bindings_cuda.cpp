@@ -144,13 +144,11 @@ void bind_cuda(py::module_& m) {
   m.def("cuda_softmax_cross_entropy", &softmax_cross_entropy, release);
   m.def("cuda_banned_words", &banned_words, release);
   m.def("cuda_scale_in_place", &scale_in_place, release);
-  m.def("cuda_sample_tokens_workspace",
-        [](int dtype, std::int64_t rows, std::int64_t vocab, std::int64_t banned_count, int device,
-           Address stream) {
-          return quietstar::cuda::sample_tokens_workspace(static_cast<quietstar::DType>(dtype),
-                                                          rows, vocab, banned_count,
-                                                          {device, stream});
-        });
+  m.def("cuda_sample_tokens_workspace", [](int dtype, std::int64_t rows, std::int64_t vocab,
+                                           std::int64_t banned_count, int device, Address stream) {
+    return quietstar::cuda::sample_tokens_workspace(static_cast<quietstar::DType>(dtype), rows,
+                                                    vocab, banned_count, {device, stream});
+  });
   m.def("cuda_sample_tokens", &sample_tokens, release);
   bind_cuda_attention(m);
 }
