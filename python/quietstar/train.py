@@ -62,6 +62,8 @@ def run_recipe(
         # The first process has cleared the folder before the others look.
         overwrite = overwrite and arguments.process_index == 0
         folder = open_run(Path(output), recipe, resume=resume, overwrite=overwrite)
+        if arguments.process_index == 0 and folder.metrics is None:
+            check_writable(folder.path)
     if folder.metrics is not None:
         logger.info("%s: this run is done", folder.path)
         return RunResult(folder.path, folder.metrics, continued=True)
@@ -71,7 +73,6 @@ def run_recipe(
 
     from quietstar.trainer import QuietStarTrainer
 
-    check_writable(folder.path)
     set_seed(arguments.seed)
     tokenizer = build_tokenizer(recipe.model)
     model: Any = build_model(recipe, tokenizer)
@@ -82,6 +83,8 @@ def run_recipe(
     check_room(folder.path, arguments, *checkpoint_bytes(model, str(arguments.optim), copied))
     train_data, eval_data = build_data(recipe, tokenizer, progress=progress)
 
+    # Not before every process has looked at the folder.
+    arguments.distributed_state.wait_for_everyone()
     if arguments.process_index == 0:
         start_run(folder, recipe)
     trainer = QuietStarTrainer(
