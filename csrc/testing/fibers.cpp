@@ -16,6 +16,7 @@
 #include "cuda_on_cpu.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define QUIETSTAR_ASAN 1
 #else
@@ -185,6 +186,10 @@ void prepare(Fiber& fiber) {
     mprotect(memory, page, PROT_NONE);  // an overflow of the stack stops here
     fiber.stack = static_cast<char*>(memory) + page;
   }
+#if QUIETSTAR_ASAN
+  // Functions that a failed launch left in the middle will not clear their marks themselves.
+  ASAN_UNPOISON_MEMORY_REGION(fiber.stack, kStackBytes);
+#endif
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack;
   fiber.context.uc_stack.ss_size = kStackBytes;
