@@ -110,6 +110,7 @@ def test_every_kernel_passes_the_sanitizers() -> None:
     done = subprocess.run(
         [
             sys.executable,
+            "-P",  # the source folder must not hide the installed package
             "-m",
             "pytest",
             "-q",

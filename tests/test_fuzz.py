@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import quietstar_ext as ext
 
-SMALL = st.integers(0, 5)
+SMALL = st.sampled_from((2, 3, 1, 5, 4, 2, 3, 5, 0))  # empty now and then
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Relative to the largest number of a result, for rounding of inputs and results alike.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -138,7 +138,8 @@ SPOILT_TENSORS: dict[str, Callable[[torch.Tensor], Any]] = {
     "sparse": lambda t: t.to_sparse(),
     "a list": lambda t: t.tolist(),
     "none": lambda t: None,
-    "huge": lambda t: torch.full_like(t, 2**31 - 1),
+    # Of numbers far larger, rounding alone would be larger than any tolerance on a loss.
+    "huge": lambda t: torch.full_like(t, 100 if t.is_floating_point() else 2**31 - 1),
     "negative": lambda t: -t.abs() - 1,
 }
 SPOILT_OPTIONS = (None, -1, 0, 1e40, float("nan"), float("inf"), 2**200, "x", [10**9], [-1], True)
@@ -158,10 +159,7 @@ def calls(draw: Any, name: str) -> dict[str, Any]:
         key = draw(st.sampled_from(sorted(arguments)))
         value = arguments[key]
         if isinstance(value, torch.Tensor):
-            ways = sorted(SPOILT_TENSORS)
-            if value.dtype == torch.float16:
-                ways.remove("huge")  # out of its range
-            arguments[key] = SPOILT_TENSORS[draw(st.sampled_from(ways))](value)
+            arguments[key] = SPOILT_TENSORS[draw(st.sampled_from(sorted(SPOILT_TENSORS)))](value)
         else:
             arguments[key] = draw(st.sampled_from(SPOILT_OPTIONS))
     return arguments
@@ -187,7 +185,7 @@ def test_an_answer_or_an_error(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(OPERATORS))
 def test_an_answer_or_an_error_on_cuda(name: str, cuda_on_cpu: ModuleType) -> None:
     before = cuda_on_cpu.launches()
-    fuzz(name, 100)
+    fuzz(name, 150)
     assert cuda_on_cpu.launches() > before
 
 
