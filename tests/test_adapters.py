@@ -10,10 +10,17 @@ import pytest
 import torch
 from families import tiny_decoder
 from safetensors.torch import load_file
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from quietstar import QuietStarForCausalLM, add_meta_tokens, cli
-from quietstar.adapters import add_adapters, settle_new_rows, target_pattern
+from quietstar.adapters import (
+    add_adapters,
+    keep_gradients,
+    quantization,
+    settle_new_rows,
+    target_pattern,
+)
+from quietstar.build import build_model
 from quietstar.checkpoint import load_checkpoint
 from quietstar.corpora import train_tokenizer
 from quietstar.errors import UserError
@@ -148,6 +155,93 @@ def test_what_is_adapted(family: str):
             QuietStarForCausalLM.from_base(tiny_decoder(family), start_token_id=94, end_token_id=95),
             ["q"],
         )
+
+
+def small_decoder(folder: Path) -> Path:
+    """As ``decoder_folder``, wide enough for the 64 numbers that share a scale in 4 bits."""
+    words = train_tokenizer([TEXT], 300)
+    decoder = tiny_decoder("llama", vocab_size=len(words), hidden_size=64, intermediate_size=128)
+    decoder.save_pretrained(folder)
+    return folder
+
+
+def test_a_decoder_in_4_bits(decoder_folder: Path, tmp_path: Path):
+    """QLoRA: trained, then opened and merged on the rounded weights that it was fitted to."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    small_decoder(decoder_folder)
+    kept: dict[str, Any] = {}
+
+    class Keep(TrainerCallback):
+        def on_train_end(
+            self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any
+        ) -> None:
+            kept["model"] = model
+
+    here = recipe(
+        decoder_folder,
+        model={"dtype": "bfloat16"},
+        adapter={"quantize": "4bit"},
+        # Evaluated between two steps: bitsandbytes must not repack the weights there.
+        data={"eval_files": [str(tmp_path / "text.txt")], "eval_blocks": 2},
+        training={"bf16": True, "eval_strategy": "steps", "eval_steps": 1},
+    )
+    run_recipe(here, tmp_path / "run", progress=False, callbacks=[Keep()])
+    trained = kept["model"]
+    in_4_bits = {n for n, m in trained.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert len(in_4_bits) == 2 * 7 and all(".layers." in n for n in in_4_bits)
+
+    model, _ = load_checkpoint(str(tmp_path / "run"))
+    assert not any(isinstance(m, bitsandbytes.nn.Linear4bit) for m in model.modules())
+    scale = float(logits(trained).abs().max())
+    assert (logits(model) - logits(trained)).abs().max() < 0.08 * scale
+
+    assert cli.main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
+    merged = QuietStarForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(merged), logits(model))
+
+
+def test_gradients_through_4_bits(decoder_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """After an evaluation pass, on a CPU that has bitsandbytes' kernel without gradients or one that
+    claims to have it, they are those of the same weights in 16 bits."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    small_decoder(decoder_folder)
+    gradients = []
+    for rounded in (True, False):
+        options = {"dtype": torch.bfloat16, **quantization("4bit", str(decoder_folder))}
+        decoder = AutoModelForCausalLM.from_pretrained(decoder_folder, **options)
+        keep_gradients(decoder)
+        if not rounded:
+            decoder = decoder.dequantize()
+        embeds = torch.linspace(-1, 1, 12 * 64).view(1, 12, 64).bfloat16()
+        with torch.no_grad():
+            decoder.eval()(inputs_embeds=embeds)
+        embeds.requires_grad_()
+        decoder.train()(inputs_embeds=embeds).logits.float().square().mean().backward()
+        gradients.append(embeds.grad.float())
+    assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[1].norm()
+
+
+def test_a_model_with_thoughts_in_4_bits(decoder_folder: Path, tmp_path: Path):
+    """Continued with adapters, its own layers stay as they are."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    small_decoder(decoder_folder)
+    words = train_tokenizer([TEXT], 300)
+    QuietStarForCausalLM.from_base(str(decoder_folder), words).save_pretrained(tmp_path / "thinks")
+    words.save_pretrained(tmp_path / "thinks")
+    here = recipe(
+        decoder_folder,
+        model={"name": str(tmp_path / "thinks"), "dtype": "bfloat16"},
+        adapter={"quantize": "4bit"},
+        training={"bf16": True, "max_steps": 2},
+    )
+    model = build_model(here, words)
+    assert isinstance(model, QuietStarForCausalLM)
+    in_4_bits = {n for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+    assert len(in_4_bits) == 2 * 7 and all(".layers." in n for n in in_4_bits)
+    run_recipe(here, tmp_path / "run", progress=False)
+    opened, _ = load_checkpoint(str(tmp_path / "run"))
+    assert torch.isfinite(logits(opened)).all()
 
 
 def test_refused_with_clear_words(decoder_folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -44,29 +44,49 @@ def import_peft() -> Any:
     return peft
 
 
-def quantization(kind: str) -> dict[str, Any]:
+def quantization(kind: str, name: str, revision: str | None = None) -> dict[str, Any]:
     """What ``from_pretrained`` has to be told to load a decoder quantized; empty for ``none``.
 
     4-bit NormalFloat with double quantization, computing in bf16: QLoRA (Dettmers et al. 2023,
-    arXiv 2305.14314).
+    arXiv 2305.14314). The output layer, and a mixing head where there is one, stay as they are.
+
+    Args:
+        kind: ``none`` or ``4bit``.
+        name: of the model, and revision, as ``from_pretrained`` will get them.
     """
     if kind == "none":
         return {}
     try:
-        import bitsandbytes  # type: ignore[import-not-found]  # noqa: F401
+        import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise UserError(
             f"adapter.quantize is {kind!r}, which needs bitsandbytes: pip install 'quietstar[qlora]'"
         ) from error
-    from transformers import BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+    with torch.device("meta"):
+        config = AutoConfig.from_pretrained(name, revision=revision)
+        shape = AutoModelForCausalLM.from_config(config)
+    head = shape.get_output_embeddings()
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=[*(n for n, m in shape.named_modules() if m is head), *SAVED_WHOLE],
     )
     return {"quantization_config": settings}
+
+
+def keep_gradients(decoder: nn.Module) -> None:
+    """Let a 4-bit decoder pass gradients on every device.
+
+    On CPUs with bf16 instructions bitsandbytes repacks a weight in the first evaluation pass, for a
+    kernel that gives no gradient, and that later training passes take, too, with a warning at most.
+    """
+    for module in decoder.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def target_pattern(model: QuietStarForCausalLM, names: list[str] | None) -> str:
@@ -144,14 +164,18 @@ def is_adapter(name: str) -> bool:
     return cached_file(name, CONFIG_FILE, _raise_exceptions_for_missing_entries=False) is not None
 
 
-def load_adapter(name: str, tokenizer: PreTrainedTokenizerBase, *, trainable: bool = False) -> PeftModel:
+def load_adapter(name: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
     """An adapter on its decoder.
+
+    A decoder that was trained on in 4 bits is rounded to these values again, and then held in its own
+    dtype: the adapter was fitted to the rounded weights, and can be merged into them without another
+    rounding.
 
     Args:
         name: a folder that ``quietstar train`` wrote, or its name on the hub.
 
     Raises:
-        UserError: if the adapter or its decoder cannot be had.
+        UserError: if the adapter or its decoder cannot be had, or bitsandbytes where it is needed.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import cached_file
@@ -164,17 +188,26 @@ def load_adapter(name: str, tokenizer: PreTrainedTokenizerBase, *, trainable: bo
         cached_file(name, WEIGHTS_FILE)  # a pickled adapter is not looked at
         config = QuietStarConfig.from_pretrained(name)
         base_name = settings["base_model_name_or_path"]
-        base = AutoModelForCausalLM.from_pretrained(base_name, dtype="auto", use_safetensors=True)
+        # At the top where a model with thoughts was quantized whole.
+        rounded = any(getattr(c, "quantization_config", None) for c in (config, config.text_config))
+        options = {"dtype": "auto", "use_safetensors": True}
+        if rounded:
+            options |= {"dtype": config.text_config.dtype, **quantization("4bit", base_name)}
+        base = AutoModelForCausalLM.from_pretrained(base_name, **options)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load the adapter {name}: {reason}") from error
+    if rounded:
+        base = base.dequantize()
     if isinstance(base, QuietStarForCausalLM):
         for key, value in thought_fields(config).items():
             setattr(base.config, key, value)
     else:
         settle_new_rows(base, tokenizer)
         base = QuietStarForCausalLM.from_base(base, tokenizer, **thought_fields(config))
-    return peft.PeftModel.from_pretrained(base, name, is_trainable=trainable)
+    return peft.PeftModel.from_pretrained(base, name)
 
 
 def thought_fields(config: QuietStarConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quietstar import lookup
-from quietstar.adapters import quantization, settle_new_rows
+from quietstar.adapters import keep_gradients, quantization, settle_new_rows
 from quietstar.config import QuietStarConfig
 from quietstar.corpora import Document
 from quietstar.data import Blocks, StreamedBlocks, TokenBlocks, read_blocks
@@ -60,7 +60,8 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStar
     if section.config:
         decoder = _random_decoder(section, tokenizer)
     else:
-        decoder = _load(section, quantization(recipe.adapter.quantize))
+        decoder = _load(section, recipe.adapter.quantize)
+        keep_gradients(decoder)
     thoughts = dict(recipe.thoughts)
     if isinstance(decoder, QuietStarForCausalLM):
         check_tokenizer(tokenizer, _thoughts_of(decoder))
@@ -195,7 +196,7 @@ def _torch_dtype(name: str) -> Any:
     return name if name == "auto" else getattr(torch, name)
 
 
-def _load(section: ModelSection, more: dict[str, Any]) -> PreTrainedModel:
+def _load(section: ModelSection, quantize: str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     assert section.name is not None  # checked with the recipe
@@ -203,14 +204,16 @@ def _load(section: ModelSection, more: dict[str, Any]) -> PreTrainedModel:
         "dtype": _torch_dtype(section.dtype),
         "attn_implementation": section.attn_implementation,
         "revision": section.revision,
-        **more,
     }
     try:
+        options |= quantization(quantize, section.name, section.revision)
         return AutoModelForCausalLM.from_pretrained(
             section.name,
             use_safetensors=True,
             **{key: value for key, value in options.items() if value is not None},
         )
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load model {section.name}: {_first_line(error)}") from error
 
