@@ -110,6 +110,17 @@ def test_gradients_are_those_of_one_process(out: Path, name: str, tmp_path: Path
     assert json.loads((out / f"{name}-losses.json").read_text()) == pytest.approx(losses, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", two.ZERO)
+def test_deepspeed_ends_where_one_process_does(out: Path, name: str, tmp_path: Path):
+    pytest.importorskip("deepspeed")
+    run, _ = two.alone(two.ZERO[name], tmp_path)
+    weights, before = two.whole_weights(run), dict(two.build(two.ZERO[name]).named_parameters())
+    saved = load_file(out / f"run-{name}" / "checkpoint-2" / "model.safetensors")
+    assert difference(saved, weights) < 1e-4  # the two clip to norms that differ in the fifth digit
+    assert difference(weights, before) > 1e-2
+    assert json.loads((out / f"{name}.json").read_text()) == {"change": 0, "skipped": 1}
+
+
 def test_a_wrong_share_would_be_noticed(tmp_path: Path):
     """Means of two halves are not the mean: the rows' counts differ enough to tell."""
     case = two.CASES["ddp"]

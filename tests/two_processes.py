@@ -7,6 +7,7 @@ Each case trains a tiny model with QuietStarTrainer and leaves what came out of 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_deepspeed_available
 from families import tiny_decoder
 from safetensors.torch import save_file
 from torch import nn
@@ -56,6 +57,23 @@ OBJECTIVE: dict[str, Any] = {
 SAVED |= {
     "ddp-objective": {"padded": True, **OBJECTIVE},
     "fsdp-objective": {"padded": True, "arguments": FSDP, "tied": True, **OBJECTIVE},
+}
+# DeepSpeed keeps gradients to itself, so its weights are compared; plain steps do not magnify rounding.
+ZERO: dict[str, dict[str, Any]] = {
+    f"zero-{stage}": {
+        "padded": True,
+        "settings": {"optim": "sgd", "max_grad_norm": 1.0},
+        "arguments": {
+            "deepspeed": {
+                "zero_optimization": {"stage": stage},
+                "zero_allow_untested_optimizer": True,
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_accumulation_steps": "auto",
+                "gradient_clipping": "auto",
+            }
+        },
+    }
+    for stage in (1, 2)
 }
 SAVING: dict[str, Any] = {"steps": 4, "save_strategy": "steps", "save_steps": 2}
 
@@ -155,13 +173,14 @@ def train(
         **{**settings, **case.get("settings", {}), **case.get("arguments", {})},
     )
     gradients = Gradients()
+    watching = (*callbacks,) if "deepspeed" in case.get("arguments", {}) else (gradients, *callbacks)
     wants_fsdp = "fsdp" in case.get("arguments", {})
     with fsdp_on_the_cpu(wants_fsdp):
         run = QuietStarTrainer(
             model=build(case),
             args=arguments,
             train_dataset=rows(case),
-            callbacks=[gradients, *callbacks],
+            callbacks=list(watching),
         )
     assert run.is_fsdp_enabled == wants_fsdp
     run.train(resume_from_checkpoint=True if resume else None)
@@ -226,9 +245,50 @@ def main(out: Path) -> None:
         name: count_collectives({**CASES["fsdp"], **changes}, out / "counted")
         for name, changes in {"forced": {}, "sampled": {"thoughts": False}}.items()
     }
+    for name, case in ZERO.items() if is_deepspeed_available() else ():
+        found = {
+            "change": train_with_deepspeed(case, out / f"run-{name}"),
+            "skipped": skipped_by_deepspeed(case, out / f"poisoned-{name}"),
+        }
+        if rank == 0:
+            (out / f"{name}.json").write_text(json.dumps(found))
     if rank == 0:
         (out / "collectives.json").write_text(json.dumps(collectives))
     torch.distributed.destroy_process_group()
+
+
+class Poison(TrainerCallback):
+    """Makes the output layer's gradient NaN in the second step."""
+
+    def __init__(self) -> None:
+        self.step = -1
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        weight = next(p for n, p in kwargs["model"].named_parameters() if n.endswith("lm_head.weight"))
+        weight.register_hook(lambda g: g * float("nan") if self.step == 1 else g)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
+
+
+def skipped_by_deepspeed(case: dict[str, Any], folder: Path) -> int:
+    """How many steps were skipped of four with one that is poisoned; the weights stay finite."""
+    run, _ = train(case, folder, batch=2, steps=4, callbacks=(Poison(),))
+    assert all(weight.isfinite().all() for weight in whole_weights(run).values())
+    return run.guard.skipped
+
+
+def train_with_deepspeed(case: dict[str, Any], folder: Path) -> float:
+    """A run of four steps, and by how much its last two, done again from its checkpoint, differ."""
+    first, _ = train(case, folder, batch=2, **SAVING)
+    assert first.is_deepspeed_enabled
+    again = folder.with_name(f"{folder.name}-again")
+    if first.is_world_process_zero():
+        shutil.copytree(folder / "checkpoint-2", again / "checkpoint-2")
+    torch.distributed.barrier()
+    second, _ = train(case, again, batch=2, resume=True, **SAVING)
+    found = whole_weights(second)
+    return max(float((found[n] - p).abs().max()) for n, p in whole_weights(first).items())
 
 
 def whole_weights(run: QuietStarTrainer) -> dict[str, torch.Tensor]:

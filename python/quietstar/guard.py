@@ -47,6 +47,7 @@ class NonFiniteGuard:
         *,
         add_up: Callable[[Tensor], Tensor] = lambda tensor: tensor,
         scale: float | None = None,
+        already: bool = False,
     ) -> bool:
         """Decide about a step, after all its backward passes; if it is skipped, its gradients are gone.
 
@@ -58,6 +59,8 @@ class NonFiniteGuard:
             scale: of a gradient scaler (float16), which has to see a gradient that is not finite: it
                 then skips the step itself and lowers its scale. Until that is down to 1, such a step
                 does not count towards the limit.
+            already: whoever holds the gradients (DeepSpeed) found one that is not finite and has skipped
+                the step; it is counted here.
 
         Raises:
             NonFiniteLoss: at the limit, or at once if the weights themselves are not finite.
@@ -67,7 +70,7 @@ class NonFiniteGuard:
         losses = torch.ones((), dtype=torch.bool)
         if self._losses_finite is not None:
             losses, self._losses_finite = self._losses_finite, None
-        bad = torch.stack([~losses.to(norm.device), ~torch.isfinite(norm)]).float()
+        bad = torch.stack([~losses.to(norm.device), ~torch.isfinite(norm) | already]).float()
         loss_bad, gradient_bad = (add_up(bad) > 0).tolist()
         if not loss_bad and not gradient_bad:
             self.in_a_row = 0

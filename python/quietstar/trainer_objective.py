@@ -146,6 +146,8 @@ class ObjectiveTrainer(Trainer):
             self.state.global_step + 1,
             add_up=self._reduce if several else lambda tensor: tensor,
             scale=None if scaler is None else float(scaler.get_scale()),
+            # DeepSpeed's backward pass has made the step, or left it out, by now.
+            already=self.is_deepspeed_enabled and not self.model_wrapped.was_step_applied(),
         )
 
     def _reduce(self, tensor: Tensor) -> Tensor:
