@@ -19,29 +19,17 @@ from .attention import check_supported, implementation_name
 from .checks import check_baseline, check_ignored, check_meta_tokens, check_text
 from .config import QuietStarConfig
 from .generation import SpokenThought, Thinking, ThinkingGenerationMixin
-from .layout import TextRanges, text_positions, text_ranges
-from .learn import learn, reward_thoughts
+from .layout import text_ranges
 from .output import QuietStarOutput
 from .parts import WHOLE, BatchPart
-from .sharding import decoder_gathered, output_layer_gathered
-from .talk import MixingHead, base_nll, check_labels, mix_talk_steps, talk
-from .think import (
-    ThoughtEmbedding,
-    Thoughts,
-    check_head,
-    choose_anchors,
-    depth_of_end,
-    output_head,
-    packed_pass,
-    rollout,
-    run_decoder_plain,
-    text_pass,
-    text_with_layout,
-)
+from .passes import ThinkingPasses
+from .sharding import output_layer_gathered
+from .talk import MixingHead, check_labels
+from .think import ThoughtEmbedding, check_head
 from .tokens import add_meta_tokens, meta_token_ids
 
 
-class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
+class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMixin):
     """Wraps any supported Hugging Face decoder with thoughts (see :class:`QuietStarConfig`).
 
     The decoder is ``self.base``, unmodified; the model adds ``thought_embedding`` and ``mixing_head``.
@@ -249,208 +237,6 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
         return self._learn(
             input_ids, ranges, labels, thought_ids, anchors, temperature, baseline_losses, batch_part
         )
-
-    def _plain(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        ranges: TextRanges,
-        labels: Tensor | None,
-        logits_to_keep: int,
-        part: BatchPart,
-    ) -> QuietStarOutput:
-        """The decoder without thoughts (``thought_kind="none"``)."""
-        if ranges.end is None:
-            positions = text_positions(ranges.start, ranges.stop)
-            hidden = run_decoder_plain(self.base, input_ids, attention_mask, positions)
-        else:
-            hidden = text_with_layout(self.base, input_ids, ranges)[0]
-        head = output_head(self.base)
-        if labels is None:
-            return QuietStarOutput(logits=head.logits(hidden[:, -logits_to_keep:]))
-        loss, losses = base_nll(head, hidden, labels, 1.0, part)
-        return QuietStarOutput(
-            loss=loss, nll_loss=loss.detach(), base_losses=losses, base_loss=loss.detach()
-        )
-
-    def _predict(
-        self,
-        input_ids: Tensor,
-        ranges: TextRanges,
-        logits_to_keep: int,
-        temperature: float,
-        thought_ids: Tensor | None,
-        anchors: Tensor | None,
-    ) -> QuietStarOutput:
-        """Mixed logits after one thought per position: the slots end with the end token."""
-        config, head = self.config, output_head(self.base)
-        batch, length = input_ids.shape
-        slots = depth_of_end(config)
-        logprobs = None
-        if anchors is None:
-            kept = logits_to_keep or length
-            anchors = torch.arange(length - kept, length, device=input_ids.device).expand(batch, -1)
-        if thought_ids is not None:
-            if thought_ids.dim() == 4 and thought_ids.shape[1] != 1:
-                raise ValueError(
-                    f"thought_ids has {thought_ids.shape[1]} rationales; expected 1 without labels"
-                )
-            anchors, ids = self._forced(input_ids, ranges, thought_ids, anchors)
-            meta = self.thought_embedding(config.embedding_scale)
-            text_hidden, slot_hidden = packed_pass(
-                self.base, config, meta, input_ids, ranges, anchors, ids, num_slots=slots
-            )
-        else:
-            thoughts = self._rollout(
-                input_ids,
-                ranges,
-                anchors=anchors,
-                temperature=temperature,
-                to_the_end=True,
-                num_slots=slots,
-            )
-            ids, logprobs, text_hidden = thoughts.ids, thoughts.logprobs, thoughts.text_hidden
-            assert thoughts.slot_hidden is not None
-            slot_hidden = thoughts.slot_hidden
-        mixed, weight = mix_talk_steps(
-            config, self.mixing_head, text_hidden, slot_hidden, anchors, steps=1
-        )
-        return QuietStarOutput(
-            logits=head.logits(mixed[0]),
-            mixing_weight=weight[:, :, None].detach(),
-            anchors=anchors,
-            thought_ids=_by_rationale(ids, 1),
-            thought_logprobs=_by_rationale(logprobs, 1),
-        )
-
-    def _learn(
-        self,
-        input_ids: Tensor,
-        ranges: TextRanges,
-        labels: Tensor,
-        thought_ids: Tensor | None,
-        anchors: Tensor | None,
-        temperature: float,
-        baseline_losses: Tensor | None,
-        part: BatchPart,
-    ) -> QuietStarOutput:
-        """Losses, rewards and the policy term for one batch."""
-        config, head = self.config, output_head(self.base)
-        meta = self.thought_embedding(config.embedding_scale)
-        with_grad = torch.is_grad_enabled()
-        rationales = config.num_rationales if self.training else 1
-        if config.thought_kind == "pause":
-            rationales = 1
-        thoughts = None
-        if thought_ids is None:
-            thoughts = self._rollout(
-                input_ids,
-                ranges,
-                anchors=anchors,
-                rationales=rationales,
-                temperature=temperature,
-                to_the_end=not with_grad,
-                part=part,
-            )
-            columns, ids, logprobs = thoughts.anchors, thoughts.ids, thoughts.logprobs
-        else:
-            columns, ids = self._forced(input_ids, ranges, thought_ids, anchors, part)
-            logprobs, rationales = None, thought_ids.shape[1]
-        if thoughts is not None and thoughts.slot_hidden is not None:
-            text_hidden, slot_hidden = thoughts.text_hidden, thoughts.slot_hidden
-        else:
-            text_hidden, slot_hidden = packed_pass(
-                self.base,
-                config,
-                meta,
-                input_ids,
-                ranges,
-                columns,
-                ids,
-                every_position=anchors is None and config.parse_think_at()[0] == "all",
-            )
-        anchors = columns[:, ::rationales]
-        talked = talk(
-            config,
-            head,
-            self.mixing_head,
-            text_hidden,
-            slot_hidden,
-            labels,
-            ranges,
-            anchors,
-            rationales,
-            part,
-        )
-        earned = reward_thoughts(config, head, talked, slot_hidden, anchors, ranges, baseline_losses)
-        can_think = (ranges.start < ranges.stop).gather(1, anchors)
-        total, policy = learn(config, head, talked.nll, slot_hidden, ids, earned, can_think, part)
-        return QuietStarOutput(
-            loss=total.loss,
-            language_loss=total.language_loss,
-            thinking_loss=total.thinking_loss,
-            nll_loss=talked.nll.detach(),
-            base_losses=talked.base_losses,
-            base_loss=talked.base_loss,
-            talk_losses=talked.talk_losses.transpose(2, 3),
-            talk_loss=talked.talk_loss,
-            reward=earned.reward.transpose(1, 2),
-            advantage=earned.advantage.transpose(1, 2),
-            policy_loss=policy,
-            mixing_weight=talked.mixing_weight.transpose(2, 3),
-            anchors=anchors,
-            has_target=talked.has_target,
-            thought_ids=_by_rationale(ids, rationales),
-            thought_logprobs=_by_rationale(logprobs, rationales),
-        )
-
-    def _rollout(
-        self, input_ids: Tensor, ranges: TextRanges, part: BatchPart = WHOLE, **options: Any
-    ) -> Thoughts:
-        meta = self.thought_embedding(self.config.embedding_scale)
-        seed = part.seed()
-        with decoder_gathered(self.base):
-            return rollout(
-                self.base, self.config, meta, input_ids, ranges, seed=seed, part=part, **options
-            )
-
-    def _forced(
-        self,
-        input_ids: Tensor,
-        ranges: TextRanges,
-        thought_ids: Tensor,
-        anchors: Tensor | None,
-        part: BatchPart = WHOLE,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Columns [B, A*R] and tokens [B, A*R, T] from given thoughts."""
-        config = self.config
-        batch, length = input_ids.shape
-        if anchors is None:
-            hidden = None
-            if config.parse_think_at()[0] == "entropy":
-                hidden, _ = text_pass(self.base, input_ids, ranges)
-            is_text = ranges.start < ranges.stop
-            anchors = choose_anchors(config, input_ids, is_text, hidden, output_head(self.base), part)
-        count = anchors.shape[1]
-        given = tuple(thought_ids.shape)
-        fits = len(given) == 4 and given[0] == batch and given[2] in (length, count)
-        if not fits or given[1] < 1 or given[3] != config.thought_length:
-            raise ValueError(
-                f"thought_ids has shape {list(given)}; expected [{batch}, rationales, {length},"
-                f" {config.thought_length}] (rows, rationales, positions, thought_length)"
-            )
-        if given[2] != count:
-            index = anchors[:, None, :, None].expand(-1, given[1], -1, given[3])
-            thought_ids = thought_ids.gather(2, index)
-        columns = anchors.repeat_interleave(given[1], dim=1)
-        return columns, thought_ids.transpose(1, 2).flatten(1, 2)
-
-
-def _by_rationale(columns: Tensor | None, rationales: int) -> Tensor | None:
-    """[B, A*R, T] -> [B, R, A, T]."""
-    if columns is None:
-        return None
-    return columns.unflatten(1, (-1, rationales)).transpose(1, 2)
 
 
 AutoConfig.register("quietstar", QuietStarConfig, exist_ok=True)
