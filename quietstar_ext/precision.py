@@ -6,6 +6,13 @@ import contextlib
 
 import torch
 
+# Asked once: torch.compile cannot look through the question in every release.
+_AUTOCAST = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla")
+    if torch.amp.is_autocast_available(kind)
+)
+
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything narrower."""
@@ -24,7 +31,7 @@ def autocast_inputs(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     left alone.
     """
     kind = tensors[0].device.type if isinstance(tensors[0], torch.Tensor) else "cpu"
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in _AUTOCAST or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(
@@ -35,6 +42,6 @@ def autocast_inputs(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """A block in which matrix products keep the dtype of their operands."""
     kind = tensor.device.type
-    if not torch.amp.is_autocast_available(kind):  # tensors without memory, for one
+    if kind not in _AUTOCAST:  # tensors without memory, for one
         return contextlib.nullcontext()
     return torch.autocast(kind, enabled=False)

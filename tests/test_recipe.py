@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from quietstar import recipe as recipe_module
 from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError
 from quietstar.recipe import Recipe, known_keys, load_recipe, parse_recipe, shipped_recipes
@@ -27,6 +28,25 @@ def test_shipped_recipes_are_valid_and_read_back_unchanged(name: str, tmp_path: 
     written.write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe(str(written)) == recipe
     assert load_recipe(str(written)).fingerprint() == recipe.fingerprint()
+
+
+def test_both_names_of_what_transformers_has_renamed() -> None:
+    """Which of them it knows depends on its release."""
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        by_word = load_recipe("tiny", [f"{name}=true"]).training
+        in_file = parse_recipe(changed(training={name: True})).training
+        for training in (by_word, in_file):
+            assert [v for k, v in training.items() if k.endswith("_checkpointing")] == [True]
+            assert set(training) <= set(known_keys("training"))
+
+
+def test_a_renamed_key_is_taken_by_the_name_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    for old, new in list(recipe_module.RENAMED.items()):
+        known = {k: v for k, v in known_keys("training").items() if k != new} | {old: bool}
+        fake = {"training": known}
+        monkeypatch.setattr(recipe_module, "known_keys", lambda s, f=fake: f.get(s) or known_keys(s))
+        assert parse_recipe(changed(training={new: True})).training == {old: True}
+        assert recipe_module.resolve_key(new) == ["training", old]
 
 
 def test_the_promised_recipes_are_shipped() -> None:

@@ -272,9 +272,15 @@ def check_length(config: PretrainedConfig, longest: int) -> None:
             )
 
 
-def implementation_name(model_class: type[PreTrainedModel]) -> str:
-    """The registered name to use for a decoder class (some families lack torch's fused attention)."""
-    return "thought" if getattr(model_class, "_supports_sdpa", False) else "thought_plain"
+def implementation_name(model: PreTrainedModel) -> str:
+    """The registered name for a decoder: torch's fused attention, or plain products, serve its text.
+
+    Some families lack the first, and some releases of transformers let a model with a soft-cap on its
+    attention take it, which leaves the cap out.
+    """
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    fused = getattr(type(model), "_supports_sdpa", False) and not capped
+    return "thought" if fused else "thought_plain"
 
 
 for _name, _fallback in _FALLBACKS.items():

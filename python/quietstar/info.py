@@ -15,7 +15,7 @@ from quietstar.versions import package_versions
 def main(args: argparse.Namespace) -> int:
     """Print the report."""
     for title, facts in (
-        ("versions", package_versions()),
+        ("versions", {**package_versions(), "torch": torch.__version__}),  # which build, too
         ("compiled", compiled()),
         ("torch", torch_offers()),
     ):

@@ -49,7 +49,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         check_supported(base)
         check_meta_tokens(config, base.get_input_embeddings().num_embeddings)
         # The layers look their attention up in this very object at every call.
-        base.config._attn_implementation = implementation_name(type(base))
+        base.config._attn_implementation = implementation_name(base)
         config.text_config = base.config
         self.base = base
         width = base.get_input_embeddings().embedding_dim

@@ -84,6 +84,9 @@ HARMLESS_PREFIXES = (
     "disable_tqdm", "dataloader_num_workers", "dataloader_p", "push_to_hub", "hub_",
 )  # fmt: skip
 ALIASES = {("thoughts", "kind"): "thought_kind"}
+# Either name of what transformers has renamed, taken where this release knows the other alone.
+RENAMED = {"activation_checkpointing": "gradient_checkpointing"}
+RENAMED |= {old: new for new, old in RENAMED.items()}
 SET_ELSEWHERE = {
     ("training", "output_dir"): "give the folder with --output",
     ("training", "resume_from_checkpoint"): "a run continues by itself, or with --resume",
@@ -203,13 +206,13 @@ def resolve_key(key: str) -> list[str]:
     """The path of an override's key, e.g. ``["training", "learning_rate"]``."""
     parts = key.split(".")
     if parts[0] in SECTIONS and len(parts) > 1:
-        parts[1] = ALIASES.get((parts[0], parts[1]), parts[1])
+        parts[1] = _known_name(parts[0], parts[1])
         if parts[1] not in known_keys(parts[0]):
             raise UserError(_unknown(parts[0], parts[1]))
         return parts
     if parts[0] in SECTIONS:
         raise UserError(f"{key} is a section; set one of its keys, e.g. {key}.KEY=VALUE")
-    homes = [s for s in ("", *SECTIONS) if parts[0] in known_keys(s) or (s, parts[0]) in ALIASES]
+    homes = [s for s in ("", *SECTIONS) if _known_name(s, parts[0]) in known_keys(s)]
     if not homes:
         raise UserError(_unknown("", parts[0]))
     if len(homes) > 1:
@@ -217,8 +220,15 @@ def resolve_key(key: str) -> list[str]:
         if "" not in homes:
             raise UserError(f"{parts[0]} could be {options}; write which")
         homes = [""]
-    parts[0] = ALIASES.get((homes[0], parts[0]), parts[0])
+    parts[0] = _known_name(homes[0], parts[0])
     return [*([homes[0]] if homes[0] else []), *parts]
+
+
+def _known_name(section: str, key: str) -> str:
+    """A key by the name that its section knows, where it has several; otherwise as it came."""
+    key = ALIASES.get((section, key), key)
+    known = known_keys(section)
+    return RENAMED[key] if key not in known and RENAMED.get(key) in known else key
 
 
 def _check_section(section: str, content: Any, where: str) -> dict[str, Any]:
@@ -228,7 +238,7 @@ def _check_section(section: str, content: Any, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: section {section} is {type(content).__name__}; expected a mapping")
     checked = {}
     for key, value in content.items():
-        key = ALIASES.get((section, key), key)
+        key = _known_name(section, key)
         if key not in known_keys(section):
             raise UserError(f"{where}: {_unknown(section, str(key))}")
         if (section, key) in SET_ELSEWHERE:
