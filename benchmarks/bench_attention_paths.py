@@ -6,8 +6,9 @@ table says where this device would set ``COMPOSED_FROM_TEXT_LENGTH``: the shorte
 composed path is ahead, forward and backward together, at every longer length that was tried.
 
 Shapes: the heads of Mistral-7B and Llama-3.1-8B (32 over 8, size 128), 15 slots, bf16; one rationale
-and two, because the composed path copies more where there are several. ``flash on the text`` is the
-stock kernel's part alone, as the composed path calls it: neither can be expected to be faster.
+and two, because the composed path copies more where there are several. The composed path is timed with
+either of torch's kernels. ``flash on the text`` and ``cuDNN on the text`` are the stock kernels' part
+alone, as the composed path calls it: no path can be expected to be faster than the better of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from benchmarks import compare, show, write
 from benchmarks.device import DEVICE
-from quietstar_ext import thought_attention, thought_attention_composed
+from quietstar_ext import thought_attention
+from quietstar_ext.thought_attention_stock import stock_backward, stock_forward, use_stock
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
 Table = dict[str, dict[str, float]]
@@ -62,7 +64,14 @@ def paths(
     def both(impl: str) -> Callable[[], object]:
         return lambda: torch.autograd.grad(forward(impl)(), leaves, dout)
 
-    def flash(backward: bool) -> Callable[[], object]:
+    def with_stock(kernel: str, run: Callable[[], object]) -> Callable[[], object]:
+        def chosen() -> object:
+            with use_stock(kernel):
+                return run()
+
+        return chosen
+
+    def stock_part(backward: bool) -> Callable[[], object]:
         q, k, v = (t.detach() for t in leaves[:3])
         k, v = (t[0].expand(slots, -1, -1, -1) for t in (k, v))
         rows = [q[0, :, :, r::rationales].transpose(0, 1) for r in range(rationales)]
@@ -70,32 +79,31 @@ def paths(
 
         def run() -> None:
             for row, grad in zip(rows, grads, strict=True):
-                out, lse = thought_attention_composed._stock_forward(row, k, v, size**-0.5)
+                out, lse = stock_forward(row, k, v, size**-0.5)
                 if backward:
-                    thought_attention_composed._stock_backward(grad, row, k, v, out, lse, size**-0.5)
+                    stock_backward(grad, row, k, v, out, lse, size**-0.5)
 
         return run
 
-    with torch.no_grad():
-        found = {
-            "forward": compare(
-                {
-                    "fused": forward("fused"),
-                    "composed": forward("composed"),
-                    "flash on the text": flash(False),
-                },
-                rounds,
-            )
+    def contestants(make: Callable[[str], Callable[[], object]], backward: bool) -> dict[str, Any]:
+        return {
+            "fused": make("fused"),
+            "composed": make("composed"),
+            "composed, cuDNN": with_stock("cudnn", make("composed")),
+            "flash on the text": stock_part(backward),
+            "cuDNN on the text": with_stock("cudnn", stock_part(backward)),
         }
-    runs = {"fused": both("fused"), "composed": both("composed"), "flash on the text": flash(True)}
-    return found | {"forward + backward": compare(runs, rounds)}
+
+    with torch.no_grad():
+        found = {"forward": compare(contestants(forward, False), rounds)}
+    return found | {"forward + backward": compare(contestants(both, True), rounds)}
 
 
-def border(tables: dict[int, Table]) -> int | None:
-    """The shortest length from which the composed path is ahead at it and all longer ones."""
+def border(tables: dict[int, Table], path: str = "composed") -> int | None:
+    """The shortest length from which a composed path is ahead at it and all longer ones."""
     best = None
     for length in sorted(tables, reverse=True):
-        if tables[length]["composed"]["times_ours"] >= 1:
+        if tables[length][path]["times_ours"] >= 1:
             break
         best = length
     return best
@@ -113,5 +121,6 @@ def bench_paths(rationales: int) -> None:
             _tables[title] = table
             if part != "forward":
                 steps[length] = table
-    print(f"  composed is ahead from N = {border(steps)} on ({rationales} rationales)")
+    for path in ("composed", "composed, cuDNN"):
+        print(f"  {path}: ahead from N = {border(steps, path)} on ({rationales} rationales)")
     write("attention_paths", _tables)

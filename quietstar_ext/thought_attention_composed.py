@@ -10,7 +10,7 @@ Backward, a softmax weight is exp(x - lse) and its gradient needs sum(dout * out
 backward, given the *merged* out and lse, therefore finds exactly the text's share of the gradients, as
 in ring attention. The slots' share comes from the own kernel.
 
-This file holds all private operators of torch that the package uses; ``SCHEMAS`` is what it relies on.
+The stock kernels are in ``thought_attention_stock.py``.
 """
 
 from __future__ import annotations
@@ -25,39 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from quietstar_ext.native import takes_cuda_path
 from quietstar_ext.thought_attention_diagonal import diagonal_backward, diagonal_forward
-
-#: The private operators and how torch 2.13 declares them, returns apart (their names have changed
-#: before). Where the torch that runs declares one otherwise, the path is not taken.
-SCHEMAS = {
-    "_scaled_dot_product_flash_attention": (
-        "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, "
-        "bool return_debug_mask=False, *, float? scale=None)"
-    ),
-    "_scaled_dot_product_flash_attention_backward": (
-        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
-        "Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, "
-        "bool is_causal, Tensor philox_seed, Tensor philox_offset, *, float? scale=None)"
-    ),
-    "_scaled_dot_product_flash_attention_for_cpu": (
-        "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, *, "
-        "Tensor? attn_mask=None, float? scale=None)"
-    ),
-    "_scaled_dot_product_flash_attention_for_cpu_backward": (
-        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
-        "float dropout_p, bool is_causal, *, Tensor? attn_mask=None, float? scale=None)"
-    ),
-}
-
-
-def _declared_otherwise() -> str | None:
-    for name, expected in SCHEMAS.items():
-        operator = getattr(torch.ops.aten, name, None)
-        if not str(operator and operator.default._schema).startswith(f"aten::{name}{expected} ->"):
-            return f"torch {torch.__version__} declares aten::{name} in another way"
-    return None
-
-
-_OTHERWISE = _declared_otherwise()
+from quietstar_ext.thought_attention_stock import stock_backward, stock_forward, why_not_stock
 
 PATHS = ("auto", "fused", "composed")
 
@@ -148,8 +116,6 @@ def why_not_composed(
     length, key_slots = k_text.shape[2], k_thought.shape[2]
     if not takes_cuda_path(q):
         return "it is for CUDA devices"
-    if _OTHERWISE is not None:
-        return _OTHERWISE
     if not every_position:
         return "the columns may be any (every_position is False)"
     if not length or not columns or columns % length:
@@ -160,12 +126,7 @@ def why_not_composed(
         return f"the window of {window} hides some of {length} text tokens from some slots"
     if size > _MOST_SIZE:
         return f"heads of {size} are larger than {_MOST_SIZE}"
-    if q.device.type == "cuda":
-        if q.dtype not in (torch.bfloat16, torch.float16):
-            return "the stock kernel takes bfloat16 and float16"
-        if size % 8:
-            return f"the stock kernel takes heads of a multiple of 8, not {size}"
-    return None
+    return why_not_stock(q)
 
 
 def composed_attention(
@@ -235,58 +196,6 @@ class _Composed(torch.autograd.Function):
         return (*gradients, None, None, dsinks, None)
 
 
-# ---- the stock kernel: queries [S, Hq, N, D] over keys [S, Hkv, N, D], causal
-
-
-def _stock_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [S, Hq, N, D] and lse [S, Hq, N] fp32, any strides."""
-    aten = torch.ops.aten
-    if q.device.type == "cpu":
-        op = aten._scaled_dot_product_flash_attention_for_cpu
-        return op(q, k, v, 0.0, True, scale=scale)
-    out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
-    return out, lse
-
-
-def _stock_backward(
-    dout: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v, of the share of the softmax that ``lse`` leaves to these keys."""
-    aten = torch.ops.aten
-    if q.device.type == "cpu":
-        # This one reads lse in the order in which its forward leaves it: heads fastest.
-        lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
-        op = aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return op(dout, q, k, v, out, lse, 0.0, True, scale=scale)
-    length = q.shape[2]
-    no_numbers = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is not
-    return aten._scaled_dot_product_flash_attention_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        lse.contiguous(),
-        None,
-        None,
-        length,
-        length,
-        0.0,
-        True,
-        no_numbers,
-        no_numbers,
-        scale=scale,
-    )
-
-
 def _whole_packs(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, copied only where its rows do not start at multiples of 16 bytes."""
     fine = tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0
@@ -337,7 +246,7 @@ def _forward(
     batch, _, slots, columns, _ = q.shape
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     for row, piece in _pieces(batch, columns // k_text.shape[2]):
-        text_out, text_lse = _stock_forward(
+        text_out, text_lse = stock_forward(
             _slots_first(q, row, piece),
             k_text[row].expand(slots, -1, -1, -1),
             v_text[row].expand(slots, -1, -1, -1),
@@ -378,7 +287,7 @@ def _backward(
     dk_text, dv_text = (torch.zeros_like(t, dtype=torch.float32) for t in (k_text, v_text))
     delta = torch.empty_like(lse)
     for row, piece in _pieces(batch, columns // k_text.shape[2]):
-        text_dq, dk, dv = _stock_backward(
+        text_dq, dk, dv = stock_backward(
             _slots_first(dout, row, piece),
             _slots_first(q, row, piece),
             k_text[row].expand(slots, -1, -1, -1),

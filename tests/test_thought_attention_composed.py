@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from quietstar import QuietStarForCausalLM, attention
 from quietstar_ext import thought_attention, use_impl
 from quietstar_ext import thought_attention_composed as composed
+from quietstar_ext import thought_attention_stock as stock
 from quietstar_ext.reference.thought_attention import thought_attention as reference
 
 # Three-way error budget: our error may be so many times that of torch's own dense attention in the same
@@ -248,34 +249,56 @@ def test_sizes_are_checked(device):
 # ---- the private operators
 
 
-@pytest.mark.parametrize("name", composed.SCHEMAS)
+@pytest.mark.parametrize("name", stock.SCHEMAS)
 def test_private_operators_are_declared_as_expected(name):
     declared = str(getattr(torch.ops.aten, name).default._schema)
-    assert declared.startswith(f"aten::{name}{composed.SCHEMAS[name]} -> ("), (
-        f"torch {torch.__version__} declares {declared}; look at what thought_attention_composed.py"
+    assert declared.startswith(f"aten::{name}{stock.SCHEMAS[name]} -> ("), (
+        f"torch {torch.__version__} declares {declared}; look at what thought_attention_stock.py"
         " passes it, then change SCHEMAS"
     )
 
 
-@pytest.mark.parametrize("name", ["_scaled_dot_product_flash_attention", "_no_such_operator"])
-def test_another_declaration_is_noticed(monkeypatch, name):
-    assert composed._declared_otherwise() is None
-    monkeypatch.setitem(composed.SCHEMAS, name, "(Tensor query, Tensor key)")
-    assert f"declares aten::{name} in another way" in composed._declared_otherwise()
+@pytest.mark.parametrize("kernel", stock.KERNELS)
+def test_another_declaration_is_noticed(monkeypatch, kernel):
+    for name in (f"_scaled_dot_product_{kernel}_attention", f"_no_such_{kernel}_attention"):
+        assert stock.declared_otherwise(kernel) is None
+        with monkeypatch.context() as patch:
+            patch.setitem(stock.SCHEMAS, name, "(Tensor query, Tensor key)")
+            assert f"declares aten::{name} in another way" in stock.declared_otherwise(kernel)
+            (other,) = set(stock.KERNELS) - {kernel}
+            assert stock.declared_otherwise(other) is None
 
 
+@pytest.mark.parametrize("kernel", stock.KERNELS)
 @pytest.mark.parametrize("groups", [1, 3])
-def test_calls_of_the_gpu_operators_fit(groups):
+def test_calls_of_the_gpu_operators_fit(groups, kernel):
     """Shapes and arguments without a GPU: torch's own shape functions see the calls."""
-    with FakeTensorMode():
+    if kernel == "cudnn" and torch.version.cuda is None:
+        pytest.skip("this torch was built without CUDA, and cuDNN's operators want it")
+    with FakeTensorMode(), stock.use_stock(kernel):
         s, heads, n, d = 3, 2, 5, 16
         q = torch.empty(s, n, heads * groups, d, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
         k = torch.empty(heads, n, d, dtype=torch.bfloat16, device="cuda").expand(s, -1, -1, -1)
-        out, lse = composed._stock_forward(q, k, k, 0.25)
+        assert stock.why_not_stock(q) is None
+        out, lse = stock.stock_forward(q, k, k, 0.25)
         assert out.shape == q.shape and lse.shape == (s, heads * groups, n)
         assert lse.dtype == torch.float32
-        dq, dk, dv = composed._stock_backward(out, q, k, k, out, lse, 0.25)
+        dq, dk, dv = stock.stock_backward(out, q, k, k, out, lse, 0.25)
         assert dq.shape == q.shape and dk.shape == dv.shape == k.shape
+
+
+def test_what_a_stock_kernel_does_not_take():
+    with FakeTensorMode():
+        for size, dtype, kernel, words in (
+            (64, torch.float32, "flash", "bfloat16 and float16"),
+            (60, torch.float16, "flash", "a multiple of 8, not 60"),
+            (136, torch.float16, "cudnn", "at most 128 in both directions, not 136"),
+        ):
+            q = torch.empty(1, 2, 3, 8, size, dtype=dtype, device="cuda")
+            with stock.use_stock(kernel):
+                assert words in stock.why_not_stock(q)
+    with pytest.raises(ValueError, match="'other'; expected one of flash, cudnn"):
+        stock.use_stock("other").__enter__()
 
 
 # ---- when it applies
@@ -403,26 +426,29 @@ def test_a_model_promises_what_is_true(monkeypatch, rule, padding, expected):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kernel", stock.KERNELS)
 @pytest.mark.parametrize(
     "shape", [(2, 32, 8, 15, 15, 256, 1, 128), (1, 8, 8, 15, 15, 1000, 2, 64)], ids=str
 )
-def test_agrees_with_the_fused_kernel(shape):
+def test_agrees_with_the_fused_kernel(shape, kernel):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     tensors, start, stop, _ = every_position(*shape, torch.bfloat16, "cuda")
     found = []
     for impl in ("composed", "fused"):
-        out, lse = thought_attention(
-            *tensors, start, stop, every_position=True, return_lse=True, impl=impl
-        )
-        found.append([lse, out, *torch.autograd.grad(out.square().sum(), tensors)])
+        with stock.use_stock(kernel):
+            out, lse = thought_attention(
+                *tensors, start, stop, every_position=True, return_lse=True, impl=impl
+            )
+            found.append([lse, out, *torch.autograd.grad(out.square().sum(), tensors)])
     for a, b in zip(*found, strict=True):
         error = float((a - b).float().abs().max() / b.float().abs().max())
         assert error < 2e-2
 
 
 @pytest.mark.gpu
-def test_in_a_cuda_graph():
+@pytest.mark.parametrize("kernel", stock.KERNELS)
+def test_in_a_cuda_graph(kernel):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     shape = (1, 4, 2, 5, 5, 64, 2, 64)
@@ -430,8 +456,9 @@ def test_in_a_cuda_graph():
     dout = torch.randn_like(tensors[0])
 
     def run():
-        out = thought_attention(*tensors, start, stop, every_position=True, impl="composed")
-        return [out, *torch.autograd.grad(out, tensors, dout)]
+        with stock.use_stock(kernel):
+            out = thought_attention(*tensors, start, stop, every_position=True, impl="composed")
+            return [out, *torch.autograd.grad(out, tensors, dout)]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
