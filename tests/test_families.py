@@ -159,6 +159,9 @@ def test_a_wrong_layout_would_be_noticed(family: str):
 def test_ordinary_forward_is_untouched(family: str):
     """Without thoughts the decoder computes what it computed before, padding included."""
     decoder = tiny_decoder(family)
+    if getattr(decoder.config, "attn_logit_softcapping", None):
+        # Some releases of transformers leave the soft-cap out of torch's fused attention.
+        decoder.set_attn_implementation("eager")
     ids, mask = inputs("left")
     with torch.no_grad():
         before = decoder(ids, attention_mask=mask).logits
