@@ -55,10 +55,12 @@ def threads() -> Iterator[None]:
 def cuda_on_cpu() -> Iterator[ModuleType]:
     """CPU tensors take the CUDA path, with the CUDA sources compiled for the CPU.
 
-    Outputs hold NaN until they are written. The module's ``set_order`` chooses the order of threads.
+    Outputs hold NaN until they are written. The module's ``set_order`` chooses the order of threads,
+    ``set_shared_memory_limit`` how much of it a block may have.
     """
     module = cuda_sources.load()
     module.set_order("forward", 0)
+    module.set_shared_memory_limit(module.shared_memory_limit)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

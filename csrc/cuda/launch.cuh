@@ -11,8 +11,6 @@
 
 namespace quietstar::cuda {
 
-#ifdef __CUDACC__
-
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
@@ -66,28 +64,14 @@ void launch(const char* name, const Device& device, void (*kernel)(Parameters...
                                static_cast<int>(shared_bytes)),
           name);
   }
+#ifdef __CUDACC__
   kernel<<<grid, block, shared_bytes, reinterpret_cast<cudaStream_t>(device.stream)>>>(
       static_cast<Parameters>(args)...);
+#else
+  testing::launch_kernel(name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+                         [=] { kernel(static_cast<Parameters>(args)...); });
+#endif
   check(cudaGetLastError(), name);
 }
-
-#else
-
-inline int multiprocessors(const Device&) {
-  return testing::kMultiprocessors;
-}
-inline std::size_t most_shared_memory(const Device&) {
-  return testing::kMostSharedMemory;
-}
-
-template <class... Parameters, class... Arguments>
-void launch(const char* name, const Device&, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-            std::size_t shared_bytes, Arguments... args) {
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-  testing::run_grid(name, grid, block, shared_bytes,
-                    [=] { kernel(static_cast<Parameters>(args)...); });
-}
-
-#endif
 
 }  // namespace quietstar::cuda

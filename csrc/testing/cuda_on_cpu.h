@@ -10,6 +10,8 @@
 //     caller or is another one on another lane, and reads from lanes outside the mask;
 //   - stores past the end of shared memory, and reads of shared memory before it was written or
 //     before a copy into it was waited for: both hold NaN until then;
+//   - launches that a device would refuse, shared memory beyond 48 KiB that was not asked for and
+//     errors that stay behind among them (runtime.h);
 //   - what depends on the order of threads or blocks: run forward, in reverse and shuffled.
 // Reads and writes outside of global memory are the address sanitizer's part.
 //
@@ -67,6 +69,7 @@ struct dim3 {
 };
 
 #include "fibers.h"
+#include "runtime.h"
 
 // ---- where a thread is
 #define threadIdx (::quietstar::testing::self().thread)

@@ -102,10 +102,9 @@ struct World {
   std::string kernel, error;
   Guarded dynamic;
   std::map<const void*, Guarded> statics;
+  std::size_t shared_bytes = 0, allowed_bytes = 0;  // of shared memory, static and dynamic
   std::string order = "forward";
   std::mt19937_64 random;
-  int fail_in = -1;
-  std::int64_t launches = 0;
 
   Jump scheduler;
   const void* scheduler_stack = nullptr;
@@ -209,6 +208,11 @@ void prepare(Fiber& fiber) {
                            what);
 }
 
+[[noreturn]] void end_launch(const std::string& why) {
+  world.error = why;
+  for (;;) to_scheduler();  // the scheduler never comes back
+}
+
 std::vector<int> order_of(int count) {
   std::vector<int> order(count);
   for (int i = 0; i < count; ++i) order[i] = world.order == "reverse" ? count - 1 - i : i;
@@ -306,12 +310,6 @@ const Block& block() {
 unsigned char* dynamic_shared() {
   return world.dynamic.data();
 }
-std::int64_t launches() {
-  return world.launches;
-}
-void fail_launch(int skip) {
-  world.fail_in = skip;
-}
 
 void set_order(const std::string& order, std::uint64_t seed) {
   if (order != "forward" && order != "reverse" && order != "shuffled") {
@@ -322,42 +320,25 @@ void set_order(const std::string& order, std::uint64_t seed) {
 }
 
 void fail(Place place, const std::string& what) {
-  world.error = "thread " + show(world.current->self.thread) + " at " + show(place) + ": " + what;
-  for (;;) to_scheduler();  // the scheduler never comes back
+  end_launch("thread " + show(world.current->self.thread) + " at " + show(place) + ": " + what);
 }
 
 void run_grid(const char* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
-              const std::function<void()>& body) {
+              std::size_t allowed_bytes, const std::function<void()>& body) {
+  if (world.current) throw std::runtime_error("a kernel is launched inside a kernel");
+  const std::int64_t blocks = std::int64_t{grid.x} * grid.y * grid.z;
+  if (blocks > 0x7fffffff) throw std::runtime_error("more blocks than a test can run");
   world.kernel = kernel;
-  world.block = {{0, 0, 0}, block, grid, 0};
-  world.launches += 1;
-  if (world.fail_in >= 0 && world.fail_in-- == 0) {
-    throw std::runtime_error("kernel " + world.kernel + ": injected launch failure");
-  }
-  const std::uint64_t threads = std::uint64_t{block.x} * block.y * block.z;
-  const auto refuse = [&](const std::string& what) {
-    throw std::runtime_error("kernel " + world.kernel + ": invalid launch: " + what);
-  };
-  if (threads < 1 || threads > 1024 || block.z > 64) refuse(std::to_string(threads) + " threads");
-  if (grid.x < 1 || grid.x > 0x7fffffffu || grid.y < 1 || grid.y > 65535 || grid.z < 1 ||
-      grid.z > 65535) {
-    refuse("a grid of " + show({grid.x, grid.y, grid.z}));
-  }
-  if (shared_bytes > kMostSharedMemory) {
-    refuse(std::to_string(shared_bytes) + " bytes of shared memory");
-  }
-  if (world.current) refuse("inside a kernel");
-
-  world.block.threads = static_cast<int>(threads);
+  world.block = {{0, 0, 0}, block, grid, static_cast<int>(block.x * block.y * block.z)};
   world.body = &body;
   world.dynamic = Guarded(shared_bytes);
   world.statics.clear();
-  while (world.fibers.size() < threads) {
+  world.shared_bytes = shared_bytes;
+  world.allowed_bytes = allowed_bytes;
+  while (world.fibers.size() < static_cast<std::size_t>(world.block.threads)) {
     world.fibers.push_back(std::make_unique<Fiber>());
     prepare(*world.fibers.back());
   }
-  const std::int64_t blocks = std::int64_t{grid.x} * grid.y * grid.z;
-  if (blocks > 0x7fffffff) refuse("more blocks than a test can run");
   for (int b : order_of(static_cast<int>(blocks))) {
     const auto n = static_cast<unsigned>(b);
     world.block.index = {n % grid.x, n / grid.x % grid.y, n / (grid.x * grid.y)};
@@ -455,6 +436,13 @@ void* static_shared(const void* key, std::size_t bytes, std::size_t alignment) {
   if (alignment > kGuard) throw std::logic_error("a shared array wants too much alignment");
   auto found = world.statics.find(key);
   if (found == world.statics.end()) {
+    world.shared_bytes += (bytes + alignment - 1) / alignment * alignment;
+    if (world.shared_bytes > world.allowed_bytes) {
+      // A device would not begin.
+      end_launch("invalid launch: " + std::to_string(world.shared_bytes) +
+                 " bytes of static and dynamic shared memory, and " +
+                 std::to_string(world.allowed_bytes) + " allowed");
+    }
     found = world.statics.emplace(key, Guarded(bytes)).first;
     found->second.poison();
   }

@@ -30,20 +30,13 @@ struct Block {
 const Self& self();
 const Block& block();
 
-// Runs body once for every thread of the grid. Throws std::runtime_error with what a check found,
-// or for a launch that a device would refuse.
+// Runs body once for every thread of a grid that a device would take. Throws std::runtime_error
+// with what a check found; shared memory, static and dynamic, may come to allowed_bytes.
 void run_grid(const char* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
-              const std::function<void()>& body);
+              std::size_t allowed_bytes, const std::function<void()>& body);
 
-// Controls for tests. Order of threads and blocks: "forward", "reverse" or "shuffled" by the seed.
+// For tests. Order of threads and blocks: "forward", "reverse" or "shuffled" by the seed.
 void set_order(const std::string& order, std::uint64_t seed);
-// Makes the launch after the next `skip` ones fail, once.
-void fail_launch(int skip);
-// Launches since the library was loaded.
-std::int64_t launches();
-// What the pretended device has.
-constexpr int kMultiprocessors = 3;
-constexpr std::size_t kMostSharedMemory = 163 * 1024;
 
 // Stops the launch with an error about the calling thread.
 [[noreturn]] void fail(Place place, const std::string& what);

@@ -13,6 +13,11 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
   bind_cuda(m);
   m.def("set_order", &quietstar::testing::set_order);
   m.def("fail_launch", &quietstar::testing::fail_launch);
+  m.def("set_shared_memory_limit", &quietstar::testing::set_shared_memory_limit);
+  m.attr("shared_memory_limit") = quietstar::testing::kSharedMemoryLimit;  // before it is set
+  m.def("reset_devices", &quietstar::testing::reset_devices);
+  m.def("has_context", &quietstar::testing::has_context);
+  m.def("current_device", &quietstar::testing::current_device);
   m.def("launches", &quietstar::testing::launches);
   m.def("fault_names", &quietstar::testing::fault_names);
   m.def("run_fault", &quietstar::testing::run_fault);
