@@ -62,6 +62,24 @@ __device__ __forceinline__ void store16(T* p, const Pack<T>& pack) {
   *reinterpret_cast<Pack<T>*>(p) = pack;
 }
 
+// To global memory, in one instruction whatever T is: a copied Pack of 16-bit elements nvcc takes
+// apart, into stores of two or four bytes each.
+template <class T>
+__device__ __forceinline__ void store16_global(T* p, const Pack<T>& pack) {
+#ifdef __CUDACC__
+  union {
+    Pack<T> pack;
+    uint4 bits;
+  } u;
+  u.pack = pack;
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+               "r"(u.bits.x), "r"(u.bits.y), "r"(u.bits.z), "r"(u.bits.w)
+               : "memory");
+#else
+  store16(p, pack);
+#endif
+}
+
 // For data that is read once: it does not stay in L1 and leaves L2 first.
 template <class T>
 __device__ __forceinline__ Pack<T> load16_once(const T* p) {
