@@ -124,6 +124,22 @@ def test_rows_longer_than_shared_memory(device: str, dtype: torch.dtype) -> None
     check_kernel(logits, targets, torch.randn(rows, device=device), live, options)
 
 
+@pytest.mark.parametrize(
+    ("words", "dtype"),
+    [
+        *((24_327, torch.bfloat16), (24_328, torch.bfloat16), (24_583, torch.bfloat16)),
+        *((12_164, torch.float32), (12_291, torch.float32)),
+    ],
+    ids=str,
+)
+def test_rows_around_48_kib_of_shared_memory(device: str, words: int, dtype: torch.dtype) -> None:
+    """What a block may have without asking: its row and the sums beside it."""
+    logits = unaligned(1, words, dtype, 0, 0, device)
+    targets = torch.tensor([words - 2], device=device)
+    row_weights, live = torch.randn(1, device=device), torch.ones(1, dtype=torch.bool, device=device)
+    check_kernel(logits, targets, row_weights, live, PLAIN)
+
+
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
 def test_any_number_of_banned_words(device: str, share: float) -> None:
     """Including targets: their loss is inf, and their gradient that of the log-sum-exp."""

@@ -356,6 +356,15 @@ def test_widths_beyond_the_kernels(cuda_on_cpu) -> None:
             steps.run(step)
 
 
+@pytest.mark.parametrize("width", [6128, 6144, 6149])
+def test_widths_around_48_kib_of_shared_memory(device, width) -> None:
+    """What a block may have without asking; 6144 is the width of real models."""
+    steps = Steps(positions=1, rows=1, width=width, dtype=torch.bfloat16, device=device)
+    for step in ("first", "tail", "tail_backward", "first_backward"):
+        steps.run(step)
+    assert all(steps.tensors[name].isfinite().all() for name in ("grad_b2", "grad_w3", "grad_h2"))
+
+
 @pytest.mark.parametrize("positions", [4, 2**15])
 def test_rows_of_positions(positions) -> None:
     index = torch.randint(0, min(positions, 40), (200,))

@@ -102,7 +102,7 @@ struct World {
   std::string kernel, error;
   Guarded dynamic;
   std::map<const void*, Guarded> statics;
-  std::size_t shared_bytes = 0, allowed_bytes = 0;  // of shared memory, static and dynamic
+  std::size_t static_bytes = 0, allowed_bytes = 0;  // of shared memory; allowed: dynamic, too
   std::string order = "forward";
   std::mt19937_64 random;
 
@@ -333,7 +333,7 @@ void run_grid(const char* kernel, dim3 grid, dim3 block, std::size_t shared_byte
   world.body = &body;
   world.dynamic = Guarded(shared_bytes);
   world.statics.clear();
-  world.shared_bytes = shared_bytes;
+  world.static_bytes = 0;
   world.allowed_bytes = allowed_bytes;
   while (world.fibers.size() < static_cast<std::size_t>(world.block.threads)) {
     world.fibers.push_back(std::make_unique<Fiber>());
@@ -436,10 +436,12 @@ void* static_shared(const void* key, std::size_t bytes, std::size_t alignment) {
   if (alignment > kGuard) throw std::logic_error("a shared array wants too much alignment");
   auto found = world.statics.find(key);
   if (found == world.statics.end()) {
-    world.shared_bytes += (bytes + alignment - 1) / alignment * alignment;
-    if (world.shared_bytes > world.allowed_bytes) {
+    world.static_bytes += (bytes + alignment - 1) / alignment * alignment;
+    // The dynamic memory lies behind it, aligned as QUIETSTAR_DYNAMIC_SHARED says.
+    const std::size_t before = (world.static_bytes + kGuard - 1) / kGuard * kGuard;
+    if (before + world.dynamic.size() > world.allowed_bytes) {
       // A device would not begin.
-      end_launch("invalid launch: " + std::to_string(world.shared_bytes) +
+      end_launch("invalid launch: " + std::to_string(before + world.dynamic.size()) +
                  " bytes of static and dynamic shared memory, and " +
                  std::to_string(world.allowed_bytes) + " allowed");
     }

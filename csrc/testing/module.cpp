@@ -26,6 +26,7 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
   m.def("run_block", &quietstar::testing::run_block);
   m.def("run_copies", &quietstar::testing::run_copies);
   m.def("run_rounding", &quietstar::testing::run_rounding);
+  m.def("run_shared_memory", &quietstar::testing::run_shared_memory);
   m.attr("sanitized") =
 #ifdef __SANITIZE_ADDRESS__
       true;

@@ -84,6 +84,16 @@ __global__ void rounding(const float* in, float* out, int count) {
   }
 }
 
+__global__ void shared_memory(int floats, float* out) {
+  QUIETSTAR_DYNAMIC_SHARED(memory);
+  QUIETSTAR_SHARED(float, beside, [256]);
+  auto* const row = reinterpret_cast<float*>(memory);
+  if (threadIdx.x == 1) beside[255] = 1;
+  row[threadIdx.x == 0 ? 0 : floats - 1] = 1;
+  __syncthreads();
+  if (threadIdx.x == 0) *out = (row[0] + row[floats - 1]) * beside[255];
+}
+
 void require(bool fine, const char* what) {
   if (!fine) throw std::invalid_argument(what);
 }
@@ -131,6 +141,14 @@ std::vector<float> run_rounding(const std::string& type, const std::vector<float
   std::vector<float> out(2 * values.size(), NAN);
   launch("rounding", Device{0, 0}, type == "bf16" ? rounding<BFloat16> : rounding<Float16>, dim3(1),
          dim3(32), 0, values.data(), out.data(), static_cast<int>(values.size()));
+  return out;
+}
+
+float run_shared_memory(int floats) {
+  require(floats > 0, "expected one number or more");
+  float out = NAN;
+  launch("shared_memory", Device{0, 0}, shared_memory, dim3(1), dim3(2), sizeof(float) * floats,
+         floats, &out);
   return out;
 }
 

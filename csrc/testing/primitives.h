@@ -27,4 +27,8 @@ std::vector<float> run_copies(const std::vector<float>& values, int valid);
 // Each number to 16 bits, "bf16" or "f16", and back: alone, then packed in pairs.
 std::vector<float> run_rounding(const std::string& type, const std::vector<float>& values);
 
+// The sum of the first and the last of `floats` numbers of dynamic shared memory, beside 1 KiB of
+// static shared memory, which both threads of the block fill with ones.
+float run_shared_memory(int floats);
+
 }  // namespace quietstar::testing
