@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kMostRowThreads)
     T* const body = data + head;
 
     const auto write_zeros = [&] {
-      for (int i = thread; i < packs; i += threads) store16(body + i * kSize, Pack<T>{});
+      for (int i = thread; i < packs; i += threads) store16_global(body + i * kSize, Pack<T>{});
       if (thread < singles) data[single] = from_float<T>(0);
     };
     if (live != nullptr && live[r] == 0) {
@@ -344,10 +344,10 @@ __global__ void __launch_bounds__(kMostRowThreads)
           values[j] = out >> j & 1 ? left : values[j];
         }
       }
-      store16(body + pack * kSize, to_pack<T>(values));
+      store16_global(body + pack * kSize, to_pack<T>(values));
     };
     int i = thread;
-    for (; i < min(kept, packs); i += threads) rewrite(i, keep[i]);
+    for (; i < min(kept, packs); i += threads) rewrite(i, load16(keep[i].at));
     for (; i < packs; i += kAgain * threads) {
       Pack<T> group[kAgain];
 #pragma unroll

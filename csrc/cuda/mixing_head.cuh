@@ -50,7 +50,7 @@ __device__ __forceinline__ void store_piece(T* p, const P& piece) {
   if constexpr (P::size == 1) {
     *p = piece.at[0];
   } else {
-    store16(p, piece);
+    store16_global(p, piece);
   }
 }
 

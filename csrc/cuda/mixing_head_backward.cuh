@@ -18,7 +18,7 @@ __device__ __forceinline__ void store_floats(float* p, const float (&from)[n]) {
   } else {
 #pragma unroll
     for (int i = 0; i < n; i += 4) {
-      store16(p + i, Pack<float>{{from[i], from[i + 1], from[i + 2], from[i + 3]}});
+      store16_global(p + i, Pack<float>{{from[i], from[i + 1], from[i + 2], from[i + 3]}});
     }
   }
 }
