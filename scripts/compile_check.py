@@ -5,8 +5,9 @@ kernel: registers, spills, shared memory. No GPU is needed.
     python scripts/compile_check.py [FILE.cu ...] [--archs sm_90,...]
 
 What the package's own build reported a moment ago is not compiled again. Prints a table, a line per
-kernel. Exit status 1: a kernel of ``NO_SPILLS`` spills, or a pattern there
-names no kernel any more, or a file does not compile. Without nvcc it says so and checks nothing.
+kernel. Exit status 1: a kernel of ``NO_SPILLS`` spills, one of ``WIDE`` stores its 16 bytes in pieces,
+a pattern there names no kernel any more, or a file does not compile. Without nvcc it says so and checks
+nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +37,13 @@ NO_SPILLS = (
     "key_gradients_kernel<*Float16, *",
 )
 
+# Kernels that write rows 16 bytes at a time, by file. The compiler takes a copied pack apart where it
+# can see through the copy; the PTX shows that already.
+WIDE = {
+    "linear_cross_entropy.cu": ("softmax_cross_entropy_rows<*, true>", "scale_elements*"),
+    "mixing_head.cu": ("mixing_*_kernel<*, true*>",),
+}
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -49,6 +57,16 @@ class Kernel:
     shared: int  # static
 
 
+@dataclass(frozen=True)
+class Access:
+    """A load or store in a kernel's PTX, of ``width`` bytes at the address ``base + offset``."""
+
+    what: str  # st.global or ld.shared
+    width: int
+    base: str
+    offset: int
+
+
 def find_nvcc() -> str | None:
     """nvcc as csrc/cuda/cuda.cmake looks for it."""
     if cudacxx := os.environ.get("CUDACXX"):
@@ -58,23 +76,32 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
-def compile_file(nvcc: str, source: Path, archs: Iterable[str]) -> str:
-    """What the compiler reports of a file, its device half compiled once for all architectures.
-
-    ``RuntimeError`` where it does not compile.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        numbers = [arch.removeprefix("sm_") for arch in archs]
-        command = [
-            *(nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", "-fatbin"),
-            *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers),
-            *(f"-I{REPOSITORY / 'csrc' / 'include'}", f"-I{SOURCES}"),
-            *(str(source), "-o", str(Path(folder) / "out.fatbin")),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
+def run_nvcc(nvcc: str, source: Path, options: Iterable[str]) -> str:
+    """What nvcc says of a file; ``RuntimeError`` where it does not compile."""
+    folders = [f"-I{REPOSITORY / 'csrc' / 'include'}", f"-I{SOURCES}"]
+    command = [nvcc, "-std=c++17", "-O3", *options, *folders, str(source)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{source.name} does not compile:\n{(done.stdout + done.stderr)[-4000:]}")
     return done.stdout + done.stderr
+
+
+def compile_file(nvcc: str, source: Path, archs: Iterable[str]) -> str:
+    """What the compiler reports of a file, its device half compiled once for all architectures."""
+    with tempfile.TemporaryDirectory() as folder:
+        numbers = [arch.removeprefix("sm_") for arch in archs]
+        targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+        out = Path(folder) / "out.fatbin"
+        return run_nvcc(nvcc, source, ["-Xptxas", "-v", "-fatbin", *targets, "-o", str(out)])
+
+
+def ptx_of(nvcc: str, source: Path, arch: str) -> str:
+    """The file's device half as PTX, which takes a part of a compilation's time."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.ptx"
+        number = arch.removeprefix("sm_")
+        run_nvcc(nvcc, source, ["-ptx", f"-arch=compute_{number}", "-o", str(out)])
+        return out.read_text()
 
 
 def reports_of_build(archs: Iterable[str]) -> dict[str, str]:
@@ -114,6 +141,29 @@ def parse(report: str) -> list[Kernel]:
         bytes_shared = int(shared[1]) if shared else 0
         kernels.append(Kernel(name, arch, used, stores + loads, stack, bytes_shared))
     return kernels
+
+
+def accesses(ptx: str) -> dict[str, list[Access]]:
+    """Stores to global and loads from shared memory, by the mangled name of their kernel."""
+    found: dict[str, list[Access]] = {}
+    pattern = re.compile(
+        r"\s(?:@!?%\w+\s+)?(st\.global|ld\.shared)[\w.:]*?(?:\.v(\d))?\.[bufs](\d+)\s[^\[;]*"
+        r"\[([%\w$]+)(?:\+(-?\d+))?\]"
+    )
+    blocks = re.split(r"\.entry (\S+?)\(", ptx)[1:]
+    for name, text in zip(blocks[::2], blocks[1::2], strict=True):
+        found[name] = [
+            Access(what, int(count or 1) * int(bits) // 8, base, int(offset or 0))
+            for what, count, bits, base, offset in pattern.findall(text)
+        ]
+    return found
+
+
+def taken_apart(found: Iterable[Access]) -> list[Access]:
+    """Stores of less than 16 bytes, and loads of less than 4, right behind which the next begins."""
+    narrow = [a for a in found if a.width < (16 if a.what == "st.global" else 4)]
+    begins = {(a.what, a.base, a.offset) for a in narrow}
+    return [a for a in narrow if (a.what, a.base, a.offset + a.width) in begins]
 
 
 def readable(names: Iterable[str]) -> dict[str, str]:
@@ -176,6 +226,32 @@ def faults(kernels: list[Kernel], patterns: Iterable[str]) -> list[str]:
     return found
 
 
+def narrow_faults(nvcc: str, files: Iterable[Path], archs: Iterable[str]) -> list[str]:
+    """A sentence for each kernel of WIDE whose packs are taken apart, and for each pattern of it that
+    names none."""
+    tasks = [(file, arch) for file in files if file.name in WIDE for arch in archs]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        texts = list(pool.map(lambda task: ptx_of(nvcc, *task), tasks))
+    found = []
+    for (file, arch), text in zip(tasks, texts, strict=True):
+        by_kernel = accesses(text)
+        names = readable(by_kernel)
+        for pattern in WIDE[file.name]:
+            named = [name for name in by_kernel if fnmatchcase(names[name], pattern)]
+            if not named:
+                found.append(
+                    f"no kernel of {file.name} is called {pattern}; WIDE should follow its name"
+                )
+            for name in named:
+                if narrow := taken_apart(by_kernel[name]):
+                    first = narrow[0]
+                    found.append(
+                        f"{names[name]} for {arch} takes packs apart: {len(narrow)} accesses like "
+                        f"{first.what} of {first.width} bytes"
+                    )
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="default: all of csrc/cuda")
@@ -196,10 +272,11 @@ def main(arguments: list[str] | None = None) -> int:
     kernels = [Kernel(names[k.name], *list(vars(k).values())[1:]) for k in raw]
     print(table(kernels, archs))
     patterns = NO_SPILLS if not options.files else ("*",)
-    wrong = faults(kernels, patterns)
+    spills, narrow = faults(kernels, patterns), narrow_faults(nvcc, files, archs)
     print(f"{len(names)} kernels; {len(rest)} files compiled, {len(known)} read from the build's log")
-    print("\n".join(wrong) or "no spills where none may be")
-    return 1 if wrong else 0
+    print("\n".join(spills) or "no spills where none may be")
+    print("\n".join(narrow) or "no packs taken apart where none may be")
+    return 1 if spills or narrow else 0
 
 
 if __name__ == "__main__":

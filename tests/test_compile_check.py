@@ -49,6 +49,36 @@ __global__ void __launch_bounds__(1024) many_sums(float* out, const float* in, i
 """
 
 
+# Two kernels as PTX: a pack that was taken apart, in shared and in global memory, and one that was not,
+# beside elements that lie apart.
+PTX = """
+.visible .entry _Z6narrowPt(
+.param .u64 .ptr _Z6narrowPt_param_0
+)
+{
+	ld.shared.u16 	%rs1, [%r1];
+	ld.shared.u16 	%rs2, [%r1+2];
+	st.global.u16 	[%rd4], %rs1;
+	st.global.u16 	[%rd4+2], %rs2;
+	@%p1 st.global.v2.f32 	[%rd5+-8], {%f1, %f2};
+	st.global.f32 	[%rd5], %f1;
+	ret;
+}
+.visible .entry _Z4widePt(
+)
+{
+	ld.shared.f32 	%f1, [_Z4scratch];
+	ld.shared.f32 	%f2, [_Z4scratch+4];
+	ld.shared.v4.u32 	{%r1, %r2, %r3, %r4}, [%r9];
+	st.global.v4.u32 [%rd1], {%r1, %r2, %r3, %r4};
+	st.global.v4.u32 [%rd1+16], {%r1, %r2, %r3, %r4};
+	st.global.u16 	[%rd1+32], %rs1;
+	st.global.u16 	[%rd1+544], %rs1;
+	st.global.u16 	[%rd2+34], %rs1;
+}
+"""
+
+
 @pytest.fixture(scope="module")
 def check() -> ModuleType:
     spec = importlib.util.spec_from_file_location("compile_check", SCRIPT)
@@ -101,6 +131,41 @@ def test_finds_spills_and_patterns_without_a_kernel(check) -> None:
     assert check.faults(kernels, ["_Z5plain*", "gone_*"]) == [
         "no kernel is called gone_*; NO_SPILLS should follow its new name"
     ]
+
+
+def test_finds_packs_that_are_taken_apart(check) -> None:
+    found = check.accesses(PTX)
+    assert [len(found[name]) for name in ("_Z6narrowPt", "_Z4widePt")] == [6, 8]
+    apart = check.taken_apart(found["_Z6narrowPt"])
+    assert [(a.what, a.width, a.base, a.offset) for a in apart] == [
+        ("ld.shared", 2, "%r1", 0),
+        ("st.global", 2, "%rd4", 0),
+        ("st.global", 8, "%rd5", -8),
+    ]
+    assert check.taken_apart(found["_Z4widePt"]) == []
+
+
+# Eight neighbours, stored two bytes at a time.
+NARROW = """
+__global__ void narrow(unsigned short* out) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) out[threadIdx.x * 8 + i] = i;
+}
+"""
+
+
+def test_a_kernel_whose_packs_are_taken_apart_fails(check, tmp_path, monkeypatch, capsys) -> None:
+    need_nvcc(check)
+    source = tmp_path / "narrow.cu"
+    source.write_text(NARROW)
+    monkeypatch.setattr(check, "WIDE", {"narrow.cu": ("narrow", "gone")})
+    assert check.main([str(source), "--archs", "sm_80"]) == 1
+    shown = capsys.readouterr().out
+    assert "narrow for sm_80 takes packs apart: 7 accesses like st.global of 2 bytes" in shown
+    assert "no kernel of narrow.cu is called gone; WIDE should follow its name" in shown
+    monkeypatch.setattr(check, "WIDE", {"other.cu": ("narrow",)})
+    assert check.main([str(source), "--archs", "sm_80"]) == 0
+    assert "no packs taken apart where none may be" in capsys.readouterr().out
 
 
 def test_reads_the_log_of_a_build(check, monkeypatch, tmp_path) -> None:
