@@ -130,7 +130,9 @@ void sample_tokens(Address logits, int dtype, std::int64_t rows, std::int64_t vo
 
 void bind_cuda(py::module_& m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
-  m.def("cuda_mixing_most_width", [] { return quietstar::cuda::kMostMixingWidth; });
+  m.def("cuda_mixing_most_width", [](int device, Address stream) {
+    return quietstar::cuda::most_mixing_width({device, stream});
+  });
   m.def("cuda_mixing_workspace",
         [](int dtype, std::int64_t rows, std::int64_t positions, std::int64_t width) {
           return quietstar::cuda::mixing_workspace(static_cast<quietstar::DType>(dtype), rows,

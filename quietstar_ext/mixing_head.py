@@ -90,9 +90,11 @@ def mixing_head(
 
 
 def _why_not_fused(thought: torch.Tensor) -> str | None:
-    reason, most = why_not_native(thought), mixing_head_cuda.MOST_WIDTH
-    if reason is None and takes_cuda_path(thought) and thought.shape[1] > most:
-        return f"the CUDA kernel takes widths up to {most}, not {thought.shape[1]}"
+    reason = why_not_native(thought)
+    if reason is None and takes_cuda_path(thought):
+        most = mixing_head_cuda.most_width(thought.device)
+        if thought.shape[1] > most:
+            return f"the CUDA kernel takes widths up to {most} on this device, not {thought.shape[1]}"
     return reason
 
 

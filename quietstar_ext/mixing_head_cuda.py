@@ -8,15 +8,19 @@ import torch
 
 from quietstar_ext.native import DTYPE_CODES, cuda_device, cuda_kernels
 
-#: Widths beyond it would need more shared memory than a block may have.
-MOST_WIDTH = 20480
-
 # The pointers of cuda::MixingHead in csrc/include/quietstar/mixing_head.h, in its order.
 _POINTERS = (
     *("index", "base", "thought", "from_base", "product", "b1", "h1", "h2", "w3", "mixed", "w", "gate"),
     *("grad_mixed", "grad_gate", "grad_thought", "grad_base", "grad_h1", "grad_from_base", "grad_h2"),
     *("grad_b1", "grad_b2", "grad_w3", "first", "order", "workspace"),
 )
+
+
+@torch.compiler.assume_constant_result
+def most_width(device: torch.device) -> int:
+    """Widths beyond it would need more shared memory than a block may have."""
+    most: int = cuda_kernels().cuda_mixing_most_width(device.index or 0, 0)
+    return most
 
 
 def _run(

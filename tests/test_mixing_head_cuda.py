@@ -342,17 +342,22 @@ def test_an_index_out_of_range_is_found_by_the_kernel(cuda_on_cpu, wrong) -> Non
 
 
 @pytest.mark.cuda_on_cpu
-def test_widths_beyond_the_kernels(cuda_on_cpu) -> None:
-    most = mixing_head_cuda.MOST_WIDTH
-    assert most == cuda_on_cpu.cuda_mixing_most_width()
+@pytest.mark.parametrize(("kib", "most"), [(99, 12656), (163, 20480), (227, 20480)])
+def test_widths_beyond_the_kernels(cuda_on_cpu, kib: int, most: int) -> None:
+    """What a block's shared memory can hold, refused before anything is launched."""
+    cuda_on_cpu.set_shared_memory_limit(kib * 1024)
+    assert most == mixing_head_cuda.most_width(torch.device("cpu"))
+    steps = Steps(positions=1, rows=1, width=most, dtype=torch.float32, device="cpu")
+    for step in ("first", "tail", "tail_backward", "first_backward"):
+        steps.run(step)
     zero = torch.zeros(1)
     size = most + 1
     shapes = [(1, size), (1, size), (size, 2 * size), (size,), (size, size), (size,), (1, size)]
-    with pytest.raises(RuntimeError, match="the CUDA kernel takes widths up to 20480, not 20481"):
+    with pytest.raises(RuntimeError, match=f"takes widths up to {most} on this device, not {size}"):
         mixing_head(*(zero.expand(shape) for shape in shapes), impl="fused")
     steps = Steps(positions=1, rows=1, width=size, dtype=torch.float32, device="cpu")
     for step in ("first", "tail", "tail_backward", "first_backward"):
-        with pytest.raises(ValueError, match="width is 20481; expected 1 to 20480"):
+        with pytest.raises(ValueError, match=f"width is {size}; expected 1 to {most} on this device"):
             steps.run(step)
 
 

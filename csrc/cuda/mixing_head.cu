@@ -16,6 +16,8 @@ namespace {
 constexpr std::int64_t kMostBlocks = 384;
 constexpr std::int64_t kFewestRows = 8;       // of such a block
 constexpr std::int64_t kMostShares = 1024;    // of positions, for rows of one block's width
+constexpr std::int64_t kMostWidth = 20480;    // where a block may have 163 KiB of shared memory
+constexpr std::int64_t kStaticShared = 128;   // bytes of it that are not the column sums'
 constexpr std::int64_t kWarpPieces = 4 * 32;  // rows of at most that many pieces get a warp
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
@@ -26,10 +28,11 @@ int bytes_of(DType dtype) {
   return dtype == DType::f32 ? 4 : 2;
 }
 
-void check(const MixingHead& call) {
-  if (call.width < 1 || call.width > kMostMixingWidth) {
+void check(const MixingHead& call, const Device& device) {
+  const std::int64_t most = most_mixing_width(device);
+  if (call.width < 1 || call.width > most) {
     throw std::invalid_argument("width is " + std::to_string(call.width) + "; expected 1 to " +
-                                std::to_string(kMostMixingWidth));
+                                std::to_string(most) + " on this device");
   }
   if (call.rows >= std::int64_t{1} << 31) {
     throw std::invalid_argument("thought has " + std::to_string(call.rows) +
@@ -92,6 +95,11 @@ void sum_parts(const MixingHead& call, const Device& device, std::int64_t parts,
 
 }  // namespace
 
+std::int64_t most_mixing_width(const Device& device) {
+  const auto bytes = static_cast<std::int64_t>(most_shared_memory(device)) - kStaticShared;
+  return std::min(kMostWidth, bytes / static_cast<std::int64_t>(2 * sizeof(float)));
+}
+
 std::int64_t mixing_workspace(DType dtype, std::int64_t rows, std::int64_t positions,
                               std::int64_t width) {
   const std::int64_t blocks = ceil_div(rows, rows_per_block(rows));
@@ -99,7 +107,7 @@ std::int64_t mixing_workspace(DType dtype, std::int64_t rows, std::int64_t posit
 }
 
 void mixing_first(const MixingHead& call, const Device& device) {
-  check(call);
+  check(call, device);
   const bool wide = all_wide(call, call.product, call.from_base, call.b1, call.h1);
   with_type(call.dtype, wide, [&](auto t, auto is_wide) {
     using T = decltype(t);
@@ -111,7 +119,7 @@ void mixing_first(const MixingHead& call, const Device& device) {
 }
 
 void mixing_tail(const MixingHead& call, const Device& device) {
-  check(call);
+  check(call, device);
   const bool wide = all_wide(call, call.h2, call.w3, call.base, call.thought, call.mixed);
   with_type(call.dtype, wide, [&](auto t, auto is_wide) {
     using T = decltype(t);
@@ -127,7 +135,7 @@ void mixing_tail(const MixingHead& call, const Device& device) {
 }
 
 void mixing_tail_backward(const MixingHead& call, const Device& device) {
-  check(call);
+  check(call, device);
   const bool wide = all_wide(call, call.grad_mixed, call.base, call.thought, call.h2, call.w3,
                              call.grad_thought, call.grad_h2);
   const std::int64_t share = rows_per_block(call.rows), blocks = ceil_div(call.rows, share);
@@ -149,7 +157,7 @@ void mixing_tail_backward(const MixingHead& call, const Device& device) {
 }
 
 void mixing_first_backward(const MixingHead& call, const Device& device) {
-  check(call);
+  check(call, device);
   const bool wide = all_wide(call, call.grad_h1, call.h1, call.grad_mixed, call.grad_from_base,
                              call.grad_base, call.workspace);
   const std::int64_t most = shares_of(call.dtype, call.positions, call.width);

@@ -62,7 +62,7 @@ void mixing_first_backward(const MixingHead& call);
 namespace cuda {
 
 // Widths beyond it are refused: the column sums of a block have to fit into its shared memory.
-constexpr std::int64_t kMostMixingWidth = 20480;
+std::int64_t most_mixing_width(const Device& device);
 
 // Matrices are row-major without gaps; [..] of dtype where nothing else is said.
 struct MixingHead {
