@@ -130,6 +130,10 @@ void sample_tokens(Address logits, int dtype, std::int64_t rows, std::int64_t vo
 
 void bind_cuda(py::module_& m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
+  m.def("cuda_versions", [] {
+    const quietstar::cuda::Versions found = quietstar::cuda::versions();
+    return std::array<int, 2>{found.driver, found.runtime};
+  });
   m.def("cuda_mixing_most_width", [](int device, Address stream) {
     return quietstar::cuda::most_mixing_width({device, stream});
   });

@@ -62,18 +62,74 @@ def why_not_native(tensor: torch.Tensor) -> str | None:
     return None
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _why_not_cuda(device: torch.device) -> str | None:
+    return _why_not_on(device)
+
+
+@functools.cache
+def _why_not_on(device: torch.device) -> str | None:
     assert _module is not None
-    if not _module.build_info()["cuda_archs"]:
+    archs = _module.build_info()["cuda_archs"]
+    if not archs:
         return (
             "this build has no CUDA kernels, as nvcc was not found or not wanted when it was built; "
             "reinstall with the CUDA toolkit's nvcc on the PATH (QUIETSTAR_CUDA=on insists on it)"
         )
-    major, minor = torch.cuda.get_device_capability(device)
+    capability = torch.cuda.get_device_capability(device)
+    driver, runtime = _module.cuda_versions()
+    return why_not_capable(archs, capability, driver, runtime, str(device))
+
+
+def why_not_capable(
+    archs: str, capability: tuple[int, int], driver: int, runtime: int, device: str
+) -> str | None:
+    """Half a sentence on why kernels cannot run on a device, or None where they can.
+
+    Args:
+        archs: what they were built for, such as ``"sm_80, sm_90"``; the last one also as PTX, unless it
+            has a letter behind the number.
+        driver: the newest CUDA that the driver supports, as CUDA numbers it (12040 is 12.4).
+        runtime: the CUDA that they were built with.
+    """
+    major, minor = capability
     if major < 8:
         return f"the CUDA kernels need compute capability 8.0 or more, and {device} has {major}.{minor}"
-    return None
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the CUDA kernels were built with CUDA {_version(runtime)}, and the driver supports CUDA "
+            f"{_version(driver)} at most; update the driver, or reinstall with the nvcc of CUDA "
+            f"{driver // 1000} on the PATH"
+        )
+    names = [name.strip().removeprefix("sm_") for name in archs.split(",")]
+    if any(_runs_on(name, major, minor) for name in names):
+        return None
+    newest = names[-1]
+    if newest.isdigit() and divmod(int(newest), 10) <= capability:  # the driver compiles the PTX
+        if driver >= runtime:
+            return None
+        return (
+            f"{device} has compute capability {major}.{minor}, for which a driver for CUDA "
+            f"{_version(runtime)} or newer has to compile the CUDA kernels, and this one is for CUDA "
+            f"{_version(driver)}; update the driver, or reinstall with "
+            f"QUIETSTAR_CUDA_ARCHS=sm_{major}{minor}"
+        )
+    return (
+        f"the CUDA kernels were built for {archs}, and {device} has compute capability {major}.{minor}; "
+        f"reinstall with QUIETSTAR_CUDA_ARCHS=sm_{major}{minor}"
+    )
+
+
+def _runs_on(arch: str, major: int, minor: int) -> bool:
+    """Whether machine code for an architecture, such as ``"80"`` or ``"90a"``, runs on a device."""
+    built = divmod(int(arch.rstrip("af")), 10)
+    if arch.endswith("a"):
+        return built == (major, minor)
+    return built[0] == major and built[1] <= minor
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 # The module whose CUDA functions take CPU tensors, while a test runs them there.

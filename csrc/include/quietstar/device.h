@@ -1,4 +1,4 @@
-// Where a CUDA kernel runs.
+// Where a CUDA kernel runs, and whether it can.
 #pragma once
 
 #include <cstdint>
@@ -9,5 +9,12 @@ struct Device {
   int index;              // number of the device whose memory the pointers belong to
   std::uintptr_t stream;  // a cudaStream_t of that device; 0 is its default stream
 };
+
+// CUDA's versions as CUDA numbers them, 13000 for 13.0: the newest that the driver supports, and
+// the one that the kernels were built with.
+struct Versions {
+  int driver, runtime;
+};
+Versions versions();
 
 }  // namespace quietstar::cuda
