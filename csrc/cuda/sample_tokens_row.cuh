@@ -224,11 +224,14 @@ __device__ __forceinline__ void ban(Chunk<T>& chunk, const Options& o, const Row
   }
 }
 
-// The logit that an element stands for. Minus infinity, which means that there is none, stays.
+// The logit that an element stands for. Minus infinity, which means that there is none, stays. It
+// is computed in several places, and the largest one is looked for by its value: so which product
+// and sum are one operation is not left to the compiler.
 __device__ __forceinline__ float logit_of(float x, const Options& o, float origin) {
   if (o.transformed && x != -kInf) {
+    x = __fmul_rn(x, o.gain);
     // tanh(a) = 1 - 2 / (1 + e^(2 a)), to 2^-22 of the cap: what fp32 holds of a logit near it.
-    x = o.cap > 0 ? o.cap - __fdividef(2 * o.cap, 1 + fast_exp2(x * o.gain)) : x * o.gain;
+    if (o.cap > 0) x = fmaf(-2 * o.cap, __fdividef(1, 1 + fast_exp2(x)), o.cap);
   }
   return x - origin;
 }
