@@ -38,8 +38,9 @@ ROW_UNIT = 128
 ROW_ALIGNMENT = 64
 # Operations that a wait must be able to save: about 0.1 ms of an H200's products.
 WAIT_FOR_FLOP = 1e11
-# Since then torch.addmm adds a product of 16-bit operands to an fp32 sum.
-_ADDS_WIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 10)
+# From 2.11 on, torch.addmm is known to add a product of 16-bit operands to an fp32 sum: its check says
+# "self dtype must match either out_dtype or mat1 dtype". Before, adding is a pass of its own, in blocks.
+_ADDS_WIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 
 
 def run(
