@@ -124,6 +124,16 @@ def test_rows_longer_than_shared_memory(device: str, dtype: torch.dtype) -> None
     check_kernel(logits, targets, torch.randn(rows, device=device), live, options)
 
 
+@pytest.mark.cuda_on_cpu
+@pytest.mark.parametrize("words", [24_800, 49_650, 49_700, 60_003])
+def test_rows_on_a_device_with_less_shared_memory(cuda_on_cpu: ModuleType, words: int) -> None:
+    """Rows of which two, one, or not all of one fit into the 99 KiB that an RTX 4090's blocks have."""
+    cuda_on_cpu.set_shared_memory_limit(99 * 1024)
+    logits = unaligned(1, words, torch.bfloat16, 1, 0, "cpu")
+    targets, live = torch.tensor([words - 2]), torch.ones(1, dtype=torch.bool)
+    check_kernel(logits, targets, torch.randn(1), live, PLAIN)
+
+
 @pytest.mark.parametrize(
     ("words", "dtype"),
     [

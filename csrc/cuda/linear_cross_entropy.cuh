@@ -346,6 +346,7 @@ __global__ void __launch_bounds__(kMostRowThreads)
       }
       store16_global(body + pack * kSize, to_pack<T>(values));
     };
+    // load16, as nvcc would read what keep[i] copies element by element.
     int i = thread;
     for (; i < min(kept, packs); i += threads) rewrite(i, load16(keep[i].at));
     for (; i < packs; i += kAgain * threads) {
