@@ -38,9 +38,6 @@ ROW_UNIT = 128
 ROW_ALIGNMENT = 64
 # Operations that a wait must be able to save: about 0.1 ms of an H200's products.
 WAIT_FOR_FLOP = 1e11
-# From 2.11 on, torch.addmm is known to add a product of 16-bit operands to an fp32 sum: its check says
-# "self dtype must match either out_dtype or mat1 dtype". Before, adding is a pass of its own, in blocks.
-_ADDS_WIDE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 11)
 
 
 def run(
@@ -288,9 +285,6 @@ def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _add_wide_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Add the product of 16-bit matrices to an fp32 sum."""
-    if a.device.type == "cuda" and _ADDS_WIDE:
+    if a.device.type == "cuda":
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    block = max(1, WORKSPACE_BYTES // 8 // (4 * b.shape[1]))
-    for first in range(0, total.shape[0], block):
-        total[first : first + block] += _wide_product(a[first : first + block], b)
-    return total
+    return total.addmm_(a.float(), b.float())
