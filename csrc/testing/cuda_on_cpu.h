@@ -12,7 +12,9 @@
 //     before a copy into it was waited for: both hold NaN until then;
 //   - launches that a device would refuse, shared memory beyond 48 KiB that was not asked for and
 //     errors that stay behind among them (runtime.h);
-//   - what depends on the order of threads or blocks: run forward, in reverse and shuffled.
+//   - what depends on the order of threads or blocks: run forward, in reverse and shuffled;
+//   - what depends on a product being rounded before it is added to something: products and sums
+//     are contracted as nvcc does it, where the processor has an fma.
 // Reads and writes outside of global memory are the address sanitizer's part.
 //
 // Not modelled: time, memory ordering between blocks that wait for each other (such a kernel
@@ -216,10 +218,15 @@ inline float __frcp_rn(float x) {
 inline float rsqrtf(float x) {
   return 1 / std::sqrt(x);
 }
+// These two are never contracted with what is made of their results, nor with how their arguments
+// were made: the compiler knows nothing of a number that was in memory.
 inline float __fmul_rn(float a, float b) {
-  return a * b;
+  float product = a * b;
+  __asm__("" : "+m"(product));
+  return product;
 }
 inline float __fadd_rn(float a, float b) {
+  __asm__("" : "+m"(a), "+m"(b));
   return a + b;
 }
 inline float __fmaf_rn(float a, float b, float c) {

@@ -16,6 +16,17 @@ pybind11_add_module(cuda_on_cpu NO_EXTRAS EXCLUDE_FROM_ALL csrc/testing/module.c
 set_target_properties(cuda_on_cpu PROPERTIES OUTPUT_NAME _cuda_on_cpu)
 target_include_directories(cuda_on_cpu PRIVATE csrc csrc/include csrc/cuda csrc/testing)
 target_compile_options(cuda_on_cpu PRIVATE -g1 -Wno-unknown-pragmas)
+# nvcc makes one fma of a product and a sum. So does this compiler, where the processor can, and a
+# kernel that relies on the product's rounding fails here, too.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  include(CheckCXXSourceRuns)
+  check_cxx_source_runs("int main() { return __builtin_cpu_supports(\"fma\") ? 0 : 1; }"
+                        QUIETSTAR_TESTS_HAVE_FMA)
+  if(QUIETSTAR_TESTS_HAVE_FMA)
+    target_compile_options(cuda_on_cpu PRIVATE -mfma)
+  endif()
+endif()
+target_compile_options(cuda_on_cpu PRIVATE -ffp-contract=fast)
 if(QUIETSTAR_SANITIZE)
   target_compile_options(cuda_on_cpu PRIVATE -O1 -fsanitize=address,undefined
                          -fno-sanitize-recover=undefined)
