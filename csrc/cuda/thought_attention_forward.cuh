@@ -71,14 +71,16 @@ struct Forward {
         }
         most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
         most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
-        const float base = most == -INFINITY ? 0 : most * a.outer;
-        const float shrink = exp2_of<T>(top[r][low] * a.outer - base);
+        // Both products must be rounded alike. In an fma with base, the old one would leave behind
+        // what the rounding of the new one cut off: an unchanged maximum would not shrink by 1.
+        const float base = most == -INFINITY ? 0 : __fmul_rn(most, a.outer);
+        const float shrink = exp2_of<T>(__fmul_rn(top[r][low], a.outer) - base);
         top[r][low] = most;
         float total = 0;
 #pragma unroll
         for (int j = 0; j < kKeyTiles * 4; ++j) {
           float& x = scores[r][j / 4][j / 2 % 2][low * 2 + j % 2];
-          x = exp2_of<T>(x * a.outer - base);
+          x = exp2_of<T>(x * a.outer - base);  // one fma: relative to base itself, whatever it is
           total += x;
         }
         sum[r][low] = sum[r][low] * shrink + total;
@@ -187,7 +189,8 @@ __global__ void __launch_bounds__(Forward<T, kSize>::kThreads) forward_kernel(co
       float total = tile.sum[r][low];
       total += __shfl_xor_sync(kAllLanes, total, 1);
       total += __shfl_xor_sync(kAllLanes, total, 2);
-      float top = tile.top[r][low] == -INFINITY ? -INFINITY : tile.top[r][low] * a.outer;
+      // The base of the sums, to the bit.
+      float top = tile.top[r][low] == -INFINITY ? -INFINITY : __fmul_rn(tile.top[r][low], a.outer);
       float factor = 1;
       if (a.sinks && a.splits == 1) {
         const float sink = a.sinks[row.head] * kLog2E, higher = fmaxf(top, sink);
