@@ -11,7 +11,7 @@ pytestmark = pytest.mark.cuda_on_cpu
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 
 
-@pytest.fixture(params=["forward", "reverse", "shuffled"])
+@pytest.fixture(params=["forward", "reverse", "shuffled", "uneven"])
 def module(request: pytest.FixtureRequest, cuda_on_cpu: ModuleType) -> ModuleType:
     cuda_on_cpu.set_order(request.param, 3)
     return cuda_on_cpu

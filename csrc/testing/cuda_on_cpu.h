@@ -12,7 +12,8 @@
 //     before a copy into it was waited for: both hold NaN until then;
 //   - launches that a device would refuse, shared memory beyond 48 KiB that was not asked for and
 //     errors that stay behind among them (runtime.h);
-//   - what depends on the order of threads or blocks: run forward, in reverse and shuffled;
+//   - what depends on the order of threads or blocks, and on when a copy arrives: run forward, in
+//     reverse, shuffled, and uneven with several seeds (fibers.h);
 //   - what depends on a product being rounded before it is added to something: products and sums
 //     are contracted as nvcc does it, where the processor has an fma.
 // Reads and writes outside of global memory are the address sanitizer's part.

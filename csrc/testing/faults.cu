@@ -96,6 +96,24 @@ __global__ void early_read(float* out, bool sound) {
   out[threadIdx.x] = value;
 }
 
+// out[i] = 63, the mean of out[i] + out[63 - i]. The mistake: a warp puts its sum where copies of
+// the other warp may still arrive, as it has waited for its own only.
+__global__ void late_copy(float* out, bool sound) {
+  QUIETSTAR_SHARED(Pack<float>, pack, [kThreads]);
+  const unsigned other = kThreads - 1 - threadIdx.x;
+  copy16_async(&pack[other], out + other / 4 * 4);
+  commit_copies();
+  wait_for_copies<0>();
+  if (sound) __syncthreads();
+  const float sum = warp_reduce(out[threadIdx.x] + out[other], Sum());
+  pack[threadIdx.x].at[threadIdx.x % 4] = sum;
+  const float count = warp_reduce(1.0f, Sum());
+  const unsigned neighbour = threadIdx.x ^ 1;
+  const float value = pack[neighbour].at[neighbour % 4] / count;
+  __syncthreads();
+  out[threadIdx.x] = value;
+}
+
 // The mistake: threads take their places in the order in which they arrive.
 __global__ void order_of_arrival(float* out, bool sound) {
   QUIETSTAR_SHARED(int, next, [1]);
@@ -117,6 +135,7 @@ const std::map<std::string, Kernel>& faults() {
       {"store_past_shared", store_past_shared},
       {"store_past_global", store_past_global},
       {"early_read", early_read},
+      {"late_copy", late_copy},
       {"order_of_arrival", order_of_arrival},
   };
   return all;

@@ -105,6 +105,7 @@ struct World {
   std::size_t static_bytes = 0, allowed_bytes = 0;  // of shared memory; allowed: dynamic, too
   std::string order = "forward";
   std::mt19937_64 random;
+  int warp = 0, stretch = 0;  // of order "uneven": who runs on, and how many times still
 
   Jump scheduler;
   const void* scheduler_stack = nullptr;
@@ -216,8 +217,45 @@ void prepare(Fiber& fiber) {
 std::vector<int> order_of(int count) {
   std::vector<int> order(count);
   for (int i = 0; i < count; ++i) order[i] = world.order == "reverse" ? count - 1 - i : i;
-  if (world.order == "shuffled") std::shuffle(order.begin(), order.end(), world.random);
+  if (world.order == "shuffled" || world.order == "uneven") {
+    std::shuffle(order.begin(), order.end(), world.random);
+  }
   return order;
+}
+
+int below(int count) {
+  return static_cast<int>(world.random() % static_cast<unsigned>(count));
+}
+
+// Order "uneven": one of the ready lanes of a warp, for a stretch of any length or until none is
+// left; then of another warp. Null where no thread is ready.
+Fiber* next_uneven(int threads) {
+  const auto ready = [&](int warp) {
+    std::vector<Fiber*> lanes;
+    for (int i = warp * 32; i < std::min(warp * 32 + 32, threads); ++i) {
+      if (world.fibers[i]->state == State::ready) lanes.push_back(world.fibers[i].get());
+    }
+    return lanes;
+  };
+  std::vector<Fiber*> lanes;
+  if (world.stretch > 0) lanes = ready(world.warp);
+  if (lanes.empty()) {
+    std::vector<int> warps;
+    for (int warp = 0; warp < (threads + 31) / 32; ++warp) {
+      if (!ready(warp).empty()) warps.push_back(warp);
+    }
+    if (warps.empty()) return nullptr;
+    world.warp = warps[below(static_cast<int>(warps.size()))];
+    world.stretch = 1 + below(1 << below(12));
+    lanes = ready(world.warp);
+  }
+  world.stretch -= 1;
+  return lanes[below(static_cast<int>(lanes.size()))];
+}
+
+// Where a thread could be overtaken by others.
+void may_be_overtaken() {
+  if (world.order == "uneven") to_scheduler();
 }
 
 // ---- one block
@@ -275,15 +313,21 @@ void run_block(int threads) {
     f.groups.assign(1, {});
   }
   int left = 0;
+  world.stretch = 0;
   while (left < threads) {
     bool progress = false;
-    for (int i : order_of(threads)) {
-      Fiber& f = *world.fibers[i];
-      if (f.state != State::ready) continue;
+    const auto go_on = [&](Fiber& f) {
       run(f);
       progress = true;
       if (!world.error.empty()) stop(std::exchange(world.error, ""));
       left += f.state == State::left;
+    };
+    if (world.order == "uneven") {
+      while (Fiber* f = next_uneven(threads)) go_on(*f);
+    } else {
+      for (int i : order_of(threads)) {
+        if (world.fibers[i]->state == State::ready) go_on(*world.fibers[i]);
+      }
     }
     if (open_barrier(threads)) progress = true;
     if (!progress && left < threads) explain_deadlock(threads);
@@ -312,8 +356,9 @@ unsigned char* dynamic_shared() {
 }
 
 void set_order(const std::string& order, std::uint64_t seed) {
-  if (order != "forward" && order != "reverse" && order != "shuffled") {
-    throw std::invalid_argument("order is '" + order + "'; expected forward, reverse or shuffled");
+  if (order != "forward" && order != "reverse" && order != "shuffled" && order != "uneven") {
+    throw std::invalid_argument("order is '" + order +
+                                "'; expected forward, reverse, shuffled or uneven");
   }
   world.order = order;
   world.random.seed(seed);
@@ -407,6 +452,7 @@ void warp_operation(Place place, unsigned mask, void* data, WarpWork work) {
   for (unsigned other = 0; other < 32; ++other) {
     if (mask >> other & 1) world.fibers[index_of(other)]->state = State::ready;
   }
+  may_be_overtaken();
 }
 
 unsigned source_lane(Place place, Shuffle kind, unsigned lane, int operand, int width) {
@@ -467,6 +513,7 @@ void close_copies() {
 }
 
 void finish_copies(int pending_groups) {
+  may_be_overtaken();  // the copies arrive as late as they may
   auto& groups = world.current->groups;
   while (static_cast<int>(groups.size()) - 1 > pending_groups) {
     for (const Copy& copy : groups.front()) {

@@ -35,7 +35,9 @@ const Block& block();
 void run_grid(const char* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
               std::size_t allowed_bytes, const std::function<void()>& body);
 
-// For tests. Order of threads and blocks: "forward", "reverse" or "shuffled" by the seed.
+// For tests. Order of threads and blocks: "forward", "reverse" or "shuffled" by the seed, where all
+// threads go on from one barrier or warp operation to the next by turns; or "uneven", where a warp
+// goes on alone, by the seed for one turn or for thousands, and the others stand.
 void set_order(const std::string& order, std::uint64_t seed);
 
 // Stops the launch with an error about the calling thread.
