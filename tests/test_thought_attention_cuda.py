@@ -66,7 +66,7 @@ def test_several_tiles(device: str, name: str) -> None:
 
 
 @pytest.mark.cuda_on_cpu
-@pytest.mark.parametrize("order", ["reverse", "shuffled"])
+@pytest.mark.parametrize("order", ["reverse", "shuffled", "uneven"])
 def test_the_order_of_threads_changes_no_bit(cuda_on_cpu: ModuleType, order: str) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         inputs = case((1, 4, 1, 5, 5, 8, 40, 64, {"sinks": True}), dtype, "cpu")

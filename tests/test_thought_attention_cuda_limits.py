@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from attention_budget import case
 
 from quietstar_ext.thought_attention import thought_attention
 
@@ -34,3 +35,19 @@ def test_sums_do_not_drift_over_a_long_text(device: str, dtype: torch.dtype) -> 
     wanted = (scores.softmax(-1) @ v.double()).view_as(out)
     tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_without_keys(
+    device: str, dtype: torch.dtype, seed: int, request: pytest.FixtureRequest
+) -> None:
+    """A block that has nothing to multiply still waits for all its queries before it writes there."""
+    if device == "cpu":
+        request.getfixturevalue("cuda_on_cpu").set_order("uneven", seed)
+    tensors, *_ = case((1, 4, 2, 1, 0, 150, 150, 32), dtype, device)
+    nothing = torch.zeros(1, 150, dtype=torch.int32, device=device)
+    out, lse = thought_attention(*tensors, nothing, nothing, return_lse=True, impl="fused")
+    assert not out.any() and (lse == -torch.inf).all()
+    for grad in torch.autograd.grad(out.sum(), tensors):
+        assert not grad.any()

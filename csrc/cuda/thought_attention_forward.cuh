@@ -176,7 +176,9 @@ __global__ void __launch_bounds__(Forward<T, kSize>::kThreads) forward_kernel(co
     add_weighted<kSize, true>(tile.out, tile.scores, v_tile, seen, a.precise);
   }
   wait_for_copies<0>();
-  __syncwarp();
+  // Where there was no tile, nobody has waited for the warp's rows of q, which all warps fetch: one
+  // that arrives late would lie on top of the results.
+  __syncthreads();
 
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
