@@ -72,7 +72,11 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<kSize>, kBackwardBlocks<kS
   constexpr int kPitch = kWarps * kTile + 8;  // so that lanes read distinct banks
   constexpr int kParts = kSize / 64;
   static_assert(2 * kParts <= kWarps, "a warp for every part of dk and of dv");
-  QUIETSTAR_SHARED(T, shared, [2][kTile][kPitch]);  // p, then ds; keys x rows
+  // Read two elements at a time, so a word must not lie across two of the memory's.
+  struct alignas(16) Weights {
+    T at[kTile][kPitch];  // keys x rows
+  };
+  QUIETSTAR_SHARED(Weights, shared, [2]);  // p, then ds
   const ThoughtDiagonal& call = back.forward;
   const DiagonalColumn c = diagonal_column(call, blockIdx.x);
   const int size = static_cast<int>(call.head_size);
@@ -151,8 +155,8 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<kSize>, kBackwardBlocks<kS
       for (int i = 0; i < 8; ++i) {
         const int key = i / 4 * 8 + 2 * lane_pair() + i % 2;
         const int row = kTile * warp + lane_row() + i / 2 % 2 * 8;
-        shared[0][key][row] = from_float<T>(p[i / 4][i % 4]);
-        shared[1][key][row] = from_float<T>(ds[i / 4][i % 4]);
+        shared[0].at[key][row] = from_float<T>(p[i / 4][i % 4]);
+        shared[1].at[key][row] = from_float<T>(ds[i / 4][i % 4]);
       }
       __syncthreads();
       for (int step = 0; step < kWarps && chunk + step < tiles && own_part < kParts; ++step) {
@@ -160,7 +164,7 @@ __global__ void __launch_bounds__(32 * kBackwardWarps<kSize>, kBackwardBlocks<kS
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const T* pair =
-              &shared[is_dk][lane_row() + i % 2 * 8][kTile * step + 2 * lane_pair() + i / 2 * 8];
+              &shared[is_dk].at[lane_row() + i % 2 * 8][kTile * step + 2 * lane_pair() + i / 2 * 8];
           weights[i] = *reinterpret_cast<const unsigned*>(pair);
         }
         const AttentionTensor& source = is_dk ? call.q : back.dout;

@@ -62,16 +62,17 @@ struct Fiber {
 class Guarded {
  public:
   Guarded() = default;
-  explicit Guarded(std::size_t bytes) : bytes_(bytes) {
+  explicit Guarded(std::size_t bytes, std::size_t alignment = kGuard) : bytes_(bytes) {
     // The sanitizer guards an allocation by itself, from its very end on.
     const std::size_t guard = QUIETSTAR_ASAN ? 0 : kGuard;
+    before_ = guard + alignment % kGuard;  // aligned to no more than was asked for
     void* memory = nullptr;
-    if (posix_memalign(&memory, kGuard, std::max<std::size_t>(1, bytes + 2 * guard)) != 0) {
+    if (posix_memalign(&memory, kGuard, std::max<std::size_t>(1, before_ + bytes + guard)) != 0) {
       throw std::bad_alloc();
     }
     memory_.reset(static_cast<unsigned char*>(memory));
-    data_ = memory_.get() + guard;
-    std::memset(memory_.get(), kCanary, guard);
+    data_ = memory_.get() + before_;
+    std::memset(memory_.get(), kCanary, before_);
     std::memset(data_ + bytes_, kCanary, guard);
   }
   unsigned char* data() const { return data_; }
@@ -79,10 +80,10 @@ class Guarded {
   void poison() const { std::memset(data_, kPoison, bytes_); }
   bool intact() const {
     if (QUIETSTAR_ASAN || !memory_) return true;
-    for (std::size_t i = 0; i < kGuard; ++i) {
-      if (memory_.get()[i] != kCanary || data_[bytes_ + i] != kCanary) return false;
-    }
-    return true;
+    const auto untouched = [](const unsigned char* p, std::size_t bytes) {
+      return std::all_of(p, p + bytes, [](unsigned char byte) { return byte == kCanary; });
+    };
+    return untouched(memory_.get(), before_) && untouched(data_ + bytes_, kGuard);
   }
 
  private:
@@ -91,7 +92,7 @@ class Guarded {
   };
   std::unique_ptr<unsigned char, Free> memory_;
   unsigned char* data_ = nullptr;
-  std::size_t bytes_ = 0;
+  std::size_t before_ = 0, bytes_ = 0;
 };
 
 struct World {
@@ -491,7 +492,7 @@ void* static_shared(const void* key, std::size_t bytes, std::size_t alignment) {
                  " bytes of static and dynamic shared memory, and " +
                  std::to_string(world.allowed_bytes) + " allowed");
     }
-    found = world.statics.emplace(key, Guarded(bytes)).first;
+    found = world.statics.emplace(key, Guarded(bytes, alignment)).first;
     found->second.poison();
   }
   return found->second.data();
