@@ -313,7 +313,7 @@ template <class T>
 __device__ __forceinline__ void store_chunk(T* row, const Pack<T>& pack, int d, int size,
                                             bool aligned) {
   if (aligned && d + Pack<T>::size <= size) {
-    store16(row + d, pack);
+    store16_global(row + d, pack);
     return;
   }
 #pragma unroll

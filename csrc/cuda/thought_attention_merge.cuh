@@ -44,6 +44,10 @@ __global__ void __launch_bounds__(kMergeWarps * 32) merge_kernel(const Arguments
       first += weight * two.x;
       second += weight * two.y;
     }
+    if (a.out_aligned) {
+      put_two(out + d, first, second);  // a row is a multiple of 16 bytes
+      continue;
+    }
     out[d] = from_float<T>(first);
     if (d + 1 < a.size) out[d + 1] = from_float<T>(second);
   }

@@ -170,7 +170,7 @@ __device__ __forceinline__ void store_rows(const AttentionTensor& to, const Atte
       result.at[j] =
           from_float<T>(sum[j][i] * factor[r] + (adds ? to_float(other.at[j]) * weight[r] : 0));
     }
-    store16(row_at<T>(to, c.batch, row.head, row.slot, c.column) + d, result);
+    store16_global(row_at<T>(to, c.batch, row.head, row.slot, c.column) + d, result);
   }
 }
 
