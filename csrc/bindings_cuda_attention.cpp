@@ -50,6 +50,13 @@ std::int64_t workspace(int dtype, const Sizes& sizes, bool backward, int device,
                                                       {device, stream});
 }
 
+std::pair<std::int64_t, std::int64_t> shared_memory(int dtype, std::int64_t head_size, int device,
+                                                    std::uintptr_t stream) {
+  const auto memory = quietstar::cuda::thought_attention_shared_memory(
+      static_cast<quietstar::DType>(dtype), head_size, {device, stream});
+  return {memory.needed, memory.available};
+}
+
 quietstar::ThoughtAttention call_of(int dtype, const Sizes& sizes, const Slots& q,
                                     const Text& k_text, const Text& v_text, const Slots& k_thought,
                                     const Slots& v_thought, const Slots& out, Address lse,
@@ -112,6 +119,7 @@ void backward(int dtype, const Sizes& sizes, const Slots& q, const Text& k_text,
 void bind_cuda_attention(py::module_& m) {
   const auto release = py::call_guard<py::gil_scoped_release>();
   m.def("cuda_thought_attention_workspace", &workspace, release);
+  m.def("cuda_thought_attention_shared_memory", &shared_memory, release);
   m.def("cuda_thought_attention", &forward, release);
   m.def("cuda_thought_attention_backward", &backward, release);
   bind_cuda_diagonal(m);

@@ -20,8 +20,9 @@ from quietstar_ext.native import (
     why_not_native,
 )
 
-# Of the CUDA kernels.
+# Of the CUDA kernels; and up to which their tiles fit every device (thought_attention_shapes.cuh).
 MOST_HEAD_SIZE = 256
+FITTING_HEAD_SIZE = 128
 
 _INPUTS = (
     "Tensor q, Tensor k_text, Tensor v_text, Tensor k_thought, Tensor v_thought, "
@@ -37,9 +38,27 @@ _BACKWARD_SCHEMA = (
 
 def why_not_fused(q: torch.Tensor) -> str | None:
     """Half a sentence on why no kernel takes these queries, or None where one does."""
-    if takes_cuda_path(q) and q.shape[-1] > MOST_HEAD_SIZE:
-        return f"the CUDA kernels take head sizes up to {MOST_HEAD_SIZE}, not {q.shape[-1]}"
-    return why_not_native(q)
+    size = q.shape[-1]
+    if takes_cuda_path(q) and size > MOST_HEAD_SIZE:
+        return f"the CUDA kernels take head sizes up to {MOST_HEAD_SIZE}, not {size}"
+    reason = why_not_native(q)
+    if reason is None and takes_cuda_path(q) and size > FITTING_HEAD_SIZE:
+        needed, available = _shared_memory(DTYPE_CODES[q.dtype], q.device.index or 0)
+        if needed > available:
+            name = str(q.dtype).removeprefix("torch.")
+            return (
+                f"the CUDA kernels for {name} heads of {size} need {needed} bytes of shared memory in a "
+                f"block, and this device has {available}"
+            )
+    return reason
+
+
+@torch.compiler.assume_constant_result
+def _shared_memory(dtype_code: int, device: int) -> tuple[int, int]:
+    """Bytes of it that a block of the largest heads' kernels needs, and may have on the device."""
+    size_of = cuda_kernels().cuda_thought_attention_shared_memory
+    needed, available = size_of(dtype_code, MOST_HEAD_SIZE, device, 0)
+    return needed, available
 
 
 def fused(q: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:

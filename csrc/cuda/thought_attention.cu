@@ -24,18 +24,26 @@ std::int64_t over(std::int64_t n, std::int64_t d) {
   return (n + d - 1) / d;
 }
 
-int element_bytes(const ThoughtAttention& call) {
-  return call.dtype == DType::f32 ? 4 : 2;
+int element_bytes(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
 }
 
-// The head size whose kernels take the call.
-int kernel_size(const ThoughtAttention& call) {
-  if (call.head_size <= 64) return 64;
-  if (call.head_size <= 96 && call.dtype != DType::f32) return 96;
-  return call.head_size <= 128 ? 128 : 256;
+// The kernels that take a call: those of a head size, the small ones where the others do not fit.
+struct Kernels {
+  int bytes, size;
+  bool small;
+};
+Kernels kernels_for(DType dtype, std::int64_t head_size, const Device& device) {
+  Kernels k{element_bytes(dtype), 256, false};
+  if (head_size <= 128) k.size = 128;
+  if (head_size <= 96 && k.bytes == 2) k.size = 96;
+  if (head_size <= 64) k.size = 64;
+  k.small = k.bytes == 2 && k.size == 256 &&
+            attention::most_bytes(k.bytes, k.size, false) > most_shared_memory(device);
+  return k;
 }
 
-void check(const ThoughtAttention& call) {
+Kernels check(const ThoughtAttention& call, const Device& device) {
   check_sizes(call);
   const auto require = [](bool fine, const std::string& message) {
     if (!fine) throw std::invalid_argument(message);
@@ -50,6 +58,13 @@ void check(const ThoughtAttention& call) {
               std::to_string(call.query_slots) + " slots and k_text " +
               std::to_string(call.text_length) +
               " keys; the CUDA kernels take less than 2^30 rows and keys of a key head");
+  const SharedMemory memory = thought_attention_shared_memory(call.dtype, call.head_size, device);
+  require(memory.needed <= memory.available,
+          "q has a head size of " + std::to_string(call.head_size) +
+              ", for which the kernels need " + std::to_string(memory.needed) +
+              " bytes of shared memory in a block; the device has " +
+              std::to_string(memory.available));
+  return kernels_for(call.dtype, call.head_size, device);
 }
 
 // Tells whether the rows of a tensor can be read 16 bytes at a time.
@@ -69,7 +84,7 @@ class Extents {
  private:
   bool aligned(const AttentionTensor& t, std::int64_t heads, std::int64_t slots,
                std::int64_t columns) const {
-    const std::int64_t bytes = element_bytes(call_);
+    const std::int64_t bytes = element_bytes(call_.dtype);
     const auto fits = [&](std::int64_t extent, std::int64_t stride) {
       return extent <= 1 || stride * bytes % 16 == 0;
     };
@@ -135,9 +150,10 @@ Arguments arguments(const ThoughtAttention& call) {
 }
 
 // Chooses the splits by the sizes and the device; returns the bytes of workspace.
-std::int64_t plan_forward(Arguments& a, int bytes, int size, const Device& device, void* memory) {
+std::int64_t plan_forward(Arguments& a, const Kernels& k, const Device& device, void* memory) {
   const std::int64_t all = static_cast<std::int64_t>(a.rows) * a.pairs;
-  const std::int64_t blocks = over(a.rows, attention::forward_shape(bytes, size).rows()) * a.pairs;
+  const attention::Shape shape = attention::forward_shape(k.bytes, k.size, k.small);
+  const std::int64_t blocks = over(a.rows, shape.rows()) * a.pairs;
   const std::int64_t wanted = multiprocessors(device);
   if (blocks == 0 || blocks >= wanted) return 0;
   a.splits =
@@ -145,13 +161,13 @@ std::int64_t plan_forward(Arguments& a, int bytes, int size, const Device& devic
                                  std::max<std::int64_t>(over(a.text_length, kSplitKeys), 1)}));
   if (a.splits == 1) return 0;
   a.split_out = static_cast<float*>(memory);
-  a.split_lse = a.split_out + a.splits * all * size;
-  return a.splits * all * (size + 1) * std::int64_t{sizeof(float)};
+  a.split_lse = a.split_out + a.splits * all * k.size;
+  return a.splits * all * (k.size + 1) * std::int64_t{sizeof(float)};
 }
 
 // The same for the backward pass: parts of the text's gradients.
-std::int64_t plan_backward(Arguments& a, int bytes, int size, const Device& device, void* memory) {
-  const attention::KeyShape shape = attention::key_gradient_shape(bytes, size);
+std::int64_t plan_backward(Arguments& a, const Kernels& k, const Device& device, void* memory) {
+  const attention::KeyShape shape = attention::key_gradient_shape(k.bytes, k.size, k.small);
   const std::int64_t batch = a.pairs / a.kv_heads, tiles = over(a.text_length, shape.keys());
   a.row_blocks = static_cast<int>(over(a.rows, shape.rows));
   const std::int64_t ranges = over(batch * a.row_blocks * std::int64_t{sizeof(int2)}, 64) * 64;
@@ -166,65 +182,72 @@ std::int64_t plan_backward(Arguments& a, int bytes, int size, const Device& devi
     a.parts = 1;
     return ranges;
   }
-  const std::int64_t part = static_cast<std::int64_t>(a.pairs) * a.text_length * size;
+  const std::int64_t part = static_cast<std::int64_t>(a.pairs) * a.text_length * k.size;
   a.dk_parts = reinterpret_cast<float*>(static_cast<char*>(memory) + ranges);
   a.dv_parts = a.dk_parts + a.parts * part;
   return ranges + 2 * a.parts * part * std::int64_t{sizeof(float)};
 }
 
-template <int kSize, bool kBackward, class T>
+template <int kSize, bool kBackward, class T, bool kSmall = false>
 void run(const Arguments& a, const Device& device) {
   if constexpr (kBackward) {
-    attention::launch_backward<T, kSize>(a, device);
+    attention::launch_backward<T, kSize, kSmall>(a, device);
   } else {
-    attention::launch_forward<T, kSize>(a, device);
+    attention::launch_forward<T, kSize, kSmall>(a, device);
   }
 }
 
 template <bool kBackward, class T>
-void run_size(const Arguments& a, int size, const Device& device) {
-  if (size == 64) return run<64, kBackward, T>(a, device);
+void run_size(const Arguments& a, const Kernels& k, const Device& device) {
+  if (k.size == 64) return run<64, kBackward, T>(a, device);
   if constexpr (sizeof(T) == 2) {
-    if (size == 96) return run<96, kBackward, T>(a, device);
+    if (k.size == 96) return run<96, kBackward, T>(a, device);
+    if (k.small) return run<256, kBackward, T, true>(a, device);
   }
-  if (size == 128) return run<128, kBackward, T>(a, device);
+  if (k.size == 128) return run<128, kBackward, T>(a, device);
   run<256, kBackward, T>(a, device);
 }
 
 template <bool kBackward>
-void run_type(const Arguments& a, DType dtype, int size, const Device& device) {
+void run_type(const Arguments& a, DType dtype, const Kernels& k, const Device& device) {
   switch (dtype) {
     case DType::bf16:
-      return run_size<kBackward, BFloat16>(a, size, device);
+      return run_size<kBackward, BFloat16>(a, k, device);
     case DType::f16:
-      return run_size<kBackward, Float16>(a, size, device);
+      return run_size<kBackward, Float16>(a, k, device);
     default:
-      return run_size<kBackward, float>(a, size, device);
+      return run_size<kBackward, float>(a, k, device);
   }
 }
 
 }  // namespace
 
+SharedMemory thought_attention_shared_memory(DType dtype, std::int64_t head_size,
+                                             const Device& device) {
+  const Kernels k = kernels_for(dtype, head_size, device);
+  return {static_cast<std::int64_t>(attention::most_bytes(k.bytes, k.size, k.small)),
+          static_cast<std::int64_t>(most_shared_memory(device))};
+}
+
 std::int64_t thought_attention_workspace(const ThoughtAttention& call, bool backward,
                                          const Device& device) {
-  check(call);
+  const Kernels kernels = check(call, device);
   Arguments a = arguments(call);
   const auto plan = backward ? plan_backward : plan_forward;
-  return plan(a, element_bytes(call), kernel_size(call), device, nullptr);
+  return plan(a, kernels, device, nullptr);
 }
 
 void thought_attention(const ThoughtAttention& call, const Device& device) {
-  check(call);
+  const Kernels kernels = check(call, device);
   Arguments a = arguments(call);
-  const int size = kernel_size(call);
   if (a.rows == 0 || a.pairs == 0) return;
-  plan_forward(a, element_bytes(call), size, device, call.workspace);
-  run_type<false>(a, call.dtype, size, device);
+  plan_forward(a, kernels, device, call.workspace);
+  run_type<false>(a, call.dtype, kernels, device);
 }
 
 void thought_attention_backward(const ThoughtAttentionBackward& call, const Device& device) {
   const ThoughtAttention& forward = call.forward;
-  check(forward);
+  const Kernels kernels = check(forward, device);
   Arguments a = arguments(forward);
   a.dout = call.dout;
   a.dlse = call.dlse;
@@ -239,10 +262,9 @@ void thought_attention_backward(const ThoughtAttentionBackward& call, const Devi
   a.gradients_aligned = of.rows_aligned(a.dq) && of.text_aligned(a.dk_text) &&
                         of.text_aligned(a.dv_text) && of.slots_aligned(a.dk_thought) &&
                         of.slots_aligned(a.dv_thought);
-  const int size = kernel_size(forward);
   if (a.pairs == 0) return;
-  plan_backward(a, element_bytes(forward), size, device, forward.workspace);
-  run_type<true>(a, forward.dtype, size, device);
+  plan_backward(a, kernels, device, forward.workspace);
+  run_type<true>(a, forward.dtype, kernels, device);
 }
 
 }  // namespace quietstar::cuda

@@ -9,37 +9,12 @@
 
 #include "launch.cuh"
 #include "quietstar/thought_attention.h"
+#include "thought_attention_shapes.cuh"
 
 namespace quietstar::cuda::attention {
 
 constexpr int kFar = 1 << 30;  // no key has this number
 constexpr float kLog2E = 1.442695041f, kLn2 = 0.6931471806f;
-
-// Tiles, by bytes of an element and by the head size that they are made for. A warp has row_tiles
-// times 16 rows in the row kernels, and 16 keys in the key kernel. What limits them: 255 registers
-// per thread, which hold the sums of a warp, and 163 KiB of shared memory on sm_80.
-struct Shape {
-  int warps, row_tiles, keys;
-  constexpr int rows() const { return warps * row_tiles * 16; }
-  constexpr int threads() const { return warps * 32; }
-};
-constexpr Shape forward_shape(int bytes, int size) {
-  if (bytes == 4) return {4, 1, size <= 128 ? 32 : 16};
-  return size <= 128 ? Shape{4, 2, 32} : Shape{8, 1, 32};
-}
-constexpr Shape row_gradient_shape(int bytes, int size) {
-  if (bytes == 4) return size <= 128 ? Shape{4, 1, 32} : Shape{2, 1, 16};
-  return size <= 128 ? Shape{4, 2, size <= 64 ? 64 : 32} : Shape{4, 1, 32};
-}
-struct KeyShape {
-  int warps, rows, step;  // rows of a block, and how many of them a warp takes at once
-  constexpr int keys() const { return warps * 16; }
-  constexpr int threads() const { return warps * 32; }
-};
-constexpr KeyShape key_gradient_shape(int bytes, int size) {
-  if (bytes == 4) return size <= 128 ? KeyShape{4, 32, 16} : KeyShape{2, 16, 16};
-  return size <= 128 ? KeyShape{8, 64, 32} : KeyShape{4, 32, 32};
-}
 
 // Division of 0 .. 2^31 - 1 by a number that is fixed beforehand.
 struct Divider {
@@ -98,10 +73,10 @@ struct Arguments {
 };
 
 // Instantiated in thought_attention_forward_*.cu and thought_attention_backward_*.cu: the kernels
-// of head sizes up to kSize.
-template <class T, int kSize>
+// of head sizes up to kSize, or the small ones.
+template <class T, int kSize, bool kSmall = false>
 void launch_forward(const Arguments& a, const Device& device);
-template <class T, int kSize>
+template <class T, int kSize, bool kSmall = false>
 void launch_backward(const Arguments& a, const Device& device);
 
 // A row: its column, its query slot and its query head.
@@ -172,6 +147,12 @@ __device__ __forceinline__ Range slot_range(const Arguments& a, const Row& row) 
   return {first, first + depth};
 }
 
+// The slots of a row from the last of them alone: a row sees its column's from the first one on.
+__device__ __forceinline__ Range slots_until(const Arguments& a, int last) {
+  const auto column = static_cast<int>(a.by_slot_stride.divide(static_cast<unsigned>(last - 1)));
+  return {last == 0 ? kFar : column * a.slot_stride, last};
+}
+
 // What rows see between them, and what every one of them sees.
 struct Span {
   int low, high, all_first, all_last;
@@ -183,16 +164,19 @@ struct Span {
     return all_first <= begin && all_last >= end;
   }
 };
+static_assert(sizeof(Span) == kSpanBytes);
 
-// Of rows 0 .. count - 1, whose ranges lie in shared memory; by a whole warp.
-__device__ __forceinline__ Span span_of_rows(const int* first, const int* last, int count) {
+// Of rows 0 .. count - 1, of which range_of(r) gives the range; by a whole warp.
+template <class RangeOf>
+__device__ __forceinline__ Span span_of_rows(int count, RangeOf range_of) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   Span s{kFar, 0, 0, kFar};
   for (int r = lane; r < count; r += 32) {
-    s.low = min(s.low, first[r]);
-    s.high = max(s.high, last[r]);
-    s.all_first = max(s.all_first, first[r]);
-    s.all_last = min(s.all_last, last[r]);
+    const Range range = range_of(r);
+    s.low = min(s.low, range.first);
+    s.high = max(s.high, range.last);
+    s.all_first = max(s.all_first, range.first);
+    s.all_last = min(s.all_last, range.last);
   }
   s.low = __reduce_min_sync(kAllLanes, s.low);
   s.high = __reduce_max_sync(kAllLanes, s.high);
@@ -201,35 +185,49 @@ __device__ __forceinline__ Span span_of_rows(const int* first, const int* last, 
   return s;
 }
 
-// For the rows of a block: seen_by [4][kRows] gets first and last of the text, then of the slots;
-// spans [1 + warps][2] those of the block and of each warp, of the text and of the slots. They can
-// be read afterwards.
+// What the rows of a block, or of a warp, see: in shared memory, a number per row each.
+struct SeenBy {
+  const int *text_first, *text_last, *slots_last;
+
+  __device__ __forceinline__ Range range(const Arguments& a, bool slots, int row) const {
+    // Without a branch, which would double the code around it.
+    const int last = (slots ? slots_last : text_last)[row], first = text_first[row];
+    return {slots ? slots_until(a, last).first : first, last};
+  }
+  __device__ __forceinline__ SeenBy from(int row) const {
+    return {text_first + row, text_last + row, slots_last + row};
+  }
+};
+
+// For the rows of a block: seen_by [kSeenBy][kRows] gets what SeenBy tells apart; spans
+// [1 + warps][2] those of the block and of each warp, of the text and of the slots. They can be
+// read afterwards. Returns what the block's rows see.
 template <int kRows, int kWarpRows, int kThreads>
-__device__ __forceinline__ void find_spans(const Arguments& a, const Pair& pair, int first_row,
-                                           int* seen_by, Span* spans) {
+__device__ __forceinline__ SeenBy find_spans(const Arguments& a, const Pair& pair, int first_row,
+                                             int* seen_by, Span* spans) {
   for (int r = static_cast<int>(threadIdx.x); r < kRows; r += kThreads) {
     // Rows past the end see what the last one sees: they change no decision.
     const Row row = row_of(a, pair, min(first_row + r, a.rows - 1));
-    const Range text = text_range(a, pair.batch, row), slots = slot_range(a, row);
+    const Range text = text_range(a, pair.batch, row);
     seen_by[r] = text.first;
     seen_by[kRows + r] = text.last;
-    seen_by[2 * kRows + r] = slots.first;
-    seen_by[3 * kRows + r] = slots.last;
+    seen_by[2 * kRows + r] = slot_range(a, row).last;
   }
   __syncthreads();
+  const SeenBy seen{seen_by, seen_by + kRows, seen_by + 2 * kRows};
   const int warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const int* first = seen_by + 2 * i * kRows;
-    const int* mine = first + warp * kWarpRows;
-    const Span all = span_of_rows(first, first + kRows, kRows);
-    Span own = span_of_rows(mine, mine + kRows, kWarpRows);
+    const Span all = span_of_rows(kRows, [&](int r) { return seen.range(a, i == 1, r); });
+    Span own =
+        span_of_rows(kWarpRows, [&](int r) { return seen.range(a, i == 1, warp * kWarpRows + r); });
     // A warp without rows, as in generation, has nothing to multiply.
     if (first_row + warp * kWarpRows >= a.rows) own = {kFar, 0, kFar, 0};
     if (threadIdx.x == 0) spans[i] = all;
     if (threadIdx.x % 32 == 0) spans[2 + 2 * warp + i] = own;
   }
   __syncthreads();
+  return seen;
 }
 
 // ---- tiles in shared memory: rows of kSize elements, in which the chunks of 16 bytes change

@@ -61,9 +61,9 @@ __global__ void __launch_bounds__(kSmallThreads) reduce_parts_kernel(const Argum
   }
 }
 
-template <class T, int kSize>
+template <class T, int kSize, bool kSmall>
 void launch_backward(const Arguments& a, const Device& device) {
-  constexpr int kBlockRows = key_gradient_shape(sizeof(T), kSize).rows;
+  constexpr int kBlockRows = key_gradient_shape(sizeof(T), kSize, kSmall).rows;
   const int batch = a.pairs / a.kv_heads;
   const auto blocks = [](std::int64_t work, std::int64_t each) {
     return dim3(static_cast<unsigned>((work + each - 1) / each));
@@ -71,12 +71,12 @@ void launch_backward(const Arguments& a, const Device& device) {
   launch("thought_attention_block_ranges", device, block_ranges_kernel<kBlockRows>,
          blocks(static_cast<std::int64_t>(batch) * a.row_blocks, kSmallThreads / 32),
          dim3(kSmallThreads), 0, a, a.block_ranges, batch);
-  launch_row_gradients<T, kSize>(a, device);
+  launch_row_gradients<T, kSize, kSmall>(a, device);
   if constexpr (kSize <= 128) {
-    launch_key_gradients<T, kSize, Pass::both>(a, device);
+    launch_key_gradients<T, kSize, Pass::both, kSmall>(a, device);
   } else {
-    launch_key_gradients<T, kSize, Pass::values>(a, device);
-    launch_key_gradients<T, kSize, Pass::keys>(a, device);
+    launch_key_gradients<T, kSize, Pass::values, kSmall>(a, device);
+    launch_key_gradients<T, kSize, Pass::keys, kSmall>(a, device);
   }
   if (a.parts == 1) return;
   launch("thought_attention_reduce_parts", device, reduce_parts_kernel<T, kSize>,

@@ -1,7 +1,7 @@
 // Forward kernel of thought_attention: out = sum 2^(x - lse) v over the keys that a row sees.
 //
 // A block takes 128 rows of a pair (fp32: 64) and walks over the text keys that its rows see
-// between them, 64 at a time, and then over the slot keys of its columns. Per tile of keys a warp
+// between them, 32 at a time, and then over the slot keys of its columns. Per tile of keys a warp
 // multiplies its 16 or 32 rows with the keys, keeps the running maximum and sum of each row, and
 // adds the weights times the values to sums in registers; the weights go from one product to the
 // next without leaving their registers. Groups of 16 keys that no row of the warp sees are passed
@@ -21,24 +21,21 @@
 
 namespace quietstar::cuda::attention {
 
-template <class T, int kSize>
+template <class T, int kSize, bool kSmall>
 struct Forward {
-  static constexpr Shape kShape = forward_shape(sizeof(T), kSize);
+  static constexpr Shape kShape = forward_shape(sizeof(T), kSize, kSmall);
   static constexpr int kRows = kShape.rows(), kKeys = kShape.keys, kThreads = kShape.threads();
   static constexpr int kRowTiles = kShape.row_tiles, kKeyTiles = kKeys / 16, kWide = kSize / 16;
-  static constexpr std::size_t kSharedBytes = sizeof(T) * kSize * (kRows + 4 * kKeys) +
-                                              sizeof(int) * 4 * kRows +
-                                              sizeof(Span) * 2 * (kShape.warps + 1);
 
   float out[kRowTiles][kWide][2][4];
   float top[kRowTiles][2], sum[kRowTiles][2];  // of each row; sums of this thread's keys only
   float scores[kRowTiles][kKeyTiles][2][4];
 
-  // scores = weights relative to the new maximum; out and sum are brought to it. first and last are
-  // those of the warp's rows, as seen from the first key of the tile.
+  // scores = weights relative to the new maximum; out and sum are brought to it. With kEdge, of
+  // `keys` those count that the warp's rows see.
   template <bool kEdge>
-  __device__ __forceinline__ void weigh(const Arguments& a, const int* first, const int* last,
-                                        int begin) {
+  __device__ __forceinline__ void weigh(const Arguments& a, const SeenBy& mine,
+                                        const KeyTile& keys) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     if (a.scores != Scores::plain) {
 #pragma unroll
@@ -56,7 +53,9 @@ struct Forward {
       for (int low = 0; low < 2; ++low) {
         const int row = r * 16 + low * 8 + lane / 4;
         if (kEdge) {
-          const int from = first[row] - begin - lane % 4 * 2, to = last[row] - begin - lane % 4 * 2;
+          const Range seen = mine.range(a, keys.slots, row);
+          const int here = keys.begin + lane % 4 * 2, from = seen.first - here,
+                    to = seen.last - here;
 #pragma unroll
           for (int j = 0; j < kKeyTiles * 4; ++j) {
             const int key = j / 2 * 8 + j % 2;
@@ -95,16 +94,16 @@ struct Forward {
   }
 };
 
-template <class T, int kSize>
-__global__ void __launch_bounds__(Forward<T, kSize>::kThreads) forward_kernel(const Arguments a) {
-  using Tile = Forward<T, kSize>;
+template <class T, int kSize, bool kSmall>
+__global__ void __launch_bounds__(Forward<T, kSize, kSmall>::kThreads)
+    forward_kernel(const Arguments a) {
+  using Tile = Forward<T, kSize, kSmall>;
   constexpr int kRows = Tile::kRows, kKeys = Tile::kKeys, kThreads = Tile::kThreads;
   constexpr int kRowTiles = Tile::kRowTiles, kWarpRows = kRowTiles * 16;
   QUIETSTAR_DYNAMIC_SHARED(memory);
   T* q = reinterpret_cast<T*>(memory);
   T* k = q + kRows * kSize;
-  int* seen_by =
-      reinterpret_cast<int*>(k + 4 * kKeys * kSize);  // text first, last, slots first, last
+  int* seen_by = reinterpret_cast<int*>(k + 4 * kKeys * kSize);
 
   // The longest stretches of text, those of the last columns, come first.
   const int pair_number = static_cast<int>(blockIdx.x) % a.pairs;
@@ -115,9 +114,9 @@ __global__ void __launch_bounds__(Forward<T, kSize>::kThreads) forward_kernel(co
 
   load_rows<T, kSize, kRows, kThreads>(a, pair, a.q, first_row, q, a.q_aligned);
   // Read where they are needed, as registers are short.
-  Span* spans = reinterpret_cast<Span*>(seen_by + 4 * kRows);
-  find_spans<kRows, kWarpRows, kThreads>(a, pair, first_row, seen_by, spans);
-  const int* mine = seen_by + warp * kWarpRows;
+  Span* spans = reinterpret_cast<Span*>(seen_by + kSeenBy * kRows);
+  const SeenBy mine = find_spans<kRows, kWarpRows, kThreads>(a, pair, first_row, seen_by, spans)
+                          .from(warp * kWarpRows);
   const Span* my_spans = spans + 2 + 2 * warp;
 
   const int split = static_cast<int>(blockIdx.y);
@@ -164,15 +163,14 @@ __global__ void __launch_bounds__(Forward<T, kSize>::kThreads) forward_kernel(co
     const Span& span = my_spans[keys.slots];
     if (!keys.slots && span.covers(keys.begin, keys.begin + kKeys)) {
       multiply_rows<kSize, false>(tile.scores, my_q, k_tile, 0, a.precise);
-      tile.template weigh<false>(a, mine, mine, 0);
+      tile.template weigh<false>(a, mine, keys);
       add_weighted<kSize, false>(tile.out, tile.scores, v_tile, 0, a.precise);
       continue;
     }
     const unsigned seen = groups_seen<Tile::kKeyTiles>(span, keys);
     if (seen == 0) continue;
-    const int* first = mine + (keys.slots ? 2 * kRows : 0);
     multiply_rows<kSize, true>(tile.scores, my_q, k_tile, seen, a.precise);
-    tile.template weigh<true>(a, first, first + kRows, keys.begin);
+    tile.template weigh<true>(a, mine, keys);
     add_weighted<kSize, true>(tile.out, tile.scores, v_tile, seen, a.precise);
   }
   wait_for_copies<0>();
@@ -233,14 +231,14 @@ __global__ void __launch_bounds__(Forward<T, kSize>::kThreads) forward_kernel(co
   }
 }
 
-template <class T, int kSize>
+template <class T, int kSize, bool kSmall>
 void launch_forward(const Arguments& a, const Device& device) {
-  using Tile = Forward<T, kSize>;
+  using Tile = Forward<T, kSize, kSmall>;
   const std::int64_t blocks =
       (static_cast<std::int64_t>(a.rows) + Tile::kRows - 1) / Tile::kRows * a.pairs;
-  launch("thought_attention", device, forward_kernel<T, kSize>,
+  launch("thought_attention", device, forward_kernel<T, kSize, kSmall>,
          dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(a.splits)), dim3(Tile::kThreads),
-         Tile::kSharedBytes, a);
+         forward_bytes(sizeof(T), kSize, kSmall), a);
   if (a.splits == 1) return;
   const std::int64_t merged =
       (static_cast<std::int64_t>(a.rows) * a.pairs + kMergeWarps - 1) / kMergeWarps;

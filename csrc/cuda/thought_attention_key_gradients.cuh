@@ -27,14 +27,12 @@ namespace quietstar::cuda::attention {
 
 enum class Pass { both, values, keys };
 
-template <class T, int kSize, Pass kPass>
+template <class T, int kSize, Pass kPass, bool kSmall>
 struct KeyGradients {
-  static constexpr KeyShape kShape = key_gradient_shape(sizeof(T), kSize);
+  static constexpr KeyShape kShape = key_gradient_shape(sizeof(T), kSize, kSmall);
   static constexpr int kKeys = kShape.keys(), kRows = kShape.rows, kStep = kShape.step;
   static constexpr int kThreads = kShape.threads(), kWide = kSize / 16, kGroups = kStep / 16;
   static constexpr bool kValues = kPass != Pass::keys, kOfKeys = kPass != Pass::values;
-  static constexpr std::size_t kSharedBytes =
-      sizeof(T) * kSize * (2 * kKeys + 4 * kRows) + sizeof(int) * 2 * 4 * kRows;
   static_assert(kRows <= kThreads, "a thread fetches the constants of a row");
 
   float dk[1][kWide][2][4];
@@ -45,7 +43,8 @@ struct KeyGradients {
   __device__ __forceinline__ void add(const Arguments& a, T* k, T* v, T* q, T* dout,
                                       const int* constants, int key) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const Span span = span_of_rows(constants, constants + kRows, kStep);
+    const Span span =
+        span_of_rows(kStep, [&](int r) { return Range{constants[r], constants[kRows + r]}; });
     if (!span.meets(key, key + 16)) return;
     const bool masked = !span.covers(key, key + 16);
     const float* lse = reinterpret_cast<const float*>(constants + 2 * kRows);
@@ -142,10 +141,10 @@ __device__ __forceinline__ Range blocks_that_see(const int2* ranges, int blocks,
   return found;
 }
 
-template <class T, int kSize, Pass kPass>
-__global__ void __launch_bounds__(KeyGradients<T, kSize, kPass>::kThreads)
+template <class T, int kSize, Pass kPass, bool kSmall>
+__global__ void __launch_bounds__(KeyGradients<T, kSize, kPass, kSmall>::kThreads)
     key_gradients_kernel(const Arguments a) {
-  using Tile = KeyGradients<T, kSize, kPass>;
+  using Tile = KeyGradients<T, kSize, kPass, kSmall>;
   constexpr int kRows = Tile::kRows, kKeys = Tile::kKeys, kThreads = Tile::kThreads;
   QUIETSTAR_DYNAMIC_SHARED(memory);
   T* k = reinterpret_cast<T*>(memory);
@@ -298,13 +297,14 @@ __global__ void __launch_bounds__(KeyGradients<T, kSize, kPass>::kThreads)
   }
 }
 
-template <class T, int kSize, Pass kPass>
+template <class T, int kSize, Pass kPass, bool kSmall>
 void launch_key_gradients(const Arguments& a, const Device& device) {
-  using Tile = KeyGradients<T, kSize, kPass>;
+  using Tile = KeyGradients<T, kSize, kPass, kSmall>;
   const auto tiles = [](std::int64_t n) { return (n + Tile::kKeys - 1) / Tile::kKeys; };
   const std::int64_t blocks = (tiles(a.text_length) * a.parts + tiles(a.slot_keys)) * a.pairs;
-  launch("thought_attention_key_gradients", device, key_gradients_kernel<T, kSize, kPass>,
-         dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads), Tile::kSharedBytes, a);
+  launch("thought_attention_key_gradients", device, key_gradients_kernel<T, kSize, kPass, kSmall>,
+         dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
+         key_gradient_bytes(sizeof(T), kSize, kSmall), a);
 }
 
 }  // namespace quietstar::cuda::attention

@@ -15,24 +15,21 @@
 
 namespace quietstar::cuda::attention {
 
-template <class T, int kSize>
+template <class T, int kSize, bool kSmall>
 struct RowGradients {
-  static constexpr Shape kShape = row_gradient_shape(sizeof(T), kSize);
+  static constexpr Shape kShape = row_gradient_shape(sizeof(T), kSize, kSmall);
   static constexpr int kRows = kShape.rows(), kKeys = kShape.keys, kThreads = kShape.threads();
   static constexpr int kRowTiles = kShape.row_tiles, kKeyTiles = kKeys / 16, kWide = kSize / 16;
-  static constexpr std::size_t kSharedBytes = sizeof(T) * kSize * (2 * kRows + 4 * kKeys) +
-                                              sizeof(int) * 6 * kRows +
-                                              sizeof(Span) * 2 * (kShape.warps + 1);
 
   float dq[kRowTiles][kWide][2][4];
   float scores[kRowTiles][kKeyTiles][2][4], dscores[kRowTiles][kKeyTiles][2][4];
 
-  // dscores = ds, from scores = q k^T and dscores = dout v^T. first, last, lse and delta are those
-  // of the warp's rows; first and last count from the first key of the text or of the slots.
+  // dscores = ds, from scores = q k^T and dscores = dout v^T. lse, delta and what is seen are those
+  // of the warp's rows; with kEdge, of `keys` those count that they see.
   template <bool kEdge>
-  __device__ __forceinline__ void differentiate(const Arguments& a, const int* first,
-                                                const int* last, const float* lse,
-                                                const float* delta, int begin) {
+  __device__ __forceinline__ void differentiate(const Arguments& a, const SeenBy& mine,
+                                                const float* lse, const float* delta,
+                                                const KeyTile& keys) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
@@ -40,8 +37,8 @@ struct RowGradients {
       for (int low = 0; low < 2; ++low) {
         const int row = r * 16 + low * 8 + lane / 4;
         const float my_lse = lse[row], my_delta = delta[row];
-        const int from = kEdge ? first[row] - begin - lane % 4 * 2 : 0;
-        const int to = kEdge ? last[row] - begin - lane % 4 * 2 : 0;
+        const Range seen = kEdge ? mine.range(a, keys.slots, row) : Range{0, 0};
+        const int here = keys.begin + lane % 4 * 2, from = seen.first - here, to = seen.last - here;
 #pragma unroll
         for (int j = 0; j < kKeyTiles * 4; ++j) {
           const int key = j / 2 * 8 + j % 2;
@@ -101,10 +98,10 @@ __device__ __forceinline__ void row_constants(const Arguments& a, const Pair& pa
   }
 }
 
-template <class T, int kSize>
-__global__ void __launch_bounds__(RowGradients<T, kSize>::kThreads)
+template <class T, int kSize, bool kSmall>
+__global__ void __launch_bounds__(RowGradients<T, kSize, kSmall>::kThreads)
     row_gradients_kernel(const Arguments a) {
-  using Tile = RowGradients<T, kSize>;
+  using Tile = RowGradients<T, kSize, kSmall>;
   constexpr int kRows = Tile::kRows, kKeys = Tile::kKeys, kThreads = Tile::kThreads;
   constexpr int kRowTiles = Tile::kRowTiles, kWarpRows = kRowTiles * 16;
   QUIETSTAR_DYNAMIC_SHARED(memory);
@@ -112,7 +109,7 @@ __global__ void __launch_bounds__(RowGradients<T, kSize>::kThreads)
   T* dout = q + kRows * kSize;
   T* k = dout + kRows * kSize;
   int* seen_by = reinterpret_cast<int*>(k + 4 * kKeys * kSize);
-  float* lse = reinterpret_cast<float*>(seen_by + 4 * kRows);
+  float* lse = reinterpret_cast<float*>(seen_by + kSeenBy * kRows);
   float* delta = lse + kRows;
   Span* spans = reinterpret_cast<Span*>(delta + kRows);
 
@@ -124,8 +121,8 @@ __global__ void __launch_bounds__(RowGradients<T, kSize>::kThreads)
   load_rows<T, kSize, kRows, kThreads>(a, pair, a.q, first_row, q, a.q_aligned);
   load_rows<T, kSize, kRows, kThreads>(a, pair, a.dout, first_row, dout, a.dout_aligned);
   commit_copies();
-  find_spans<kRows, kWarpRows, kThreads>(a, pair, first_row, seen_by, spans);
-  const int* mine = seen_by + warp * kWarpRows;
+  const SeenBy mine = find_spans<kRows, kWarpRows, kThreads>(a, pair, first_row, seen_by, spans)
+                          .from(warp * kWarpRows);
   const Span* my_spans = spans + 2 + 2 * warp;
 
   const int text_tiles = max(spans[0].high - spans[0].low + kKeys - 1, 0) / kKeys;
@@ -171,16 +168,15 @@ __global__ void __launch_bounds__(RowGradients<T, kSize>::kThreads)
     if (!keys.slots && span.covers(keys.begin, keys.begin + kKeys)) {
       multiply_rows<kSize, false>(tile.scores, my_q, k_tile, 0, a.precise);
       multiply_rows<kSize, false>(tile.dscores, my_dout, v_tile, 0, a.precise);
-      tile.template differentiate<false>(a, mine, mine, my_lse, my_delta, 0);
+      tile.template differentiate<false>(a, mine, my_lse, my_delta, keys);
       add_weighted<kSize, false>(tile.dq, tile.dscores, k_tile, 0, a.precise);
       continue;
     }
     const unsigned seen = groups_seen<Tile::kKeyTiles>(span, keys);
     if (seen == 0) continue;
-    const int* first = mine + (keys.slots ? 2 * kRows : 0);
     multiply_rows<kSize, true>(tile.scores, my_q, k_tile, seen, a.precise);
     multiply_rows<kSize, true>(tile.dscores, my_dout, v_tile, seen, a.precise);
-    tile.template differentiate<true>(a, first, first + kRows, my_lse, my_delta, keys.begin);
+    tile.template differentiate<true>(a, mine, my_lse, my_delta, keys);
     add_weighted<kSize, true>(tile.dq, tile.dscores, k_tile, seen, a.precise);
   }
   wait_for_copies<0>();
@@ -201,13 +197,14 @@ __global__ void __launch_bounds__(RowGradients<T, kSize>::kThreads)
                                   a.gradients_aligned);
 }
 
-template <class T, int kSize>
+template <class T, int kSize, bool kSmall>
 void launch_row_gradients(const Arguments& a, const Device& device) {
-  using Tile = RowGradients<T, kSize>;
+  using Tile = RowGradients<T, kSize, kSmall>;
   const std::int64_t blocks =
       (static_cast<std::int64_t>(a.rows) + Tile::kRows - 1) / Tile::kRows * a.pairs;
-  launch("thought_attention_row_gradients", device, row_gradients_kernel<T, kSize>,
-         dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads), Tile::kSharedBytes, a);
+  launch("thought_attention_row_gradients", device, row_gradients_kernel<T, kSize, kSmall>,
+         dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
+         row_gradient_bytes(sizeof(T), kSize, kSmall), a);
 }
 
 }  // namespace quietstar::cuda::attention

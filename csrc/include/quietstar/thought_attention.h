@@ -81,5 +81,14 @@ std::int64_t thought_attention_workspace(const ThoughtAttention& call, bool back
 void thought_attention(const ThoughtAttention& call, const Device& device);
 void thought_attention_backward(const ThoughtAttentionBackward& call, const Device& device);
 
+// Bytes of shared memory that a block of the kernels for these heads needs, of either pass, and
+// what a block may have on the device. Where that is less, the functions above throw
+// std::invalid_argument.
+struct SharedMemory {
+  std::int64_t needed, available;
+};
+SharedMemory thought_attention_shared_memory(DType dtype, std::int64_t head_size,
+                                             const Device& device);
+
 }  // namespace cuda
 }  // namespace quietstar
