@@ -11,7 +11,7 @@ namespace quietstar::cuda::attention {
 constexpr int kMergeWarps = 4;
 
 template <class T, int kSize>
-__global__ void __launch_bounds__(kMergeWarps * 32) merge_kernel(const Arguments a) {
+__global__ void __launch_bounds__(kMergeWarps * 32, 8) merge_kernel(const Arguments a) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const std::int64_t all = static_cast<std::int64_t>(a.pairs) * a.rows;
   const std::int64_t index = static_cast<std::int64_t>(blockIdx.x) * kMergeWarps + threadIdx.x / 32;

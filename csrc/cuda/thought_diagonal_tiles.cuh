@@ -163,14 +163,16 @@ __device__ __forceinline__ void store_rows(const AttentionTensor& to, const Atte
     if (!row.there || d >= size) continue;
     // A part of weight 0 may hold anything.
     const bool adds = add != nullptr && add->data != nullptr && weight[r] != 0;
-    const Pack<T> other = adds ? load16(row_of<T>(*add, c, row) + d) : Pack<T>{};
-    Pack<T> result;
+    const Eight other = load8(adds ? row_of<T>(*add, c, row) : nullptr, d, size, adds);
+    Eight result;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      result.at[j] =
-          from_float<T>(sum[j][i] * factor[r] + (adds ? to_float(other.at[j]) * weight[r] : 0));
+    for (int j = 0; j < 4; ++j) {
+      const float2 text = floats<T>(other.at[j]);
+      result.at[j] = pack2<T>(sum[2 * j][i] * factor[r] + text.x * weight[r],
+                              sum[2 * j + 1][i] * factor[r] + text.y * weight[r]);
     }
-    store16_global(row_at<T>(to, c.batch, row.head, row.slot, c.column) + d, result);
+    T* at = row_at<T>(to, c.batch, row.head, row.slot, c.column) + d;
+    store16_global(reinterpret_cast<unsigned*>(at), result);
   }
 }
 
