@@ -1,7 +1,7 @@
-// The Python module quietstar_ext._native. This file and bindings_cuda.cpp are the only ones that know
-// Python, and none knows torch.
-// Tensors arrive as addresses, sizes and strides, positionally (about 0.5 microseconds a call);
-// shapes, checks and allocation are Python's. std::invalid_argument becomes ValueError.
+// The Python module quietstar_ext._native. This file and bindings_cuda.cpp are the only ones that
+// know Python, and none knows torch. Tensors arrive as addresses, sizes and strides, positionally
+// (about 0.5 microseconds a call); shapes, checks and allocation are Python's.
+// std::invalid_argument becomes ValueError.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
