@@ -20,11 +20,11 @@ def device(kernel_device: str) -> str:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_sums_do_not_drift_over_a_long_text(device: str, dtype: torch.dtype) -> None:
     """What was summed before a tile keeps its weight bit for bit where the tile has no new maximum."""
-    heads = 160 if device == "cuda" else 3  # so many that no text is split
+    heads = 160 if device == "cuda" else 8  # so many that no text is split
     length, size = 16384 if device == "cuda" else 4096, 32
-    # Numbers of eight bits, whose products are exact.
-    q = (10 * torch.randn(1, heads, 1, 1, size)).bfloat16().to(device, dtype)
-    k, v = torch.randn(2, 1, heads, length, size).bfloat16().to(device, dtype)
+    # Of so few bits that the logits are exact.
+    q = ((40 * torch.randn(1, heads, 1, 1, size)).round().clamp(-255, 255) / 4).to(device, dtype)
+    k, v = ((16 * torch.randn(2, 1, heads, length, size)).round() / 16).to(device, dtype)
     empty = q.new_empty(1, heads, 0, 1, size)
     stop = torch.full((1, 1), length, dtype=torch.int32, device=device)
     start = torch.zeros_like(stop)
@@ -33,8 +33,8 @@ def test_sums_do_not_drift_over_a_long_text(device: str, dtype: torch.dtype) -> 
     scores = (q[:, :, 0].double() @ k.double().mT) * size**-0.5
     assert float(scores.std()) > 5
     exact = scores.logsumexp(-1).view_as(lse)
-    # Rounding lse itself is up to 6e-8 of it; 128 tiles that drift come to 4e-6.
-    torch.testing.assert_close(lse.double(), exact, rtol=1.5e-7, atol=1e-6)
+    # Rounding it comes to some 6e-8; 128 tiles that drift come to 7e-7 in half of the heads.
+    torch.testing.assert_close(lse.double(), exact, rtol=2e-7, atol=0)
     wanted = (scores.softmax(-1) @ v.double()).view_as(out)
     tolerance = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), wanted, rtol=tolerance, atol=tolerance)
