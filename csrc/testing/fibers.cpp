@@ -3,123 +3,32 @@
 // swapcontext they need no system call, and other than the C library's the address sanitizer does
 // not put a pass over the whole stack before them. It is told of every switch instead.
 #include <sys/mman.h>
-#include <ucontext.h>
 #include <unistd.h>
 
-#include <map>
-#include <memory>
-#include <random>
-#include <stdexcept>
 #include <utility>
-#include <vector>
 
-#include "cuda_on_cpu.h"
+#include "world.h"
 
-#if defined(__SANITIZE_ADDRESS__)
+#if QUIETSTAR_ASAN
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
-#define QUIETSTAR_ASAN 1
-#else
-#define QUIETSTAR_ASAN 0
 #endif
 
 namespace quietstar::testing {
-namespace {
 
-constexpr std::size_t kStackBytes = QUIETSTAR_ASAN ? 512 * 1024 : 128 * 1024;
-constexpr std::size_t kGuard = 128;      // bytes around shared memory that nobody may write
-constexpr unsigned char kPoison = 0xFF;  // NaN in every floating-point type
-constexpr unsigned char kCanary = 0xA5;
-
-enum class State { ready, at_barrier, in_warp, left };
-
-struct Copy {
-  void* to;
-  std::vector<unsigned char> bytes;
-};
-
-struct Jump {
-  void* buffer[5];  // what __builtin_setjmp needs
-};
-
-struct Fiber {
-  Self self{};
-  State state = State::left;
-  Place place{"", 0};
-  int value = 0;      // of a barrier
-  unsigned mask = 0;  // of a warp operation
-  void* data = nullptr;
-  std::vector<std::vector<Copy>> groups{1};  // the last one is not committed yet
-
-  char* stack = nullptr;
-  ucontext_t context{};
-  Jump jump;
-  bool started = false;
-  void* fake_stack = nullptr;
-};
-
-// Memory of a known size between guards. With the address sanitizer its size is exact, too.
-class Guarded {
- public:
-  Guarded() = default;
-  explicit Guarded(std::size_t bytes, std::size_t alignment = kGuard) : bytes_(bytes) {
-    // The sanitizer guards an allocation by itself, from its very end on.
-    const std::size_t guard = QUIETSTAR_ASAN ? 0 : kGuard;
-    before_ = guard + alignment % kGuard;  // aligned to no more than was asked for
-    void* memory = nullptr;
-    if (posix_memalign(&memory, kGuard, std::max<std::size_t>(1, before_ + bytes + guard)) != 0) {
-      throw std::bad_alloc();
-    }
-    memory_.reset(static_cast<unsigned char*>(memory));
-    data_ = memory_.get() + before_;
-    std::memset(memory_.get(), kCanary, before_);
-    std::memset(data_ + bytes_, kCanary, guard);
-  }
-  unsigned char* data() const { return data_; }
-  std::size_t size() const { return bytes_; }
-  void poison() const { std::memset(data_, kPoison, bytes_); }
-  bool intact() const {
-    if (QUIETSTAR_ASAN || !memory_) return true;
-    const auto untouched = [](const unsigned char* p, std::size_t bytes) {
-      return std::all_of(p, p + bytes, [](unsigned char byte) { return byte == kCanary; });
-    };
-    return untouched(memory_.get(), before_) && untouched(data_ + bytes_, kGuard);
-  }
-
- private:
-  struct Free {
-    void operator()(unsigned char* p) const { std::free(p); }
-  };
-  std::unique_ptr<unsigned char, Free> memory_;
-  unsigned char* data_ = nullptr;
-  std::size_t before_ = 0, bytes_ = 0;
-};
-
-struct World {
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  Fiber* current = nullptr;
-  Block block{};
-  const std::function<void()>* body = nullptr;
-  std::string kernel, error;
-  Guarded dynamic;
-  std::map<const void*, Guarded> statics;
-  std::size_t static_bytes = 0, allowed_bytes = 0;  // of shared memory; allowed: dynamic, too
-  std::string order = "forward";
-  std::mt19937_64 random;
-  int warp = 0, stretch = 0;  // of order "uneven": who runs on, and how many times still
-
-  Jump scheduler;
-  const void* scheduler_stack = nullptr;
-  std::size_t scheduler_stack_bytes = 0;
-};
 World world;
 
-std::string show(uint3 i) {
-  return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
-}
 std::string show(Place place) {
   const std::string file = place.file;
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(place.line);
+}
+
+namespace {
+
+constexpr std::size_t kStackBytes = QUIETSTAR_ASAN ? 512 * 1024 : 128 * 1024;
+
+std::string show(uint3 i) {
+  return "(" + std::to_string(i.x) + ", " + std::to_string(i.y) + ", " + std::to_string(i.z) + ")";
 }
 
 // ---- switching
@@ -151,12 +60,16 @@ void enter_stack(void* fake_stack, const void** previous, std::size_t* bytes) {
 #endif
 }
 
+}  // namespace
+
 void to_scheduler() {
   Fiber& fiber = *world.current;
   leave_stack(&fiber.fake_stack, world.scheduler_stack, world.scheduler_stack_bytes);
   change(fiber.jump, world.scheduler, nullptr);
   enter_stack(fiber.fake_stack, nullptr, nullptr);
 }
+
+namespace {
 
 void fiber_main() {
   enter_stack(nullptr, &world.scheduler_stack, &world.scheduler_stack_bytes);
@@ -210,11 +123,6 @@ void prepare(Fiber& fiber) {
                            what);
 }
 
-[[noreturn]] void end_launch(const std::string& why) {
-  world.error = why;
-  for (;;) to_scheduler();  // the scheduler never comes back
-}
-
 std::vector<int> order_of(int count) {
   std::vector<int> order(count);
   for (int i = 0; i < count; ++i) order[i] = world.order == "reverse" ? count - 1 - i : i;
@@ -252,11 +160,6 @@ Fiber* next_uneven(int threads) {
   }
   world.stretch -= 1;
   return lanes[below(static_cast<int>(lanes.size()))];
-}
-
-// Where a thread could be overtaken by others.
-void may_be_overtaken() {
-  if (world.order == "uneven") to_scheduler();
 }
 
 // ---- one block
@@ -346,14 +249,13 @@ void run_block(int threads) {
 
 }  // namespace
 
-const Self& self() {
-  return world.current->self;
+[[noreturn]] void end_launch(const std::string& why) {
+  world.error = why;
+  for (;;) to_scheduler();  // the scheduler never comes back
 }
-const Block& block() {
-  return world.block;
-}
-unsigned char* dynamic_shared() {
-  return world.dynamic.data();
+
+void may_be_overtaken() {
+  if (world.order == "uneven") to_scheduler();
 }
 
 void set_order(const std::string& order, std::uint64_t seed) {
@@ -389,138 +291,6 @@ void run_grid(const char* kernel, dim3 grid, dim3 block, std::size_t shared_byte
     const auto n = static_cast<unsigned>(b);
     world.block.index = {n % grid.x, n / grid.x % grid.y, n / (grid.x * grid.y)};
     run_block(world.block.threads);
-  }
-}
-
-int sync_block(Place place, int value) {
-  Fiber& fiber = *world.current;
-  fiber.place = place;
-  fiber.value = value;
-  fiber.state = State::at_barrier;
-  to_scheduler();
-  return fiber.value;
-}
-
-void warp_operation(Place place, unsigned mask, void* data, WarpWork work) {
-  Fiber& fiber = *world.current;
-  const unsigned lane = fiber.self.lane;
-  if (!(mask >> lane & 1)) fail(place, "the mask of a warp operation leaves the calling lane out");
-  fiber.place = place;
-  fiber.mask = mask;
-  fiber.data = data;
-  fiber.state = State::in_warp;
-  const auto index_of = [&](unsigned other) {
-    const Self& s = fiber.self;
-    const dim3 size = world.block.block_size;
-    const unsigned mine = s.thread.x + size.x * (s.thread.y + size.y * s.thread.z);
-    return static_cast<int>(mine - lane + other);
-  };
-  void* lanes[32] = {};
-  bool complete = true;
-  for (unsigned other = 0; other < 32; ++other) {
-    if (!(mask >> other & 1)) continue;
-    const int index = index_of(other);
-    if (index >= world.block.threads) {
-      fail(place,
-           "the mask names lane " + std::to_string(other) + ", which the block does not have");
-    }
-    const Fiber& f = *world.fibers[index];
-    if (f.state == State::left) {
-      fail(place, "the mask names lane " + std::to_string(other) + ", which has left the kernel");
-    }
-    if (f.state != State::in_warp) {
-      complete = false;
-      continue;
-    }
-    if (f.mask != mask || f.place.line != place.line ||
-        std::strcmp(f.place.file, place.file) != 0) {
-      // A lane that waits in another operation cannot come to this one before that is over, and
-      // that cannot be over without this lane if it names it.
-      if (f.mask >> lane & 1) {
-        fail(place, "lane " + std::to_string(other) + " is in another warp operation, at " +
-                        show(f.place) + (f.mask != mask ? ", with another mask" : ""));
-      }
-      complete = false;
-      continue;
-    }
-    lanes[other] = f.data;
-  }
-  if (!complete) {
-    to_scheduler();
-    return;
-  }
-  work(place, mask, lanes);
-  for (unsigned other = 0; other < 32; ++other) {
-    if (mask >> other & 1) world.fibers[index_of(other)]->state = State::ready;
-  }
-  may_be_overtaken();
-}
-
-unsigned source_lane(Place place, Shuffle kind, unsigned lane, int operand, int width) {
-  if (width < 1 || width > 32 || (width & (width - 1)) != 0) {
-    fail(place, "a shuffle has width " + std::to_string(width));
-  }
-  const int first = static_cast<int>(lane) / width * width, mine = static_cast<int>(lane);
-  int source = mine;
-  switch (kind) {
-    case Shuffle::index:
-      return static_cast<unsigned>(first + (operand & (width - 1)));
-    case Shuffle::exclusive:
-      source = mine ^ operand;
-      // The lanes of an earlier group can be read, those of a later one not.
-      return static_cast<unsigned>(source < first + width ? source : mine);
-    case Shuffle::down:
-      source = mine + operand;
-      return static_cast<unsigned>(source < first + width ? source : mine);
-    case Shuffle::up:
-      source = mine - operand;
-      return static_cast<unsigned>(source >= first ? source : mine);
-  }
-  return lane;
-}
-
-void* static_shared(const void* key, std::size_t bytes, std::size_t alignment) {
-  if (alignment > kGuard) throw std::logic_error("a shared array wants too much alignment");
-  auto found = world.statics.find(key);
-  if (found == world.statics.end()) {
-    world.static_bytes += (bytes + alignment - 1) / alignment * alignment;
-    // The dynamic memory lies behind it, aligned as QUIETSTAR_DYNAMIC_SHARED says.
-    const std::size_t before = (world.static_bytes + kGuard - 1) / kGuard * kGuard;
-    if (before + world.dynamic.size() > world.allowed_bytes) {
-      // A device would not begin.
-      end_launch("invalid launch: " + std::to_string(before + world.dynamic.size()) +
-                 " bytes of static and dynamic shared memory, and " +
-                 std::to_string(world.allowed_bytes) + " allowed");
-    }
-    found = world.statics.emplace(key, Guarded(bytes, alignment)).first;
-    found->second.poison();
-  }
-  return found->second.data();
-}
-
-void start_copy(Place place, void* to, const void* from, int bytes, int valid_bytes) {
-  const auto misaligned = [&](const void* p) {
-    return reinterpret_cast<std::uintptr_t>(p) % bytes;
-  };
-  if (misaligned(to) || misaligned(from)) fail(place, "an asynchronous copy is not aligned");
-  Copy copy{to, std::vector<unsigned char>(static_cast<std::size_t>(bytes), 0)};
-  std::memcpy(copy.bytes.data(), from, static_cast<std::size_t>(valid_bytes));
-  std::memset(to, kPoison, static_cast<std::size_t>(bytes));
-  world.current->groups.back().push_back(std::move(copy));
-}
-
-void close_copies() {
-  world.current->groups.emplace_back();
-}
-
-void finish_copies(int pending_groups) {
-  may_be_overtaken();  // the copies arrive as late as they may
-  auto& groups = world.current->groups;
-  while (static_cast<int>(groups.size()) - 1 > pending_groups) {
-    for (const Copy& copy : groups.front()) {
-      std::memcpy(copy.to, copy.bytes.data(), copy.bytes.size());
-    }
-    groups.erase(groups.begin());
   }
 }
 
