@@ -34,7 +34,7 @@ NO_SPILLS = (
     *("mixing_*", "softmax_cross_entropy_rows*", "scale_elements*", "scan_rows*"),
     # thought_attention in 16 bits
     *("forward_kernel<*Float16, *", "row_gradients_kernel<*Float16, *"),
-    "key_gradients_kernel<*Float16, *",
+    *("key_gradients_kernel<*Float16, *", "merge_kernel<*", "diagonal_backward<*"),
 )
 
 # Kernels that write rows 16 bytes at a time, by file. The compiler takes a copied pack apart where it
