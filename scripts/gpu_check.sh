@@ -55,7 +55,8 @@ stage() {
   note=$(mktemp)
   export note
   printf '\n==== %s (at most %s s)\n' "$name" "$limit" | tee -a "$log"
-  timeout --kill-after=10 "$limit" bash -c "set -uo pipefail; $run" 2>&1 | tee -a "$log"
+  # An interrupt, so that pytest still says what has failed so far.
+  timeout --signal=INT --kill-after=15 "$limit" bash -c "set -uo pipefail; $run" 2>&1 | tee -a "$log"
   status=${PIPESTATUS[0]}
   case $status in
     0) word=ok ;;
@@ -115,7 +116,7 @@ use_in_place() {
 check_tests() {
   local files
   mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
-  check_pytest -q -m gpu --durations=5 --continue-on-collection-errors "${files[@]}" | tee "$note"
+  check_pytest -q -m gpu --durations=5 --continue-on-collection-errors "${files[@]}" | tee -i "$note"
 }
 
 # Errors count where a report names a kernel of ours; the libraries' own are counted apart.
@@ -124,7 +125,7 @@ check_sanitizer() {
   out=$(mktemp)
   # Without PyTorch's pool every tensor has an allocation of its own, with its own bounds.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --print-limit 30 \
-    "$python" -P scripts/small_calls.py 2>&1 | tee "$out"
+    "$python" -P scripts/small_calls.py 2>&1 | tee -i "$out"
   status=${PIPESTATUS[0]}
   all_errors=$(sed -nE 's/.*(ERROR|RACECHECK) SUMMARY: ([0-9]+) .*/\2/p' "$out" | tail -n 1)
   local ours
@@ -135,7 +136,7 @@ check_sanitizer() {
 }
 
 check_bench() {
-  check_pytest -q -s --benchmark-disable "benchmarks/bench_$1.py" | tee "$note.log"
+  check_pytest -q -s --benchmark-disable "benchmarks/bench_$1.py" | tee -i "$note.log"
   local status=${PIPESTATUS[0]}
   tail -n 1 "$note.log" >"$note"
   rm -f "$note.log"
