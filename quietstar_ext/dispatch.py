@@ -23,6 +23,33 @@ _default = os.environ.get("QUIETSTAR_IMPL", "auto")
 _said: set[tuple[str, str]] = set()
 
 
+class Setting:
+    """One of a few words: for a process by an environment variable, inside a block by :meth:`use`."""
+
+    def __init__(self, variable: str, options: tuple[str, ...]):
+        """The first of ``options`` is the default."""
+        self.variable, self.options = variable, options
+        self._value = os.environ.get(variable, options[0])
+
+    def get(self) -> str:
+        """The word; ``ValueError`` where the environment has another."""
+        return self._check(self._value)
+
+    def _check(self, value: str) -> str:
+        if value not in self.options:
+            raise ValueError(f"{self.variable} is {value!r}; expected one of {', '.join(self.options)}")
+        return value
+
+    @contextlib.contextmanager
+    def use(self, value: str) -> Iterator[None]:
+        """Set it inside the block."""
+        previous, self._value = self._value, self._check(value)
+        try:
+            yield
+        finally:
+            self._value = previous
+
+
 @contextlib.contextmanager
 def use_impl(impl: str) -> Iterator[None]:
     """Let every call inside the block that leaves ``impl`` at ``"auto"`` use ``impl`` instead.

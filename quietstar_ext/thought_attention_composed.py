@@ -16,13 +16,13 @@ The stock kernels are in ``thought_attention_stock.py``.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from quietstar_ext.dispatch import Setting
 from quietstar_ext.native import takes_cuda_path
 from quietstar_ext.thought_attention_diagonal import diagonal_backward, diagonal_forward
 from quietstar_ext.thought_attention_stock import stock_backward, stock_forward, why_not_stock
@@ -38,23 +38,16 @@ COMPOSED_FROM_TEXT_LENGTH = 2048
 
 _MOST_SIZE = 256  # of a head, in the stock kernel and in ours
 
-_path = os.environ.get("QUIETSTAR_THOUGHT_ATTENTION", "auto")
+_path = Setting("QUIETSTAR_THOUGHT_ATTENTION", PATHS)
 
 
-@contextlib.contextmanager
-def use_path(path: str) -> Iterator[None]:
+def use_path(path: str) -> contextlib.AbstractContextManager[None]:
     """Inside the block, let calls with ``impl="auto"`` take the ``"fused"`` kernel only, or the
     ``"composed"`` path wherever it applies.
 
     The environment variable ``QUIETSTAR_THOUGHT_ATTENTION`` sets the same for a process.
     """
-    global _path
-    _check_path(path)
-    previous, _path = _path, path
-    try:
-        yield
-    finally:
-        _path = previous
+    return _path.use(path)
 
 
 def takes_composed(text_length: int, why_not: str | None) -> bool:
@@ -62,10 +55,10 @@ def takes_composed(text_length: int, why_not: str | None) -> bool:
 
     Columns, slots and heads multiply the work of both paths alike.
     """
-    _check_path(_path)
-    if why_not is not None or _path == "fused":
+    path = _path.get()
+    if why_not is not None or path == "fused":
         return False
-    return _path == "composed" or text_length >= COMPOSED_FROM_TEXT_LENGTH
+    return path == "composed" or text_length >= COMPOSED_FROM_TEXT_LENGTH
 
 
 def goes_composed(
@@ -90,11 +83,6 @@ def goes_composed(
     if why_not is not None:
         raise RuntimeError(f"thought_attention: impl='composed' cannot be used here: {why_not}")
     return True
-
-
-def _check_path(path: str) -> None:
-    if path not in PATHS:
-        raise ValueError(f"QUIETSTAR_THOUGHT_ATTENTION is {path!r}; expected one of {', '.join(PATHS)}")
 
 
 def why_not_composed(

@@ -10,10 +10,10 @@ This file holds all private operators of torch that the package uses; ``SCHEMAS`
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator
 
 import torch
+
+from quietstar_ext.dispatch import Setting
 
 #: The private operators and how torch 2.11 and 2.13 declare them, returns apart (their names have
 #: changed before). Where the torch that runs declares one otherwise, its kernel is not used.
@@ -47,32 +47,18 @@ SCHEMAS = {
     ),
 }
 
-#: ``flash`` is the default until both have been measured. cuDNN's is the faster kernel on sm_90 by what
-#: is published, but is given contiguous copies of queries, keys, outputs and gradients here.
+#: ``flash`` is the default until both have been measured. cuDNN's is the faster kernel on sm_90 (Shah et
+#: al. 2024, arXiv 2407.08608), but is given contiguous copies of what it reads here.
 KERNELS = ("flash", "cudnn")
-_kernel = os.environ.get("QUIETSTAR_STOCK_ATTENTION", "flash")
+_kernel = Setting("QUIETSTAR_STOCK_ATTENTION", KERNELS)
 
 
-@contextlib.contextmanager
-def use_stock(kernel: str) -> Iterator[None]:
+def use_stock(kernel: str) -> contextlib.AbstractContextManager[None]:
     """Inside the block, let the composed path use ``"flash"`` or ``"cudnn"`` on a GPU.
 
     The environment variable ``QUIETSTAR_STOCK_ATTENTION`` sets the same for a process.
     """
-    global _kernel
-    _check_kernel(kernel)
-    previous, _kernel = _kernel, kernel
-    try:
-        yield
-    finally:
-        _kernel = previous
-
-
-def _check_kernel(kernel: str) -> None:
-    if kernel not in KERNELS:
-        raise ValueError(
-            f"QUIETSTAR_STOCK_ATTENTION is {kernel!r}; expected one of {', '.join(KERNELS)}"
-        )
+    return _kernel.use(kernel)
 
 
 def declared_otherwise(kernel: str) -> str | None:
@@ -91,16 +77,16 @@ _OTHERWISE = {kernel: declared_otherwise(kernel) for kernel in KERNELS}
 
 def why_not_stock(q: torch.Tensor) -> str | None:
     """Half a sentence on why the stock kernel cannot take queries like these, or None where it can."""
-    _check_kernel(_kernel)
+    kernel = _kernel.get()
     if q.device.type != "cuda":
         return _OTHERWISE["flash"]
-    if _OTHERWISE[_kernel] is not None:
-        return _OTHERWISE[_kernel]
+    if _OTHERWISE[kernel] is not None:
+        return _OTHERWISE[kernel]
     if q.dtype not in (torch.bfloat16, torch.float16):
         return "the stock kernel takes bfloat16 and float16"
     if q.shape[-1] % 8:
         return f"the stock kernel takes heads of a multiple of 8, not {q.shape[-1]}"
-    if _kernel == "cudnn" and q.shape[-1] > 128:
+    if kernel == "cudnn" and q.shape[-1] > 128:
         return f"cuDNN's kernel takes heads of at most 128 in both directions, not {q.shape[-1]}"
     return None
 
@@ -113,7 +99,7 @@ def stock_forward(
     if q.device.type == "cpu":
         op = aten._scaled_dot_product_flash_attention_for_cpu
         return op(q, k, v, 0.0, True, scale=scale)
-    if _kernel == "cudnn":
+    if _kernel.get() == "cudnn":
         q, k, v = (t.contiguous() for t in (q, k, v))
         op = aten._scaled_dot_product_cudnn_attention
         out, lse, *_ = op(q, k, v, None, True, 0.0, True, False, scale=scale)
@@ -140,7 +126,7 @@ def stock_backward(
         return op(dout, q, k, v, out, lse, 0.0, True, scale=scale)
     length = q.shape[2]
     no_numbers = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is not
-    if _kernel == "cudnn":
+    if _kernel.get() == "cudnn":
         # It takes out to lie as its forward would have left it, and the statistics with a last 1.
         dout, q, k, v, out = (t.contiguous() for t in (dout, q, k, v, out))
         return aten._scaled_dot_product_cudnn_attention_backward(

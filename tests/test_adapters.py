@@ -68,6 +68,15 @@ def recipe(decoder: Path, **sections: dict[str, Any]) -> Recipe:
     return parse_recipe(content)
 
 
+class Keep(TrainerCallback):
+    """Keeps the model that a run has trained."""
+
+    model: Any = None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any) -> None:
+        self.model = model
+
+
 def logits(model: Any) -> torch.Tensor:
     model.eval()
     ids = torch.arange(3, 15)[None]
@@ -80,17 +89,10 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_trained_saved_opened_and_merged(decoder_folder: Path, tmp_path: Path, dtype: str):
     here = recipe(decoder_folder, model={"dtype": dtype}, training={"bf16": dtype == "bfloat16"})
-    kept: dict[str, Any] = {}
-
-    class Keep(TrainerCallback):
-        def on_train_end(
-            self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any
-        ) -> None:
-            kept["model"] = model
-
-    result = run_recipe(here, tmp_path / "run", progress=False, callbacks=[Keep()])
-    trained = {n for n, p in kept["model"].named_parameters() if p.requires_grad}
-    assert {p.dtype for p in kept["model"].parameters() if p.requires_grad} == {torch.float32}
+    keep = Keep()
+    result = run_recipe(here, tmp_path / "run", progress=False, callbacks=[keep])
+    trained = {n for n, p in keep.model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in keep.model.parameters() if p.requires_grad} == {torch.float32}
     assert all("lora_" in n or "modules_to_save" in n for n in trained)
     assert not any("lm_head" in n or "embed_tokens" in n for n in trained)
     files = {p.name for p in (tmp_path / "run").iterdir()}
@@ -99,9 +101,9 @@ def test_trained_saved_opened_and_merged(decoder_folder: Path, tmp_path: Path, d
 
     model, tokenizer = load_checkpoint(str(tmp_path / "run"))
     assert isinstance(model, QuietStarForCausalLM) and len(tokenizer) > 0
-    scale = float(logits(kept["model"]).abs().max())
+    scale = float(logits(keep.model).abs().max())
     tolerance = 1e-4 if dtype == "float32" else 3e-2
-    assert (logits(model) - logits(kept["model"])).abs().max() < tolerance * scale
+    assert (logits(model) - logits(keep.model)).abs().max() < tolerance * scale
 
     assert cli.main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
     merged = QuietStarForCausalLM.from_pretrained(tmp_path / "merged")
@@ -169,14 +171,7 @@ def test_a_decoder_in_4_bits(decoder_folder: Path, tmp_path: Path):
     """QLoRA: trained, then opened and merged on the rounded weights that it was fitted to."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     small_decoder(decoder_folder)
-    kept: dict[str, Any] = {}
-
-    class Keep(TrainerCallback):
-        def on_train_end(
-            self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any
-        ) -> None:
-            kept["model"] = model
-
+    keep = Keep()
     here = recipe(
         decoder_folder,
         model={"dtype": "bfloat16"},
@@ -185,8 +180,8 @@ def test_a_decoder_in_4_bits(decoder_folder: Path, tmp_path: Path):
         data={"eval_files": [str(tmp_path / "text.txt")], "eval_blocks": 2},
         training={"bf16": True, "eval_strategy": "steps", "eval_steps": 1},
     )
-    run_recipe(here, tmp_path / "run", progress=False, callbacks=[Keep()])
-    trained = kept["model"]
+    run_recipe(here, tmp_path / "run", progress=False, callbacks=[keep])
+    trained = keep.model
     in_4_bits = {n for n, m in trained.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
     assert len(in_4_bits) == 2 * 7 and all(".layers." in n for n in in_4_bits)
 
