@@ -25,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -34,6 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from quietstar_ext.dispatch import Setting
 
 from .attention import _LENGTH_DEPENDENT_ROPE
 from .config import QuietStarConfig
@@ -50,32 +51,20 @@ MOST_CHAINS = 4
 Steps = tuple[Tensor | None, Tensor | None, list[Tensor]]
 Loop = Callable[..., Steps]
 
-_mode = os.environ.get("QUIETSTAR_GRAPHS", "off")
+_mode = Setting("QUIETSTAR_GRAPHS", MODES)
 _chains: weakref.WeakKeyDictionary[PreTrainedModel, OrderedDict[Hashable, Chain | str | None]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-@contextlib.contextmanager
-def use_graphs(mode: str) -> Iterator[None]:
+def use_graphs(mode: str) -> contextlib.AbstractContextManager[None]:
     """Choose how slot steps run inside the block.
 
     ``"off"``: kernel by kernel. ``"auto"``: on a CUDA device as a graph from the second time on, where
     that is possible. ``"buffers"``: over the graph's buffers on any device, but without a graph (for
     tests).
     """
-    global _mode
-    _check(mode)
-    previous, _mode = _mode, mode
-    try:
-        yield
-    finally:
-        _mode = previous
-
-
-def _check(mode: str) -> None:
-    if mode not in MODES:
-        raise ValueError(f"QUIETSTAR_GRAPHS is {mode!r}; expected one of {', '.join(MODES)}")
+    return _mode.use(mode)
 
 
 def forget(decoder: PreTrainedModel) -> None:
@@ -100,18 +89,18 @@ def run_slots(
 
     Arguments and results are the loop's.
     """
-    _check(_mode)
+    mode = _mode.get()
     arguments = (decoder, config, meta, input_ids, steps)
     options = {"temperature": temperature, "last": last, "part": part}
-    if _mode == "off" or last == 0 or torch.compiler.is_compiling():
+    if mode == "off" or last == 0 or torch.compiler.is_compiling():
         return loop(*arguments, seed=seed, **options)
     device = steps.anchors.device
-    if _mode == "auto" and device.type != "cuda":
+    if mode == "auto" and device.type != "cuda":
         return loop(*arguments, seed=seed, **options)
     known = _chains.setdefault(decoder, OrderedDict())
     key = _key(*arguments, temperature, last, part)
     found = known.get(key)
-    if found is None and (_mode == "buffers" or key in known):
+    if found is None and (mode == "buffers" or key in known):
         reason = _why_not(decoder)
         found = Chain(loop, *arguments, options) if reason is None else reason
         if reason is not None:
@@ -123,7 +112,7 @@ def run_slots(
     if not isinstance(found, Chain):
         return loop(*arguments, seed=seed, **options)
     found.fill(meta, input_ids, steps, seed)
-    if _mode == "buffers":
+    if mode == "buffers":
         return found.run()
     try:
         return found.replay()
