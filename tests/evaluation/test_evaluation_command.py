@@ -1,0 +1,193 @@
+"""``quietstar eval``: items, the journal, resumption, errors, several processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_cases import CSQA_ROWS, GSM_ROWS, run
+
+from quietstar import QuietStarForCausalLM, cli
+from quietstar.errors import UserError
+from quietstar.evaluation import reasoning
+from quietstar.evaluation.items import load_rows, read_table
+from quietstar.evaluation.journal import Journal
+from quietstar.evaluation.run import assign_files, fingerprint
+from quietstar.evaluation.tasks import OWN, Settings
+
+
+def test_items_of_local_files(tmp_path: Path, gsm_file: Path, csqa_file: Path):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(CSQA_ROWS), tmp_path / "csqa.parquet")
+    assert read_table(gsm_file) == GSM_ROWS
+    assert read_table(csqa_file) == CSQA_ROWS == read_table(tmp_path / "csqa.parquet")
+    options = {"hub_name": "openai/gsm8k", "hub_config": "main", "split": "test"}
+    rows = load_rows(("question",), data=gsm_file, limit=2, **options)
+    assert rows == [{"question": row["question"]} for row in GSM_ROWS[:2]]
+    with pytest.raises(
+        UserError, match="row 1, has no column 'answerKey'; its columns are: answer, que"
+    ):
+        load_rows(("question", "answerKey"), data=gsm_file, **options)
+    gsm_file.write_text('{"question": "a"}\n{"question')
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        read_table(gsm_file)
+
+
+def test_hub_items_have_the_same_columns(monkeypatch: pytest.MonkeyPatch, merging):
+    import datasets
+
+    asked = []
+
+    def load(name, config, split):
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list(GSM_ROWS if "gsm8k" in name else CSQA_ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert len(OWN["gsm8k"]("gsm8k", Settings(limit=4)).items(merging)) == 4
+    assert OWN["csqa"]("csqa", Settings()).items(merging)[1]["answerKey"] == "B"
+    assert asked == [
+        ("openai/gsm8k", "main", "test"),
+        ("tau/commonsense_qa", None, "validation"),
+    ]
+
+
+def test_the_journal_finds_its_items(tmp_path: Path):
+    output = tmp_path / "out.json"
+    one, other = Journal.key("run", {"a": 1}), Journal.key("other run", {"a": 1})
+    assert one != other
+    Journal(output).add([(one, {"x": 1})])
+    Journal(output, process=1).add([(other, {"x": 2})])
+    with Journal(output).path.open("a") as file:
+        file.write(
+            '{"key": "cut off',
+        )
+    journal = Journal(output)
+    assert journal.found == {one: {"x": 1}, other: {"x": 2}}
+    journal.add([("third", {"x": 3})])
+    assert len(Journal(output).found) == 3
+
+
+def test_the_fingerprint_knows_the_weights(model: QuietStarForCausalLM, folder: str):
+    same = QuietStarForCausalLM.from_pretrained(folder)
+    assert fingerprint(model) == fingerprint(same)
+    with torch.no_grad():
+        same.mixing_head.fc3.weight *= 1.01
+    assert fingerprint(model) != fingerprint(same)
+
+
+def test_the_command(
+    folder: str, gsm_file: Path, csqa_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    output = tmp_path / "out.json"
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 9)
+    words = [folder, "--tasks", "gsm8k,csqa,gsm8k-cot,perplexity", "--output", output]
+    words += ["--data", f"gsm8k={gsm_file}", "--data", f"csqa={csqa_file}", "--limit", 3]
+    words += ["--data", f"perplexity={text}", "--block-size", 32, "--votes", 2, "--max-new-tokens", 4]
+    assert run(*words) == 0
+    shown = capsys.readouterr().out
+    for part in ("gsm8k: 3 items", "csqa: 3 items", "maj@2", "decile 10", "pause tokens", str(output)):
+        assert part in shown
+    found = json.loads(output.read_text())
+    assert list(found["tasks"]) == ["gsm8k", "csqa", "gsm8k-cot", "perplexity"]
+    assert set(found["tasks"]["csqa"]["accuracy"]) == {"base", "mixed", "gain"}
+    lines = (tmp_path / "out.json.items.jsonl").read_text().splitlines()
+    assert len(lines) == 3 * 4
+
+
+def test_an_interrupted_command_continues(
+    folder: str,
+    gsm_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Stopped after two batches, the same command scores the rest only, and the result is the same."""
+    words = [folder, "--tasks", "gsm8k", "--data", gsm_file, "--batch-size", 2]
+    assert run(*words, "--output", tmp_path / "whole.json") == 0
+    real, scored = reasoning.score_answers, []
+
+    def counted(model, items, *rest):
+        if len(scored) == stop:
+            raise KeyboardInterrupt
+        scored.append(len(items))
+        return real(model, items, *rest)
+
+    monkeypatch.setattr(reasoning, "score_answers", counted)
+    stop = 2
+    assert run(*words, "--output", tmp_path / "out.json") == 130
+    assert not (tmp_path / "out.json").exists()
+    stop = 99
+    assert run(*words, "--output", tmp_path / "out.json") == 0
+    assert scored == [2, 2, 2]
+    whole, resumed = (json.loads((tmp_path / f).read_text()) for f in ("whole.json", "out.json"))
+    assert whole == resumed
+    # Other settings are another run, a smaller limit is not.
+    assert run(*words, "--output", tmp_path / "out.json", "--limit", 3) == 0
+    assert len(scored) == 3
+    assert run(*words, "--output", tmp_path / "out.json", "--max-length", 200) == 0
+    assert len(scored) == 6
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--tasks", "gsm8kk"], "unknown task 'gsm8kk', did you mean gsm8k?"),
+        (["--tasks", ","], "--tasks is ','"),
+        (["--tasks", "gsm8k", "--data", "missing.json"], "missing.json does not exist"),
+        (["--tasks", "gsm8k,csqa", "--data", "x.json"], "expected TASK=FILE"),
+        (["--tasks", "gsm8k", "--data", "csqa=x.json"], "csqa, which is not among --tasks"),
+        (["--tasks", "perplexity", "--block-size", "1"], "--block-size is 1"),
+        (["--tasks", "perplexity", "--limit", "0"], "--limit is 0"),
+        (["--tasks", "perplexity", "--batch-size", "0"], "--batch-size is 0"),
+        (["--tasks", "perplexity", "--votes", "0"], "votes is 0"),
+    ],
+)
+def test_wrong_words(folder: str, words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    assert run(folder, *words) == cli.USER_ERROR
+    shown = capsys.readouterr().err
+    assert message in shown and "Traceback" not in shown
+
+
+def test_without_the_harness(
+    folder: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("lm_eval", "lm_eval.api.registry"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "quietstar.evaluation.harness", raising=False)
+    assert run(folder, "--tasks", "perplexty") == cli.USER_ERROR
+    shown = capsys.readouterr().err
+    assert "unknown task 'perplexty', did you mean perplexity?" in shown
+    assert "pip install 'quietstar[eval]'" in shown
+
+
+def test_files_per_task(gsm_file: Path):
+    both = ["gsm8k", "gsm8k-cot"]
+    assert assign_files([f"gsm8k={gsm_file}"], both) == dict.fromkeys(both, gsm_file)
+    assert assign_files([str(gsm_file)], ["gsm8k-cot"]) == {"gsm8k-cot": gsm_file}
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_items(folder: str, gsm_file: Path, tmp_path: Path):
+    """Half of the items each, one result, equal to that of one process but for rounding."""
+    words = ["eval", folder, "--tasks", "gsm8k", "--data", str(gsm_file), "--quiet", "--device", "cpu"]
+    assert cli.main([*words, "--output", str(tmp_path / "one.json")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    two = [*launch, "-m", "quietstar", *words, "--output", str(tmp_path / "two.json")]
+    done = subprocess.run(two, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("gsm8k: 6 items") == 1
+    for name in ("two.json.items.jsonl", "two.json.items1.jsonl"):
+        assert len((tmp_path / name).read_text().splitlines()) == 3
+    one, both = (
+        json.loads((tmp_path / f).read_text())["tasks"]["gsm8k"] for f in ("one.json", "two.json")
+    )
+    for name in ("base", "mixed", "gain"):
+        assert both["probability"][name] == pytest.approx(one["probability"][name], rel=1e-3)
