@@ -1,0 +1,197 @@
+"""A tiny configuration of every causal model type of transformers, with what its family is known for
+switched on: windows shorter than the text, experts, latent attention, soft-caps, mixed layers.
+
+``SIZES`` holds for every field of that name that a configuration class takes; ``EXTRA`` says what a
+family needs besides, and overrides. A value that is a dictionary with a ``model_type`` is the
+configuration of a part and gets the same treatment.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+VOCABULARY = 99
+# Shorter than the text, and shorter than a thought with its two meta tokens.
+WINDOW = 4
+
+CAUSAL_TYPES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def _fields(value: Any, *names: str) -> dict[str, Any]:
+    return dict.fromkeys(names, value)
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    **_fields(32, "hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size", "embedding_dim"),
+    **_fields(48, "intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "dff"),
+    **_fields(48, "ffn_hidden_size", "dim_ff", "d_inner", "expert_ffn_hidden_size", "feed_forward_size"),
+    **_fields(24, "moe_intermediate_size", "shared_expert_intermediate_size"),
+    **_fields(24, "shared_intermediate_size", "shared_experts_intermediate_size"),
+    **_fields(2, "num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    **_fields(2, "encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"),
+    **_fields(4, "num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads"),
+    **_fields(4, "encoder_attention_heads", "decoder_attention_heads"),
+    **_fields(4, "num_encoder_attention_heads", "num_decoder_attention_heads"),
+    **_fields(2, "num_key_value_heads", "num_kv_heads"),
+    **_fields(8, "head_dim", "dim_head", "d_head", "kv_channels", "attention_head_size"),
+    **_fields(128, "max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions"),
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
+    # A decoder, even where the family also has an encoder.
+    **{"is_decoder": True, "is_encoder_decoder": False, "add_cross_attention": False},
+    **_fields(WINDOW, "sliding_window", "sliding_window_size", "local_attention", "attention_window_size"),
+    "use_sliding_window": True,
+    "max_window_layers": 1,
+    **_fields(4, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    **_fields(2, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"),
+    **_fields(1, "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
+    **{"first_k_dense_replace": 1, "num_dense_layers": 1},
+    **_fields(2, "n_group", "num_expert_group"),
+    "topk_group": 1,
+    "mlp_layer_types": ["dense", "sparse"],
+    # Latent attention: keys of 4 + 8 against values of 8.
+    **{"kv_lora_rank": 16, "q_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8},
+    "v_head_dim": 8,
+    **{"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2},
+    "query_pre_attn_scalar": 8,
+    "attn_logit_softcapping": 5.0,
+    **_fields(8.0, "final_logit_softcapping", "logits_soft_cap"),
+    **{"logit_scale": 0.5, "logits_scaling": 2.0, "embedding_multiplier": 1.5},
+    **{"residual_multiplier": 0.7, "attention_multiplier": 0.4},
+    # State space and linear attention layers.
+    **{"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_num_heads": 8},
+    **{"mamba_head_dim": 8, "ssm_state_size": 8, "state_size": 8, "mamba_dt_rank": 4},
+    **{"time_step_rank": 4, "chunk_size": 8, "mamba_chunk_size": 8, "n_mamba_heads": 2},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8},
+    **{"linear_value_head_dim": 8, "linear_head_dim": 8, "linear_num_heads": 4},
+}
+
+_MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
+_LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+_PER_TYPE_ROPE = {
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 100000.0},
+    }
+}
+_IMAGES = {
+    **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"image_size": 16, "patch_size": 8},
+}
+_PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
+_GEMMA4 = {
+    **{**_MIXED, "num_hidden_layers": 4, "layer_types": _MIXED["layer_types"] * 2},
+    **{"num_kv_shared_layers": 2, "global_head_dim": 16},
+}
+_BLT_PART = {
+    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4},
+    **{"intermediate_size": 48, "vocab_size": VOCABULARY},
+}
+
+EXTRA: dict[str, dict[str, Any]] = {
+    "afmoe": _MIXED,
+    "bailing_hybrid": {**_LINEAR, "layer_group_size": 2},
+    "bamba": {"attn_layer_indices": [1]},
+    "beam": _MIXED,
+    "blt": {
+        "encoder_hash_byte_group_vocab": 50,
+        **{f"{part}_config": _BLT_PART for part in ("patcher", "encoder", "decoder", "global")},
+    },
+    "codegen": {"rotary_dim": 4},
+    "cohere2": _MIXED,
+    "cohere2_moe": {**_MIXED, "mlp_layer_types": ["dense", "sparse"]},
+    "cohere_compass_text": {**_MIXED, **_PER_TYPE_ROPE},
+    "cwm": _MIXED,
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+    },
+    "deepseek_v4": {
+        "layer_types": ["sliding_attention", "compressed_sparse_attention"],
+        "mlp_layer_types": ["hash_moe", "moe"],
+        **{"num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 8, "hc_mult": 2, "head_dim": 16},
+    },
+    "dots1": {**_MIXED, "max_window_layers": 0},
+    "emu3": {"text_config": {"model_type": "emu3_text_model"}},
+    "exaone4": _MIXED,
+    "exaone_moe": _MIXED,
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "flint": _MIXED,
+    "fuyu": {"text_config": {"model_type": "persimmon"}, "image_size": 16, "patch_size": 8},
+    "gemma2": _MIXED,
+    "gemma3": {
+        "text_config": {"model_type": "gemma3_text", **_MIXED},
+        "vision_config": {"model_type": "siglip_vision_model", **_IMAGES},
+        **{"mm_tokens_per_image": 4, "image_token_index": 94},
+    },
+    "gemma3_text": _MIXED,
+    "gptj": {"rotary_dim": 4},
+}
+
+
+def config_class(family: str) -> type[PretrainedConfig]:
+    return CONFIG_MAPPING[family]
+
+
+def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
+    """The configuration of ``family`` (a model type), with ``changes`` to what the tables say."""
+    return config_class(family)(**_settings(family, {**EXTRA.get(family, {}), **changes}))
+
+
+def _settings(family: str, extra: dict[str, Any]) -> dict[str, Any]:
+    taken = inspect.signature(config_class(family).__init__).parameters
+    settings = {name: value for name, value in SIZES.items() if name in taken}
+    if "qk_rope_head_dim" in taken and "head_dim" not in extra:
+        settings.pop("head_dim", None)  # follows from the parts
+    if "kv_lora_rank" in taken:
+        settings["num_key_value_heads"] = settings["num_attention_heads"]
+    settings |= extra
+    for name, value in settings.items():
+        if isinstance(value, dict) and "model_type" in value:
+            part = {key: of for key, of in value.items() if key != "model_type"}
+            settings[name] = _settings(value["model_type"], part) | {"model_type": value["model_type"]}
+    return {name: value for name, value in settings.items() if value is not ...}
+
+
+def switched_on(decoder: PreTrainedModel) -> str:
+    """What is special about a decoder, read from its configuration: "window 4, 4 experts (2 a token)"."""
+    config = decoder.config.get_text_config(decoder=True)
+
+    def first(*names: str) -> Any:
+        return next((found for name in names if (found := getattr(config, name, None))), None)
+
+    types = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
+    experts = first("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    chosen = first("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts", "num_experts_per_token")
+    shared = first("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+    heads, groups = first("num_attention_heads"), first("num_key_value_heads", "num_kv_heads")
+    window = first("sliding_window", "sliding_window_size", "attention_window_size", "window_size")
+    rotary = getattr(config, "rope_parameters", None) or {}
+    rotary = [rotary, *(part for part in rotary.values() if isinstance(part, dict))]
+    kinds = {part.get("rope_type", "default") for part in rotary} - {"default"}
+    partial = [part["partial_rotary_factor"] for part in rotary if "partial_rotary_factor" in part]
+    names = [name for name, _ in decoder.named_parameters()]
+    found = [
+        " and ".join(types).replace("_attention", "") + " layers" if len(types) > 1 else "",
+        f"window {window}" if window and (not types or any("sliding" in t for t in types)) else "",
+        f"{experts} experts, {chosen} per token" if experts and chosen else "",
+        f"{shared} shared experts" if experts and shared else "",
+        "latent attention" if first("kv_lora_rank") else "",
+        "grouped keys" if heads and groups and groups < heads else "",
+        f"rotary type {', '.join(sorted(kinds))}" if kinds else "",
+        f"partial rotary {min(partial):g}" if partial and min(partial) < 1 else "",
+        "learned positions" if any("position_emb" in n or ".wpe." in n for n in names) else "",
+        "attention sinks" if any("sink" in name for name in names) else "",
+        "query and key norms" if any("q_norm" in name or "q_layernorm" in name for name in names) else "",
+        "soft-cap on attention" if first("attn_logit_softcapping") else "",
+        "soft-cap on logits" if first("final_logit_softcapping", "logits_soft_cap") else "",
+        "scaled logits" if first("logits_scaling", "logit_scale") else "",
+        "keys shared between layers" if first("num_kv_shared_layers") else "",
+        "per-layer embeddings" if first("hidden_size_per_layer_input") else "",
+    ]
+    return ", ".join(part for part in found if part)
