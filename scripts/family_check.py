@@ -20,7 +20,7 @@ import torch
 from family_configs import switched_on, tiny_config
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import quietstar
 from quietstar import QuietStarForCausalLM
@@ -50,14 +50,21 @@ class Verdict:
 def check(family: str) -> Verdict:
     """Build the family's tiny decoder and check it."""
     try:
-        config = tiny_config(family)
-        decoder = tiny_decoder(config)
-        if not decoder(input_ids=torch.arange(3, 3 + LENGTH)[None]).logits.isfinite().all():
-            raise ArithmeticError("its logits are not finite")
+        decoder = tiny_decoder(tiny_config(family))
     except Exception as error:
         return Verdict(family, NOT_BUILT, text=_described(error))
     features = switched_on(decoder)
-    return judge(family, decoder, features)
+    try:
+        text = torch.arange(3, 3 + LENGTH)[None]
+        with torch.no_grad():
+            finite = decoder(input_ids=text, use_cache=False).logits.isfinite().all()
+        problem = "" if finite else "its logits are not finite"
+    except Exception as error:
+        problem = f"it does not run on tokens alone: {_described(error)}"
+    verdict = judge(family, decoder, features)
+    if problem and verdict.kind != REFUSED:
+        return Verdict(family, NOT_BUILT, text=problem)
+    return verdict
 
 
 def judge(family: str, decoder: PreTrainedModel, features: str = "") -> Verdict:
@@ -80,10 +87,16 @@ def judge(family: str, decoder: PreTrainedModel, features: str = "") -> Verdict:
     return Verdict(family, EXACT, worst, features=features)
 
 
-def tiny_decoder(config: PretrainedConfig) -> PreTrainedModel:
+def tiny_decoder(whole: PretrainedConfig) -> PreTrainedModel:
     """A random decoder in fp32 whose weights are large enough for everything in it to matter."""
     torch.manual_seed(0)
-    decoder = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # Some types are registered with the configuration of a whole of which they are a part.
+    config = getattr(whole, "decoder", whole)
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        decoder = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    else:
+        decoder = MODEL_FOR_CAUSAL_LM_MAPPING[type(whole)]._from_config(config, dtype=torch.float32)
+    decoder.eval()
     with torch.no_grad():
         for parameter in decoder.parameters():
             if parameter.dim() > 1:

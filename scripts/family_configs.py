@@ -79,34 +79,31 @@ _PER_TYPE_ROPE = {
         "full_attention": {"rope_type": "default", "rope_theta": 100000.0},
     }
 }
+# Parts that text never runs through, as small as they can be.
 _IMAGES = {
     **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2},
     **{"image_size": 16, "patch_size": 8},
 }
 _PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8}
 _GEMMA4 = {
-    **{**_MIXED, "num_hidden_layers": 4, "layer_types": _MIXED["layer_types"] * 2},
+    **{"num_hidden_layers": 4, "layer_types": _MIXED["layer_types"] * 2},
     **{"num_kv_shared_layers": 2, "global_head_dim": 16},
 }
 _BLT_PART = {
-    **{"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4},
-    **{"intermediate_size": 48, "vocab_size": VOCABULARY},
+    **{"hidden_size": 32, "hidden_size_global": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    **{"num_key_value_heads": 4, "intermediate_size": 48, "cross_attn_k": 1},
 }
+_MAMBA_OF_64 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2}
 
 EXTRA: dict[str, dict[str, Any]] = {
-    "afmoe": _MIXED,
     "bailing_hybrid": {**_LINEAR, "layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1]},
-    "beam": _MIXED,
     "blt": {
-        "encoder_hash_byte_group_vocab": 50,
+        **{"encoder_hash_byte_group_vocab": 50, "cross_attn_k": 1},
         **{f"{part}_config": _BLT_PART for part in ("patcher", "encoder", "decoder", "global")},
     },
     "codegen": {"rotary_dim": 4},
-    "cohere2": _MIXED,
-    "cohere2_moe": {**_MIXED, "mlp_layer_types": ["dense", "sparse"]},
     "cohere_compass_text": {**_MIXED, **_PER_TYPE_ROPE},
-    "cwm": _MIXED,
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
@@ -116,21 +113,121 @@ EXTRA: dict[str, dict[str, Any]] = {
         "mlp_layer_types": ["hash_moe", "moe"],
         **{"num_key_value_heads": 1, "o_groups": 2, "o_lora_rank": 8, "hc_mult": 2, "head_dim": 16},
     },
-    "dots1": {**_MIXED, "max_window_layers": 0},
-    "emu3": {"text_config": {"model_type": "emu3_text_model"}},
-    "exaone4": _MIXED,
-    "exaone_moe": _MIXED,
-    "falcon_h1": {"mamba_d_ssm": 64},
-    "flint": _MIXED,
-    "fuyu": {"text_config": {"model_type": "persimmon"}, "image_size": 16, "patch_size": 8},
-    "gemma2": _MIXED,
-    "gemma3": {
-        "text_config": {"model_type": "gemma3_text", **_MIXED},
-        "vision_config": {"model_type": "siglip_vision_model", **_IMAGES},
-        **{"mm_tokens_per_image": 4, "image_token_index": 94},
+    "dots1": {"max_window_layers": 0},
+    "dots3_note": {
+        "vision_config": {**_IMAGES, "adapter_in_dim": 32, "adapter_out_dim": 32},
+        "audio_config": {"adapter_input_size": 32, "adapter_out_dim": 32, "downsample_hidden_size": 8},
     },
-    "gemma3_text": _MIXED,
+    "dots3_note_text": {
+        "layer_types": ["indexed_attention", "sliding_attention"],
+        **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 12},
+        **{"swa_kv_lora_rank": 16, "swa_head_dim": 12, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8},
+        "head_dim": 12,
+    },
+    "emu3": {"vq_config": {"base_channels": 32, "hidden_size": 32, "codebook_size": 16}},
+    "falcon_h1": {"mamba_d_ssm": 64, **_MAMBA_OF_64},
+    "fuyu": {**{"image_size": 16, "patch_size": 8, "image_token_id": 94}},
+    "gemma3": {"vision_config": _IMAGES, "mm_tokens_per_image": 4, "image_token_index": 94},
+    "gemma3n_text": {
+        **{"num_hidden_layers": 4, "layer_types": _MIXED["layer_types"] * 2, "num_kv_shared_layers": 2},
+        **{**_PER_LAYER, "laurel_rank": 8, "altup_num_inputs": 2},
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
+    "gemma4_text": {**_GEMMA4, **_PER_LAYER},
+    "gemma4_unified_text": _GEMMA4,
+    "gemma4_assistant": {
+        "backbone_hidden_size": 32,
+        "text_config": {
+            **{"model_type": "gemma4_text", **_GEMMA4, "num_kv_shared_layers": 4},
+            **{"vocab_size_per_layer_input": 0, "hidden_size_per_layer_input": 0},
+        },
+    },
+    "gemma4_unified_assistant": {
+        "backbone_hidden_size": 32,
+        "text_config": {"model_type": "gemma4_unified_text", **_GEMMA4, "num_kv_shared_layers": 4},
+    },
+    "git": {"vision_config": _IMAGES},
+    "got_ocr2": {"vision_config": {**_IMAGES, "output_channels": 16}, "image_token_index": 94},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": {**_LINEAR, **_MAMBA_OF_64},
+    "hrm_text": {"H_cycles": 2, "L_cycles": 2},
+    "inkling2_text": {
+        "layer_types": ["hybrid_sliding", "hybrid"],
+        **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8},
+        **{"unpadded_vocab_size": VOCABULARY, "d_rel": 4, "rel_extent": 16},
+    },
+    "inkling_text": {
+        "layer_types": ["hybrid_sliding", "hybrid"],
+        **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8},
+        **{"d_rel": 4, "rel_extent": 16},
+    },
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "jetmoe": {"num_key_value_heads": 4},
+    "kimi_linear": _LINEAR,
+    "laguna": {**_MIXED, "num_attention_heads_per_layer": [4, 4]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lfm3": {"layer_types": ["conv", "full_attention"]},
+    "llama4": {"vision_config": {**_IMAGES, "vision_output_dim": 32}},
+    "llama4_text": {
+        "layer_types": ["chunked_attention", "full_attention"],
+        **{"no_rope_layers": [1, 0], "attention_chunk_size": 8, "intermediate_size_mlp": 48},
+        **{"num_experts_per_tok": 1, "interleave_moe_layer_step": 2},
+    },
+    "longcat_flash": {"head_dim": 4},
+    "mellum": _MIXED,
+    "mamba2": {"num_heads": 8, "n_groups": 1},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 8},
+    "mllama": {"vision_config": {**_IMAGES, "num_global_layers": 1, "attention_heads": 2}},
+    "mllama_text_model": {"cross_attention_layers": []},
+    "modernbert-decoder": _MIXED,
+    "moshi": {
+        "audio_encoder_config": {"num_filters": 4, "codebook_size": 16, "codebook_dim": 8},
+        **{"ffn_dim": 48, "audio_vocab_size": 16},
+        "depth_decoder_config": {"input_size": 32, "ffn_dim": 48},
+    },
+    "moss_transcribe_diarize": {"audio_token_id": 94},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        **{"num_hidden_layers": ..., "n_groups": 1, "expand": 2, "moe_shared_expert_intermediate_size": 24},
+    },
+    "olmo_hybrid": _LINEAR,
+    "openai-gpt": {},
+    "phi3": {"original_max_position_embeddings": 128},
+    "phi4_multimodal": {
+        "original_max_position_embeddings": 128,
+        "vision_config": _IMAGES,
+        "audio_config": {"num_blocks": 1, "ext_pw_out_channel": 32, "nemo_conv_channels": 8},
+    },
+    "prophetnet": {"encoder_ffn_dim": 48},
+    "qwen3_5_text": _LINEAR,
+    "qwen3_5_moe_text": _LINEAR,
+    "qwen3_next": _LINEAR,
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"],
+        **{"hc_count": 2, "hc_lowrank": 8, "ngram_vocab_size_base": 50, "ple_embed_dim": 32},
+        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8},
+        "indexer_compress_ratio": 2,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32},
+    "reformer": {
+        **{"attn_layers": ["local", "local"], "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
+        **{"local_attn_chunk_length": 8, "num_hidden_layers": ...},
+    },
+    "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},
+    "roc_bert": {"pronunciation_embed_dim": 8, "shape_embed_dim": 8},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 128},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "whisper": {"num_mel_bins": 8, "max_source_positions": 16},
+    "xlm": {"causal": True, "n_langs": 1},
+    "xlstm": {"num_blocks": 2},
+    "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        **{"use_mamba_kernels": False, "num_hidden_layers": 2, "adapter_rank": 4},
+    },
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
 
 
@@ -140,22 +237,37 @@ def config_class(family: str) -> type[PretrainedConfig]:
 
 def tiny_config(family: str, **changes: Any) -> PretrainedConfig:
     """The configuration of ``family`` (a model type), with ``changes`` to what the tables say."""
-    return config_class(family)(**_settings(family, {**EXTRA.get(family, {}), **changes}))
+    kind = config_class(family)
+    return kind(**_settings(kind, {**EXTRA.get(family, {}), **changes}))
 
 
-def _settings(family: str, extra: dict[str, Any]) -> dict[str, Any]:
-    taken = inspect.signature(config_class(family).__init__).parameters
+def _settings(kind: type[PretrainedConfig], extra: dict[str, Any]) -> dict[str, Any]:
+    taken = inspect.signature(kind.__init__).parameters
     settings = {name: value for name, value in SIZES.items() if name in taken}
-    if "qk_rope_head_dim" in taken and "head_dim" not in extra:
+    if "qk_rope_head_dim" in taken:
         settings.pop("head_dim", None)  # follows from the parts
-    if "kv_lora_rank" in taken:
         settings["num_key_value_heads"] = settings["num_attention_heads"]
+    if "layer_types" in taken and "sliding_attention" in (kind().layer_types or []):
+        settings |= _MIXED
     settings |= extra
-    for name, value in settings.items():
-        if isinstance(value, dict) and "model_type" in value:
-            part = {key: of for key, of in value.items() if key != "model_type"}
-            settings[name] = _settings(value["model_type"], part) | {"model_type": value["model_type"]}
+    for name, part in _parts(kind).items():
+        given = settings.get(name, {})
+        part = CONFIG_MAPPING[given["model_type"]] if "model_type" in given else part
+        own = EXTRA.get(part.model_type, {})
+        settings[name] = {**_settings(part, {**own, **given}), "model_type": part.model_type}
     return {name: value for name, value in settings.items() if value is not ...}
+
+
+def _parts(kind: type[PretrainedConfig]) -> dict[str, type[PretrainedConfig]]:
+    """The configurations that a composite one holds."""
+    found = {}
+    for name, part in getattr(kind, "sub_configs_defaults", {}).items():
+        if not isinstance(part, type):
+            if part.optional:
+                continue
+            part = CONFIG_MAPPING[part.model_type] if part.model_type else part.config_class
+        found[name] = part
+    return found
 
 
 def switched_on(decoder: PreTrainedModel) -> str:
