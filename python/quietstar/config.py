@@ -16,6 +16,12 @@ REWARDS = ("mixture-gain", "base-gain", "information-gain")
 ADVANTAGES = ("mean", "leave-one-out", "normalized")
 
 
+def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
+    """The text decoder's part of a configuration: of one for several modalities, or of this module's."""
+    found = config.get_text_config(decoder=True)
+    return found if type(found) is type(config) else text_config_of(found)
+
+
 class QuietStarConfig(PretrainedConfig):
     """How a model thinks, talks and learns. All fields but the token ids may change between steps.
 
@@ -54,6 +60,8 @@ class QuietStarConfig(PretrainedConfig):
         thought_kind: ``"sampled"``; ``"pause"`` (a control: the start embedding stands in every thought
             slot, nothing is sampled); ``"none"`` (a control: plain language modelling).
         start_token_id, end_token_id: the meta tokens' ids; they are never sampled.
+        self_check: before the first thoughts, compare a few tokens of a thought with the decoder's own
+            run of them, and refuse a decoder whose thoughts would be wrong (:mod:`quietstar.self_check`).
     """
 
     model_type = "quietstar"
@@ -81,6 +89,7 @@ class QuietStarConfig(PretrainedConfig):
         thought_kind: str = "sampled",
         start_token_id: int | None = None,
         end_token_id: int | None = None,
+        self_check: bool = True,
         **kwargs: Any,
     ):
         if isinstance(text_config, dict):
@@ -107,6 +116,7 @@ class QuietStarConfig(PretrainedConfig):
         self.thought_kind = thought_kind
         self.start_token_id = start_token_id
         self.end_token_id = end_token_id
+        self.self_check = self_check
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
         self.check_thoughts()
@@ -196,6 +206,8 @@ class QuietStarConfig(PretrainedConfig):
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; expected one of {known}")
+        if not isinstance(self.self_check, bool):
+            raise ValueError(f"self_check is {self.self_check!r}; expected True or False")
         if self.mixing_floor and self.mixing_activation != "sigmoid":
             raise ValueError(
                 f"mixing_floor is {self.mixing_floor!r} and mixing_activation"

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationMixin
 
-from .attention import check_length
+from .attention import check_layers, layer_keys
 from .config import QuietStarConfig
 from .graphs import run_slots
-from .layout import LayerKeys, ThoughtLayout, text_ranges
+from .layout import HandedKeys, LayerKeys, ThoughtLayout, text_ranges
 from .output import QuietStarOutput
+from .positions import check_length
 from .think import banned_ids, depth_of_end, output_head, slot_steps
 
 if TYPE_CHECKING:
@@ -132,12 +133,15 @@ def next_token_logits(
         )
     is_text = attention_mask != 0
     positions = (is_text.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+    check_length(model.base, total)
+    handed = HandedKeys()
     hidden = model.base.base_model(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
+        thought_layout=handed,
     ).last_hidden_state[:, -1]
     head = output_head(model.base)
     logits = head.logits(hidden)
@@ -147,9 +151,10 @@ def next_token_logits(
     chosen = thinking.decide(logits)
     rows = chosen.nonzero()[:, 0]
     if len(rows):
+        check_layers(handed, model.base)
         first = is_text.int().argmax(1)
         mixed, weight, ids = _think(
-            model, cache, rows, first[rows], total, hidden[rows], temperature, seed=step
+            model, handed, rows, first[rows], total, hidden[rows], temperature, seed=step
         )
         thought_logits = head.logits(mixed)
         thought_logits[:, banned] = -torch.inf
@@ -162,7 +167,7 @@ def next_token_logits(
 
 def _think(
     model: QuietStarForCausalLM,
-    cache: Cache,
+    handed: HandedKeys,
     rows: Tensor,
     first: Tensor,
     total: int,
@@ -173,6 +178,7 @@ def _think(
     """One thought per chosen row at the end of its text.
 
     Args:
+        handed: the text's keys and values, as the layers handed them to their attention.
         rows: [r] rows of the batch; first: [r] their first text token; total: text length with padding.
         base_hidden: [r, d].
 
@@ -181,7 +187,7 @@ def _think(
     """
     config, count = model.config, len(rows)
     slots = depth_of_end(config)
-    check_length(model.base.config, total + slots)
+    check_length(model.base, total, slots)
     # The text as one range per row: the layout needs no more of it than the last position.
     layout = ThoughtLayout(
         first[:, None].to(torch.int32),
@@ -190,7 +196,7 @@ def _think(
         slots,
         phase="slot",
     )
-    layout.keys = cached_keys(cache, rows, total)
+    layout.keys = chosen_keys(handed, rows, total)
     if temperature:
         seed = int(torch.randint(2**62, ()))
     ids, _, kept = run_slots(
@@ -210,14 +216,16 @@ def _think(
     return mixed, weight[:, 0].float(), None if ids is None else ids[:, 0]
 
 
-def cached_keys(cache: Cache, rows: Tensor, total: int) -> dict[int, LayerKeys]:
-    """Every layer's keys and values of the chosen rows, without a copy where all rows are chosen."""
+def chosen_keys(handed: HandedKeys, rows: Tensor, total: int) -> dict[int, LayerKeys]:
+    """Every layer's keys and values of the chosen rows, without a copy where all rows are chosen.
+
+    A sliding-window cache holds only the tail of the text.
+    """
     found = {}
-    for index, layer in enumerate(cache.layers):
-        keys, values = layer.keys, layer.values
+    for index, (keys, values) in handed.keys.items():
         if len(rows) < keys.shape[0]:
             keys, values = keys.index_select(0, rows), values.index_select(0, rows)
-        found[index] = LayerKeys(keys, values, offset=total - keys.shape[2])
+        found[index] = layer_keys(keys, values, offset=total - keys.shape[2])
     return found
 
 

@@ -36,10 +36,10 @@ from transformers import PreTrainedModel
 
 from quietstar_ext.dispatch import Setting
 
-from .attention import _LENGTH_DEPENDENT_ROPE
 from .config import QuietStarConfig
 from .layout import LayerKeys, ThoughtLayout
 from .parts import WHOLE, BatchPart
+from .positions import rope_limits
 
 logger = logging.getLogger("quietstar")
 
@@ -171,12 +171,8 @@ def _why_not(decoder: PreTrainedModel) -> str | None:
             return "the weights are sharded, and gathered ones move"
         if hasattr(module, "_hf_hook"):
             return "the weights are moved between devices by accelerate's hooks"
-    config = decoder.config
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    for group in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        kind = group.get("rope_type", group.get("type"))
-        if kind in _LENGTH_DEPENDENT_ROPE:
-            return f"{kind!r} rotary embeddings look at the longest position on the host"
+    for kind, _ in rope_limits(decoder):
+        return f"{kind!r} rotary embeddings look at the longest position on the host"
     return None
 
 

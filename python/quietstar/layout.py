@@ -25,6 +25,19 @@ class LayerKeys:
     v_thought: Tensor | None = None
 
 
+class HandedKeys:
+    """What the attention of an ordinary pass over cached text was handed; travels as a layout does.
+
+    A cache may keep its keys in a form of its own (compressed, or by experts); what the layers hand to
+    their attention is always ``keys``: by layer [B, Hkv, N', D] and values [B, Hkv, N', E], for the last
+    N' tokens of the text. No dataclass, for the same reason.
+    """
+
+    def __init__(self) -> None:
+        self.keys: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers_seen: dict[int, int] = {}
+
+
 class ThoughtLayout:
     """The plan of one pass through the decoder; travels to every attention layer as a keyword.
 

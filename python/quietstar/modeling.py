@@ -24,8 +24,9 @@ from .output import QuietStarOutput
 from .parts import WHOLE, BatchPart
 from .passes import ThinkingPasses
 from .sharding import output_layer_gathered
+from .self_check import check_decoder
 from .talk import MixingHead, check_labels
-from .think import ThoughtEmbedding, check_head
+from .think import ThoughtEmbedding
 from .tokens import add_meta_tokens, meta_token_ids
 
 
@@ -55,7 +56,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         width = base.get_input_embeddings().embedding_dim
         self.thought_embedding = ThoughtEmbedding(width)
         self.mixing_head = MixingHead(width)
-        self._head_checked = False
+        self._checked: set[str] = set()
         self.post_init()
         # How the generation under way thinks; None outside of generate().
         self._thinking: Thinking | None = None
@@ -209,6 +210,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         check_ignored(ignored)
         check_text(config, input_ids, labels)
         check_baseline(config, baseline_losses, input_ids, labels is not None and self.training)
+        self._check_once(input_ids.device)
         if past_key_values is not None or self._thinking is not None:
             if labels is not None:
                 raise ValueError("labels were given with past_key_values; expected one of them")
@@ -218,9 +220,6 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         ranges = text_ranges(attention_mask, input_ids, document_ids)
         if labels is not None:
             labels = check_labels(labels, ranges)
-        if not self._head_checked:
-            check_head(self.base, self.get_input_embeddings()(input_ids[:1, :4]).detach())
-            self._head_checked = True
         if not config.thinks:
             return self._plain(input_ids, attention_mask, ranges, labels, logits_to_keep, batch_part)
         temperature = thought_temperature
@@ -237,6 +236,19 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         return self._learn(
             input_ids, ranges, labels, thought_ids, anchors, temperature, baseline_losses, batch_part
         )
+
+
+    def _check_once(self, device: torch.device) -> None:
+        """What is compared before the first pass, and before the first with thoughts."""
+        wanted = {"logits"}
+        if self.config.thinks and self.config.self_check:
+            wanted.add("thoughts")
+        if not wanted <= self._checked:
+            missing = wanted - self._checked
+            check_decoder(
+                self.base, device, logits="logits" in missing, thoughts="thoughts" in missing
+            )
+            self._checked |= wanted
 
 
 AutoConfig.register("quietstar", QuietStarConfig, exist_ok=True)

@@ -16,11 +16,12 @@ from transformers import PreTrainedModel
 
 from quietstar_ext import linear_sample
 
-from .attention import check_layers, check_length
-from .config import QuietStarConfig
+from .attention import check_layers
+from .config import QuietStarConfig, text_config_of
 from .graphs import run_slots
 from .layout import LayerKeys, TextRanges, ThoughtLayout, text_positions
 from .parts import WHOLE, BatchPart
+from .positions import check_length
 
 
 class ThoughtEmbedding(nn.Module):
@@ -62,7 +63,7 @@ class Head:
 
 def output_head(decoder: PreTrainedModel) -> Head:
     """Read the output layer and what a family does to its logits."""
-    config = decoder.config
+    config = text_config_of(decoder.config)
     divided = getattr(config, "logits_scaling", None)
     scale = 1.0 / divided if divided else getattr(config, "logit_scale", None)
     return Head(
@@ -85,7 +86,7 @@ def run_decoder(
         use_cache=False,
         thought_layout=layout,
     ).last_hidden_state
-    check_layers(layout, decoder.config)
+    check_layers(layout, decoder)
     return hidden
 
 
@@ -93,6 +94,7 @@ def run_decoder_plain(
     decoder: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor
 ) -> Tensor:
     """The decoder as it is, without thoughts: final hidden states [B, N, d]."""
+    check_length(decoder, input_ids.shape[1])
     return decoder.base_model(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
     ).last_hidden_state
@@ -213,6 +215,7 @@ def text_with_layout(
 ) -> tuple[Tensor, dict[int, LayerKeys]]:
     """The text alone, each token seeing its range of it; with gradients where they are on."""
     row_start, row_stop, plain = ranges
+    check_length(decoder, input_ids.shape[1])
     no_columns = torch.empty(input_ids.shape[0], 0, dtype=torch.int64, device=input_ids.device)
     layout = ThoughtLayout(row_start, row_stop, no_columns, 0, phase="text", plain_text=plain)
     embeds = decoder.get_input_embeddings()(input_ids)
@@ -252,7 +255,7 @@ def rollout(
     """
     row_start, row_stop, _ = ranges
     slots = config.num_slots if num_slots is None else num_slots
-    check_length(decoder.config, input_ids.shape[1] + slots)
+    check_length(decoder, input_ids.shape[1], slots)
     text_hidden, keys = text_pass(decoder, input_ids, ranges)
     if anchors is None:
         head = output_head(decoder)
@@ -355,7 +358,7 @@ def packed_pass(
     row_start, row_stop, plain = ranges
     count = config.num_slots if num_slots is None else num_slots
     embed = decoder.get_input_embeddings()
-    check_length(decoder.config, input_ids.shape[1] + count)
+    check_length(decoder, input_ids.shape[1], count)
     layout = ThoughtLayout(
         row_start, row_stop, anchors, count, plain_text=plain, every_position=every_position
     )
@@ -395,6 +398,6 @@ def check_head(decoder: PreTrainedModel, hidden: Tensor) -> None:
     error = (own.float() - ours.float()).abs().max() / own.float().abs().max().clamp(min=1e-6)
     if not error < 2e-2:
         raise ValueError(
-            f"model type {decoder.config.model_type!r} computes its logits in a way that is not"
+            f"model type {text_config_of(decoder.config).model_type!r} computes its logits in a way that is not"
             f" supported (relative difference {float(error):.2g})"
         )
