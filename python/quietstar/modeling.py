@@ -24,7 +24,7 @@ from .output import QuietStarOutput
 from .parts import WHOLE, BatchPart
 from .passes import ThinkingPasses
 from .sharding import output_layer_gathered
-from .talk import MixingHead, check_labels
+from .talk import MixingHead, check_labels, target_labels
 from .think import ThoughtEmbedding, check_head
 from .tokens import add_meta_tokens, meta_token_ids
 
@@ -199,7 +199,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             document_ids: [B, N], several documents in a row: between neighbours with different numbers
                 goes no attention, no talk and no prediction, and position ids start anew.
             batch_part: with labels, which part of a larger batch this is
-                (:class:`~quietstar.parts.BatchPart`).
+                (:class:`~quietstar.parts.BatchPart`). Such a part may have no target at all.
 
         Raises:
             ValueError: names the argument that cannot be used, before anything is computed.
@@ -207,7 +207,9 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         config = self.config
         config.check_thoughts()
         check_ignored(ignored)
-        check_text(config, input_ids, labels)
+        # A part of a larger batch may have nothing to learn from; the others have.
+        alone = batch_part is WHOLE
+        check_text(config, input_ids, labels, alone)
         check_baseline(config, baseline_losses, input_ids, labels is not None and self.training)
         if past_key_values is not None or self._thinking is not None:
             if labels is not None:
@@ -217,7 +219,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             return self._next(input_ids, attention_mask, past_key_values, use_cache, thought_temperature)
         ranges = text_ranges(attention_mask, input_ids, document_ids)
         if labels is not None:
-            labels = check_labels(labels, ranges)
+            labels = (check_labels if alone else target_labels)(labels, ranges)
         if not self._head_checked:
             check_head(self.base, self.get_input_embeddings()(input_ids[:1, :4]).detach())
             self._head_checked = True
