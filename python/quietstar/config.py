@@ -14,6 +14,7 @@ THOUGHT_KINDS = ("sampled", "pause", "none")
 THINK_AT = ("all", "stride", "random", "entropy")
 REWARDS = ("mixture-gain", "base-gain", "information-gain")
 ADVANTAGES = ("mean", "leave-one-out", "normalized")
+POLICY_MEANS = ("rewarded", "paper")
 
 
 def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
@@ -47,6 +48,11 @@ class QuietStarConfig(PretrainedConfig):
             ``"leave-one-out"`` (less the mean of the others, RLP's) or ``"normalized"`` (less the mean,
             over the standard deviation, GRPO's).
         clamp_advantage: set negative advantages to 0.
+        policy_mean: the thoughts that the means of the policy term and the entropy bonus are over:
+            ``"rewarded"`` (those of text positions with at least one token to be rewarded for: padding
+            changes nothing) or ``"paper"`` (the paper's code: all N - 1 - talk_length positions of a
+            row, zeros and padding included; a thought with fewer than talk_length tokens ahead of it
+            earns nothing).
         entropy_bonus: weight of the mean entropy (nats) of the distributions that thought tokens are
             sampled from, taken off the loss.
         embedding_scale: the start and end embeddings are stored divided by this, so that Adam moves
@@ -54,9 +60,9 @@ class QuietStarConfig(PretrainedConfig):
         mixing_activation: ``"identity"`` (the paper: an unbounded weight) or ``"sigmoid"``.
         mixing_floor: f, from 0 to 1: a sigmoid weight s becomes f + (1 - f) s; with 1 the thought's
             prediction stands alone.
-        think_at: which positions think: ``"all"``, ``"stride:k"`` (every k-th), ``"random:p"`` (a share
-            p of them, drawn anew each step), ``"entropy:p"`` (the share p with the highest base
-            entropy).
+        think_at: which positions think: ``"all"``, ``"stride:k"`` (every k-th of a document),
+            ``"random:p"`` (a share p of a row's text tokens, drawn anew each step), ``"entropy:p"`` (the
+            share p with the highest base entropy).
         thought_kind: ``"sampled"``; ``"pause"`` (a control: the start embedding stands in every thought
             slot, nothing is sampled); ``"none"`` (a control: plain language modelling).
         start_token_id, end_token_id: the meta tokens' ids; they are never sampled.
@@ -81,6 +87,7 @@ class QuietStarConfig(PretrainedConfig):
         reward: str = "mixture-gain",
         advantage: str = "mean",
         clamp_advantage: bool = True,
+        policy_mean: str = "rewarded",
         entropy_bonus: float = 0.0,
         embedding_scale: float = 100.0,
         mixing_activation: str = "identity",
@@ -108,6 +115,7 @@ class QuietStarConfig(PretrainedConfig):
         self.reward = reward
         self.advantage = advantage
         self.clamp_advantage = clamp_advantage
+        self.policy_mean = policy_mean
         self.entropy_bonus = entropy_bonus
         self.embedding_scale = embedding_scale
         self.mixing_activation = mixing_activation
@@ -146,6 +154,7 @@ class QuietStarConfig(PretrainedConfig):
             "reward": "mixture-gain",
             "advantage": "mean",
             "clamp_advantage": True,
+            "policy_mean": "paper",
             "entropy_bonus": 0.0,
             "embedding_scale": 100.0,
             "mixing_activation": "identity",
@@ -202,6 +211,7 @@ class QuietStarConfig(PretrainedConfig):
             ("thought_kind", THOUGHT_KINDS),
             ("reward", REWARDS),
             ("advantage", ADVANTAGES),
+            ("policy_mean", POLICY_MEANS),
         ):
             value = getattr(self, name)
             if value not in known:

@@ -25,7 +25,7 @@ from .parts import WHOLE, BatchPart
 from .passes import ThinkingPasses
 from .sharding import output_layer_gathered
 from .self_check import check_decoder
-from .talk import MixingHead, check_labels
+from .talk import MixingHead, check_labels, target_labels
 from .think import ThoughtEmbedding
 from .tokens import add_meta_tokens, meta_token_ids
 
@@ -200,7 +200,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             document_ids: [B, N], several documents in a row: between neighbours with different numbers
                 goes no attention, no talk and no prediction, and position ids start anew.
             batch_part: with labels, which part of a larger batch this is
-                (:class:`~quietstar.parts.BatchPart`).
+                (:class:`~quietstar.parts.BatchPart`). Such a part may have no target at all.
 
         Raises:
             ValueError: names the argument that cannot be used, before anything is computed.
@@ -208,7 +208,9 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         config = self.config
         config.check_thoughts()
         check_ignored(ignored)
-        check_text(config, input_ids, labels)
+        # A part of a larger batch may have nothing to learn from; the others have.
+        alone = batch_part is WHOLE
+        check_text(config, input_ids, labels, alone)
         check_baseline(config, baseline_losses, input_ids, labels is not None and self.training)
         self._check_once(input_ids.device)
         if past_key_values is not None or self._thinking is not None:
@@ -219,7 +221,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             return self._next(input_ids, attention_mask, past_key_values, use_cache, thought_temperature)
         ranges = text_ranges(attention_mask, input_ids, document_ids)
         if labels is not None:
-            labels = check_labels(labels, ranges)
+            labels = (check_labels if alone else target_labels)(labels, ranges)
         if not config.thinks:
             return self._plain(input_ids, attention_mask, ranges, labels, logits_to_keep, batch_part)
         temperature = thought_temperature
