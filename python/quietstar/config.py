@@ -12,6 +12,27 @@ END_TOKEN = "<|endthought|>"
 ACTIVATIONS = ("identity", "sigmoid")
 THOUGHT_KINDS = ("sampled", "pause", "none")
 THINK_AT = ("all", "stride", "random", "entropy")
+# What tools look for in a model's configuration and the decoder's own answers.
+DECODER_FIELDS = frozenset(
+    {
+        "bos_token_id",
+        "eos_token_id",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "initializer_range",
+        "intermediate_size",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "pad_token_id",
+        "rope_parameters",
+        "sliding_window",
+        "use_cache",
+        "vocab_size",
+    }
+)
 REWARDS = ("mixture-gain", "base-gain", "information-gain")
 ADVANTAGES = ("mean", "leave-one-out", "normalized")
 POLICY_MEANS = ("rewarded", "paper")
@@ -128,6 +149,18 @@ class QuietStarConfig(PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
         self.check_thoughts()
+
+    def __getattr__(self, name: str) -> Any:
+        """The decoder's own answer to what tools look for (:data:`DECODER_FIELDS`); not stored here."""
+        if name not in DECODER_FIELDS or "text_config" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.get_text_config(decoder=True).get_text_config(decoder=True), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in DECODER_FIELDS and "text_config" in self.__dict__:
+            setattr(self.get_text_config(decoder=True).get_text_config(decoder=True), name, value)
+        else:
+            super().__setattr__(name, value)
 
     @classmethod
     def from_reference(

@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.utils import ModelOutput
 
+from .caching import CACHE_NAME
+
 
 @dataclass
 class QuietStarOutput(ModelOutput):
@@ -30,7 +32,7 @@ class QuietStarOutput(ModelOutput):
             whether the thoughts there count (:func:`quietstar.learn.which_count`).
         thought_ids: [B, R, A, T]; thought_logprobs: [B, R, A, T] if sampled in this call.
         logits: [B, kept, V], mixed; only without labels.
-        past_key_values: the text's cache, if one is kept.
+        past_key_values, cache: the text's cache under both of its names, if one is kept.
     """
 
     loss: Tensor | None = None
@@ -50,6 +52,14 @@ class QuietStarOutput(ModelOutput):
     has_target: Tensor | None = None
     thought_ids: Tensor | None = None
     thought_logprobs: Tensor | None = None
-    past_key_values: Cache | None = None
     is_target: Tensor | None = None
     rewarded: Tensor | None = None
+    # The field that the installed transformers reads is the one that is stored.
+    if CACHE_NAME == "cache":
+        cache: Cache | None = None
+    else:
+        past_key_values: Cache | None = None
+
+        @property
+        def cache(self) -> Cache | None:
+            return self.past_key_values
