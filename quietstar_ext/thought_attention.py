@@ -1,8 +1,9 @@
 """Attention of thought slots: over the text before their anchor and over their own column.
 
 A *column* is one thought. It hangs from a text position (its anchor) and is a chain of *slots*. A
-slot sees the text keys of a range given per column, and the slots of the same column up to itself.
-Drawn as a mask the slot part is a stack of diagonals; no mask is ever built here.
+slot sees the text keys of a range given per column, and the slots of the same column up to itself,
+both within the sliding window if there is one. Drawn as a mask the slot part is a stack of diagonals;
+no mask is ever built here.
 """
 
 from __future__ import annotations
@@ -83,7 +84,10 @@ def thought_attention(
 
     - text key j where ``text_start[m] <= j < text_stop[m]`` and, with a window W,
       ``j >= text_stop[m] + depth - W``;
-    - slot t of the same column where ``t <= s + Sk - Sq``; a window does not shorten this part.
+    - slot t of the same column where ``t <= s + Sk - Sq`` and, with a window W, ``t >= depth - W``.
+
+    So with a window a row sees the last W tokens of the chain that ends with itself, text and slots
+    counted alike, as a decoder does in an ordinary sequence; a slot always sees itself.
 
     With x = q·k·scale, capped to c·tanh(x / c) where ``softcap`` = c, over the keys that are seen::
 
@@ -102,7 +106,7 @@ def thought_attention(
         text_start, text_stop: [B, M] int32, the range of text keys of each column. Parts of a range
             outside 0 .. N hold no keys.
         scale: factor on the scores; None is ``D ** -0.5``.
-        sliding_window: W >= 1 in tokens, or None.
+        sliding_window: W >= 1 in tokens, the row's own among them, or None.
         softcap: c > 0, or None.
         sinks: [Hq] float, one more logit in the softmax of every row of that head, which has no
             value and is neither scaled nor capped; or None.

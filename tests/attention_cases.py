@@ -20,6 +20,12 @@ SHAPES = {
     "window": (2, 2, 2, 4, 4, 6, 8, 8, {"sliding_window": 4}),
     "window of one": (1, 2, 1, 3, 3, 4, 5, 4, {"sliding_window": 1}),
     "window past the start": (1, 2, 1, 2, 3, 4, 5, 4, {"sliding_window": 100}),
+    "window within the slots": (2, 4, 2, 7, 7, 4, 5, 8, {"sliding_window": 3}),
+    "step past its window": (1, 2, 1, 1, 9, 3, 5, 8, {"sliding_window": 4}),
+    "two slots past their window": (
+        *(2, 4, 2, 2, 7, 3, 6, 4),
+        {"sliding_window": 3, "sinks": True, "softcap": 2.0},
+    ),
     "softcap": (2, 4, 2, 2, 3, 4, 5, 8, {"softcap": 1.5}),
     "scale": (1, 2, 1, 2, 2, 3, 4, 6, {"scale": 0.9}),
     "sinks": (2, 4, 2, 2, 2, 3, 4, 8, {"sinks": True}),
@@ -54,7 +60,7 @@ def seen_by(start, stop, s, query_slots, key_slots, length, window):
     text = [
         j for j in range(length) if start <= j < stop and (window is None or j >= stop + depth - window)
     ]
-    return text, list(range(depth))
+    return text, list(range(0 if window is None else max(0, depth - window), depth))
 
 
 def row_by_row(tensors, start, stop, scale=None, sliding_window=None, softcap=None, sinks=None):
@@ -105,7 +111,10 @@ def dense(tensors, start, stop, sliding_window=None):
         seen = ((text >= first) & (text < last)).expand(sq, m, n)
         if sliding_window is not None:
             seen = seen & (last - 1 + depth - text < sliding_window)
-        diagonals = torch.einsum("st,mc->smtc", torch.ones(sq, sk).tril(sk - sq), torch.eye(m))
+        band = torch.ones(sq, sk).tril(sk - sq)
+        if sliding_window is not None:
+            band = band.triu(sk - sq - sliding_window + 1)
+        diagonals = torch.einsum("st,mc->smtc", band, torch.eye(m))
         mask[i] = torch.cat([seen, diagonals.reshape(sq, m, sk * m).bool()], -1)
     k = torch.cat([k_text, k_thought.flatten(2, 3)], 2)
     v = torch.cat([v_text, v_thought.flatten(2, 3)], 2)

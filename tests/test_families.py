@@ -53,9 +53,9 @@ def dense_masks(mask: Tensor, anchors: Tensor, slots: int, window: int | None) -
     to_slot &= depth[None, :] <= depth[:, None]
     near = torch.ones_like(to_text)
     if window is not None:
-        reach = position[:, None] + depth[:, None]
-        near = position[None, :] > reach - window
-    kinds = {"full_attention": to_text | to_slot, "sliding_attention": (to_text & near) | to_slot}
+        reach = position + depth
+        near = reach[None, :] > reach[:, None] - window
+    kinds = {"full_attention": to_text | to_slot, "sliding_attention": (to_text | to_slot) & near}
     found = {}
     for kind, seen in kinds.items():
         seen = seen[None] & real[:, None, :]

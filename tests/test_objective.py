@@ -68,11 +68,12 @@ def rewards_by_hand(model, inputs, without: torch.Tensor | None) -> torch.Tensor
         text, slots = hidden_states(model, inputs)
     expected = torch.zeros(ROWS, RATIONALES, LENGTH)
     for row in range(ROWS):
-        for anchor in range(LENGTH - 1 - TALK):
+        for anchor in range(LENGTH - 1):
             for k in range(TALK):
-                spoken, target = anchor + k, ids[row, anchor + k + 1]
-                if not mask[row, anchor] or not mask[row, spoken + 1]:
+                spoken = anchor + k
+                if spoken + 1 == LENGTH or not mask[row, anchor] or not mask[row, spoken + 1]:
                     continue
+                target = ids[row, spoken + 1]
                 base = F.cross_entropy(text[row, spoken] @ weight.T, target)
                 if without is not None:
                     base = without[row, spoken]
@@ -108,10 +109,10 @@ def test_mixture_gain_is_the_default_and_another_number():
     output = model(**inputs)
     expected = torch.zeros(ROWS, RATIONALES, LENGTH)
     for k in range(TALK):
-        base = output.base_losses[:, k:][:, : LENGTH - 1 - TALK]
-        talk = output.talk_losses[k, :, :, : LENGTH - 1 - TALK]
-        counts = output.has_target[k, :, : LENGTH - 1 - TALK, None].transpose(1, 2)
-        expected[..., : LENGTH - 1 - TALK] += (base[:, None] - talk) * counts
+        predicted = LENGTH - 1 - k
+        talk = output.talk_losses[k, :, :, :predicted]
+        counts = output.has_target[k, :, :predicted, None].transpose(1, 2)
+        expected[..., :predicted] += (output.base_losses[:, None, k:] - talk) * counts
     assert torch.allclose(output.reward, expected, atol=1e-5)
     assert (output.reward - rewards_by_hand(model, inputs, None)).abs().max() > 0.1
 
@@ -165,7 +166,8 @@ def test_without_the_clamp_bad_thoughts_become_less_likely():
         chosen = inputs["thought_ids"].permute(0, 3, 2, 1)
         logp = logits.log_softmax(-1).gather(-1, chosen[..., None])[..., 0]
     advantage = output.advantage.transpose(1, 2)[:, None]
-    count = ROWS * (LENGTH - 1 - TALK) * RATIONALES * THOUGHT
+    # The texts of 9 and 10 tokens have 8 and 9 positions with a token to predict.
+    count = (8 + 9) * RATIONALES * THOUGHT
     expected = -(advantage * logp).sum() / count
     assert torch.allclose(output.policy_loss, expected, rtol=1e-4)
 
@@ -178,10 +180,9 @@ def test_entropy_bonus():
     logits = slots[:, :THOUGHT] @ model.base.lm_head.weight.T / 1.5
     logp = logits.index_fill(-1, torch.tensor(BANNED), -1e30).log_softmax(-1)
     entropy = -(logp.exp() * logp).sum(-1)  # [B, T, N, R]
-    counts = torch.arange(LENGTH) <= LENGTH - 2 - TALK
-    real = (inputs["attention_mask"].bool() & counts)[:, None, :, None]
-    # Padding earns nothing and is not made random, but is counted, as in the policy term.
-    mean = (entropy * real).sum() / (ROWS * counts.sum() * RATIONALES * THOUGHT)
+    mask = inputs["attention_mask"].bool()
+    counts = mask & F.pad(mask, (0, 1))[:, 1:]  # all text but the last token, which predicts nothing
+    mean = (entropy * counts[:, None, :, None]).sum() / (counts.sum() * RATIONALES * THOUGHT)
     thinking = 2.0 * output.policy_loss - 0.7 * mean
     assert torch.allclose(output.thinking_loss, thinking, rtol=1e-5)
     assert torch.allclose(output.loss, output.nll_loss + thinking, rtol=1e-5)

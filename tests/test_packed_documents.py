@@ -14,7 +14,8 @@ from quietstar.layout import text_positions, text_ranges
 from quietstar.parts import BatchPart
 
 THOUGHT, TALK, RATIONALES = 3, 2, 2
-# Documents of one, two and three tokens have no place for a thought that could be rewarded.
+# Documents of one token have no place for a thought that could be rewarded, and short ones none for a
+# thought that is rewarded for all of its talk steps.
 LENGTHS = ([9, 1, 6, 4], [2, 12, 3], [5, 7, 5])
 
 
@@ -117,7 +118,9 @@ def test_packed_documents_are_documents_alone(family: str, dtype: torch.dtype, s
     model, batch = build(family, dtype), packed_rows(side)
     counts: dict[str, Tensor] = {}
     loss, reward, gradients = run(model, [batch], counts, record=True)
-    rewarded = sum(max(0, n - 1 - TALK) for lengths in LENGTHS for n in lengths)
+    # Every token of a document but the last has one to predict; one label is hidden in the first row:
+    # position 2 still has the next but one, in a document of nine.
+    rewarded = sum(n - 1 for lengths in LENGTHS for n in lengths)
     assert int(counts["thoughts"]) == RATIONALES * rewarded
     assert int(counts["targets"][0]) == sum(n - 1 for lengths in LENGTHS for n in lengths) - 1
     loss_alone, reward_alone, expected = run(model, alone(batch), counts, record=False)

@@ -31,7 +31,13 @@ def test_equals_row_by_row(impl, case):
         torch.testing.assert_close(a, b, **close, msg=lambda text, n=name: f"{n}: {text}")
 
 
-@pytest.mark.parametrize("name", ["packed", "rollout step", "two new slots", "window"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("packed", "rollout step", "two new slots"),
+        *("window", "window of one", "window within the slots", "step past its window"),
+    ],
+)
 @pytest.mark.parametrize("impl", IMPLS)
 def test_equals_dense_mask(impl, name):
     tensors, start, stop, options = make(*SHAPES[name], dtype=DTYPE[impl])
@@ -55,13 +61,57 @@ def test_text_rows_are_causal_attention(impl):
     torch.testing.assert_close(out, wanted, rtol=TOLERANCE[impl], atol=TOLERANCE[impl])
 
 
+@pytest.mark.parametrize("queries", [1, 3, 6])
+@pytest.mark.parametrize("window", [1, 2, 5, 6, 7, 12, 13, 14])
 @pytest.mark.parametrize("impl", IMPLS)
-def test_one_slot_at_a_time_is_the_packed_pass(impl):
+def test_a_column_in_a_window_is_the_end_of_one_sequence(impl, window, queries):
+    """Text and slots one after the other, under the band of an ordinary decoder."""
+    length, slots, close = 7, 6, {"rtol": TOLERANCE[impl], "atol": TOLERANCE[impl]}
+    tensors, _, _, _ = make(2, 4, 2, queries, slots, 1, length, 8, dtype=DTYPE[impl])
+    stop = torch.full((2, 1), length, dtype=torch.int32)
+    call = (*tensors, torch.zeros_like(stop), stop)
+    out = thought_attention(*call, sliding_window=window, impl=impl)
+    q, k_text, v_text, k_thought, v_thought = tensors
+    total = length + slots
+    band = torch.ones(total, total, dtype=torch.bool).tril().triu(1 - window)[-queries:]
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        q.squeeze(3),
+        torch.cat([k_text, k_thought.squeeze(3)], 2),
+        torch.cat([v_text, v_thought.squeeze(3)], 2),
+        attn_mask=band,
+        enable_gqa=True,
+    )
+    torch.testing.assert_close(out.squeeze(3), wanted, **close)
+    torch.testing.assert_close(
+        gradients([out.squeeze(3)], tensors), gradients([wanted], tensors), **close
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_slots_behind_the_window_change_nothing(impl):
+    """Not even if they would win every softmax: the same as without them, and no gradient."""
+    tensors, start, stop, _ = make(1, 4, 2, 3, 30, 4, 9, 8, dtype=DTYPE[impl])
+    behind = 30 - 3 - 5 + 1
+    with torch.no_grad():
+        for t in tensors[3:]:
+            t[:, :, :behind] = 1e4
+    out, lse = thought_attention(*tensors, start, stop, sliding_window=5, return_lse=True, impl=impl)
+    near = [*tensors[:3], *(t[:, :, behind:] for t in tensors[3:])]
+    none = torch.zeros_like(stop)
+    wanted = thought_attention(*near, none, none, sliding_window=5, return_lse=True, impl=impl)
+    torch.testing.assert_close((out, lse), wanted, rtol=TOLERANCE[impl], atol=TOLERANCE[impl])
+    for gradient in gradients([out, lse], tensors)[3:]:
+        assert not gradient[:, :, :behind].any() and gradient[:, :, behind:].any()
+
+
+@pytest.mark.parametrize("window", [2, 5])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_slot_at_a_time_is_the_packed_pass(impl, window):
     slots = 4
     tensors, start, stop, _ = make(2, 4, 2, slots, slots, 5, 7, 8, dtype=DTYPE[impl])
     q, k_text, v_text, k_thought, v_thought = (t.detach() for t in tensors)
     packed = thought_attention(
-        q, k_text, v_text, k_thought, v_thought, start, stop, sliding_window=5, impl=impl
+        q, k_text, v_text, k_thought, v_thought, start, stop, sliding_window=window, impl=impl
     )
     for s in range(slots):
         step = thought_attention(
@@ -72,7 +122,7 @@ def test_one_slot_at_a_time_is_the_packed_pass(impl):
             v_thought[:, :, : s + 1],
             start,
             stop,
-            sliding_window=5,
+            sliding_window=window,
             impl=impl,
         )
         close = {"rtol": TOLERANCE[impl], "atol": TOLERANCE[impl]}
@@ -179,15 +229,13 @@ def test_strided_inputs(impl):
     )
 
 
-@pytest.mark.parametrize("name", ["packed", "text rows", "everything"])
+@pytest.mark.parametrize("name", ["packed", "text rows", "window within the slots", "everything"])
 def test_gradcheck(name):
     tensors, start, stop, options = make(*SHAPES[name])
     sinks = options.pop("sinks", None)
     # No range is empty: -inf has no finite difference.
     stop.clamp_(min=1)
     start.clamp_(max=0)
-    if options.get("sliding_window"):
-        options["sliding_window"] += 10
 
     def call(*inputs):
         cap = inputs[5] if len(inputs) > 5 else None

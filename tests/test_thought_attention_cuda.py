@@ -52,6 +52,9 @@ TILES = {
     "D256": (1, 2, 1, 6, 6, 6, 40, 256, {}),
     "few rows per column": (1, 1, 1, 1, 5, 70, 40, 32, {}),
     "many slots": (1, 1, 1, 37, 37, 4, 33, 32, {}),
+    "slots in a window": (1, 4, 1, 21, 21, 3, 20, 64, {"sliding_window": 6, "sinks": True}),
+    "many slots in a window": (1, 1, 1, 37, 37, 4, 33, 32, {"sliding_window": 5}),
+    "few rows in a window": (1, 1, 1, 1, 40, 20, 33, 32, {"sliding_window": 7, "softcap": 4.0}),
     "two batch rows and heads": (2, 4, 2, 4, 9, 5, 66, 40, {"sinks": True, "sliding_window": 30}),
 }
 
@@ -83,8 +86,9 @@ def test_the_order_of_threads_changes_no_bit(cuda_on_cpu: ModuleType, order: str
         (1, 4, 2, 1, 3, 1, 300, 64, {}),
         (2, 2, 1, 1, 0, 2, 150, 40, {"sinks": True}),
         (1, 2, 2, 1, 9, 1, 400, 128, {"sliding_window": 90, "sinks": True}),
+        (1, 2, 1, 1, 40, 1, 200, 64, {"sliding_window": 5, "sinks": True}),
     ],
-    ids=["grouped heads", "no slots", "window"],
+    ids=["grouped heads", "no slots", "window", "window within the slots"],
 )
 def test_few_rows_are_split_over_their_keys(
     device: str, shape: tuple[Any, ...], dtype: torch.dtype

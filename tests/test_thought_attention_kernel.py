@@ -97,6 +97,14 @@ def test_many_tiles(simd, poison, anchors):
     assert_near_the_truth(tensors, start, stop, {})
 
 
+@pytest.mark.parametrize("window", [1, 16, 17, 70, 149, 150])
+@pytest.mark.parametrize("queries", [1, 20, 150])
+def test_windows_in_long_columns(simd, poison, queries, window):
+    options = {"sinks": True, "sliding_window": window}
+    tensors, start, stop, options = make(1, 2, 1, queries, 150, 3, 20, 8, options, dtype=torch.float32)
+    assert_near_the_truth(tensors, start, stop, options)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_for_any_number_of_threads(threads, dtype):
     tensors, start, stop, options = make(2, 4, 2, 6, 6, 90, 130, 32, {"sinks": True}, dtype=dtype)

@@ -101,8 +101,9 @@ class AttendBackward {
         const std::int64_t count = smaller(kTileRows, begin + rows - r);
         score_gradients(r, count, packed, key, end, true,
                         [&](std::int64_t row, std::int64_t& first, std::int64_t& last) {
-                          first = 0;
-                          last = tile_.depth((r + row - begin) / tile_.job.groups);
+                          const std::int64_t slot = (r + row - begin) / tile_.job.groups;
+                          first = tile_.first_slot(slot);
+                          last = tile_.depth(slot);
                         });
       }
       key_gradients(begin, rows, end - key, s_.slot_dk, s_.slot_dv, false);

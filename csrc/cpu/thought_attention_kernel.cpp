@@ -82,26 +82,26 @@ class Attend {
   template <class T>
   void attend_slots(std::int64_t c) {
     const ThoughtAttention& call = tile_.call;
-    const auto* keys = tile_.row_in<const T>(call.k_thought, tile_.head, 0, tile_.column[c]);
-    const auto* values = tile_.row_in<const T>(call.v_thought, tile_.head, 0, tile_.column[c]);
-    PackedKeys packed{0, s_.slot_k_panels, nullptr, nullptr, s_.slot_v_rows, padded_};
-    take_keys(packed, keys, call.k_thought.slot, call.key_slots, tile_.job.rows_per_column,
+    const std::int64_t origin = tile_.first_panel(), slots = call.key_slots - origin;
+    const auto* keys = tile_.row_in<const T>(call.k_thought, tile_.head, origin, tile_.column[c]);
+    const auto* values = tile_.row_in<const T>(call.v_thought, tile_.head, origin, tile_.column[c]);
+    PackedKeys packed{origin, s_.slot_k_panels, nullptr, nullptr, s_.slot_v_rows, padded_};
+    take_keys(packed, keys, call.k_thought.slot, slots, tile_.job.rows_per_column,
               s_.slot_k_panels);
-    pack_rows(values, call.v_thought.slot, 0, call.key_slots, size_, s_.slot_v_rows);
+    pack_rows(values, call.v_thought.slot, 0, slots, size_, s_.slot_v_rows);
     tile_.prefetch_slots<T>(c + 1);
     const std::int64_t begin = c * tile_.job.rows_per_column;
     const std::int64_t end = begin + tile_.job.rows_per_column;
     for (std::int64_t r = begin; r < end; r += kTileRows) {
       const std::int64_t count = smaller(kTileRows, end - r);
-      const auto depth_of = [&](std::int64_t row) {
-        return tile_.depth((r + row - begin) / tile_.job.groups);
-      };
-      const std::int64_t keys_seen = round_up(depth_of(count - 1));
-      for (std::int64_t key = 0; key < keys_seen; key += kBlockKeys) {
-        absorb<T>(r, count, packed, key, smaller(key + kBlockKeys, keys_seen), true,
+      const auto slot_of = [&](std::int64_t row) { return (r + row - begin) / tile_.job.groups; };
+      const std::int64_t low = tile_.first_slot(slot_of(0)) / kPanelKeys * kPanelKeys;
+      const std::int64_t high = round_up(tile_.depth(slot_of(count - 1)));
+      for (std::int64_t key = low; key < high; key += kBlockKeys) {
+        absorb<T>(r, count, packed, key, smaller(key + kBlockKeys, high), true,
                   [&](std::int64_t row, std::int64_t& first, std::int64_t& last) {
-                    first = 0;
-                    last = depth_of(row);
+                    first = tile_.first_slot(slot_of(row));
+                    last = tile_.depth(slot_of(row));
                   });
       }
     }

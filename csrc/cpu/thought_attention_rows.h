@@ -85,10 +85,15 @@ struct Tile {
     return ((batch * call.q_heads + h) * call.query_slots + s) * call.columns + m;
   }
 
-  // Key slots that a row in this query slot sees.
+  // A row in this query slot sees key slots first_slot(slot) .. depth(slot) - 1.
   std::int64_t depth(std::int64_t slot) const {
     return call.key_slots == 0 ? 0 : slot + 1 + call.key_slots - call.query_slots;
   }
+  std::int64_t first_slot(std::int64_t slot) const {
+    return call.window > 0 ? larger(depth(slot) - call.window, 0) : 0;
+  }
+  // The first key slot that some row sees, rounded down to a whole panel.
+  std::int64_t first_panel() const { return first_slot(0) / kPanelKeys * kPanelKeys; }
 
   // first and last [rows]; a row that sees no text gets first = text_length, last = 0.
   void find_ranges(const AttentionScratch& s) const {
@@ -111,10 +116,10 @@ struct Tile {
     for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
   }
 
-  // Asks for the keys and values of the column that is c-th in the tile, if there is one.
+  // Asks for the keys and values that rows of the tile's c-th column see, if there is one.
   template <class T>
   void prefetch_slots(std::int64_t c) const {
-    for (std::int64_t t = 0; t < call.key_slots && c < columns; ++t) {
+    for (std::int64_t t = first_slot(0); t < call.key_slots && c < columns; ++t) {
       prefetch<T>(call.k_thought, head, t, column[c]);
       prefetch<T>(call.v_thought, head, t, column[c]);
     }

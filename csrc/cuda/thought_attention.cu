@@ -125,6 +125,7 @@ Arguments arguments(const ThoughtAttention& call) {
   a.slot_stride = column_rows >= 16 ? (a.key_slots + 15) / 16 * 16 : a.key_slots;
   a.slot_keys = a.columns * a.slot_stride;
   a.slot_stride = std::max(a.slot_stride, 1);
+  a.slot_window = static_cast<int>(call.window > 0 ? std::min(call.window, kMost) : kMost);
   a.by_rows = Divider::by(std::max(column_rows, 1));
   a.by_groups = Divider::by(std::max(a.groups, 1));
   a.by_slot_stride = Divider::by(a.slot_stride);

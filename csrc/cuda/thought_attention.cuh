@@ -54,6 +54,7 @@ struct Arguments {
   int pairs;        // batch * kv_heads
   int slot_stride;  // slot keys per column, with those that do not exist
   int slot_keys;    // columns * slot_stride, or 0
+  int slot_window;  // slots that a row sees at most: the window, or more than there are
   Divider by_rows, by_groups, by_slot_stride;
   Scores scores;
   float inner, outer, scale;
@@ -143,14 +144,14 @@ __device__ __forceinline__ Range text_range(const Arguments& a, int batch, const
 __device__ __forceinline__ Range slot_range(const Arguments& a, const Row& row) {
   const int depth = depth_of(a, row.slot);
   if (depth == 0) return {kFar, 0};
-  const int first = row.column * a.slot_stride;
-  return {first, first + depth};
+  const int begin = row.column * a.slot_stride, last = begin + depth;
+  return {max(begin, last - a.slot_window), last};
 }
 
-// The slots of a row from the last of them alone: a row sees its column's from the first one on.
+// The slots of a row from the last of them alone: its column's up to that one, in the window.
 __device__ __forceinline__ Range slots_until(const Arguments& a, int last) {
   const auto column = static_cast<int>(a.by_slot_stride.divide(static_cast<unsigned>(last - 1)));
-  return {last == 0 ? kFar : column * a.slot_stride, last};
+  return {last == 0 ? kFar : max(column * a.slot_stride, last - a.slot_window), last};
 }
 
 // What rows see between them, and what every one of them sees.

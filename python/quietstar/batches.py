@@ -2,58 +2,81 @@
 
 A step's loss is a sum of means over what counts in the *whole* batch of the step, and its random numbers
 are those of the whole batch. This mixin finds out what the model has to be told for that, see
-:class:`~quietstar.parts.BatchPart`. Where the thinking positions follow from the text (``think_at`` all
-or stride) the counts of all micro-batches are known before the first; where they are drawn (random,
-entropy) each micro-batch's means are its own, over all processes.
+:class:`~quietstar.parts.BatchPart`. Where the thinking positions are known before the pass (``think_at``
+all, stride and random) the counts of all micro-batches are known before the first; where they follow
+from it (entropy) each micro-batch's means are its own, over all processes.
+
+Rows, micro-batches and processes without a single target contribute nothing. A whole step without one is
+left out: no pass is made and nothing moves, on no process; it is counted, and so are the rows.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Trainer
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
 
+from .anchors import choose_anchors
+from .checks import check_text
 from .config import QuietStarConfig
-from .layout import text_ranges
-from .learn import can_be_rewarded
-from .parts import BatchPart
-from .talk import check_labels, count_targets, talk_targets
-from .think import choose_anchors
+from .layout import TextRanges, text_ranges
+from .learn import which_count
+from .parts import BatchPart, MeanCount
+from .talk import IGNORE, count_targets, talk_targets, target_labels
+
+logger = logging.getLogger("quietstar")
 
 
-def count_what_counts(config: QuietStarConfig, batch: dict[str, Any]) -> dict[str, Tensor] | None:
+def ranges_and_labels(
+    config: QuietStarConfig, batch: dict[str, Any]
+) -> tuple[TextRanges, Tensor] | None:
+    """What each token of a batch sees, and the labels of those that the model learns to predict.
+
+    Args:
+        batch: arguments of the model, with ``input_ids`` and ``labels`` [B, N]; None without them,
+            which the model will say.
+    """
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    if ids is None or labels is None:
+        return None
+    check_text(config, ids, labels, False)
+    ranges = text_ranges(batch.get("attention_mask"), ids, batch.get("document_ids"))
+    return ranges, target_labels(labels, ranges)
+
+
+def count_what_counts(
+    config: QuietStarConfig, batch: dict[str, Any], part: BatchPart
+) -> dict[str, Tensor] | None:
     """The counts of one batch that the model will divide by, by name; None if they depend on the pass.
 
     Args:
-        batch: arguments of the model, with ``input_ids`` and ``labels`` [B, N].
+        batch: arguments of the model.
+        part: which part of the larger batch it is; positions that are drawn are drawn with it.
     """
-    ids = batch["input_ids"]
-    ranges = text_ranges(batch.get("attention_mask"), ids, batch.get("document_ids"))
-    labels = check_labels(batch["labels"], ranges)
+    found = ranges_and_labels(config, batch)
+    if found is None:
+        return None
+    ranges, labels = found
     if not config.thinks:
-        return {"targets": (labels[:, 1:] != -100).sum()[None]}
+        return {"targets": (labels[:, 1:] != IGNORE).sum()[None]}
     anchors = batch.get("anchors")
     if anchors is None:
-        if config.parse_think_at()[0] not in ("all", "stride"):
+        if config.parse_think_at()[0] == "entropy":
             return None
-        anchors = choose_anchors(config, ids, ranges.start < ranges.stop, None, None)
+        anchors = choose_anchors(config, ranges, None, None, part)
     rationales = 1 if config.thought_kind == "pause" else config.num_rationales
     if batch.get("thought_ids") is not None:
         rationales = batch["thought_ids"].shape[1]
     targets = talk_targets(labels, anchors, config.talk_length, ranges)
     counts = count_targets(labels, targets)
     counts[1:] *= rationales
-    rewarded = can_be_rewarded(anchors, config.talk_length, ranges)
-    is_text = (ranges.start < ranges.stop).gather(1, anchors)
-    return {
-        "targets": counts,
-        "thoughts": rewarded.sum() * rationales,
-        "entropy": (rewarded & is_text).sum() * rationales,
-    }
+    _, averaged = which_count(config, anchors, targets != IGNORE, ranges)
+    return {"targets": counts, "thoughts": averaged.sum() * rationales}
 
 
 class WholeBatches(Trainer):
@@ -64,7 +87,12 @@ class WholeBatches(Trainer):
         self._micro_batches: list[dict[str, Any]] = []
         self._next_micro_batch = 0
         self._counts: dict[str, Tensor] | None = None
+        self._has_target = True
+        # Of the training so far, over all processes, as the log has them.
+        self.without_targets = {"steps_without_targets": 0, "rows_without_targets": 0}
+        self._steps_looked_at = 0
         self._check_parallelism()
+        self.add_callback(_CountsTargets(self))
 
     def _check_parallelism(self) -> None:
         """Refuse what would run without thoughts' means, or not at all, before training."""
@@ -104,16 +132,49 @@ class WholeBatches(Trainer):
         self._micro_batches, self._next_micro_batch = batches, 0
         return batches, count
 
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch, unless the whole step has no target."""
+        if self._next_micro_batch == 0:
+            self._look_for_targets(self.accelerator.unwrap_model(model).config)
+        # A gradient scaler has to see gradients; they are zero, and dropped before the step.
+        if self._has_target or getattr(self.accelerator, "scaler", None) is not None:
+            return super().training_step(model, *args, **kwargs)
+        self._next_micro_batch += 1
+        return torch.zeros((), device=self.args.device)
+
+    def _look_for_targets(self, config: QuietStarConfig) -> None:
+        """Whether any process has a target in this step; counts rows and steps that have none."""
+        self._has_target = True
+        looked = [ranges_and_labels(config, batch) for batch in self._micro_batches]
+        rows = [(entry[1][:, 1:] != IGNORE).sum(1) for entry in looked if entry is not None]
+        if not rows or len(rows) < len(looked):
+            return
+        targets = torch.cat([count.to(self.args.device) for count in rows])
+        found = torch.stack([targets.sum(), (targets == 0).sum()])
+        if self.accelerator.num_processes > 1:
+            found = self.accelerator.reduce(found, reduction="sum")
+        in_all, without = found.tolist()
+        if without and not self.without_targets["rows_without_targets"] and self.is_world_process_zero():
+            logger.warning(
+                "%d of the %d rows of step %d have no target (labels are all -100 or padding); such rows"
+                " teach nothing, and a step of nothing else is skipped: rows_without_targets and"
+                " steps_without_targets in the log count them",
+                without,
+                len(targets) * self.accelerator.num_processes,
+                self.state.global_step + 1,
+            )
+        self._has_target = in_all > 0
+        self._steps_looked_at += 1
+        self.without_targets["rows_without_targets"] += without
+        self.without_targets["steps_without_targets"] += not self._has_target
+
     def next_batch_part(self, config: QuietStarConfig) -> BatchPart:
         """What the model is told about the next micro-batch of a training step."""
         number = self._next_micro_batch
         self._next_micro_batch += 1
-        text = f"{self.args.seed}/{self.state.global_step}/{number}"
-        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 2
-        processes = self.accelerator.num_processes
-        index = self.accelerator.process_index
-        if processes == 1 and len(self._micro_batches) <= 1:
-            return BatchPart(seed=seed)
+        part = self._part(number)
+        if part.count == 1 and len(self._micro_batches) <= 1:
+            return part
         if number == 0:
             # Not before now: a callback may have changed the lengths at the beginning of the step.
             self._counts = self._mean_counts(config)
@@ -124,11 +185,21 @@ class WholeBatches(Trainer):
                 return known[name].to(own.device)
             return self.accelerator.reduce(own.float(), reduction="mean")
 
+        return self._part(number, mean_count)
+
+    def _part(self, number: int, mean_count: MeanCount | None = None) -> BatchPart:
+        """This process's part of a micro-batch, with the seed of what is drawn in it."""
+        text = f"{self.args.seed}/{self.state.global_step}/{number}"
+        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 2
+        processes, index = self.accelerator.num_processes, self.accelerator.process_index
         return BatchPart(index, processes, mean_count, seed)
 
     def _mean_counts(self, config: QuietStarConfig) -> dict[str, Tensor] | None:
         """Mean counts over all processes' micro-batches of this step; None if they cannot be known."""
-        found = [count_what_counts(config, batch) for batch in self._micro_batches]
+        found = [
+            count_what_counts(config, batch, self._part(number))
+            for number, batch in enumerate(self._micro_batches)
+        ]
         known = [counts for counts in found if counts is not None]
         if not known or len(known) < len(found):
             return None
@@ -140,3 +211,37 @@ class WholeBatches(Trainer):
             )
             for name in known[0]
         }
+
+
+class _CountsTargets(TrainerCallback):
+    """Keeps the counts of a resumed run, and ends one that has nothing to learn from."""
+
+    def __init__(self, trainer: WholeBatches):
+        self._trainer = trainer
+        self._before = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        counts = self._trainer.without_targets
+        for name in counts:
+            logged = [entry[name] for entry in state.log_history if name in entry]
+            counts[name] = int(logged[-1]) if logged else 0
+        self._trainer._steps_looked_at, self._before = 0, counts["steps_without_targets"]
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        looked = self._trainer._steps_looked_at
+        if looked and looked == self._trainer.without_targets["steps_without_targets"] - self._before:
+            raise ValueError(
+                f"none of the rows of {looked} steps has a target (labels are all -100 or padding);"
+                " expected training data with tokens to predict"
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_epoch_end(args, state, control, **kwargs)
+        counts = self._trainer.without_targets
+        if counts["rows_without_targets"] and state.is_world_process_zero:
+            logger.warning(
+                "%d rows of the training had no target, and %d of %d steps were skipped for having none",
+                counts["rows_without_targets"],
+                counts["steps_without_targets"],
+                state.global_step,
+            )

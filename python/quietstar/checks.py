@@ -34,7 +34,10 @@ def check_meta_tokens(config: QuietStarConfig, vocabulary: int) -> None:
             )
 
 
-def check_text(config: QuietStarConfig, input_ids: Tensor, labels: Tensor | None) -> None:
+def check_text(
+    config: QuietStarConfig, input_ids: Tensor, labels: Tensor | None, alone: bool = True
+) -> None:
+    """``alone``: not part of a larger batch, so that there has to be something to learn from."""
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(f"input_ids has shape {list(input_ids.shape)}; expected [rows, tokens]")
     if labels is None:
@@ -44,7 +47,7 @@ def check_text(config: QuietStarConfig, input_ids: Tensor, labels: Tensor | None
             f"labels has shape {list(labels.shape)}; expected {list(input_ids.shape)} like input_ids"
         )
     shortest = config.talk_length + 2 if config.thinks else 2
-    if input_ids.shape[1] < shortest:
+    if alone and input_ids.shape[1] < shortest:
         raise ValueError(
             f"input_ids has {input_ids.shape[1]} tokens per row; expected at least {shortest}"
             " (talk_length + 2)"

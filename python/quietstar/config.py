@@ -12,8 +12,30 @@ END_TOKEN = "<|endthought|>"
 ACTIVATIONS = ("identity", "sigmoid")
 THOUGHT_KINDS = ("sampled", "pause", "none")
 THINK_AT = ("all", "stride", "random", "entropy")
+# What tools look for in a model's configuration and the decoder's own answers.
+DECODER_FIELDS = frozenset(
+    {
+        "bos_token_id",
+        "eos_token_id",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "initializer_range",
+        "intermediate_size",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "pad_token_id",
+        "rope_parameters",
+        "sliding_window",
+        "use_cache",
+        "vocab_size",
+    }
+)
 REWARDS = ("mixture-gain", "base-gain", "information-gain")
 ADVANTAGES = ("mean", "leave-one-out", "normalized")
+POLICY_MEANS = ("rewarded", "paper")
 
 
 def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
@@ -47,6 +69,11 @@ class QuietStarConfig(PretrainedConfig):
             ``"leave-one-out"`` (less the mean of the others, RLP's) or ``"normalized"`` (less the mean,
             over the standard deviation, GRPO's).
         clamp_advantage: set negative advantages to 0.
+        policy_mean: the thoughts that the means of the policy term and the entropy bonus are over:
+            ``"rewarded"`` (those of text positions with at least one token to be rewarded for: padding
+            changes nothing) or ``"paper"`` (the paper's code: all N - 1 - talk_length positions of a
+            row, zeros and padding included; a thought with fewer than talk_length tokens ahead of it
+            earns nothing).
         entropy_bonus: weight of the mean entropy (nats) of the distributions that thought tokens are
             sampled from, taken off the loss.
         embedding_scale: the start and end embeddings are stored divided by this, so that Adam moves
@@ -54,9 +81,9 @@ class QuietStarConfig(PretrainedConfig):
         mixing_activation: ``"identity"`` (the paper: an unbounded weight) or ``"sigmoid"``.
         mixing_floor: f, from 0 to 1: a sigmoid weight s becomes f + (1 - f) s; with 1 the thought's
             prediction stands alone.
-        think_at: which positions think: ``"all"``, ``"stride:k"`` (every k-th), ``"random:p"`` (a share
-            p of them, drawn anew each step), ``"entropy:p"`` (the share p with the highest base
-            entropy).
+        think_at: which positions think: ``"all"``, ``"stride:k"`` (every k-th of a document),
+            ``"random:p"`` (a share p of a row's text tokens, drawn anew each step), ``"entropy:p"`` (the
+            share p with the highest base entropy).
         thought_kind: ``"sampled"``; ``"pause"`` (a control: the start embedding stands in every thought
             slot, nothing is sampled); ``"none"`` (a control: plain language modelling).
         start_token_id, end_token_id: the meta tokens' ids; they are never sampled.
@@ -81,6 +108,7 @@ class QuietStarConfig(PretrainedConfig):
         reward: str = "mixture-gain",
         advantage: str = "mean",
         clamp_advantage: bool = True,
+        policy_mean: str = "rewarded",
         entropy_bonus: float = 0.0,
         embedding_scale: float = 100.0,
         mixing_activation: str = "identity",
@@ -108,6 +136,7 @@ class QuietStarConfig(PretrainedConfig):
         self.reward = reward
         self.advantage = advantage
         self.clamp_advantage = clamp_advantage
+        self.policy_mean = policy_mean
         self.entropy_bonus = entropy_bonus
         self.embedding_scale = embedding_scale
         self.mixing_activation = mixing_activation
@@ -120,6 +149,18 @@ class QuietStarConfig(PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
         self.check_thoughts()
+
+    def __getattr__(self, name: str) -> Any:
+        """The decoder's own answer to what tools look for (:data:`DECODER_FIELDS`); not stored here."""
+        if name not in DECODER_FIELDS or "text_config" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self.get_text_config(decoder=True).get_text_config(decoder=True), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in DECODER_FIELDS and "text_config" in self.__dict__:
+            setattr(self.get_text_config(decoder=True).get_text_config(decoder=True), name, value)
+        else:
+            super().__setattr__(name, value)
 
     @classmethod
     def from_reference(
@@ -146,6 +187,7 @@ class QuietStarConfig(PretrainedConfig):
             "reward": "mixture-gain",
             "advantage": "mean",
             "clamp_advantage": True,
+            "policy_mean": "paper",
             "entropy_bonus": 0.0,
             "embedding_scale": 100.0,
             "mixing_activation": "identity",
@@ -202,6 +244,7 @@ class QuietStarConfig(PretrainedConfig):
             ("thought_kind", THOUGHT_KINDS),
             ("reward", REWARDS),
             ("advantage", ADVANTAGES),
+            ("policy_mean", POLICY_MEANS),
         ):
             value = getattr(self, name)
             if value not in known:

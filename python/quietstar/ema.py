@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from quietstar_ext.precision import compute_dtype
 
+from .parts import BatchPart
 from .sharding import put_shards_back
 
 FILE_NAME = "ema.safetensors"
@@ -66,7 +67,9 @@ class EmaCopy:
             try:
                 config.thought_kind = "none"
                 model.eval()
-                output = model(**{key: inputs[key] for key in _TEXT if inputs.get(key) is not None})
+                text = {key: inputs[key] for key in _TEXT if inputs.get(key) is not None}
+                # Perhaps one part of several, and without a target; its means are not asked for.
+                output = model(**text, batch_part=BatchPart())
             finally:
                 model.train(training)
                 config.thought_kind = kind

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from quietstar.checkpoint import load_checkpoint
 from quietstar.errors import UserError
-from quietstar.generation import Thinking
+from quietstar.thinking import Thinking
 
 if TYPE_CHECKING:
     from rich.console import Console

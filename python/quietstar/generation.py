@@ -6,92 +6,39 @@ Each new token costs one ordinary decoding step and, if its row thinks, one step
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+import copy
+import inspect
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, GenerationMixin
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+from transformers.utils import ModelOutput
 
 from .attention import check_layers, layer_keys
+from .caching import CACHE_NAME, cache_argument, with_installed_name
 from .config import QuietStarConfig
-from .graphs import run_slots
-from .layout import HandedKeys, LayerKeys, ThoughtLayout, text_ranges
+from .decoding import check_generation_config, check_loop, text_before_the_end
+from .graphs import run_slots, without_checkpointing
+from .layout import HandedKeys, LayerKeys, ThoughtLayout
 from .output import QuietStarOutput
 from .positions import check_length
 from .think import banned_ids, depth_of_end, output_head, slot_steps
+from .thinking import FollowingThinking, SpokenThought, Thinking
 
 if TYPE_CHECKING:
     from .modeling import QuietStarForCausalLM
 
-RULES = ("always", "never", "every", "entropy")
-
-
-@dataclass(frozen=True)
-class SpokenThought:
-    """A thought behind a generated token.
-
-    Attributes:
-        row: of the batch; step: which new token it was for, from 0.
-        ids: [T] tokens; mixing_weight: how much the prediction listened to it.
-    """
-
-    row: int
-    step: int
-    ids: tuple[int, ...]
-    mixing_weight: float
-
-
-@dataclass
-class Thinking:
-    """When a generating model thinks.
-
-    Args:
-        rule: ``"always"``, ``"never"``, ``"every:k"`` (at every k-th new token) or ``"entropy:x"``
-            (where the base prediction's entropy exceeds x nats; each row decides for itself).
-        budget: at most so many thoughts per row; None: no limit.
-    """
-
-    rule: str = "always"
-    budget: int | None = None
-    step: int = 0
-    spent: Tensor | None = None
-    thoughts: list[SpokenThought] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        name, _, number = str(self.rule).partition(":")
-        try:
-            self._value = float(number) if number else 0.0
-        except ValueError:
-            self._value = -1.0
-        plain = self.rule in ("always", "never")
-        every = name == "every" and self._value >= 1 and self._value == int(self._value)
-        entropy = name == "entropy" and bool(number) and self._value >= 0
-        if not (plain or every or entropy):
-            raise ValueError(
-                f"thinking is {self.rule!r}; expected 'always', 'never', 'every:k' with a whole number"
-                " k >= 1 or 'entropy:x' with x >= 0 nats"
-            )
-        if self.budget is not None and self.budget < 0:
-            raise ValueError(f"thinking_budget is {self.budget}; expected a whole number >= 0")
-        self._name = name
-
-    def decide(self, logits: Tensor) -> Tensor:
-        """Which rows think now, [rows] bool, from the base prediction's logits [rows, V]."""
-        rows = logits.shape[0]
-        if self.spent is None:
-            self.spent = torch.zeros(rows, dtype=torch.int64, device=logits.device)
-        if self._name == "entropy":
-            # entr(0) is 0, which the banned meta tokens need.
-            chosen = torch.special.entr(logits.float().softmax(-1)).sum(-1) > self._value
-        else:
-            now = self._name == "always" or (self._name == "every" and self.step % int(self._value) == 0)
-            chosen = torch.full((rows,), now, device=logits.device)
-        if self.budget is not None:
-            chosen &= self.spent < self.budget
-        self.spent += chosen
-        self.step += 1
-        return chosen
+__all__ = ["SpokenThought", "Thinking", "ThinkingGenerationMixin", "next_token_logits"]
 
 
 @torch.no_grad()
@@ -109,50 +56,27 @@ def next_token_logits(
         input_ids: [B, new], the tokens that the cache does not hold yet.
         attention_mask: [B, past + new], nonzero for text; padding at the left.
         cache: of the text; grows by ``new``, thoughts leave nothing in it.
-        thinking: decides which rows think; keeps count.
+        thinking: decides which rows think, once for this token; keeps count.
         temperature: of the thought's tokens; 0 takes the most likely.
 
     Raises:
-        ValueError: for a cache of fixed size, or a mask that does not fit.
+        ValueError: for a mask that does not fit, or has padding anywhere but at the left.
     """
-    if getattr(cache, "is_compileable", False):
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__}; expected a cache that grows (static caches"
-            " are not supported with thoughts)"
-        )
-    past = cache.get_seq_length()
-    total = past + input_ids.shape[1]
+    past, new = cache.get_seq_length(), input_ids.shape[1]
+    total = past + new
     if attention_mask is None:
         attention_mask = input_ids.new_ones(input_ids.shape[0], total)
-    elif past == 0:
-        text_ranges(attention_mask, input_ids)
-    if attention_mask.shape[1] != total:
-        raise ValueError(
-            f"attention_mask has {attention_mask.shape[1]} columns; expected {total} (cached and new"
-            " tokens)"
-        )
-    is_text = attention_mask != 0
-    positions = (is_text.long().cumsum(1) - 1).clamp(min=0)[:, past:]
     check_length(model.base, total)
-    handed = HandedKeys()
-    hidden = model.base.base_model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        thought_layout=handed,
-    ).last_hidden_state[:, -1]
+    is_text, first = text_before_the_end(attention_mask, past, new)
+    hidden, handed = read_text(model, input_ids, is_text, cache, thinking.prefill_chunk_size)
     head = output_head(model.base)
     logits = head.logits(hidden)
     banned = banned_ids(model.config, logits.device)
     logits[:, banned] = -torch.inf
     step = thinking.step
-    chosen = thinking.decide(logits)
-    rows = chosen.nonzero()[:, 0]
+    rows = (thinking.decide(logits) & model.config.thinks).nonzero()[:, 0]
     if len(rows):
         check_layers(handed, model.base)
-        first = is_text.int().argmax(1)
         mixed, weight, ids = _think(
             model, handed, rows, first[rows], total, hidden[rows], temperature, seed=step
         )
@@ -163,6 +87,38 @@ def next_token_logits(
             for row, chain, share in zip(rows.tolist(), ids.tolist(), weight.tolist(), strict=True):
                 thinking.thoughts.append(SpokenThought(row, step, tuple(chain), share))
     return logits
+
+
+def read_text(
+    model: QuietStarForCausalLM,
+    input_ids: Tensor,
+    is_text: Tensor,
+    cache: Cache,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, HandedKeys]:
+    """Run the decoder over new text, which the cache keeps; final hidden states [B, d] of its end, and the
+    keys and values of all text that the layers were handed.
+
+    Args:
+        input_ids: [B, new]; is_text: [B, past + new] bool.
+        chunk_size: so many tokens at a time; None: all at once.
+    """
+    new = input_ids.shape[1]
+    past = is_text.shape[1] - new
+    positions = (is_text.long().cumsum(1) - 1).clamp(min=0)
+    decoder, size = model.base.base_model, chunk_size or new
+    for start in range(0, new, size):
+        stop = min(start + size, new)
+        handed = HandedKeys()
+        hidden = decoder(
+            input_ids=input_ids[:, start:stop],
+            attention_mask=is_text[:, : past + stop].long(),
+            position_ids=positions[:, past + start : past + stop],
+            use_cache=True,
+            thought_layout=handed,
+            **cache_argument(decoder, cache),
+        ).last_hidden_state[:, -1]
+    return hidden, handed
 
 
 def _think(
@@ -233,41 +189,99 @@ class ThinkingGenerationMixin(GenerationMixin):
     """transformers' generation for a model that thinks before it speaks."""
 
     config: QuietStarConfig
-    _thinking: Thinking | None
     thoughts: list[SpokenThought]
 
     def generate(
         self,
         *args: Any,
-        thinking: str = "always",
+        thinking: str | Thinking = "always",
         thinking_budget: int | None = None,
         **kwargs: Any,
     ) -> Any:
         """transformers' ``generate``, thinking before the tokens that ``thinking`` says.
 
         The text's cache is kept and the thought's keys are dropped; meta tokens are never emitted.
-        ``self.thoughts`` holds every thought of the call so far.
+        Greedy decoding, sampling and beam search, from prompts that are padded at the left.
+
+        The state of a call is its own, so that several threads may generate from one model.
+        ``self.thoughts`` holds every thought so far of the call that started last; with threads, hand
+        over a :class:`Thinking` and look at its ``thoughts``, or at those of the result of
+        ``return_dict_in_generate=True``.
 
         Args:
-            thinking: ``"always"``, ``"never"``, ``"every:k"`` or ``"entropy:x"``
-                (:class:`quietstar.generation.Thinking`).
+            thinking: ``"always"``, ``"never"``, ``"every:k"``, ``"entropy:x"``, or a :class:`Thinking`
+                of this call's own.
             thinking_budget: at most so many thoughts per row. Not with beams, which swap rows.
 
         Raises:
-            ValueError: for a rule that is none, or a budget with beam search.
+            ValueError: for a rule that is none, a budget with beam search, or a way of decoding that
+                needs predictions at several positions (see :mod:`quietstar.decoding`).
         """
         self.config.check_thoughts()
-        policy = Thinking(thinking if self.config.thinks else "never", thinking_budget)
-        config = kwargs.get("generation_config") or self.generation_config
-        beams = kwargs.get("num_beams") or config.num_beams or 1
-        if thinking_budget is not None and beams > 1:
-            raise ValueError(f"thinking_budget was given with num_beams={beams}; expected one beam")
-        self._thinking = policy
-        self.thoughts = policy.thoughts  # grows as they come, for streamers to look at
-        try:
-            return super().generate(*args, **kwargs)
-        finally:
-            self._thinking = None
+        if not isinstance(thinking, Thinking):
+            thinking = Thinking(thinking, thinking_budget)
+        elif thinking_budget is not None:
+            raise ValueError("thinking_budget was given with a Thinking; expected the latter's budget")
+        if thinking.taken:
+            raise ValueError("thinking was used by another call; expected a new Thinking for each")
+        bound = inspect.signature(GenerationMixin.generate).bind_partial(self, *args, **kwargs).arguments
+        check_loop({**bound, **bound.get("kwargs", {})})
+        kwargs = with_installed_name(kwargs)
+        thinking.taken = True
+        self.thoughts = thinking.thoughts  # grows as they come, for streamers to look at
+        made = super().generate(*args, thinking=thinking, **kwargs)
+        if isinstance(made, ModelOutput):
+            made.thoughts = thinking.thoughts
+        return made
+
+    def generate_batch(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: continuous batching keeps the text's keys in pages that thoughts cannot read."""
+        raise NotImplementedError(
+            "generate_batch (continuous batching) is not supported with thoughts; expected generate,"
+            " which takes a batch of prompts that are padded at the left"
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def _prepare_generation_config(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """The call's settings in one place: checked, and the prompt's chunks taken over.
+
+        transformers would call the model once for every chunk, and each call predicts a token.
+        """
+        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        check_generation_config(config)
+        thinking = model_kwargs.get("thinking")
+        if thinking is not None:
+            beams = config.num_beams or 1
+            if thinking.budget is not None and beams > 1:
+                raise ValueError(f"thinking_budget was given with num_beams={beams}; expected one beam")
+            thinking.prefill_chunk_size = config.prefill_chunk_size
+            config.prefill_chunk_size = None
+        return config, model_kwargs
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """Guidance calls the model beside the generation: those passes think where the latter does."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        model_kwargs = kwargs.get("model_kwargs") or {}
+        thinking = model_kwargs.get("thinking")
+        made = LogitsProcessorList()
+        for processor in processors:
+            guides = isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+            if not guides or processor.model is not self or thinking is None:
+                made.append(processor)
+                continue
+            processor = copy.copy(processor)
+            processor.model = partial(
+                self,
+                thinking=FollowingThinking(thinking),
+                thought_temperature=model_kwargs.get("thought_temperature"),
+            )
+            # The difference of two impossible tokens' scores is not a number.
+            meta = [self.config.start_token_id, self.config.end_token_id]
+            made.extend([processor, SuppressTokensLogitsProcessor(meta, device=self.device)])
+        return made
 
     def _next(
         self,
@@ -275,10 +289,25 @@ class ThinkingGenerationMixin(GenerationMixin):
         attention_mask: Tensor | None,
         cache: Cache | None,
         use_cache: bool | None,
+        thinking: Thinking | None,
         temperature: float | None,
     ) -> QuietStarOutput:
         """Logits [B, 1, V] of the next token."""
-        thinking = self._thinking or Thinking("always" if self.config.thinks else "never")
-        kept = cache if cache is not None else DynamicCache(config=self.base.config)
-        logits = next_token_logits(self, input_ids, attention_mask, kept, thinking, temperature or 0.0)
-        return QuietStarOutput(logits=logits[:, None], past_key_values=kept if use_cache else None)
+        kept = cache if cache is not None else self._new_cache()
+        with without_checkpointing(self.base):
+            logits = next_token_logits(
+                self, input_ids, attention_mask, kept, thinking or Thinking(), temperature or 0.0
+            )
+        return QuietStarOutput(logits=logits[:, None], **({CACHE_NAME: kept} if use_cache else {}))
+
+    @torch.no_grad()
+    def _text_cache(self, input_ids: Tensor, attention_mask: Tensor | None) -> Cache:
+        """The keys of a text, for calls that go on from it."""
+        cache = self._new_cache()
+        is_text = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        with without_checkpointing(self.base):
+            read_text(self, input_ids, is_text != 0, cache)
+        return cache
+
+    def _new_cache(self) -> Cache:
+        return DynamicCache(config=self.base.config)

@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -55,6 +56,8 @@ _mode = Setting("QUIETSTAR_GRAPHS", MODES)
 _chains: weakref.WeakKeyDictionary[PreTrainedModel, OrderedDict[Hashable, Chain | str | None]] = (
     weakref.WeakKeyDictionary()
 )
+# A chain's buffers hold one call's inputs at a time.
+_one_at_a_time = threading.RLock()
 
 
 def use_graphs(mode: str) -> contextlib.AbstractContextManager[None]:
@@ -97,8 +100,21 @@ def run_slots(
     device = steps.anchors.device
     if mode == "auto" and device.type != "cuda":
         return loop(*arguments, seed=seed, **options)
+    with _one_at_a_time:
+        return _run_known(loop, arguments, mode, seed, options)
+
+
+def _run_known(
+    loop: Loop,
+    arguments: Any,
+    mode: str,
+    seed: int | Tensor,
+    options: dict[str, Any],
+) -> Steps:
+    """A chain over its buffers, if there is one for this combination, or the loop itself."""
+    decoder, _, meta, input_ids, steps = arguments
     known = _chains.setdefault(decoder, OrderedDict())
-    key = _key(*arguments, temperature, last, part)
+    key = _key(*arguments, **options)
     found = known.get(key)
     if found is None and (mode == "buffers" or key in known):
         reason = _why_not(decoder)
@@ -121,7 +137,7 @@ def run_slots(
     except RuntimeError as error:
         known[key] = str(error).splitlines()[0]
         logger.warning("slot steps are not captured in a graph: %s", known[key])
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize(steps.anchors.device)
         return loop(*arguments, seed=seed, **options)
 
 
@@ -203,12 +219,15 @@ class Chain:
         self._steps = _like(steps, _capacity(steps))
         self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs: Steps | None = None
+        self._read: torch.Event | None = None
 
     @torch.no_grad()
     def fill(
         self, meta: tuple[Tensor, Tensor], input_ids: Tensor, steps: ThoughtLayout, seed: int | Tensor
     ) -> None:
         """Copy a call's inputs into the buffers."""
+        if self._read is not None:  # another thread's stream may still copy what the last call gave
+            torch.cuda.current_stream(self._seed.device).wait_event(self._read)
         own = self._steps
         to = [*self._meta, self._input_ids, own.anchors, own.row_start, own.row_stop]
         to += [own.text_start, own.text_stop]
@@ -230,7 +249,7 @@ class Chain:
         """The loop over the buffers."""
         decoder = self._decoder()
         assert decoder is not None
-        with _without_checkpointing(decoder):
+        with without_checkpointing(decoder):
             return self._loop(
                 decoder,
                 self._config,
@@ -249,12 +268,14 @@ class Chain:
                 self._capture()
             assert self._graph is not None and self._outputs is not None
             self._graph.replay()
-        ids, logprobs, kept = self._outputs
-        return (
-            None if ids is None else ids.clone(),
-            None if logprobs is None else logprobs.clone(),
-            [hidden.clone() for hidden in kept],
-        )
+            ids, logprobs, kept = self._outputs
+            own = (
+                None if ids is None else ids.clone(),
+                None if logprobs is None else logprobs.clone(),
+                [hidden.clone() for hidden in kept],
+            )
+            self._read = torch.cuda.current_stream().record_event()
+        return own
 
     def _capture(self) -> None:
         # Autocast keeps the weights that it has cast. Those from before must not get into the graph, and
@@ -295,14 +316,33 @@ def _like(steps: ThoughtLayout, capacity: int) -> ThoughtLayout:
     return own
 
 
+_suspended: weakref.WeakKeyDictionary[PreTrainedModel, list[Any]] = weakref.WeakKeyDictionary()
+_suspenders: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
+_counting = threading.Lock()
+
+
 @contextlib.contextmanager
-def _without_checkpointing(decoder: PreTrainedModel) -> Iterator[None]:
-    """Without gradients checkpointing does nothing but look at the state of the random numbers."""
-    modules = [m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)]
-    for module in modules:
-        module.gradient_checkpointing = False
+def without_checkpointing(decoder: PreTrainedModel) -> Iterator[None]:
+    """For passes without gradients, where checkpointing would only drop the cache.
+
+    It comes back when the last thread has left.
+    """
+    if not decoder.training:
+        yield
+        return
+    with _counting:
+        if not _suspenders.get(decoder):
+            _suspended[decoder] = [
+                m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)
+            ]
+            for module in _suspended[decoder]:
+                module.gradient_checkpointing = False
+        _suspenders[decoder] = _suspenders.get(decoder, 0) + 1
     try:
         yield
     finally:
-        for module in modules:
-            module.gradient_checkpointing = True
+        with _counting:
+            _suspenders[decoder] -= 1
+            if not _suspenders[decoder]:
+                for module in _suspended.pop(decoder):
+                    module.gradient_checkpointing = True

@@ -30,19 +30,36 @@ class Reward:
     Attributes:
         reward: [B, A, R] fp32, sum over talk steps of what ``config.reward`` says.
         advantage: [B, A, R] fp32, as ``config.advantage`` and ``clamp_advantage`` say.
-        counts: [B, A] bool, anchors that have all their talk steps inside the text (in rows of several
-            documents: inside their document).
+        rewarded, averaged: [B, A] bool of :func:`which_count`.
     """
 
     reward: Tensor
     advantage: Tensor
-    counts: Tensor
+    rewarded: Tensor
+    averaged: Tensor
 
 
-def can_be_rewarded(anchors: Tensor, talk_length: int, ranges: TextRanges) -> Tensor:
-    """[B, A] bool: the anchors that have all their talk steps inside the text."""
-    ahead = anchors + 1 + talk_length
-    return (ahead < ranges.stop.shape[1]) & ~ranges.crosses(anchors, ahead)
+def which_count(
+    config: QuietStarConfig, anchors: Tensor, has_target: Tensor, ranges: TextRanges
+) -> tuple[Tensor, Tensor]:
+    """The anchors whose thoughts are rewarded, and those that the policy term's mean is over.
+
+    A thought counts if its anchor is text and at least one of the tokens that it is rewarded for is a
+    target in its own document. With ``policy_mean: paper`` it counts if the row goes on for all of its
+    talk steps, and the mean is over every such position of a row, padding included.
+
+    Args:
+        anchors: [B, A]; has_target: [K, B, A] bool of :class:`~quietstar.talk.Talk`.
+
+    Returns:
+        rewarded and averaged, [B, A] bool.
+    """
+    rewarded = has_target.any(0)
+    if config.policy_mean == "rewarded":
+        return rewarded, rewarded
+    ahead = anchors + 1 + has_target.shape[0]
+    complete = ahead < ranges.stop.shape[1]
+    return rewarded & complete & ~ranges.crosses(anchors, ahead), complete
 
 
 @torch.no_grad()
@@ -55,15 +72,15 @@ def reward_thoughts(
     ranges: TextRanges,
     baseline_losses: Tensor | None = None,
 ) -> Reward:
-    """anchors [B, A] -> reward of each thought; anchors too close to the end get none.
+    """anchors [B, A] -> reward of each thought, the sum over the tokens that it is rewarded for.
 
     ``slot_hidden`` [B, S, A*R, d] and ``baseline_losses`` [B, N-1] as in
     :func:`quietstar.objective.gains`.
     """
-    counts = can_be_rewarded(anchors, talked.talk_losses.shape[0], ranges)
+    rewarded, averaged = which_count(config, anchors, talked.has_target, ranges)
     gained = gains(config, head, talked, slot_hidden, anchors, baseline_losses)
-    reward = gained.sum(0) * counts[..., None]
-    return Reward(reward, advantage_of(config, reward), counts)
+    reward = gained.sum(0) * rewarded[..., None]
+    return Reward(reward, advantage_of(config, reward), rewarded, averaged)
 
 
 def thought_logprobs(
@@ -96,8 +113,8 @@ def policy_loss(
 ) -> Tensor:
     """mean over the T thought tokens of -(A · logp).mean(), unweighted.
 
-    The mean runs over all thoughts that can earn something, those that did not included; their rows
-    need no vocabulary product and get none.
+    The mean runs over all thoughts that count, those that earned nothing included; their rows need no
+    vocabulary product and get none.
 
     Args:
         slot_hidden: [B, S, M, d]; thought_ids: [B, M, T], M = A*R with rationales as neighbours.
@@ -125,7 +142,6 @@ def learn(
     slot_hidden: Tensor,
     thought_ids: Tensor | None,
     earned: Reward,
-    can_think: Tensor,
     part: BatchPart = WHOLE,
 ) -> tuple[Objective, Tensor | None]:
     """All terms of the loss, and the policy term without a gradient.
@@ -133,17 +149,16 @@ def learn(
     Args:
         nll: the language-model loss.
         slot_hidden: [B, S, M, d]; thought_ids: [B, M, T], None where nothing was sampled.
-        can_think: [B, A] bool, the anchors that are text.
         part: which part of a larger batch this is; means over thoughts are over the larger one.
     """
     if thought_ids is None:
         return add_up(config, nll, None, None), None
     rationales = earned.advantage.shape[-1]
-    count = part.mean_count("thoughts", earned.counts.sum() * rationales)
+    count = part.mean_count("thoughts", earned.averaged.sum() * rationales)
     with torch.set_grad_enabled(torch.is_grad_enabled() and config.policy_weight > 0):
         policy = policy_loss(config, head, slot_hidden, thought_ids, earned, count)
     entropy = None
     if config.entropy_bonus:
-        weights = (earned.counts & can_think).float() / count
+        weights = earned.rewarded.float() / count
         entropy = thought_entropy(config, head, slot_hidden, weights, rationales)
     return add_up(config, nll, policy, entropy), policy.detach()

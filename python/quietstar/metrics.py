@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from .config import QuietStarConfig
 from .modeling import QuietStarOutput
 
 logger = logging.getLogger("quietstar")
@@ -22,50 +24,62 @@ def describe(output: QuietStarOutput) -> dict[str, tuple[Tensor, Tensor]]:
     The mean mixing weight hides success where few tokens profit from a thought, so it is split into
     hard tokens (highest base loss), easy ones, and the highest weights.
     """
-    base_losses = output.base_losses
-    assert base_losses is not None
+    base_losses, is_target = output.base_losses, output.is_target
+    assert base_losses is not None and is_target is not None
     one = torch.ones((), device=base_losses.device)
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(name: str, total: Tensor, count: Tensor = one) -> None:
         found[name] = (total.detach().float(), count.float())
 
-    assert output.base_loss is not None
-    add("base_loss", output.base_loss)
+    add("base_loss", base_losses.sum(), is_target.sum())
     if output.talk_losses is None:
         return found
-    assert output.talk_loss is not None and output.has_target is not None
+    assert output.has_target is not None and output.rewarded is not None
     assert output.anchors is not None and output.mixing_weight is not None
-    for k, loss in enumerate(output.talk_loss):
-        add(f"talk_loss_{k}", loss)
+    rationales = output.talk_losses.shape[2]
+    for k, losses in enumerate(output.talk_losses):
+        add(f"talk_loss_{k}", losses.sum(), output.has_target[k].sum() * rationales)
     has_target = output.has_target[0]
-    spoken = output.anchors.clamp(max=base_losses.shape[1] - 1)
-    base = base_losses.gather(1, spoken) * has_target
+    base = pad(base_losses, (0, 1)).gather(1, output.anchors) * has_target
     mixed = output.talk_losses[0].mean(1)
     add("gain", ((base - mixed) * has_target).sum(), has_target.sum())
 
-    weight = output.mixing_weight[0].mean(1) * has_target
-    top = max(1, int(HARD_SHARE * weight.numel()))
-    hard = torch.zeros_like(weight).flatten().index_fill(0, base.flatten().topk(top).indices, 1.0)
-    hard = hard.view_as(weight) * has_target
-    easy = has_target.float() - hard
-    add("mixing_weight", weight.sum(), has_target.sum())
-    add("mixing_weight_hard", (weight * hard).sum(), hard.sum())
-    add("mixing_weight_easy", (weight * easy).sum(), easy.sum())
-    add("mixing_weight_top", weight.flatten().topk(top).values.mean())
+    weight = output.mixing_weight[0].mean(1)
+    hard = largest(base, has_target, HARD_SHARE)
+    shares = {"": has_target, "_hard": hard, "_easy": has_target & ~hard}
+    shares["_top"] = largest(weight, has_target, HARD_SHARE)
+    for name, where in shares.items():
+        add(f"mixing_weight{name}", torch.where(where, weight, 0.0).sum(), where.sum())
 
     assert output.reward is not None and output.advantage is not None
-    length = base_losses.shape[1] + 1
-    counts = (output.anchors <= length - 2 - len(output.talk_loss))[:, None]
-    total = counts.sum() * output.reward.shape[1]
-    add("reward", (output.reward * counts).sum(), total)
-    add("positive_advantages", ((output.advantage > 0) & counts).sum(), total)
+    rewarded = output.rewarded[:, None]
+    total = rewarded.sum() * rationales
+    add("reward", (output.reward * rewarded).sum(), total)
+    add("positive_advantages", ((output.advantage > 0) & rewarded).sum(), total)
     if output.policy_loss is not None:
         add("policy_loss", output.policy_loss)
     if output.thought_logprobs is not None:
         # The mean of -log p over samples from p estimates its entropy.
-        add("thought_entropy", -output.thought_logprobs.mean())
+        logprobs = torch.where(rewarded, output.thought_logprobs.mean(-1), 0.0)
+        add("thought_entropy", -logprobs.sum(), total)
     return found
+
+
+def language_model_loss(config: QuietStarConfig, means: dict[str, float]) -> float:
+    """The language-model loss from its means over many batches, by :func:`describe`'s names."""
+    talk = [means.get(f"talk_loss_{k}", 0.0) for k in range(config.talk_length)]
+    if not config.thinks:
+        return means["base_loss"]
+    share = config.base_loss_weight
+    return share * means["base_loss"] + (1 - share) * sum(talk) / len(talk)
+
+
+def largest(values: Tensor, counts: Tensor, share: float) -> Tensor:
+    """Where the largest of the values that count are, bool: a share of these, at least one."""
+    order = torch.where(counts, values, -torch.inf).flatten().argsort(descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return counts & (rank.view_as(values) < (share * counts.sum()).clamp(min=1).floor())
 
 
 class Average:
@@ -83,6 +97,10 @@ class Average:
             old_total, old_count = self._sums.get(name, (0.0, 0.0))
             self._sums[name] = (old_total + total, old_count + count)
 
+    def __len__(self) -> int:
+        """How many means there are."""
+        return len(self._sums)
+
     def pop(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The means so far, over all processes, and a fresh start.
 
@@ -95,7 +113,9 @@ class Average:
         stacked = torch.stack([torch.stack(self._sums[name]) for name in names])
         totals, counts = reduce(stacked).unbind(1)
         self._sums.clear()
-        return dict(zip(names, (totals / counts.clamp(min=1)).tolist(), strict=True))
+        means = zip(names, (totals / counts).tolist(), counts.tolist(), strict=True)
+        # What nothing counted for has no mean.
+        return {name: mean for name, mean, count in means if count}
 
 
 class Watch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,20 @@ from transformers import (
 )
 
 from .attention import check_supported, implementation_name
+from .caching import CACHE_NAME, check_alone, check_grows, check_last, one_cache
 from .checks import check_baseline, check_ignored, check_meta_tokens, check_text
 from .config import QuietStarConfig
-from .generation import SpokenThought, Thinking, ThinkingGenerationMixin
+from .decoding import check_outputs
+from .generation import ThinkingGenerationMixin
 from .layout import text_ranges
 from .output import QuietStarOutput
 from .parts import WHOLE, BatchPart
 from .passes import ThinkingPasses
-from .sharding import output_layer_gathered
 from .self_check import check_decoder
-from .talk import MixingHead, check_labels
+from .sharding import output_layer_gathered
+from .talk import MixingHead, check_labels, target_labels
 from .think import ThoughtEmbedding
+from .thinking import SpokenThought, Thinking
 from .tokens import add_meta_tokens, meta_token_ids
 
 
@@ -58,8 +62,8 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         self.mixing_head = MixingHead(width)
         self._checked: set[str] = set()
         self.post_init()
-        # How the generation under way thinks; None outside of generate().
-        self._thinking: Thinking | None = None
+        if base.generation_config is not None:
+            self.generation_config = copy.deepcopy(base.generation_config)
         self.thoughts: list[SpokenThought] = []
 
     # ---- building -------------------------------------------------------------------------------
@@ -176,6 +180,8 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         use_cache: bool | None = None,
         document_ids: Tensor | None = None,
         batch_part: BatchPart = WHOLE,
+        cache: Cache | None = None,
+        thinking: Thinking | None = None,
         **ignored: Any,
     ) -> QuietStarOutput:
         """Think at the anchors, then predict.
@@ -193,14 +199,18 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
                 in training mode, where the reward counts; otherwise the model's own stand in.
             logits_to_keep: without labels, think and predict at the last so many positions only
                 (0: all).
-            past_key_values, use_cache: without labels, keep the text's keys between calls; then
-                ``input_ids`` holds the new tokens only, and the last of them alone is predicted from.
+            past_key_values, cache: two names of one argument, the text's keys from an earlier call
+                (``use_cache=True``); then ``input_ids`` holds the new tokens only, and the last of them
+                alone is predicted from. Padding at the left.
+            use_cache: without labels, hand the text's keys back.
             thought_temperature: default: the configuration's while training, 0 (the most likely
                 thought, one rationale) in evaluation mode.
             document_ids: [B, N], several documents in a row: between neighbours with different numbers
                 goes no attention, no talk and no prediction, and position ids start anew.
             batch_part: with labels, which part of a larger batch this is
-                (:class:`~quietstar.parts.BatchPart`).
+                (:class:`~quietstar.parts.BatchPart`). Such a part may have no target at all.
+            thinking: the state of a call of ``generate``, which decides here whether to think before the
+                next token.
 
         Raises:
             ValueError: names the argument that cannot be used, before anything is computed.
@@ -208,34 +218,50 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         config = self.config
         config.check_thoughts()
         check_ignored(ignored)
-        check_text(config, input_ids, labels)
+        # A part of a larger batch may have nothing to learn from; the others have.
+        alone = batch_part is WHOLE
+        check_text(config, input_ids, labels, alone)
         check_baseline(config, baseline_losses, input_ids, labels is not None and self.training)
+        check_outputs(ignored)
+        name, past = one_cache(past_key_values, cache)
+        if use_cache:
+            check_alone("use_cache", labels=labels, document_ids=document_ids)
         self._check_once(input_ids.device)
-        if past_key_values is not None or self._thinking is not None:
-            if labels is not None:
-                raise ValueError("labels were given with past_key_values; expected one of them")
-            if document_ids is not None:
-                raise ValueError("document_ids were given with past_key_values; expected one of them")
-            return self._next(input_ids, attention_mask, past_key_values, use_cache, thought_temperature)
+        if past is not None or thinking is not None:
+            check_alone(
+                name, labels=labels, document_ids=document_ids, thought_ids=thought_ids, anchors=anchors
+            )
+            check_grows(name, past)
+            check_last(name, logits_to_keep)
+            return self._next(input_ids, attention_mask, past, use_cache, thinking, thought_temperature)
         ranges = text_ranges(attention_mask, input_ids, document_ids)
         if labels is not None:
-            labels = check_labels(labels, ranges)
-        if not config.thinks:
-            return self._plain(input_ids, attention_mask, ranges, labels, logits_to_keep, batch_part)
+            labels = (check_labels if alone else target_labels)(labels, ranges)
+        if labels is None and not 0 <= logits_to_keep <= input_ids.shape[1]:
+            raise ValueError(f"logits_to_keep is {logits_to_keep}; expected 0 to {input_ids.shape[1]}")
         temperature = thought_temperature
         if temperature is None:
             temperature = config.thought_temperature if self.training else 0.0
-        if labels is None:
-            if not 0 <= logits_to_keep <= input_ids.shape[1]:
-                raise ValueError(
-                    f"logits_to_keep is {logits_to_keep}; expected 0 to {input_ids.shape[1]}"
-                )
+        if not config.thinks:
+            output = self._plain(input_ids, attention_mask, ranges, labels, logits_to_keep, batch_part)
+        elif labels is None:
             if thought_ids is not None and logits_to_keep:
                 raise ValueError("logits_to_keep was given with thought_ids; expected one of them")
-            return self._predict(input_ids, ranges, logits_to_keep, temperature, thought_ids, anchors)
-        return self._learn(
-            input_ids, ranges, labels, thought_ids, anchors, temperature, baseline_losses, batch_part
-        )
+            output = self._predict(input_ids, ranges, logits_to_keep, temperature, thought_ids, anchors)
+        else:
+            output = self._learn(
+                input_ids,
+                ranges,
+                labels,
+                thought_ids,
+                anchors,
+                temperature,
+                baseline_losses,
+                batch_part,
+            )
+        if use_cache:
+            output[CACHE_NAME] = self._text_cache(input_ids, attention_mask)
+        return output
 
 
     def _check_once(self, device: torch.device) -> None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from quietstar_ext import linear_cross_entropy
 
@@ -55,9 +56,9 @@ def gains(
     before = talked.base_losses
     if config.reward == "information-gain" and baseline_losses is not None:
         before = baseline_losses.to(before.dtype)
-    k, last = talked.talk_losses.shape[0], before.shape[1] - 1
+    k, last = talked.talk_losses.shape[0], before.shape[1]
     steps = torch.arange(k, device=anchors.device)[:, None, None]
-    before = before.expand(k, -1, -1).gather(2, (anchors[None] + steps).clamp(max=last))
+    before = pad(before, (0, 1)).expand(k, -1, -1).gather(2, (anchors[None] + steps).clamp(max=last))
     after = talked.talk_losses
     if config.reward != "mixture-gain":
         after = thought_losses(config, head, slot_hidden, talked.targets).view_as(after)

@@ -57,10 +57,13 @@ class BatchPart:
         return int(torch.randint(2**62, ())) if self._seed is None else self._seed
 
     def uniform(self, rows: int, columns: int) -> Tensor:
-        """This part's rows [rows, columns] of uniform numbers that are drawn for every part, fp32."""
+        """This part's rows [rows, columns] of uniform numbers that are drawn for every part, fp32.
+
+        Drawn column by column: more columns (padding) leave the numbers of the first as they were.
+        """
         generator = None if self._seed is None else torch.Generator().manual_seed(self._seed)
-        drawn = torch.rand(rows * self.count, columns, generator=generator)
-        return drawn.chunk(self.count)[self.index]
+        drawn = torch.rand(columns, rows * self.count, generator=generator)
+        return drawn.T.chunk(self.count)[self.index]
 
 
 WHOLE = BatchPart()

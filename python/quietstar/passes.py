@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .anchors import choose_anchors
 from .config import QuietStarConfig
 from .layout import TextRanges, text_positions
 from .learn import learn, reward_thoughts
 from .output import QuietStarOutput
 from .parts import WHOLE, BatchPart
 from .sharding import decoder_gathered
-from .talk import MixingHead, base_nll, mix_talk_steps, talk
+from .talk import IGNORE, MixingHead, base_nll, mix_talk_steps, talk
 from .think import (
     ThoughtEmbedding,
     Thoughts,
-    choose_anchors,
     depth_of_end,
     output_head,
     packed_pass,
@@ -58,8 +58,13 @@ class ThinkingPasses:
         if labels is None:
             return QuietStarOutput(logits=head.logits(hidden[:, -logits_to_keep:]))
         loss, losses = base_nll(head, hidden, labels, 1.0, part)
+        is_target = labels[:, 1:] != IGNORE
         return QuietStarOutput(
-            loss=loss, nll_loss=loss.detach(), base_losses=losses, base_loss=loss.detach()
+            loss=loss,
+            nll_loss=loss.detach(),
+            base_losses=losses,
+            base_loss=losses.sum() / is_target.sum().clamp(min=1),
+            is_target=is_target,
         )
 
     def _predict(
@@ -172,8 +177,7 @@ class ThinkingPasses:
             part,
         )
         earned = reward_thoughts(config, head, talked, slot_hidden, anchors, ranges, baseline_losses)
-        can_think = (ranges.start < ranges.stop).gather(1, anchors)
-        total, policy = learn(config, head, talked.nll, slot_hidden, ids, earned, can_think, part)
+        total, policy = learn(config, head, talked.nll, slot_hidden, ids, earned, part)
         return QuietStarOutput(
             loss=total.loss,
             language_loss=total.language_loss,
@@ -189,6 +193,8 @@ class ThinkingPasses:
             mixing_weight=talked.mixing_weight.transpose(2, 3),
             anchors=anchors,
             has_target=talked.has_target,
+            rewarded=earned.rewarded,
+            is_target=labels[:, 1:] != IGNORE,
             thought_ids=_by_rationale(ids, rationales),
             thought_logprobs=_by_rationale(logprobs, rationales),
         )
@@ -218,8 +224,7 @@ class ThinkingPasses:
             hidden = None
             if config.parse_think_at()[0] == "entropy":
                 hidden, _ = text_pass(self.base, input_ids, ranges)
-            is_text = ranges.start < ranges.stop
-            anchors = choose_anchors(config, input_ids, is_text, hidden, output_head(self.base), part)
+            anchors = choose_anchors(config, ranges, hidden, output_head(self.base), part)
         count = anchors.shape[1]
         given = tuple(thought_ids.shape)
         fits = len(given) == 4 and given[0] == batch and given[2] in (length, count)

@@ -30,7 +30,8 @@ class SeenThought:
     Attributes:
         text: its tokens; kind: "most likely" or "sampled".
         gain: base less mixed loss of the token, nats; weight: the mixing weight.
-        reward: what REINFORCE would see, summed over the talk steps (None near a row's end).
+        reward: what REINFORCE would see, summed over the talk steps (None where the thought does not
+            count).
     """
 
     text: str
@@ -146,7 +147,7 @@ def _look_at_row(
     columns = [_columns(output, tokenizer, length) for output in runs]
     spelt = spell(tokenizer, ids[0].tolist())
     yield SeenToken(spelt[0], number)
-    last_rewarded = length - 2 - model.config.talk_length
+    rewarded = first.rewarded[0].tolist()
     for at in range(length - 1):
         thoughts = []
         for run, (mixed, weight, reward, texts) in enumerate(columns):
@@ -158,7 +159,7 @@ def _look_at_row(
                     "sampled" if run else "most likely",
                     base[at] - mixed[at],
                     weight[at],
-                    reward[at] if at <= last_rewarded else None,
+                    reward[at] if rewarded[at] else None,
                 )
             )
         yield SeenToken(

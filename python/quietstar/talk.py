@@ -121,14 +121,19 @@ def base_nll(
     return loss, losses.view_as(targets)
 
 
-def check_labels(labels: Tensor, ranges: TextRanges) -> Tensor:
+def target_labels(labels: Tensor, ranges: TextRanges) -> Tensor:
     """Labels [B, N] without those of which nothing can be predicted: padding, and every document's
-    first token, which has no context.
+    first token, which has no context."""
+    return labels.masked_fill(ranges.stop - ranges.start <= 1, IGNORE)
+
+
+def check_labels(labels: Tensor, ranges: TextRanges) -> Tensor:
+    """:func:`target_labels`, of which there has to be one.
 
     Raises:
         ValueError: if nothing is left.
     """
-    labels = labels.masked_fill(ranges.stop - ranges.start <= 1, IGNORE)
+    labels = target_labels(labels, ranges)
     if not bool((labels[:, 1:] != IGNORE).any()):
         raise ValueError("labels are all ignored (-100 or padding); expected at least one target")
     return labels

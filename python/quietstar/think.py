@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from quietstar_ext import linear_sample
 
+from .anchors import choose_anchors
 from .attention import check_layers
 from .config import QuietStarConfig, text_config_of
 from .graphs import run_slots
@@ -98,51 +99,6 @@ def run_decoder_plain(
     return decoder.base_model(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
     ).last_hidden_state
-
-
-def choose_anchors(
-    config: QuietStarConfig,
-    input_ids: Tensor,
-    is_text: Tensor,
-    hidden: Tensor | None,
-    head: Head | None,
-    part: BatchPart = WHOLE,
-) -> Tensor:
-    """The positions that think, [B, A] int64, ascending.
-
-    Args:
-        input_ids: [B, N].
-        is_text: [B, N] bool; padding thinks only if nothing else is left.
-        hidden: [B, N, d] of the text, and head: both for the rule ``entropy`` alone.
-        part: the random positions are drawn for every part, and this one's are taken.
-    """
-    batch, length = input_ids.shape
-    rule, number = config.parse_think_at()
-    everywhere = torch.arange(length, device=input_ids.device)
-    if rule == "all":
-        return everywhere.expand(batch, -1)
-    if rule == "stride":
-        return everywhere[:: int(number)].expand(batch, -1)
-    count = max(1, round(number * length))
-    if rule == "random":
-        score = part.uniform(batch, length).to(input_ids.device)
-    else:
-        if hidden is None or head is None:
-            raise ValueError("think_at='entropy:p' needs the text's hidden states")
-        score = base_entropy(hidden, head)
-    score = torch.where(is_text, score, -1.0)
-    return score.topk(count, dim=1).indices.sort(dim=1).values
-
-
-@torch.no_grad()
-def base_entropy(hidden: Tensor, head: Head, rows_per_chunk: int = 256) -> Tensor:
-    """Entropy in nats of the base prediction, [B, N] fp32, without holding all logits at once."""
-    rows = hidden.flatten(0, 1)
-    parts = []
-    for chunk in rows.split(rows_per_chunk):
-        logp = head.logits(chunk).float().log_softmax(-1)
-        parts.append(-(logp.exp() * logp).sum(-1))
-    return torch.cat(parts).unflatten(0, hidden.shape[:2])
 
 
 def depth_of_end(config: QuietStarConfig) -> int:
@@ -259,7 +215,7 @@ def rollout(
     text_hidden, keys = text_pass(decoder, input_ids, ranges)
     if anchors is None:
         head = output_head(decoder)
-        anchors = choose_anchors(config, input_ids, row_start < row_stop, text_hidden, head, part)
+        anchors = choose_anchors(config, ranges, text_hidden, head, part)
     anchors = anchors.repeat_interleave(rationales, dim=1)
     steps = ThoughtLayout(row_start, row_stop, anchors, slots, phase="slot")
     steps.keys = keys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -10,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .batches import WholeBatches
 from .guard import NonFiniteLoss
-from .metrics import Average, Watch, describe
+from .metrics import Average, Watch, describe, language_model_loss
+from .parts import BatchPart
 from .saving import SafeCheckpoints
 from .tokens import check_tokenizer
 from .trainer_objective import ObjectiveTrainer
@@ -35,7 +37,7 @@ class QuietStarTrainer(ObjectiveTrainer, WholeBatches, SafeCheckpoints):
         if isinstance(tokenizer, PreTrainedTokenizerBase):
             check_tokenizer(tokenizer, self._thought_config())
         self._averages = {True: Average(), False: Average()}
-        self._tokens = 0
+        self._tokens: Tensor | int = 0
         self._last_log = time.perf_counter()
         self._watch = Watch()
         self.warnings_given: list[str] = []
@@ -48,23 +50,34 @@ class QuietStarTrainer(ObjectiveTrainer, WholeBatches, SafeCheckpoints):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's loss while training; its language-model part alone in evaluation."""
+        config = self._thought_config()
+        part = self.next_batch_part(config) if model.training else BatchPart()
+        output = self.run_model(model, {**inputs, "batch_part": part})
+        if not model.training or self._has_target:
+            self._averages[model.training].add(describe(output))
         if model.training:
-            inputs = {**inputs, "batch_part": self.next_batch_part(self._thought_config())}
-        output = self.run_model(model, inputs)
-        self._averages[model.training].add(describe(output))
-        if model.training:
-            self._tokens += inputs["input_ids"].numel()
+            mask = inputs.get("attention_mask")
+            self._tokens += inputs["input_ids"].numel() if mask is None else (mask != 0).sum()
         loss = self.loss_to_send_back(output) if model.training else output.nll_loss
         return (loss, output) if return_outputs else loss
+
+    def settle_gradients(self) -> bool:
+        """As the objectives ask; a step without any target is skipped, and is no fault."""
+        if self._has_target:
+            return super().settle_gradients()
+        for parameter in self.trained_parameters():
+            parameter.grad = None
+        return True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what thinking did since the last entry."""
         if "loss" in logs:
             logs.update(self._averages[True].pop(self._reduce))
             now = time.perf_counter()
-            logs["tokens_per_second"] = self._tokens / max(now - self._last_log, 1e-9)
+            logs["tokens_per_second"] = int(self._tokens) / max(now - self._last_log, 1e-9)
             self._tokens, self._last_log = 0, now
             logs.update(self.objective_logs())
+            logs.update(self.without_targets)
             config = self._thought_config()
             if config.thinks:
                 # Clipped apart, the policy term cannot crowd out the other.
@@ -89,6 +102,16 @@ class QuietStarTrainer(ObjectiveTrainer, WholeBatches, SafeCheckpoints):
             ignore_keys=ignore_keys,
             metric_key_prefix=metric_key_prefix,
         )
-        for name, value in self._averages[False].pop(self._reduce).items():
+        looked = len(self._averages[False]) > 0
+        found = self._averages[False].pop(self._reduce)
+        if "base_loss" in found:
+            # The mean over all targets, not over batches that have different numbers of them, or none.
+            found["loss"] = language_model_loss(self._thought_config(), found)
+        elif looked and math.isfinite(result.metrics[f"{metric_key_prefix}_loss"]):
+            raise ValueError(
+                "the evaluation data have no target (labels are all -100 or padding); expected at least"
+                " one token to predict"
+            )
+        for name, value in found.items():
             result.metrics[f"{metric_key_prefix}_{name}"] = value
         return result

@@ -83,7 +83,10 @@ def visible(
     if sliding_window is not None:
         depth = slot[:, :, None] + 1
         text_seen = text_seen & (key >= stop + depth - sliding_window)
-    slot_seen = torch.arange(key_slots, device=text_start.device) <= slot
+    key_slot = torch.arange(key_slots, device=text_start.device)
+    slot_seen = key_slot <= slot
+    if sliding_window is not None:
+        slot_seen = slot_seen & (slot - key_slot < sliding_window)
     return text_seen, slot_seen[:, None]
 
 

@@ -2,8 +2,11 @@
 //
 // Query slot s (0 .. query_slots - 1) of column m has the depth s + 1 + key_slots - query_slots (0
 // where there are no key slots) and sees
-//   text key j      with  text_start[m] <= j < text_stop[m]  and  j >= text_stop[m] + depth -
-//   window thought slot t  of column m, with t < depth.
+//   text key j      with text_start[m] <= j < text_stop[m], and
+//   thought slot t  of column m, with t < depth.
+// With a window, these are cut to j >= text_stop[m] + depth - window and t >= depth - window: to
+// the last tokens of the chain of text and slots that ends with the row itself.
+//
 // With x = scale * q.k, turned into softcap * tanh(x / softcap) where there is a cap:
 //   lse = log(sum exp(x) + exp(sink)),  out = sum exp(x - lse) v.
 // A row that sees nothing and has no sink gets out = 0 and lse = -inf.
@@ -44,7 +47,7 @@ struct ThoughtAttention {
   const std::int32_t* text_stop;   // [B, M], any values, in any order; sorted is fastest
   const float* sinks;              // [Hq] or null
   double scale;
-  std::int64_t window;  // tokens, 0: none
+  std::int64_t window;  // tokens, the row's own among them; 0: none
   double softcap;       // 0: none
   void* workspace;      // thought_attention_workspace(...) bytes, aligned to 64
   int threads;          // >= 1; changes nothing in the results. CPU only

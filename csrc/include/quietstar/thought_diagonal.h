@@ -1,7 +1,8 @@
 // The slot part of thought_attention alone, merged with a text part that another kernel computed.
 //
 // Query slot s of column m sees the thought slots t of the same column with t < s + 1 + key_slots -
-// query_slots. With x = scale * q.k over them, and the text part's out_text and lse_text:
+// query_slots; there is no window. With x = scale * q.k over them, and the text part's out_text and
+// lse_text:
 //   lse = log(sum exp(x) + exp(lse_text) + exp(sink))
 //   out = sum exp(x - lse) v + exp(lse_text - lse) out_text
 // A row that sees nothing and has no sink gets out = 0 and lse = -inf.

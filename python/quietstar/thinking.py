@@ -1,0 +1,109 @@
+"""When a generating model thinks, and what it thought: the state of one call of ``generate``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+RULES = ("always", "never", "every", "entropy")
+
+
+@dataclass(frozen=True)
+class SpokenThought:
+    """A thought behind a generated token.
+
+    Attributes:
+        row: of the batch (with ``num_return_sequences`` or beams, of the batch that these make); step:
+            which new token it was for, from 0.
+        ids: [T] tokens; mixing_weight: how much the prediction listened to it.
+    """
+
+    row: int
+    step: int
+    ids: tuple[int, ...]
+    mixing_weight: float
+
+
+@dataclass
+class Thinking:
+    """When a generating model thinks, and what it thought: the state of one call of ``generate``.
+
+    Args:
+        rule: ``"always"``, ``"never"``, ``"every:k"`` (at every k-th new token) or ``"entropy:x"``
+            (where the base prediction's entropy exceeds x nats; each row decides for itself).
+        budget: at most so many thoughts per row; None: no limit.
+
+    Attributes:
+        step: new tokens so far; spent: [rows] thoughts so far; chosen: [rows] bool, which rows thought
+            before the latest token.
+        thoughts: in the order in which they came.
+    """
+
+    rule: str = "always"
+    budget: int | None = None
+    step: int = 0
+    spent: Tensor | None = None
+    thoughts: list[SpokenThought] = field(default_factory=list)
+    chosen: Tensor | None = field(default=None, init=False, repr=False)
+    # So many tokens of a prompt go through the decoder at a time; None: all.
+    prefill_chunk_size: int | None = field(default=None, init=False, repr=False)
+    # A call has taken it; another would mix its thoughts into that one's.
+    taken: bool = field(default=False, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        name, _, number = str(self.rule).partition(":")
+        try:
+            self._value = float(number) if number else 0.0
+        except ValueError:
+            self._value = -1.0
+        plain = self.rule in ("always", "never")
+        every = name == "every" and self._value >= 1 and self._value == int(self._value)
+        entropy = name == "entropy" and bool(number) and self._value >= 0
+        if not (plain or every or entropy):
+            raise ValueError(
+                f"thinking is {self.rule!r}; expected 'always', 'never', 'every:k' with a whole number"
+                " k >= 1 or 'entropy:x' with x >= 0 nats"
+            )
+        if self.budget is not None and self.budget < 0:
+            raise ValueError(f"thinking_budget is {self.budget}; expected a whole number >= 0")
+        self._name = name
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """Which rows think now, [rows] bool, from the base prediction's logits [rows, V]."""
+        rows = logits.shape[0]
+        if self.spent is None:
+            self.spent = torch.zeros(rows, dtype=torch.int64, device=logits.device)
+        if self._name == "entropy":
+            # entr(0) is 0, which the banned meta tokens need.
+            chosen = torch.special.entr(logits.float().softmax(-1)).sum(-1) > self._value
+        else:
+            now = self._name == "always" or (self._name == "every" and self.step % int(self._value) == 0)
+            chosen = torch.full((rows,), now, device=logits.device)
+        if self.budget is not None:
+            chosen &= self.spent < self.budget
+        self.spent += chosen
+        self.step += 1
+        self.chosen = chosen
+        return chosen
+
+
+class FollowingThinking(Thinking):
+    """Thinks where another does: for passes beside a generation's own, which count for nothing."""
+
+    def __init__(self, leader: Thinking) -> None:
+        super().__init__()
+        self._leader = leader
+
+    def decide(self, logits: Tensor) -> Tensor:
+        """The rows that the leader chose for the same token."""
+        chosen = self._leader.chosen
+        if chosen is None or len(chosen) != logits.shape[0]:
+            count = "no" if chosen is None else len(chosen)
+            raise ValueError(
+                f"negative_prompt_ids has {logits.shape[0]} rows; expected {count}, one for every row"
+                " that is generated"
+            )
+        self.step += 1
+        return chosen
