@@ -89,6 +89,7 @@ _GEMMA4 = {
     **{"num_hidden_layers": 4, "layer_types": _MIXED["layer_types"] * 2},
     **{"num_kv_shared_layers": 2, "global_head_dim": 16},
 }
+_GEMMA4_TOKENS = {"image_token_id": 90, "video_token_id": 91, "audio_token_id": 92}
 _BLT_PART = {
     **{"hidden_size": 32, "hidden_size_global": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
     **{"num_key_value_heads": 4, "intermediate_size": 48, "cross_attn_k": 1},
@@ -127,12 +128,26 @@ EXTRA: dict[str, dict[str, Any]] = {
     "emu3": {"vq_config": {"base_channels": 32, "hidden_size": 32, "codebook_size": 16}},
     "falcon_h1": {"mamba_d_ssm": 64, **_MAMBA_OF_64},
     "fuyu": {**{"image_size": 16, "patch_size": 8, "image_token_id": 94}},
-    "gemma3": {"vision_config": _IMAGES, "mm_tokens_per_image": 4, "image_token_index": 94},
+    "gemma3": {
+        # This class leaves the logits as they are.
+        "text_config": {**_MIXED, "final_logit_softcapping": None},
+        **{"vision_config": _IMAGES, "mm_tokens_per_image": 4, "image_token_index": 94},
+    },
     "gemma3n_text": {
         **{"num_hidden_layers": 4, "layer_types": _MIXED["layer_types"] * 2, "num_kv_shared_layers": 2},
         **{**_PER_LAYER, "laurel_rank": 8, "altup_num_inputs": 2},
         "activation_sparsity_pattern": [0.0] * 4,
     },
+    # The larger checkpoints: experts, keys that are values. The small ones are gemma4_text below.
+    "gemma4": {
+        "text_config": {
+            **{**_MIXED, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
+            **{"global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
+            "enable_moe_block": True,
+        },
+        **_GEMMA4_TOKENS,
+    },
+    "gemma4_unified": _GEMMA4_TOKENS,
     "gemma4_text": {**_GEMMA4, **_PER_LAYER},
     "gemma4_unified_text": _GEMMA4,
     "gemma4_assistant": {
@@ -178,6 +193,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 4},
     "mellum": _MIXED,
     "mamba2": {"num_heads": 8, "n_groups": 1},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_block_size": 4},
     "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 8},
     "mllama": {"vision_config": {**_IMAGES, "num_global_layers": 1, "attention_heads": 2}},
     "mllama_text_model": {"cross_attention_layers": []},

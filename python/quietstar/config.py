@@ -154,7 +154,10 @@ class QuietStarConfig(PretrainedConfig):
         """The decoder's own answer to what tools look for (:data:`DECODER_FIELDS`); not stored here."""
         if name not in DECODER_FIELDS or "text_config" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return getattr(self.get_text_config(decoder=True).get_text_config(decoder=True), name)
+        try:
+            return getattr(self.get_text_config(decoder=True).get_text_config(decoder=True), name)
+        except RuntimeError as error:  # a field that differs from layer to layer has no one answer
+            raise AttributeError(f"{type(self).__name__} has no one {name!r}: {error}") from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in DECODER_FIELDS and "text_config" in self.__dict__:
