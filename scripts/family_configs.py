@@ -238,7 +238,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "whisper": {"num_mel_bins": 8, "max_source_positions": 16},
     "xlm": {"causal": True, "n_langs": 1},
     "xlstm": {"num_blocks": 2},
-    "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"], "use_mamba_kernels": False},
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid"],
         **{"use_mamba_kernels": False, "num_hidden_layers": 2, "adapter_rank": 4},
