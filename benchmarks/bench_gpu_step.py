@@ -30,6 +30,8 @@ from quietstar.layout import LayerKeys, ThoughtLayout
 from quietstar.plan import decoder_sizes
 from quietstar.think import depth_of_end, output_head, slot_steps
 
+pytestmark = pytest.mark.device
+
 Table = dict[str, dict[str, float]]
 
 needs_a_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
