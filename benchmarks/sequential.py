@@ -23,8 +23,9 @@ def sequential_step(
     """The loss of one training step, graph attached.
 
     Args:
-        model: any model without padding; its decoder runs in eager or sdpa attention, by depth.
-        input_ids: [B, N]; also the labels.
+        model: any model whose windows, if it has any, are longer than text and thought; its decoder runs
+            in eager or sdpa attention, by depth.
+        input_ids: [B, N] without padding; also the labels.
         thought_ids: [B, R, N, T] to use instead of sampling.
     """
     config, base = model.config, model.base
