@@ -15,16 +15,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .attention import check_supported, implementation_name
+from .attention import check_reopens, check_supported, implementation_name
 from .checks import check_baseline, check_ignored, check_meta_tokens, check_text
-from .config import QuietStarConfig
+from .config import QuietStarConfig, text_config_of
 from .generation import SpokenThought, Thinking, ThinkingGenerationMixin
 from .layout import text_ranges
 from .output import QuietStarOutput
 from .parts import WHOLE, BatchPart
 from .passes import ThinkingPasses
-from .sharding import output_layer_gathered
 from .self_check import check_decoder
+from .sharding import output_layer_gathered
 from .talk import MixingHead, check_labels
 from .think import ThoughtEmbedding
 from .tokens import add_meta_tokens, meta_token_ids
@@ -52,6 +52,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         # The layers look their attention up in this very object at every call.
         base.config._attn_implementation = implementation_name(base)
         config.text_config = base.config
+        _freeze_other_parts(base)
         self.base = base
         width = base.get_input_embeddings().embedding_dim
         self.thought_embedding = ThoughtEmbedding(width)
@@ -84,11 +85,13 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             fields: of :class:`QuietStarConfig`.
 
         Raises:
-            ValueError: for a model family that cannot think, or meta tokens that are nowhere to be had.
+            ValueError: for a model family that cannot think or could not be opened again after saving,
+                or meta tokens that are nowhere to be had.
         """
         if isinstance(base, str):
             base = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True)
         check_supported(base)
+        check_reopens(base)
         if tokenizer is not None:
             add_meta_tokens(tokenizer)
             fields = {**meta_token_ids(tokenizer), **fields}
@@ -133,7 +136,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         if isinstance(module, MixingHead):
             module.reset_parameters()
         elif isinstance(module, ThoughtEmbedding):
-            std = getattr(self.config.text_config, "initializer_range", 0.02)
+            std = getattr(text_config_of(self.config), "initializer_range", 0.02)
             for parameter in (module.start, module.end):
                 nn.init.normal_(parameter, std=std / self.config.embedding_scale)
 
@@ -156,7 +159,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         """Refused: the decoder's attention function is what lets it think."""
         raise ValueError(
             f"attn_implementation is {attn_implementation!r}; a Quiet-STaR model keeps its own attention"
-            " function, which uses torch's fused attention for the text where that is exact"
+            " function (load it with attn_implementation 'sdpa' or 'eager' to choose its text's)"
         )
 
     # ---- thinking -------------------------------------------------------------------------------
@@ -237,7 +240,6 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             input_ids, ranges, labels, thought_ids, anchors, temperature, baseline_losses, batch_part
         )
 
-
     def _check_once(self, device: torch.device) -> None:
         """What is compared before the first pass, and before the first with thoughts."""
         wanted = {"logits"}
@@ -245,10 +247,17 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             wanted.add("thoughts")
         if not wanted <= self._checked:
             missing = wanted - self._checked
-            check_decoder(
-                self.base, device, logits="logits" in missing, thoughts="thoughts" in missing
-            )
+            check_decoder(self.base, device, logits="logits" in missing, thoughts="thoughts" in missing)
             self._checked |= wanted
+
+
+def _freeze_other_parts(base: PreTrainedModel) -> None:
+    """Of a model for several modalities no text reaches the others' parts: nothing there could learn."""
+    text = [base.get_decoder(), base.get_input_embeddings(), base.get_output_embeddings()]
+    reached = {id(p) for module in text for p in module.parameters()}
+    for parameter in base.parameters():
+        if id(parameter) not in reached:
+            parameter.requires_grad_(False)
 
 
 AutoConfig.register("quietstar", QuietStarConfig, exist_ok=True)
