@@ -88,7 +88,7 @@ class QuietStarConfig(PretrainedConfig):
             slot, nothing is sampled); ``"none"`` (a control: plain language modelling).
         start_token_id, end_token_id: the meta tokens' ids; they are never sampled.
         self_check: before the first thoughts, compare a few tokens of a thought with the decoder's own
-            run of them, and refuse a decoder whose thoughts would be wrong (:mod:`quietstar.self_check`).
+            run of them, and refuse a decoder whose thoughts would be wrong.
     """
 
     model_type = "quietstar"
@@ -124,7 +124,6 @@ class QuietStarConfig(PretrainedConfig):
             text_config = AutoConfig.for_model(**text_config)
         elif text_config is None:
             text_config = AutoConfig.for_model("llama")
-        self.text_config = text_config
         self.thought_length = thought_length
         self.talk_length = talk_length
         self.num_rationales = num_rationales
@@ -147,7 +146,14 @@ class QuietStarConfig(PretrainedConfig):
         self.end_token_id = end_token_id
         self.self_check = self_check
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
+        chosen = {
+            n: kwargs[n] for n in ("attn_implementation", "experts_implementation") if kwargs.get(n)
+        }
         super().__init__(**kwargs)
+        # Behind the base class, which would set these two to None in every part that it finds.
+        self.text_config = text_config
+        for name, value in chosen.items():
+            setattr(self, f"_{name}", value)
         self.check_thoughts()
 
     def __getattr__(self, name: str) -> Any:
@@ -194,6 +200,11 @@ class QuietStarConfig(PretrainedConfig):
             "mixing_floor": 0.0,
         }
         return cls(**{**preset, **fields})
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
+        """The text decoder's, also where that is a part of ``text_config``."""
+        decoder: Any = vars(self).get("text_config")  # the base class asks before it is set
+        return self if decoder is None else decoder.get_text_config(*args, **kwargs)
 
     @property
     def num_slots(self) -> int:

@@ -16,10 +16,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .attention import check_supported, implementation_name
+from .attention import check_reopens, check_supported, implementation_name
 from .caching import CACHE_NAME, check_alone, check_grows, check_last, one_cache
 from .checks import check_baseline, check_ignored, check_meta_tokens, check_text
-from .config import QuietStarConfig
+from .config import QuietStarConfig, text_config_of
 from .decoding import check_outputs
 from .generation import ThinkingGenerationMixin
 from .layout import text_ranges
@@ -56,6 +56,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         # The layers look their attention up in this very object at every call.
         base.config._attn_implementation = implementation_name(base)
         config.text_config = base.config
+        _freeze_other_parts(base)
         self.base = base
         width = base.get_input_embeddings().embedding_dim
         self.thought_embedding = ThoughtEmbedding(width)
@@ -88,11 +89,13 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             fields: of :class:`QuietStarConfig`.
 
         Raises:
-            ValueError: for a model family that cannot think, or meta tokens that are nowhere to be had.
+            ValueError: for a model family that cannot think or could not be opened again after saving,
+                or meta tokens that are nowhere to be had.
         """
         if isinstance(base, str):
             base = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True)
         check_supported(base)
+        check_reopens(base)
         if tokenizer is not None:
             add_meta_tokens(tokenizer)
             fields = {**meta_token_ids(tokenizer), **fields}
@@ -137,7 +140,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         if isinstance(module, MixingHead):
             module.reset_parameters()
         elif isinstance(module, ThoughtEmbedding):
-            std = getattr(self.config.text_config, "initializer_range", 0.02)
+            std = getattr(text_config_of(self.config), "initializer_range", 0.02)
             for parameter in (module.start, module.end):
                 nn.init.normal_(parameter, std=std / self.config.embedding_scale)
 
@@ -160,7 +163,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         """Refused: the decoder's attention function is what lets it think."""
         raise ValueError(
             f"attn_implementation is {attn_implementation!r}; a Quiet-STaR model keeps its own attention"
-            " function, which uses torch's fused attention for the text where that is exact"
+            " function (load it with attn_implementation 'sdpa' or 'eager' to choose its text's)"
         )
 
     # ---- thinking -------------------------------------------------------------------------------
@@ -263,7 +266,6 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             output[CACHE_NAME] = self._text_cache(input_ids, attention_mask)
         return output
 
-
     def _check_once(self, device: torch.device) -> None:
         """What is compared before the first pass, and before the first with thoughts."""
         wanted = {"logits"}
@@ -271,10 +273,17 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             wanted.add("thoughts")
         if not wanted <= self._checked:
             missing = wanted - self._checked
-            check_decoder(
-                self.base, device, logits="logits" in missing, thoughts="thoughts" in missing
-            )
+            check_decoder(self.base, device, logits="logits" in missing, thoughts="thoughts" in missing)
             self._checked |= wanted
+
+
+def _freeze_other_parts(base: PreTrainedModel) -> None:
+    """Of a model for several modalities no text reaches the others' parts: nothing there could learn."""
+    text = [base.get_decoder(), base.get_input_embeddings(), base.get_output_embeddings()]
+    reached = {id(p) for module in text for p in module.parameters()}
+    for parameter in base.parameters():
+        if id(parameter) not in reached:
+            parameter.requires_grad_(False)
 
 
 AutoConfig.register("quietstar", QuietStarConfig, exist_ok=True)

@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from quietstar.config import QuietStarConfig
+from quietstar.config import QuietStarConfig, text_config_of
 from quietstar.errors import UserError
 from quietstar.plan import (
     CONTEXT_BYTES,
@@ -75,7 +75,7 @@ def recipe_sizes(recipe: Recipe) -> tuple[QuietStarConfig, Sizes]:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"cannot load the configuration of {section.name}: {reason}") from error
-        decoder = getattr(decoder, "text_config", decoder)
+        decoder = text_config_of(decoder)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if not hasattr(decoder, name):
             raise UserError(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from .config import END_TOKEN, START_TOKEN, QuietStarConfig
+from .config import END_TOKEN, START_TOKEN, QuietStarConfig, text_config_of
 from .modeling import QuietStarForCausalLM
 
 logger = logging.getLogger("quietstar")
@@ -90,7 +90,7 @@ def load_reference(
     if theta is not None and "rope_parameters" not in settings:
         settings["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
     text_config = AutoConfig.for_model(**settings)
-    vocabulary = text_config.vocab_size
+    vocabulary = text_config_of(text_config).vocab_size
     config = QuietStarConfig.from_reference(
         n_ahead=n_ahead,
         n_ahead_talk=n_ahead_talk,

@@ -27,9 +27,9 @@ from .think import check_head, run_decoder
 # The text, its two anchors and the slots behind each: enough for a wrong position, mask or embedding.
 _TEXT, _ANCHORS, _SLOTS = 4, (1, 3), 2
 # Largest relative difference of a hidden state. In fp32 right decoders stay below 1e-5, wrong ones begin
-# at 0.05. Where numbers are rounded (half precision, quantized weights) a token may go to another expert,
-# so the median counts, and deep decoders magnify what was rounded: up to so many times what a change of
-# the embeddings by one part in 256 does is allowed.
+# at 0.05. Where numbers are rounded (half precision, quantized weights) a token may go to another
+# expert, so the median counts, and deep decoders magnify what was rounded: up to so many times what a
+# change of the embeddings by one part in 256 does is allowed.
 _EXACT, _ROUNDED, _OF_A_NUDGE = 1e-3, 0.05, 4.0
 
 _one_at_a_time = threading.Lock()
@@ -100,17 +100,22 @@ def _check_columns(decoder: PreTrainedModel, ids: Tensor) -> None:
     wanted = (own[-1, :_TEXT], torch.cat(behind))
     found = packed(embeds)
     rounded = _is_rounded(decoder, own)
-    nudge = 1 + torch.tensor([1, -1], device=embeds.device).repeat(embeds.shape[-1])[: embeds.shape[-1]] / 256
+    nudge = (
+        1
+        + torch.tensor([1, -1], device=embeds.device).repeat(embeds.shape[-1])[: embeds.shape[-1]] / 256
+    )
     nudged = packed(embeds * nudge.to(embeds.dtype)) if rounded else found
-    for what, *states in zip(("the text", "a thought"), found, wanted, nudged, strict=True):
-        error, limit = _difference(*states[:2], rounded), _EXACT
+    pairs = zip(("the text", "a thought"), found, wanted, nudged, strict=True)
+    for what, ours, theirs, moved in pairs:
+        error, limit = _difference(ours, theirs, rounded), _EXACT
         if rounded:
-            limit = max(_ROUNDED, _OF_A_NUDGE * _difference(states[2], states[0], rounded))
+            limit = max(_ROUNDED, _OF_A_NUDGE * _difference(moved, ours, rounded))
         if not error < limit:
             raise ValueError(
-                f"model type {text_config_of(decoder.config).model_type!r} computes {what} in a pass with"
-                f" thoughts differently from the same tokens as one text (relative difference {error:.2g}),"
-                " so its thoughts would be wrong (self_check=False in the configuration skips this check)"
+                f"model type {text_config_of(decoder.config).model_type!r} computes {what} in a pass"
+                " with thoughts differently from the same tokens as one text (relative difference"
+                f" {error:.2g}), so its thoughts would be wrong (self_check=False in the configuration"
+                " skips this check)"
             )
 
 

@@ -353,7 +353,8 @@ def check_head(decoder: PreTrainedModel, hidden: Tensor) -> None:
     ours = output_head(decoder).logits(body)
     error = (own.float() - ours.float()).abs().max() / own.float().abs().max().clamp(min=1e-6)
     if not error < 2e-2:
+        kind = text_config_of(decoder.config).model_type
         raise ValueError(
-            f"model type {text_config_of(decoder.config).model_type!r} computes its logits in a way that is not"
-            f" supported (relative difference {float(error):.2g})"
+            f"model type {kind!r} computes its logits in a way that is not supported (relative"
+            f" difference {float(error):.2g})"
         )
