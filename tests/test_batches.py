@@ -33,7 +33,7 @@ def data(layout: str) -> list[list[Row]]:
 
 def step(folder: Path, layout: str, batch: int, fields: dict, **settings: Any) -> tuple[Tensor, dict]:
     """What one step of plain gradient descent does to all weights, and the log entry."""
-    model = build(policy_weight=2.0, **fields)
+    model = build(**{"policy_weight": 2.0, **fields})
     before = [p.detach().clone() for p in model.parameters()]
     arguments = QuietStarArguments(
         output_dir=str(folder),
@@ -89,6 +89,16 @@ def test_eight_small_batches_are_one_large(tmp_path: Path, layout: str, fields: 
     for name in (*same, "loss", "mixing_weight", "rows_without_targets"):
         assert other[name] == pytest.approx(entry[name], rel=1e-4, abs=1e-6), name
     assert entry["rows_without_targets"] == (0 if layout == "packed" else 2)
+
+
+def test_where_positions_follow_from_the_pass_micro_batches_weigh_as_their_targets(tmp_path: Path):
+    """The base prediction's mean is exact; an empty micro-batch weighs nothing."""
+    fields = {"think_at": "entropy:0.5", "base_loss_weight": 1.0, "clamp_advantage": False}
+    (whole, _), (pieces, _) = (
+        step(tmp_path, "right", n, {**fields, "policy_weight": 0.0}) for n in (8, 1)
+    )
+    assert whole.norm() > 0.1
+    assert (whole - pieces).norm() < 1e-5 * whole.norm()
 
 
 # ---- without a target ---------------------------------------------------------------------------
