@@ -4,7 +4,7 @@ A step's loss is a sum of means over what counts in the *whole* batch of the ste
 are those of the whole batch. This mixin finds out what the model has to be told for that, see
 :class:`~quietstar.parts.BatchPart`. Where the thinking positions are known before the pass (``think_at``
 all, stride and random) the counts of all micro-batches are known before the first; where they follow
-from it (entropy) each micro-batch's means are its own, over all processes.
+from it (entropy) each micro-batch's means are its own, over all processes, and weigh as its targets do.
 
 Rows, micro-batches and processes without a single target contribute nothing. A whole step without one is
 left out: no pass is made and nothing moves, on no process; it is counted, and so are the rows.
@@ -88,6 +88,8 @@ class WholeBatches(Trainer):
         self._next_micro_batch = 0
         self._counts: dict[str, Tensor] | None = None
         self._has_target = True
+        # Of each micro-batch of the step, over all processes.
+        self._targets: list[int] = []
         # Of the training so far, over all processes, as the log has them.
         self.without_targets = {"steps_without_targets": 0, "rows_without_targets": 0}
         self._steps_looked_at = 0
@@ -144,26 +146,26 @@ class WholeBatches(Trainer):
 
     def _look_for_targets(self, config: QuietStarConfig) -> None:
         """Whether any process has a target in this step; counts rows and steps that have none."""
-        self._has_target = True
+        self._has_target, self._targets = True, []
         looked = [ranges_and_labels(config, batch) for batch in self._micro_batches]
         rows = [(entry[1][:, 1:] != IGNORE).sum(1) for entry in looked if entry is not None]
         if not rows or len(rows) < len(looked):
             return
-        targets = torch.cat([count.to(self.args.device) for count in rows])
-        found = torch.stack([targets.sum(), (targets == 0).sum()])
+        without_any = torch.stack([(count == 0).sum() for count in rows]).sum()
+        found = torch.stack([without_any, *(count.sum() for count in rows)]).to(self.args.device)
         if self.accelerator.num_processes > 1:
             found = self.accelerator.reduce(found, reduction="sum")
-        in_all, without = found.tolist()
+        without, *self._targets = found.tolist()
         if without and not self.without_targets["rows_without_targets"] and self.is_world_process_zero():
             logger.warning(
                 "%d of the %d rows of step %d have no target (labels are all -100 or padding); such rows"
                 " teach nothing, and a step of nothing else is skipped: rows_without_targets and"
                 " steps_without_targets in the log count them",
                 without,
-                len(targets) * self.accelerator.num_processes,
+                sum(map(len, rows)) * self.accelerator.num_processes,
                 self.state.global_step + 1,
             )
-        self._has_target = in_all > 0
+        self._has_target = any(self._targets)
         self._steps_looked_at += 1
         self.without_targets["rows_without_targets"] += without
         self.without_targets["steps_without_targets"] += not self._has_target
@@ -179,11 +181,14 @@ class WholeBatches(Trainer):
             # Not before now: a callback may have changed the lengths at the beginning of the step.
             self._counts = self._mean_counts(config)
         known = self._counts
+        targets = self._targets[number] if number < len(self._targets) else 0
+        share = len(self._targets) * targets / sum(self._targets) if targets else 1.0
 
         def mean_count(name: str, own: Tensor) -> Tensor:
             if known is not None:
                 return known[name].to(own.device)
-            return self.accelerator.reduce(own.float(), reduction="mean")
+            # A mean of this micro-batch alone, which weighs as much as it has targets.
+            return self.accelerator.reduce(own.float(), reduction="mean") / share
 
         return self._part(number, mean_count)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from quietstar.evaluation.statistics import bootstrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("quietstar")
 
 Item = dict[str, Any]
 Record = dict[str, Any]
@@ -48,6 +51,33 @@ class Settings:
     max_length: int = 256
     block_size: int = 256
     chains: chains.ChainSettings = field(default_factory=chains.ChainSettings)
+
+
+def usable(name: str, rows: Sequence[Item], check: Callable[[Item], Any]) -> list[Item]:
+    """The rows that ``check`` does not refuse with a :class:`UserError`; a warning counts the others.
+
+    Raises:
+        UserError: the first row's, if none is left.
+    """
+    kept, refused = [], []
+    for number, row in enumerate(rows, start=1):
+        try:
+            check(row)
+        except UserError as error:
+            refused.append(f"row {number}: {error}")
+        else:
+            kept.append(row)
+    if not kept:
+        raise UserError(f"{name}, {refused[0]}")
+    if refused:
+        logger.warning(
+            "%s: %d of %d rows cannot be scored and are left out, the first is %s",
+            name,
+            len(refused),
+            len(rows),
+            refused[0],
+        )
+    return kept
 
 
 class Task(Protocol):
@@ -89,12 +119,11 @@ class AnswerTask:
         rows = load_rows(data=self.settings.data, limit=self.settings.limit, **self.source)
         find = reasoning.letter_tokens if self.letters else reasoning.number_tokens
         self._valid = find(tokenizer)
-        for number, row in enumerate(rows, start=1):
-            try:
-                reasoning.encode(tokenizer, *self.text(row), self.settings.max_length)
-            except UserError as error:
-                raise UserError(f"{self.name}, row {number}: {error}") from None
-        return rows
+        return usable(
+            self.name,
+            rows,
+            lambda row: reasoning.encode(tokenizer, *self.text(row), self.settings.max_length),
+        )
 
     def score(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
@@ -132,12 +161,7 @@ class ChainTask:
 
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
         rows = load_rows(data=self.settings.data, limit=self.settings.limit, **GSM8K)
-        for number, row in enumerate(rows, start=1):
-            try:
-                reasoning.gsm8k_text(row)
-            except UserError as error:
-                raise UserError(f"{self.name}, row {number}: {error}") from None
-        return rows
+        return usable(self.name, rows, reasoning.gsm8k_text)
 
     def score(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
