@@ -102,6 +102,21 @@ def check_outputs(ignored: dict[str, Any]) -> None:
         raise ValueError("return_dict is False; expected True, a Quiet-STaR model returns no tuples")
 
 
+def check_kept(logits_to_keep: Any, most: int, why: str = "") -> None:
+    """Refuse another number of predictions than 0 (all) to ``most``.
+
+    Raises:
+        ValueError: names the argument; ``why`` ends the sentence.
+    """
+    if not isinstance(logits_to_keep, int):
+        raise ValueError(
+            f"logits_to_keep is a {type(logits_to_keep).__name__}; expected a whole number, the last so"
+            " many positions"
+        )
+    if not 0 <= logits_to_keep <= most:
+        raise ValueError(f"logits_to_keep is {logits_to_keep}; expected 0 to {most}{why}")
+
+
 def text_before_the_end(attention_mask: Tensor, past: int, new: int) -> tuple[Tensor, Tensor]:
     """Which columns are text, [B, N] bool, and each row's first one, [B] int64.
 

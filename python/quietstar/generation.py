@@ -261,6 +261,12 @@ class ThinkingGenerationMixin(GenerationMixin):
             config.prefill_chunk_size = None
         return config, model_kwargs
 
+    def prepare_inputs_for_generation(
+        self, *args: Any, tokenizer: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers', less the tokenizer of ``stop_strings``, which no forward has a use for."""
+        return dict(super().prepare_inputs_for_generation(*args, **kwargs))
+
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """Guidance calls the model beside the generation: those passes think where the latter does."""
         processors = super()._get_logits_processor(*args, **kwargs)

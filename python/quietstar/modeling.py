@@ -17,10 +17,10 @@ from transformers import (
 )
 
 from .attention import check_reopens, check_supported, implementation_name
-from .caching import CACHE_NAME, check_alone, check_grows, check_last, one_cache
+from .caching import CACHE_NAME, check_alone, check_grows, one_cache
 from .checks import check_baseline, check_ignored, check_meta_tokens, check_text
 from .config import QuietStarConfig, text_config_of
-from .decoding import check_outputs
+from .decoding import check_kept, check_outputs
 from .generation import ThinkingGenerationMixin
 from .layout import text_ranges
 from .output import QuietStarOutput
@@ -235,13 +235,15 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
                 name, labels=labels, document_ids=document_ids, thought_ids=thought_ids, anchors=anchors
             )
             check_grows(name, past)
-            check_last(name, logits_to_keep)
+            check_kept(
+                logits_to_keep, 1, f" with {name}, since only the end of the text is predicted from"
+            )
             return self._next(input_ids, attention_mask, past, use_cache, thinking, thought_temperature)
         ranges = text_ranges(attention_mask, input_ids, document_ids)
         if labels is not None:
             labels = (check_labels if alone else target_labels)(labels, ranges)
-        if labels is None and not 0 <= logits_to_keep <= input_ids.shape[1]:
-            raise ValueError(f"logits_to_keep is {logits_to_keep}; expected 0 to {input_ids.shape[1]}")
+        else:
+            check_kept(logits_to_keep, input_ids.shape[1])
         temperature = thought_temperature
         if temperature is None:
             temperature = config.thought_temperature if self.training else 0.0
