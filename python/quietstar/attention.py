@@ -53,7 +53,8 @@ def _attention(fallback: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
         if dropout:
             raise ValueError(
                 f"attention dropout is {dropout}; expected 0 with thoughts, because a thought has to be"
-                " scored by the network that sampled it (set the decoder's attention dropout to 0)"
+                " scored by the network that sampled it, and with several documents in a row"
+                " (disable_dropout: true switches it off)"
             )
         return _with_thoughts(module, query, key, value, scaling, thought_layout, kwargs), None
 

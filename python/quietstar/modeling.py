@@ -20,6 +20,7 @@ from .checks import check_baseline, check_ignored, check_meta_tokens, check_text
 from .config import QuietStarConfig
 from .generation import SpokenThought, Thinking, ThinkingGenerationMixin
 from .layout import text_ranges
+from .noise import settle_noise
 from .output import QuietStarOutput
 from .parts import WHOLE, BatchPart
 from .passes import ThinkingPasses
@@ -56,6 +57,8 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         self.thought_embedding = ThoughtEmbedding(width)
         self.mixing_head = MixingHead(width)
         self._head_checked = False
+        self._noise_probed = False
+        self._routers_reported = 0
         self.post_init()
         # How the generation under way thinks; None outside of generate().
         self._thinking: Thinking | None = None
@@ -163,7 +166,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
     @output_layer_gathered
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         thought_ids: Tensor | None = None,
@@ -207,8 +210,12 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         config = self.config
         config.check_thoughts()
         check_ignored(ignored)
+        if input_ids is None:
+            raise ValueError("input_ids is missing; expected tokens [rows, tokens]")
         check_text(config, input_ids, labels)
         check_baseline(config, baseline_losses, input_ids, labels is not None and self.training)
+        if self.training:
+            settle_noise(self, input_ids)
         if past_key_values is not None or self._thinking is not None:
             if labels is not None:
                 raise ValueError("labels were given with past_key_values; expected one of them")
