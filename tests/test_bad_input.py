@@ -99,10 +99,14 @@ def test_meta_tokens_have_to_lie_in_the_vocabulary():
 
 
 def test_attention_dropout_is_refused():
+    """Where it was kept for training without thoughts, and the documents of a row need the layout."""
     decoder = tiny_decoder("llama", attention_dropout=0.1)
-    model = QuietStarForCausalLM.from_base(decoder, start_token_id=94, end_token_id=95).train()
-    with pytest.raises(ValueError, match=r"attention dropout is 0.1; expected 0"):
-        model(IDS, labels=IDS)
+    fields = {"thought_kind": "none", "disable_dropout": False, "start_token_id": 94, "end_token_id": 95}
+    model = QuietStarForCausalLM.from_base(decoder, **fields).train()
+    model(IDS, labels=IDS)
+    documents = torch.arange(IDS.shape[1])[None].expand_as(IDS) // 4
+    with pytest.raises(ValueError, match=r"attention dropout is 0.1; expected 0 .* several documents"):
+        model(IDS, labels=IDS, document_ids=documents)
 
 
 def test_attention_implementation_stays(model: QuietStarForCausalLM):

@@ -82,7 +82,8 @@ def _attention(name: str, fallback: str) -> Callable[..., tuple[Tensor, Tensor |
         if dropout:
             raise ValueError(
                 f"attention dropout is {dropout}; expected 0 with thoughts, because a thought has to be"
-                " scored by the network that sampled it (set the decoder's attention dropout to 0)"
+                " scored by the network that sampled it, and with several documents in a row"
+                " (disable_dropout: true switches it off)"
             )
         _check_call(module, attention_mask, kwargs)
         plain_products = name == "thought_eager"

@@ -20,7 +20,13 @@ _IGNORABLE = {
 
 
 def check_ignored(ignored: dict[str, Any]) -> None:
-    unknown = sorted(set(ignored) - _IGNORABLE)
+    # Wrappers (peft's among them) hand down every argument that they know, None where none was given.
+    unknown = sorted(n for n, value in ignored.items() if value is not None and n not in _IGNORABLE)
+    if "inputs_embeds" in unknown:
+        raise ValueError(
+            "inputs_embeds were given; expected input_ids, because thoughts are predicted from tokens"
+            " (so prompt tuning, which puts its own embeddings before them, cannot be used)"
+        )
     if unknown:
         raise TypeError(f"forward() got an argument it does not know: {unknown[0]!r}")
 

@@ -86,6 +86,10 @@ class QuietStarConfig(PretrainedConfig):
             share p with the highest base entropy).
         thought_kind: ``"sampled"``; ``"pause"`` (a control: the start embedding stands in every thought
             slot, nothing is sampled); ``"none"`` (a control: plain language modelling).
+        disable_dropout: switch off, in training mode, what the decoder and its adapters draw at random
+            (dropout, layer drop, a router's jitter; :mod:`quietstar.noise`), because a thought has to be
+            scored by the network that sampled it. With False, only ``thought_kind="none"`` can be
+            trained while there is such noise.
         start_token_id, end_token_id: the meta tokens' ids; they are never sampled.
         self_check: before the first thoughts, compare a few tokens of a thought with the decoder's own
             run of them, and refuse a decoder whose thoughts would be wrong.
@@ -115,6 +119,7 @@ class QuietStarConfig(PretrainedConfig):
         mixing_floor: float = 0.0,
         think_at: str = "all",
         thought_kind: str = "sampled",
+        disable_dropout: bool = True,
         start_token_id: int | None = None,
         end_token_id: int | None = None,
         self_check: bool = True,
@@ -142,6 +147,7 @@ class QuietStarConfig(PretrainedConfig):
         self.mixing_floor = mixing_floor
         self.think_at = think_at
         self.thought_kind = thought_kind
+        self.disable_dropout = disable_dropout
         self.start_token_id = start_token_id
         self.end_token_id = end_token_id
         self.self_check = self_check

@@ -23,6 +23,7 @@ from .config import QuietStarConfig, text_config_of
 from .decoding import check_kept, check_outputs
 from .generation import ThinkingGenerationMixin
 from .layout import text_ranges
+from .noise import settle_noise
 from .output import QuietStarOutput
 from .parts import WHOLE, BatchPart
 from .passes import ThinkingPasses
@@ -62,6 +63,8 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         self.thought_embedding = ThoughtEmbedding(width)
         self.mixing_head = MixingHead(width)
         self._checked: set[str] = set()
+        self._noise_probed = False
+        self._routers_reported = 0
         self.post_init()
         if base.generation_config is not None:
             self.generation_config = copy.deepcopy(base.generation_config)
@@ -171,7 +174,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
     @output_layer_gathered
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         thought_ids: Tensor | None = None,
@@ -221,6 +224,8 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         config = self.config
         config.check_thoughts()
         check_ignored(ignored)
+        if input_ids is None:
+            raise ValueError("input_ids is missing; expected tokens [rows, tokens]")
         # A part of a larger batch may have nothing to learn from; the others have.
         alone = batch_part is WHOLE
         check_text(config, input_ids, labels, alone)
@@ -229,6 +234,8 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         name, past = one_cache(past_key_values, cache)
         if use_cache:
             check_alone("use_cache", labels=labels, document_ids=document_ids)
+        if self.training:
+            settle_noise(self, input_ids)
         self._check_once(input_ids.device)
         if past is not None or thinking is not None:
             check_alone(

@@ -21,6 +21,7 @@ from .attention import check_layers
 from .config import QuietStarConfig, text_config_of
 from .graphs import run_slots
 from .layout import LayerKeys, TextRanges, ThoughtLayout, text_positions
+from .noise import evaluation_mode
 from .parts import WHOLE, BatchPart
 from .positions import check_length
 
@@ -345,11 +346,9 @@ def check_head(decoder: PreTrainedModel, hidden: Tensor) -> None:
     Raises:
         ValueError: if a family does something to its logits that is not known here.
     """
-    training = decoder.training
-    decoder.eval()  # two passes with dropout would differ
-    own = decoder(inputs_embeds=hidden, use_cache=False).logits
-    body = decoder.base_model(inputs_embeds=hidden, use_cache=False).last_hidden_state
-    decoder.train(training)
+    with evaluation_mode(decoder):  # two passes with dropout would differ
+        own = decoder(inputs_embeds=hidden, use_cache=False).logits
+        body = decoder.base_model(inputs_embeds=hidden, use_cache=False).last_hidden_state
     ours = output_head(decoder).logits(body)
     error = (own.float() - ours.float()).abs().max() / own.float().abs().max().clamp(min=1e-6)
     if not error < 2e-2:

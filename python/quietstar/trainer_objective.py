@@ -20,6 +20,7 @@ from .arguments import argument
 from .clipping import PolicyGradient, average_over_processes
 from .ema import EmaCopy
 from .guard import NonFiniteGuard
+from .noise import refusal_of_neftune
 from .schedule import Schedule
 from .sharding import put_shards_back
 
@@ -55,6 +56,9 @@ class ObjectiveTrainer(Trainer):
 
     def _check_strategy(self) -> None:
         """Refuse what cannot work, before training."""
+        alpha = self.args.neftune_noise_alpha
+        if alpha:
+            raise ValueError(refusal_of_neftune(alpha))
         deepspeed, optim = (
             self.is_deepspeed_enabled,
             str(getattr(self.args.optim, "value", self.args.optim)),
