@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import Trainer
 
 from .config import QuietStarConfig
-from .layout import text_ranges
+from .documents import DESCRIPTIONS, batch_ranges
 from .learn import can_be_rewarded
 from .parts import BatchPart
 from .talk import check_labels, count_targets, talk_targets
 from .think import choose_anchors
+from .trainer_options import check_batch
 
 
 def count_what_counts(config: QuietStarConfig, batch: dict[str, Any]) -> dict[str, Tensor] | None:
@@ -31,8 +32,9 @@ def count_what_counts(config: QuietStarConfig, batch: dict[str, Any]) -> dict[st
     Args:
         batch: arguments of the model, with ``input_ids`` and ``labels`` [B, N].
     """
+    check_batch(batch)
     ids = batch["input_ids"]
-    ranges = text_ranges(batch.get("attention_mask"), ids, batch.get("document_ids"))
+    ranges = batch_ranges(batch)
     labels = check_labels(batch["labels"], ranges)
     if not config.thinks:
         return {"targets": (labels[:, 1:] != -100).sum()[None]}
@@ -84,6 +86,13 @@ class WholeBatches(Trainer):
                 "DeepSpeed zero_stage is 3; expected 0 to 2, or FSDP2, which shards the same (a rollout"
                 " would gather every layer at every slot)"
             )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process would run {self.args.n_gpu} GPUs (torch's DataParallel), which thoughts do"
+                " not support; expected a process for each (torchrun, accelerate launch), or one GPU"
+            )
+        if self.accelerator.num_processes > 1:
+            self._check_several_processes()
         sizes = {
             "tensor": self.get_tp_size(),
             "context": self.get_cp_size(),
@@ -95,6 +104,23 @@ class WholeBatches(Trainer):
                     f"{kind} parallelism over {size} processes is not supported with thoughts; expected"
                     " data parallelism (DDP, FSDP2)"
                 )
+
+    def _check_several_processes(self) -> None:
+        if not self.args.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices is False; expected True, every mean is over the whole"
+                " batch"
+            )
+        if getattr(self.args, "train_sampling_strategy", None) == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy is 'batch_rebalance', which gives processes different numbers"
+                " of rows; expected another"
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Rows may have what describes their documents, which forward takes without naming it."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [n for n in DESCRIPTIONS if n not in self._signature_columns]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device

@@ -7,20 +7,20 @@ from typing import Any
 from torch import Tensor
 
 from .config import QuietStarConfig
+from .documents import DESCRIPTIONS
 
 # What generation and the Trainer hand over and this model has no use for.
 _IGNORABLE = {
     "cache_position",
     "output_attentions",
     "output_hidden_states",
-    "position_ids",
     "return_dict",
     "token_type_ids",
 }
 
 
 def check_ignored(ignored: dict[str, Any]) -> None:
-    unknown = sorted(set(ignored) - _IGNORABLE)
+    unknown = sorted(set(ignored) - _IGNORABLE - set(DESCRIPTIONS))
     if unknown:
         raise TypeError(f"forward() got an argument it does not know: {unknown[0]!r}")
 

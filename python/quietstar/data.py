@@ -27,6 +27,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from quietstar.collate import IGNORED as IGNORED
+from quietstar.collate import PaddingCollator as PaddingCollator
+from quietstar.collate import collator_for as collator_for
 from quietstar.corpora import Document
 from quietstar.errors import UserError
 from quietstar.streams import Position, Track
@@ -37,7 +40,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("quietstar")
 
-IGNORED = -100
 PACKINGS = ("concat", "document", "packed")
 # Documents tokenized in one call: enough for the tokenizer's own threads, little enough to stream.
 TOKENIZER_BATCH = 64
@@ -292,47 +294,6 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
 def _as_item(row: Block) -> dict[str, torch.Tensor]:
     numbers = torch.tensor(row.documents) if isinstance(row, PackedBlock) else None
     return _item(torch.tensor(row, dtype=torch.int64), numbers)
-
-
-@dataclass
-class PaddingCollator:
-    """Pad rows to the longest of the batch and stack them.
-
-    Returns ``input_ids``, ``attention_mask`` (1 at text) and ``labels`` (-100 at pads, and at a first
-    token that only pads precede), each [B, longest] int64, and ``document_ids`` if the rows have them.
-    The mask alone says what is padding: ``pad_id`` may equal the end-of-text id.
-    """
-
-    pad_id: int = 0
-    padding_side: str = "right"
-
-    def __post_init__(self) -> None:
-        if self.padding_side not in ("left", "right"):
-            raise UserError(f"data.padding_side is {self.padding_side!r}; expected left or right")
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        fill = {"input_ids": self.pad_id, "attention_mask": 0, "labels": IGNORED}
-        if "document_ids" in rows[0]:
-            fill["document_ids"] = 0
-        longest = max(len(row["input_ids"]) for row in rows)
-        batch = {}
-        for key, value in fill.items():
-            out = torch.full((len(rows), longest), value, dtype=torch.int64)
-            for i, row in enumerate(rows):
-                n = len(row[key])
-                place = slice(longest - n, longest) if self.padding_side == "left" else slice(0, n)
-                out[i, place] = torch.as_tensor(row[key], dtype=torch.int64)
-                if key == "labels" and self.padding_side == "left" and n < longest:
-                    # Only a pad stands before a row's first token, and it has seen no text.
-                    out[i, longest - n] = IGNORED
-            batch[key] = out
-        return batch
-
-
-def collator_for(tokenizer: PreTrainedTokenizerBase, padding_side: str) -> PaddingCollator:
-    """The collator of a tokenizer: its pad id, else its end-of-text id, else 0."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return PaddingCollator(next(i for i in ids if i is not None), padding_side)
 
 
 def read_blocks(

@@ -17,9 +17,9 @@ from transformers import (
 
 from .attention import check_supported, implementation_name
 from .checks import check_baseline, check_ignored, check_meta_tokens, check_text
-from .config import QuietStarConfig
+from .config import QuietStarConfig, check_fields
+from .documents import DESCRIPTIONS, batch_ranges, check_new_positions
 from .generation import SpokenThought, Thinking, ThinkingGenerationMixin
-from .layout import text_ranges
 from .output import QuietStarOutput
 from .parts import WHOLE, BatchPart
 from .passes import ThinkingPasses
@@ -85,6 +85,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         Raises:
             ValueError: for a model family that cannot think, or meta tokens that are nowhere to be had.
         """
+        check_fields(fields)
         if isinstance(base, str):
             base = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True)
         check_supported(base)
@@ -197,7 +198,9 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             thought_temperature: default: the configuration's while training, 0 (the most likely
                 thought, one rationale) in evaluation mode.
             document_ids: [B, N], several documents in a row: between neighbours with different numbers
-                goes no attention, no talk and no prediction, and position ids start anew.
+                goes no attention, no talk and no prediction, and position ids start anew. Flattened
+                batches may have ``position_ids``, ``seq_idx`` or ``cu_seq_lens_q`` to the same end
+                (:func:`~quietstar.documents.batch_ranges`).
             batch_part: with labels, which part of a larger batch this is
                 (:class:`~quietstar.parts.BatchPart`).
 
@@ -207,15 +210,18 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         config = self.config
         config.check_thoughts()
         check_ignored(ignored)
+        given = {**ignored, "document_ids": document_ids}
         check_text(config, input_ids, labels)
         check_baseline(config, baseline_losses, input_ids, labels is not None and self.training)
         if past_key_values is not None or self._thinking is not None:
             if labels is not None:
                 raise ValueError("labels were given with past_key_values; expected one of them")
-            if document_ids is not None:
-                raise ValueError("document_ids were given with past_key_values; expected one of them")
+            for name in ("document_ids", *DESCRIPTIONS):
+                if given.get(name) is not None and name != "position_ids":
+                    raise ValueError(f"{name} were given with past_key_values; expected one of them")
+            check_new_positions(given.get("position_ids"), attention_mask, input_ids, past_key_values)
             return self._next(input_ids, attention_mask, past_key_values, use_cache, thought_temperature)
-        ranges = text_ranges(attention_mask, input_ids, document_ids)
+        ranges = batch_ranges({**given, "input_ids": input_ids, "attention_mask": attention_mask})
         if labels is not None:
             labels = check_labels(labels, ranges)
         if not self._head_checked:
