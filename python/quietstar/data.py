@@ -28,6 +28,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from quietstar.collate import IGNORED as IGNORED
+from quietstar.collate import LeftOut
 from quietstar.collate import PaddingCollator as PaddingCollator
 from quietstar.collate import collator_for as collator_for
 from quietstar.corpora import Document
@@ -75,26 +76,57 @@ class Blocks:
             )
 
 
-def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+class Unusable(LeftOut):
+    """Counts the documents that are left out, and says where they stand."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.shortest = blocks.min_tokens if blocks.packing == "document" else 1
+        short = f"of fewer than {self.shortest} tokens (talk_length + 2)"
+        super().__init__(f"a document {'without text' if self.shortest == 1 else short} is left out")
+
+    def look(self, document: Document, ids: list[int]) -> None:
+        """Count a document if nothing can be made of its tokens."""
+        if len(ids) < self.shortest:
+            self.note(document.name)
+
+
+def tokenize(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, unusable: Unusable | None = None
+) -> Iterator[list[int]]:
     """Yield the token ids of each document, closed by the end-of-text token where there is one.
 
-    What the tokenizer adds by itself (a begin-of-text token, say) is kept.
+    What the tokenizer adds by itself (a begin-of-text token, say) is kept. Documents without text give
+    nothing.
     """
+    for document, ids in _tokenized_one_by_one(documents, tokenizer):
+        if unusable is not None:
+            unusable.look(document, ids)
+        if document.text:
+            yield ids
+
+
+def _tokenized_one_by_one(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Document, list[int]]]:
+    """Each document with its tokens, none for one without text."""
     eos = tokenizer.eos_token_id
     stream = iter(documents)
     while batch := list(islice(stream, TOKENIZER_BATCH)):
         texts = [document.text for document in batch if document.text]
-        if not texts:
-            continue
         # verbose=False: documents longer than the model's context are cut below, no warning needed.
-        for ids in tokenizer(texts, verbose=False)["input_ids"]:
+        token_lists = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else ())
+        for document in batch:
+            ids = next(token_lists) if document.text else []
             if eos is not None and ids and ids[-1] != eos:
                 ids = [*ids, eos]
-            yield ids
+            yield document, ids
 
 
 def cut_blocks(token_lists: Iterable[list[int]], blocks: Blocks) -> Iterator[Block]:
-    """Cut the tokens of documents into rows of at most ``blocks.block_size`` (see the module)."""
+    """Cut the tokens of documents into rows of at most ``blocks.block_size`` (see the module).
+
+    With ``document`` packing those of fewer than ``min_tokens`` are left out.
+    """
     size = blocks.block_size
     if blocks.packing == "document":
         for ids in token_lists:
@@ -228,6 +260,7 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
         self.skip = skip
         self.max_blocks = max_blocks
         self.repeat = repeat
+        self.unusable = Unusable(blocks)
         self._track = Track(open_source, skip)
         self._start: Position | None = None
 
@@ -259,7 +292,7 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
 
         while True:
             for batch in self._track.batches(start, TOKENIZER_BATCH, about):
-                for ids in tokenize(batch, self.tokenizer):
+                for ids in tokenize(batch, self.tokenizer, self.unusable):
                     for row in self._cut(cutter, ids):
                         if self.max_blocks is None or rows - begun < self.max_blocks:
                             rows += 1
@@ -286,7 +319,7 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
         if limit is not None:
             limit = (limit - first + step - 1) // step
         documents = islice(self.open_source(), self.skip + first, None, step)
-        rows = cut_blocks(tokenize(documents, self.tokenizer), self.blocks)
+        rows = cut_blocks(tokenize(documents, self.tokenizer, self.unusable), self.blocks)
         for row in islice(rows, limit):
             yield _as_item(row)
 
@@ -312,18 +345,19 @@ def read_blocks(
     """
     from transformers.utils.logging import tqdm
 
-    seen = {"documents": skip, "tokens": 0}
+    seen, unusable = {"documents": skip, "tokens": 0}, Unusable(blocks)
 
     def counted() -> Iterator[list[int]]:
         # Documents are tokenized one batch ahead of the rows; counting here, one by one, tells how
         # many were used when max_blocks stops the reading.
         texts = (d for d in islice(open_source(), skip, None))
         with tqdm(desc=f"tokenizing {what}", unit=" tokens", disable=not progress) as bar:
-            for document in _tokenized_one_by_one(texts, tokenizer):
+            for document, ids in _tokenized_one_by_one(texts, tokenizer):
+                unusable.look(document, ids)
                 seen["documents"] += 1
-                seen["tokens"] += len(document)
-                bar.update(len(document))
-                yield document
+                seen["tokens"] += len(ids)
+                bar.update(len(ids))
+                yield ids
 
     rows = islice(cut_blocks(counted(), blocks), max_blocks)
     result = TokenBlocks.from_rows(rows, blocks.block_size)
@@ -338,14 +372,3 @@ def read_blocks(
             "more text"
         )
     return result, seen["documents"]
-
-
-def _tokenized_one_by_one(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[list[int]]:
-    """Like :func:`tokenize`, with an empty list for an empty document: one item per document."""
-    stream = iter(documents)
-    while batch := list(islice(stream, TOKENIZER_BATCH)):
-        ids = tokenize((d for d in batch if d.text), tokenizer)
-        for document in batch:
-            yield next(ids) if document.text else []

@@ -64,6 +64,7 @@ class QuietStarTrainer(ObjectiveTrainer, WholeBatches, SafeCheckpoints):
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As transformers', for Quiet-STaR models alone."""
         model = super().call_model_init(*args, **kwargs)
+        self.ema = None  # of the model before
         check_model(model)
         return model
 
