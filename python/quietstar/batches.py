@@ -24,29 +24,26 @@ from transformers import Trainer, TrainerCallback
 from .anchors import choose_anchors
 from .checks import check_text
 from .config import QuietStarConfig
-from .layout import TextRanges, text_ranges
+from .documents import DESCRIPTIONS, batch_ranges
+from .layout import TextRanges
 from .learn import which_count
 from .parts import BatchPart, MeanCount
 from .talk import IGNORE, count_targets, talk_targets, target_labels
+from .trainer_options import check_batch
 
 logger = logging.getLogger("quietstar")
 
 
-def ranges_and_labels(
-    config: QuietStarConfig, batch: dict[str, Any]
-) -> tuple[TextRanges, Tensor] | None:
+def ranges_and_labels(config: QuietStarConfig, batch: dict[str, Any]) -> tuple[TextRanges, Tensor]:
     """What each token of a batch sees, and the labels of those that the model learns to predict.
 
     Args:
-        batch: arguments of the model, with ``input_ids`` and ``labels`` [B, N]; None without them,
-            which the model will say.
+        batch: arguments of the model, with ``input_ids`` and ``labels`` [B, N].
     """
-    ids, labels = batch.get("input_ids"), batch.get("labels")
-    if ids is None or labels is None:
-        return None
-    check_text(config, ids, labels, False)
-    ranges = text_ranges(batch.get("attention_mask"), ids, batch.get("document_ids"))
-    return ranges, target_labels(labels, ranges)
+    check_batch(batch)
+    check_text(config, batch["input_ids"], batch["labels"], False)
+    ranges = batch_ranges(batch)
+    return ranges, target_labels(batch["labels"], ranges)
 
 
 def count_what_counts(
@@ -58,10 +55,7 @@ def count_what_counts(
         batch: arguments of the model.
         part: which part of the larger batch it is; positions that are drawn are drawn with it.
     """
-    found = ranges_and_labels(config, batch)
-    if found is None:
-        return None
-    ranges, labels = found
+    ranges, labels = ranges_and_labels(config, batch)
     if not config.thinks:
         return {"targets": (labels[:, 1:] != IGNORE).sum()[None]}
     anchors = batch.get("anchors")
@@ -114,6 +108,13 @@ class WholeBatches(Trainer):
                 "DeepSpeed zero_stage is 3; expected 0 to 2, or FSDP2, which shards the same (a rollout"
                 " would gather every layer at every slot)"
             )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process would run {self.args.n_gpu} GPUs (torch's DataParallel), which thoughts do"
+                " not support; expected a process for each (torchrun, accelerate launch), or one GPU"
+            )
+        if self.accelerator.num_processes > 1:
+            self._check_several_processes()
         sizes = {
             "tensor": self.get_tp_size(),
             "context": self.get_cp_size(),
@@ -125,6 +126,23 @@ class WholeBatches(Trainer):
                     f"{kind} parallelism over {size} processes is not supported with thoughts; expected"
                     " data parallelism (DDP, FSDP2)"
                 )
+
+    def _check_several_processes(self) -> None:
+        if not self.args.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices is False; expected True, every mean is over the whole"
+                " batch"
+            )
+        if getattr(self.args, "train_sampling_strategy", None) == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy is 'batch_rebalance', which gives processes different numbers"
+                " of rows; expected another"
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Rows may have what describes their documents, which forward takes without naming it."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [n for n in DESCRIPTIONS if n not in self._signature_columns]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -148,8 +166,8 @@ class WholeBatches(Trainer):
         """Whether any process has a target in this step; counts rows and steps that have none."""
         self._has_target, self._targets = True, []
         looked = [ranges_and_labels(config, batch) for batch in self._micro_batches]
-        rows = [(entry[1][:, 1:] != IGNORE).sum(1) for entry in looked if entry is not None]
-        if not rows or len(rows) < len(looked):
+        rows = [(labels[:, 1:] != IGNORE).sum(1) for _, labels in looked]
+        if not rows:
             return
         without_any = torch.stack([(count == 0).sum() for count in rows]).sum()
         found = torch.stack([without_any, *(count.sum() for count in rows)]).to(self.args.device)

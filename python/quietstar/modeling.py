@@ -19,10 +19,10 @@ from transformers import (
 from .attention import check_reopens, check_supported, implementation_name
 from .caching import CACHE_NAME, check_alone, check_grows, one_cache
 from .checks import check_baseline, check_ignored, check_meta_tokens, check_text
-from .config import QuietStarConfig, text_config_of
+from .config import QuietStarConfig, check_fields, text_config_of
 from .decoding import check_kept, check_outputs
+from .documents import DESCRIPTIONS, batch_ranges, check_new_positions
 from .generation import ThinkingGenerationMixin
-from .layout import text_ranges
 from .noise import settle_noise
 from .output import QuietStarOutput
 from .parts import WHOLE, BatchPart
@@ -95,6 +95,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             ValueError: for a model family that cannot think or could not be opened again after saving,
                 or meta tokens that are nowhere to be had.
         """
+        check_fields(fields)
         if isinstance(base, str):
             base = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True)
         check_supported(base)
@@ -212,7 +213,9 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             thought_temperature: default: the configuration's while training, 0 (the most likely
                 thought, one rationale) in evaluation mode.
             document_ids: [B, N], several documents in a row: between neighbours with different numbers
-                goes no attention, no talk and no prediction, and position ids start anew.
+                goes no attention, no talk and no prediction, and position ids start anew. Flattened
+                batches may have ``position_ids``, ``seq_idx`` or ``cu_seq_lens_q`` to the same end
+                (:func:`~quietstar.documents.batch_ranges`).
             batch_part: with labels, which part of a larger batch this is
                 (:class:`~quietstar.parts.BatchPart`). Such a part may have no target at all.
             thinking: the state of a call of ``generate``, which decides here whether to think before the
@@ -238,15 +241,25 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             settle_noise(self, input_ids)
         self._check_once(input_ids.device)
         if past is not None or thinking is not None:
+            documents = {key: ignored.get(key) for key in DESCRIPTIONS if key != "position_ids"}
             check_alone(
-                name, labels=labels, document_ids=document_ids, thought_ids=thought_ids, anchors=anchors
+                name,
+                labels=labels,
+                document_ids=document_ids,
+                thought_ids=thought_ids,
+                anchors=anchors,
+                **documents,
             )
             check_grows(name, past)
             check_kept(
                 logits_to_keep, 1, f" with {name}, since only the end of the text is predicted from"
             )
+            check_new_positions(ignored.get("position_ids"), attention_mask, input_ids, past)
             return self._next(input_ids, attention_mask, past, use_cache, thinking, thought_temperature)
-        ranges = text_ranges(attention_mask, input_ids, document_ids)
+        text = {"input_ids": input_ids, "attention_mask": attention_mask, "document_ids": document_ids}
+        ranges = batch_ranges({**ignored, **text})
+        if use_cache and ranges.end is not None:
+            raise ValueError("`use_cache` and several documents in a row cannot be combined")
         if labels is not None:
             labels = (check_labels if alone else target_labels)(labels, ranges)
         else:

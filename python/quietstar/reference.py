@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from .config import END_TOKEN, START_TOKEN, QuietStarConfig, text_config_of
+from .config import END_TOKEN, START_TOKEN, QuietStarConfig, check_fields, text_config_of
 from .modeling import QuietStarForCausalLM
 
 logger = logging.getLogger("quietstar")
@@ -158,6 +158,7 @@ def from_reference(
         ValueError: for a talk head of an unknown layout (names the flag), for files or parameters that
             are missing or do not fit, or if the number of thought tokens cannot be known.
     """
+    check_fields(fields)
     folder = _local_folder(str(name), revision)
     settings = _read_json(folder / "config.json")
     if settings.get("model_type") == QuietStarConfig.model_type:
