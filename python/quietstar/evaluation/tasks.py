@@ -53,33 +53,6 @@ class Settings:
     chains: chains.ChainSettings = field(default_factory=chains.ChainSettings)
 
 
-def usable(name: str, rows: Sequence[Item], check: Callable[[Item], Any]) -> list[Item]:
-    """The rows that ``check`` does not refuse with a :class:`UserError`; a warning counts the others.
-
-    Raises:
-        UserError: the first row's, if none is left.
-    """
-    kept, refused = [], []
-    for number, row in enumerate(rows, start=1):
-        try:
-            check(row)
-        except UserError as error:
-            refused.append(f"row {number}: {error}")
-        else:
-            kept.append(row)
-    if not kept:
-        raise UserError(f"{name}, {refused[0]}")
-    if refused:
-        logger.warning(
-            "%s: %d of %d rows cannot be scored and are left out, the first is %s",
-            name,
-            len(refused),
-            len(rows),
-            refused[0],
-        )
-    return kept
-
-
 class Task(Protocol):
     """One benchmark. Items and records are plain data, so that they can be written as json."""
 
@@ -116,14 +89,14 @@ class AnswerTask:
         return {"max_length": self.settings.max_length}
 
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
-        rows = load_rows(data=self.settings.data, limit=self.settings.limit, **self.source)
         find = reasoning.letter_tokens if self.letters else reasoning.number_tokens
         self._valid = find(tokenizer)
-        return usable(
-            self.name,
-            rows,
-            lambda row: reasoning.encode(tokenizer, *self.text(row), self.settings.max_length),
-        )
+
+        def check(row: Item) -> None:
+            reasoning.encode(tokenizer, *self.text(row), self.settings.max_length)
+
+        data, limit = self.settings.data, self.settings.limit
+        return load_rows(data=data, limit=limit, check=check, **self.source)
 
     def score(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
@@ -160,8 +133,8 @@ class ChainTask:
         return asdict(self.settings.chains)
 
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
-        rows = load_rows(data=self.settings.data, limit=self.settings.limit, **GSM8K)
-        return usable(self.name, rows, reasoning.gsm8k_text)
+        data, limit = self.settings.data, self.settings.limit
+        return load_rows(data=data, limit=limit, check=reasoning.gsm8k_text, **GSM8K)
 
     def score(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
