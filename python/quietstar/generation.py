@@ -19,6 +19,7 @@ from .graphs import run_slots
 from .layout import HandedKeys, LayerKeys, ThoughtLayout, text_ranges
 from .output import QuietStarOutput
 from .positions import check_length
+from .text_part import text_body
 from .think import banned_ids, depth_of_end, output_head, slot_steps
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def next_token_logits(
     positions = (is_text.long().cumsum(1) - 1).clamp(min=0)[:, past:]
     check_length(model.base, total)
     handed = HandedKeys()
-    hidden = model.base.base_model(
+    hidden = text_body(model.base)(
         input_ids=input_ids,
         attention_mask=attention_mask,
         position_ids=positions,

@@ -17,7 +17,7 @@ from transformers import (
 
 from .attention import check_reopens, check_supported, implementation_name
 from .checks import check_baseline, check_ignored, check_meta_tokens, check_text
-from .config import QuietStarConfig, text_config_of
+from .config import QuietStarConfig
 from .generation import SpokenThought, Thinking, ThinkingGenerationMixin
 from .layout import text_ranges
 from .output import QuietStarOutput
@@ -26,6 +26,7 @@ from .passes import ThinkingPasses
 from .self_check import check_decoder
 from .sharding import output_layer_gathered
 from .talk import MixingHead, check_labels
+from .text_part import text_body, text_config_of
 from .think import ThoughtEmbedding
 from .tokens import add_meta_tokens, meta_token_ids
 
@@ -153,7 +154,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         self.base.set_output_embeddings(new_embeddings)
 
     def get_decoder(self) -> nn.Module:
-        return self.base.base_model
+        return text_body(self.base)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Refused: the decoder's attention function is what lets it think."""
@@ -253,7 +254,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
 
 def _freeze_other_parts(base: PreTrainedModel) -> None:
     """Of a model for several modalities no text reaches the others' parts: nothing there could learn."""
-    text = [base.get_decoder(), base.get_input_embeddings(), base.get_output_embeddings()]
+    text = [text_body(base), base.get_input_embeddings(), base.get_output_embeddings()]
     reached = {id(p) for module in text for p in module.parameters()}
     for parameter in base.parameters():
         if id(parameter) not in reached:

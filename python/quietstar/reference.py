@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from .config import END_TOKEN, START_TOKEN, QuietStarConfig, text_config_of
+from .config import END_TOKEN, START_TOKEN, QuietStarConfig
 from .modeling import QuietStarForCausalLM
+from .text_part import text_config_of
 
 logger = logging.getLogger("quietstar")
 
