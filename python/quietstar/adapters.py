@@ -21,6 +21,7 @@ from torch import nn
 
 from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError
+from quietstar.text_part import text_body
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -100,7 +101,7 @@ def target_pattern(model: QuietStarForCausalLM, names: list[str] | None) -> str:
     """
     from transformers.pytorch_utils import Conv1D
 
-    body = model.base.get_decoder()  # of a model for several modalities the text's part
+    body = text_body(model.base)  # of a model for several modalities the text's part
     found = {
         name.rpartition(".")[2]
         for name, module in body.named_modules()

@@ -29,8 +29,8 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 
 from quietstar_ext import thought_attention
 
-from .config import text_config_of
 from .layout import HandedKeys, LayerKeys, ThoughtLayout
+from .text_part import text_body, text_config_of
 
 # Neutral names: transformers dispatches on names that contain "sdpa", "flash", "flex" or "paged".
 # "thought_plain" serves families without torch's fused attention, "thought_eager" those that were loaded
@@ -381,8 +381,17 @@ def check_supported(model: PreTrainedModel) -> None:
             f" {config.hidden_size_per_layer_input}), and a slot that holds a meta token has none;"
             " expected a decoder without them"
         )
-    # Of a model for several modalities the text's part alone has to.
-    if not type(model.get_decoder())._can_set_attn_implementation():
+    body = text_body(model)
+    if body is model:
+        raise ValueError(
+            f"{type(model).__name__} has no body apart from its output layer (base_model); this model"
+            " family cannot be used with thoughts"
+        )
+    if not hasattr(model.get_input_embeddings(), "num_embeddings"):
+        raise ValueError(
+            f"{type(model).__name__} does not embed its tokens by one table; expected a decoder of text"
+        )
+    if not type(body)._can_set_attn_implementation():
         raise ValueError(
             f"{kind} does not use transformers' attention interface; it would silently run without"
             " thoughts"

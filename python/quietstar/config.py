@@ -46,12 +46,6 @@ ADVANTAGES = ("mean", "leave-one-out", "normalized")
 POLICY_MEANS = ("rewarded", "paper")
 
 
-def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
-    """The text decoder's part of a configuration: of one for several modalities, or of this module's."""
-    found = config.get_text_config(decoder=True)
-    return found if type(found) is type(config) else text_config_of(found)
-
-
 class QuietStarConfig(PretrainedConfig):
     """How a model thinks, talks and learns. All fields but the token ids may change between steps.
 

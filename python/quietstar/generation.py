@@ -32,6 +32,7 @@ from .graphs import run_slots, without_checkpointing
 from .layout import HandedKeys, LayerKeys, ThoughtLayout
 from .output import QuietStarOutput
 from .positions import check_length
+from .text_part import text_body
 from .think import banned_ids, depth_of_end, output_head, slot_steps
 from .thinking import FollowingThinking, SpokenThought, Thinking
 
@@ -106,7 +107,7 @@ def read_text(
     new = input_ids.shape[1]
     past = is_text.shape[1] - new
     positions = (is_text.long().cumsum(1) - 1).clamp(min=0)
-    decoder, size = model.base.base_model, chunk_size or new
+    decoder, size = text_body(model.base), chunk_size or new
     for start in range(0, new, size):
         stop = min(start + size, new)
         handed = HandedKeys()

@@ -19,7 +19,7 @@ from transformers import (
 from .attention import check_reopens, check_supported, implementation_name
 from .caching import CACHE_NAME, check_alone, check_grows, one_cache
 from .checks import check_baseline, check_ignored, check_meta_tokens, check_text
-from .config import QuietStarConfig, check_fields, text_config_of
+from .config import QuietStarConfig, check_fields
 from .decoding import check_kept, check_outputs
 from .documents import DESCRIPTIONS, batch_ranges, check_new_positions
 from .generation import ThinkingGenerationMixin
@@ -30,6 +30,7 @@ from .passes import ThinkingPasses
 from .self_check import check_decoder
 from .sharding import output_layer_gathered
 from .talk import MixingHead, check_labels, target_labels
+from .text_part import text_body, text_config_of
 from .think import ThoughtEmbedding
 from .thinking import SpokenThought, Thinking
 from .tokens import add_meta_tokens, meta_token_ids
@@ -161,7 +162,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         self.base.set_output_embeddings(new_embeddings)
 
     def get_decoder(self) -> nn.Module:
-        return self.base.base_model
+        return text_body(self.base)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Refused: the decoder's attention function is what lets it think."""
@@ -301,7 +302,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
 
 def _freeze_other_parts(base: PreTrainedModel) -> None:
     """Of a model for several modalities no text reaches the others' parts: nothing there could learn."""
-    text = [base.get_decoder(), base.get_input_embeddings(), base.get_output_embeddings()]
+    text = [text_body(base), base.get_input_embeddings(), base.get_output_embeddings()]
     reached = {id(p) for module in text for p in module.parameters()}
     for parameter in base.parameters():
         if id(parameter) not in reached:

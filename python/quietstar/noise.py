@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .sharding import decoder_gathered
+from .text_part import text_body
 
 if TYPE_CHECKING:
     from .modeling import QuietStarForCausalLM
@@ -149,9 +150,8 @@ def _probe(model: QuietStarForCausalLM, input_ids: Tensor) -> None:
     with torch.random.fork_rng(devices), decoder_gathered(decoder):
         passes, states = [], [_states(input_ids.device)]
         for _ in range(2):
-            embeds = decoder.get_input_embeddings()(input_ids)
             # As check_head does, the decoder's ordinary pass.
-            passes.append(decoder.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state)
+            passes.append(text_body(decoder)(input_ids=input_ids, use_cache=False).last_hidden_state)
             states.append(_states(input_ids.device))
             if len(passes) == 1 and all(map(torch.equal, *states)):
                 return

@@ -7,7 +7,7 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from quietstar.config import QuietStarConfig, text_config_of
+from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError
 from quietstar.plan import (
     CONTEXT_BYTES,
@@ -24,6 +24,7 @@ from quietstar.plan import (
     step_of,
 )
 from quietstar.recipe import Recipe, load_recipe
+from quietstar.text_part import text_config_of
 
 GB = 1e9
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config import text_config_of
+from .text_part import text_body, text_config_of
 
 # Rotary embeddings whose frequencies depend on the largest position id of the pass.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -46,7 +46,7 @@ def learned_positions(decoder: PreTrainedModel) -> int | None:
     if decoder not in _known_limits:
         limits = [
             table.num_embeddings - int(getattr(table, "offset", 0))
-            for name, table in decoder.get_decoder().named_modules()
+            for name, table in text_body(decoder).named_modules()
             if isinstance(table, nn.Embedding) and _of_positions(name)
         ]
         _known_limits[decoder] = min(limits, default=None)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from .config import END_TOKEN, START_TOKEN, QuietStarConfig, check_fields, text_config_of
+from .config import END_TOKEN, START_TOKEN, QuietStarConfig, check_fields
 from .modeling import QuietStarForCausalLM
+from .text_part import text_config_of
 
 logger = logging.getLogger("quietstar")
 

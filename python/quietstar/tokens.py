@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .config import END_TOKEN, START_TOKEN, QuietStarConfig, text_config_of
+from .config import END_TOKEN, START_TOKEN, QuietStarConfig
+from .text_part import text_config_of
 
 
 def add_meta_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
