@@ -301,3 +301,13 @@ def test_the_configuration_answers_for_its_decoder(tmp_path):
     for name in ("quantization_config", "auto_map", "no_such_field", "n_embd"):
         assert not hasattr(opened, name), name
     assert not hasattr(QuietStarConfig.__new__(QuietStarConfig), "hidden_size")
+
+
+def test_settings_that_could_not_be_saved_are_left_out(tmp_path, caplog):
+    base = tiny_decoder("llama")
+    base.generation_config = GenerationConfig(temperature=0.9, do_sample=False, eos_token_id=[2, 5])
+    with caplog.at_level("WARNING", logger="quietstar"):
+        model = QuietStarForCausalLM.from_base(base, start_token_id=39, end_token_id=40)
+    assert "generation settings are left out" in caplog.text and "temperature" in caplog.text
+    assert model.generation_config.eos_token_id == [2, 5] and not model.generation_config.temperature
+    model.save_pretrained(tmp_path)

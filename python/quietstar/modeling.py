@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from .attention import check_reopens, check_supported, implementation_name
 from .caching import CACHE_NAME, check_alone, check_grows, one_cache
 from .checks import check_baseline, check_ignored, check_meta_tokens, check_text
 from .config import QuietStarConfig, check_fields
-from .decoding import check_kept, check_outputs
+from .decoding import check_kept, check_outputs, inherited_settings
 from .documents import DESCRIPTIONS, batch_ranges, check_new_positions
 from .generation import ThinkingGenerationMixin
 from .noise import settle_noise
@@ -68,7 +67,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         self._routers_reported = 0
         self.post_init()
         if base.generation_config is not None:
-            self.generation_config = copy.deepcopy(base.generation_config)
+            self.generation_config = inherited_settings(base.generation_config)
         self.thoughts: list[SpokenThought] = []
 
     # ---- building -------------------------------------------------------------------------------
