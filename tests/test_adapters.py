@@ -259,7 +259,7 @@ def test_refused_with_clear_words(decoder_folder: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
 def test_wrapped_by_peft_itself(task_type: str | None):
-    """Its wrapper for causal language models hands down every argument that it knows, most of them None."""
+    """Its wrapper for causal language models hands down every argument that it knows, None or not."""
     from peft import LoraConfig, get_peft_model
 
     ids = torch.arange(3, 15)[None]

@@ -79,7 +79,9 @@ def test_n_ahead_too_small():
             r"thought_ids has shape \[1, 10, 2\]; expected \[1, rationales, 10, 2\]",
         ),
         ({"input_ids": IDS, "labels": torch.full_like(IDS, 96)}, "targets"),
-        ({"input_ids": IDS, "inputs_embeds": None}, "does not know: 'inputs_embeds'"),
+        ({"input_ids": IDS, "head_mask": IDS}, "does not know: 'head_mask'"),
+        ({"input_ids": IDS, "inputs_embeds": IDS}, "inputs_embeds were given; expected input_ids"),
+        ({"labels": IDS}, "input_ids is missing"),
         ({"input_ids": IDS, "logits_to_keep": 11}, "logits_to_keep is 11; expected 0 to 10"),
     ],
 )

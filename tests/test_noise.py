@@ -1,4 +1,4 @@
-"""Noise: a thought is scored by the network that sampled it, whatever draws at random in training mode."""
+"""Noise: a thought is scored by the network that sampled it, whatever draws while training."""
 
 from __future__ import annotations
 
