@@ -190,12 +190,12 @@ def test_rows_that_cannot_be_scored_are_left_out(tmp_path, merging, caplog):
     for name in ("gsm8k", "gsm8k-cot"):
         caplog.clear()
         assert OWN[name](name, Settings(data=path)).items(merging) == GSM_ROWS[:2]
-        (said,) = [r.getMessage() for r in caplog.records]
-        assert said.startswith(
-            f"{name}: 2 of 4 rows cannot be scored and are left out, the first is row 2:"
-        )
+        said = [r.getMessage() for r in caplog.records]
+        for line, message in zip((2, 4), said, strict=True):
+            assert f"{path}, line {line} cannot be used: answer 'so' has no number" in message
+        assert said[1].endswith("it is left out (2 so far)")
     path.write_text(json.dumps(bad))
-    with pytest.raises(UserError, match="gsm8k, row 1: answer 'so' has no number"):
+    with pytest.raises(UserError, match="line 1 cannot be used: answer 'so' has no number"):
         OWN["gsm8k"]("gsm8k", Settings(data=path)).items(merging)
 
 
