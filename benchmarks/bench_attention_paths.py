@@ -25,6 +25,8 @@ from benchmarks.device import DEVICE
 from quietstar_ext import thought_attention
 from quietstar_ext.thought_attention_stock import stock_backward, stock_forward, use_stock
 
+pytestmark = pytest.mark.device
+
 LENGTHS = (256, 512, 1024, 2048, 4096)
 Table = dict[str, dict[str, float]]
 _tables: dict[str, Any] = {}

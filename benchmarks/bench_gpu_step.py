@@ -25,10 +25,13 @@ from benchmarks.device import DEVICE
 from benchmarks.flops import training_step_flops
 from benchmarks.sequential import sequential_step
 from quietstar import QuietStarForCausalLM
+from quietstar.caching import cache_argument
 from quietstar.graphs import forget, run_slots, use_graphs
 from quietstar.layout import LayerKeys, ThoughtLayout
 from quietstar.plan import decoder_sizes
 from quietstar.think import depth_of_end, output_head, slot_steps
+
+pytestmark = pytest.mark.device
 
 Table = dict[str, dict[str, float]]
 
@@ -247,8 +250,9 @@ def next_tokens(
     model: QuietStarForCausalLM, ids: torch.Tensor, positions: torch.Tensor, cache: Any
 ) -> torch.Tensor:
     """The most likely tokens behind one given token per row."""
-    hidden = model.base.base_model(
-        input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True
+    decoder = model.base.base_model
+    hidden = decoder(
+        input_ids=ids, position_ids=positions, use_cache=True, **cache_argument(decoder, cache)
     ).last_hidden_state
     return output_head(model.base).logits(hidden[:, -1]).argmax(-1)
 

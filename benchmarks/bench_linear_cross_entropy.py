@@ -27,6 +27,8 @@ from benchmarks import DEVICE, compare, device, finished, show, write
 from quietstar_ext import linear_cross_entropy, linear_cross_entropy_cuda, linear_cross_entropy_sum
 from quietstar_ext.linear_cross_entropy_softmax import SoftmaxCrossEntropy
 
+pytestmark = pytest.mark.device
+
 ON_GPU = DEVICE.type == "cuda"
 SHAPES = (
     [(8192, 4096, 32_000), (8192, 4096, 128_256), (8192, 1024, 128_256)]

@@ -22,6 +22,8 @@ from torch import Tensor
 from benchmarks import DEVICE, compare, device, finished, show, write
 from quietstar_ext import linear_sample
 
+pytestmark = pytest.mark.device
+
 ON_GPU = DEVICE.type == "cuda"
 SHAPES = (
     [(4096, 4096, 32_000), (2048, 4096, 128_256), (16, 4096, 128_256)]

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from benchmarks import DEVICE, compare, finished, show, write
 from quietstar_ext import mixing_head
 
+pytestmark = pytest.mark.device
+
 ON_GPU = DEVICE.type == "cuda"
 SHAPES = [(1024, 8192, 4096), (1024, 8192, 896)] if ON_GPU else [(256, 3072, 256), (512, 2048, 1024)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -21,6 +21,8 @@ from torch import Tensor
 from benchmarks import DEVICE, compare, finished, show, write
 from quietstar_ext import sample_tokens
 
+pytestmark = pytest.mark.device
+
 ON_GPU = DEVICE.type == "cuda"
 SHAPES = (
     [(4096, 32_000), (2048, 128_256), (64, 128_256), (1, 128_256)]

@@ -41,6 +41,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import DEVICE, compare, device, finished, show, write
 from quietstar_ext import thought_attention
 
+pytestmark = pytest.mark.device
+
 #          B  Hq Hkv  N   S   D
 PACKED = [(1, 8, 4, 256, 15, 32), (1, 8, 8, 256, 15, 64), (1, 8, 2, 512, 15, 64)]
 #         B  Hq Hkv  N    M   Sk  D

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from quietstar import QuietStarForCausalLM
+from quietstar.caching import cache_argument
 
 
 def sequential_step(
@@ -54,8 +55,8 @@ def sequential_step(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions + depth,
-            past_key_values=cache,
             use_cache=True,
+            **cache_argument(base.base_model, cache),
         ).last_hidden_state
         visible = torch.cat([visible, diagonal], 1)
         talk_step = depth - t_thought - 2

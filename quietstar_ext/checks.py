@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from quietstar_ext.derivatives import in_vmap
+
 LARGEST = torch.finfo(torch.float32).max
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -70,10 +72,10 @@ def check_positive(name: str, value: object) -> None:
 def check_index_range(name: str, indices: torch.Tensor, stop: int, also: int | None = None) -> None:
     """Require ``0 <= index < stop`` everywhere; the value ``also`` is allowed too.
 
-    Looks only where looking is cheap: at CPU tensors outside ``torch.compile``, because reading a
-    CUDA tensor would wait for the device.
+    Looks only where looking is possible and cheap: at CPU tensors outside ``torch.compile`` and
+    ``vmap``, because reading a CUDA tensor would wait for the device.
     """
-    if torch.compiler.is_compiling() or indices.device.type != "cpu" or indices.numel() == 0:
+    if not _can_look(indices) or indices.numel() == 0:
         return
     outside = (indices < 0) | (indices >= stop)
     if also is not None:
@@ -82,6 +84,19 @@ def check_index_range(name: str, indices: torch.Tensor, stop: int, also: int | N
         value = int(indices[outside][0])
         exception = "" if also is None else f" or {also}"
         raise ValueError(f"{name} contains {value}; expected values from 0 to {stop - 1}{exception}")
+
+
+def _can_look(indices: torch.Tensor) -> bool:
+    return not torch.compiler.is_compiling() and indices.device.type == "cpu" and not in_vmap()
+
+
+def refuse_vmap(operator: str) -> None:
+    """Refuse to sample under ``torch.func.vmap``: the rows of every element have the same numbers."""
+    if in_vmap():
+        raise RuntimeError(
+            f"{operator} cannot be used under vmap, where every element would draw the same random"
+            " numbers; flatten the batch into rows"
+        )
 
 
 def banned_ids(
@@ -98,7 +113,6 @@ def banned_ids(
         banned = torch.tensor(banned, dtype=torch.int64, device=device)
     check_tensor("banned", banned, ["n"], [torch.int64], device)
     check_index_range("banned", banned, vocabulary)
-    looks = not torch.compiler.is_compiling() and banned.device.type == "cpu"
-    if looks and banned.numel() >= vocabulary and banned.unique().numel() == vocabulary:
+    if _can_look(banned) and banned.numel() >= vocabulary and banned.unique().numel() == vocabulary:
         raise ValueError(f"banned has all {vocabulary} ids; expected at least one left")
     return banned if banned.numel() else None

@@ -16,6 +16,7 @@ import torch
 
 from quietstar_ext import checks
 from quietstar_ext import linear_cross_entropy_chunks as chunks
+from quietstar_ext.derivatives import first_only, refuse_batched, why_not_differentiable
 from quietstar_ext.dispatch import choose_impl
 from quietstar_ext.native import why_not_native
 from quietstar_ext.precision import autocast_inputs, compute_dtype, without_autocast
@@ -86,7 +87,8 @@ def linear_cross_entropy(
         TypeError: an argument that must be a tensor is none.
         ValueError: a shape, dtype, device, id or option does not fit; the message names the
             argument.
-        RuntimeError: ``impl="fused"`` and there is no kernel for this call.
+        RuntimeError: ``impl="fused"`` and there is no kernel for this call,
+            or a second derivative is taken through a kernel (the reference has them).
     """
     hidden, weight = autocast_inputs(hidden, weight)
     banned = _check(hidden, weight, targets, temperature, banned, ignore_index, softcap, logit_scale)
@@ -94,7 +96,7 @@ def linear_cross_entropy(
     temperature, logit_scale = float(temperature), float(logit_scale)
     softcap = None if softcap is None else float(softcap)
 
-    chosen = choose_impl("linear_cross_entropy", impl, _why_not_fused(hidden))
+    chosen = choose_impl("linear_cross_entropy", impl, _why_not_fused(hidden, weight))
     with without_autocast(hidden):
         if chosen == "fused":
             options = (float(temperature), ignore_index, softcap, float(logit_scale))
@@ -164,7 +166,7 @@ def linear_cross_entropy_sum(
     )
     row_weights = row_weights.detach().to(wide)
 
-    chosen = choose_impl("linear_cross_entropy_sum", impl, _why_not_fused(hidden))
+    chosen = choose_impl("linear_cross_entropy_sum", impl, _why_not_fused(hidden, weight))
     with without_autocast(hidden):
         if chosen == "fused":
             options = (float(temperature), ignore_index, softcap, float(logit_scale), skip_zero_weight)
@@ -187,9 +189,9 @@ def linear_cross_entropy_sum(
         )
 
 
-def _why_not_fused(hidden: torch.Tensor) -> str | None:
+def _why_not_fused(hidden: torch.Tensor, weight: torch.Tensor) -> str | None:
     """None where the fused path takes this call, otherwise half a sentence with the reason."""
-    return why_not_native(hidden)
+    return why_not_native(hidden) or why_not_differentiable(hidden, weight)
 
 
 def _check(
@@ -283,17 +285,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        refuse_batched("linear_cross_entropy", grads[0])
         gradients, (hidden, weight, targets, banned) = _take(ctx)
         run = chunks.backward
         if torch.compiler.is_compiling():
             run = torch.ops.quietstar.linear_cross_entropy_backward
-        results = run(
-            grads[0],
-            *(hidden, weight, targets),
-            *(gradients or (None, None)),
-            *(banned, *ctx.options, *ctx.wanted, ctx.accumulate),
-        )
-        return (*_where(ctx.wanted, results), *(None,) * 5)
+        with torch.no_grad():
+            results = run(
+                grads[0],
+                *(hidden, weight, targets),
+                *(gradients or (None, None)),
+                *(banned, *ctx.options, *ctx.wanted, ctx.accumulate),
+            )
+        shown = first_only("linear_cross_entropy", (hidden, weight), _where(ctx.wanted, results))
+        return (*shown, *(None,) * 5)
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -328,19 +333,22 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        refuse_batched("linear_cross_entropy_sum", grads[0])
         gradients, (largest, hidden, weight, targets, row_weights, banned) = _take(ctx)
-        scale = grads[0] * largest
-        if gradients is None:
-            _, *again = torch.ops.quietstar.linear_cross_entropy_forward_and_backward(
-                *(hidden, weight, targets, row_weights / largest, banned),
-                *(*ctx.options, *ctx.wanted, ctx.accumulate),
-            )
-            gradients = (again[0], again[1])
-        if torch.compiler.is_compiling():
-            results = [(gradient * scale).to(hidden.dtype) for gradient in gradients]
-        else:
-            results = [chunks.scale_(gradient, scale).to(hidden.dtype) for gradient in gradients]
-        return (*_where(ctx.wanted, results), *(None,) * 6)
+        with torch.no_grad():
+            scale = grads[0] * largest
+            if gradients is None:
+                _, *again = torch.ops.quietstar.linear_cross_entropy_forward_and_backward(
+                    *(hidden, weight, targets, row_weights / largest, banned),
+                    *(*ctx.options, *ctx.wanted, ctx.accumulate),
+                )
+                gradients = (again[0], again[1])
+            if torch.compiler.is_compiling():
+                results = [(gradient * scale).to(hidden.dtype) for gradient in gradients]
+            else:
+                results = [chunks.scale_(gradient, scale).to(hidden.dtype) for gradient in gradients]
+        shown = first_only("linear_cross_entropy_sum", (hidden, weight), _where(ctx.wanted, results))
+        return (*shown, *(None,) * 6)
 
 
 def _where(wanted: tuple[bool, bool], results: Any) -> list[torch.Tensor | None]:

@@ -73,6 +73,7 @@ def linear_sample(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`quietstar_ext.sample_tokens`.
     """
+    checks.refuse_vmap("linear_sample")
     checks.check_tensor("hidden", hidden, ["rows", "d"], checks.FLOAT_DTYPES)
     checks.check_tensor("weight", weight, ["vocab", hidden.shape[1]], None, hidden.device)
     hidden, weight = autocast_inputs(hidden, weight)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from quietstar_ext import checks, mixing_head_cuda
+from quietstar_ext.derivatives import first_only, refuse_batched, why_not_differentiable
 from quietstar_ext.dispatch import choose_impl
 from quietstar_ext.native import DTYPE_CODES, native, takes_cuda_path, why_not_native
 from quietstar_ext.precision import autocast_inputs, without_autocast
@@ -72,7 +73,8 @@ def mixing_head(
         TypeError: an argument that must be a tensor is none.
         ValueError: a shape, dtype, device, index or option does not fit; the message names the
             argument.
-        RuntimeError: ``impl="fused"`` and there is no kernel for this call.
+        RuntimeError: ``impl="fused"`` and there is no kernel for this call,
+            or a second derivative is taken through a kernel (the reference has them).
 
     Source: Zelikman et al. 2024 (arXiv 2403.09629), section 4.3. Mixing hidden states is mixing
     logits as long as the vocabulary layer is linear.
@@ -80,8 +82,9 @@ def mixing_head(
     base, thought, w1, b1, w2, b2, w3 = autocast_inputs(base, thought, w1, b1, w2, b2, w3)
     _check(base, thought, w1, b1, w2, b2, w3, activation, base_index)
 
-    chosen = choose_impl("mixing_head", impl, _why_not_fused(thought))
     tensors = (base, thought, w1, b1, w2, b2, w3)
+    reason = _why_not_fused(thought) or why_not_differentiable(*tensors)
+    chosen = choose_impl("mixing_head", impl, reason)
     with without_autocast(thought):
         if chosen == "reference":
             return _reference(*tensors, activation, base_index=base_index)
@@ -147,18 +150,19 @@ class _MixingHead(torch.autograd.Function):
         mixed, w, gate, h1, h2 = torch.ops.quietstar.mixing_head_forward(
             base, thought, w1, b1, w2, b2, w3, base_index, sigmoid
         )
-        ctx.save_for_backward(base, thought, w1, w2, w3, gate, h1, h2, base_index)
+        ctx.save_for_backward(base, thought, w1, w2, w3, gate, h1, h2, base_index, b1, b2)
         ctx.sigmoid = sigmoid
         return mixed, w
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        refuse_batched("mixing_head", grads[0])
         wanted = ctx.needs_input_grad[:7]
-        results = torch.ops.quietstar.mixing_head_backward(
-            *grads, *ctx.saved_tensors, ctx.sigmoid, wanted
-        )
+        *kept, b1, b2 = ctx.saved_tensors
+        with torch.no_grad():
+            results = torch.ops.quietstar.mixing_head_backward(*grads, *kept, ctx.sigmoid, wanted)
         shown = [g if want else None for g, want in zip(results, wanted, strict=True)]
-        return (*shown, None, None)
+        return (*first_only("mixing_head", (*kept[:5], b1, b2), shown), None, None)
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -71,6 +71,7 @@ def sample_tokens(
             for the device, such a row gets token -1 and log-probability NaN.
         RuntimeError: ``impl="fused"`` and there is no kernel for this call.
     """
+    checks.refuse_vmap("sample_tokens")
     checks.check_tensor("logits", logits, ["rows", "vocab"], checks.FLOAT_DTYPES)
     check_sampling(temperature, top_k, top_p, min_p)
     if logits.shape[1] == 0:

@@ -13,6 +13,7 @@ from typing import Literal, overload
 import torch
 
 from quietstar_ext import checks
+from quietstar_ext.derivatives import why_not_differentiable
 from quietstar_ext.dispatch import choose_impl
 from quietstar_ext.precision import autocast_inputs, without_autocast
 from quietstar_ext.reference.thought_attention import thought_attention as _reference
@@ -127,7 +128,8 @@ def thought_attention(
     Raises:
         TypeError: an argument that must be a tensor is none.
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
-        RuntimeError: ``impl`` is ``"fused"`` or ``"composed"`` and there is no kernel for this call.
+        RuntimeError: ``impl`` is ``"fused"`` or ``"composed"`` and there is no kernel for this call,
+            or a second derivative is taken through a kernel (the reference has them).
 
     Source: Zelikman et al. 2024 (arXiv 2403.09629), section 4.2, parallel generation.
     """
@@ -139,7 +141,8 @@ def thought_attention(
 
     window, cap = sliding_window or 0, softcap or 0.0
     asked = "fused" if impl == "composed" else impl
-    if choose_impl("thought_attention", asked, why_not_fused(q)) == "fused":
+    reason = why_not_fused(q) or why_not_differentiable(q, k_text, v_text, k_thought, v_thought, sinks)
+    if choose_impl("thought_attention", asked, reason) == "fused":
         tensors = (q, k_text, v_text, k_thought, v_thought, text_start, text_stop, sinks)
         if goes_composed(impl, q, k_text, k_thought, every_position, window, cap):
             out, lse = composed_attention(*tensors, scale)

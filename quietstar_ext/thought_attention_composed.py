@@ -20,8 +20,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from quietstar_ext.derivatives import first_only
 from quietstar_ext.dispatch import Setting
 from quietstar_ext.native import takes_cuda_path
 from quietstar_ext.thought_attention_diagonal import diagonal_backward, diagonal_forward
@@ -29,8 +29,8 @@ from quietstar_ext.thought_attention_stock import stock_backward, stock_forward,
 
 PATHS = ("auto", "fused", "composed")
 
-# From how many text tokens on the composed path is taken. UNMEASURED: a guess from what the two move
-# and compute. The composed path writes the text part and reads it again, backward it copies out and
+# From how many text tokens on the composed path is taken. A guess from what the two move and compute,
+# and too long on an H200 for heads of 128 (docs/gpu_paths.md). The composed path writes the text part and reads it again, backward it copies out and
 # its gradient if there are several rationales and sums the text gradients of all slots: work linear in
 # N. The stock kernel's advantage, if it has one, is a share of the quadratic part.
 # benchmarks/bench_attention_paths.py times both and prints the length from which it is ahead.
@@ -161,27 +161,26 @@ class _Composed(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         *inputs, out, lse = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
+        sinks, dsinks = inputs[7], None
         ops = torch.ops.quietstar
-        if dlse is None:
-            backward = ops.thought_attention_composed_backward
-            *gradients, delta = backward(*inputs[:5], out, lse, dout, ctx.scale)
-        else:
-            backward = ops.thought_attention_backward
-            *gradients, delta = backward(*inputs, out, lse, dout, dlse, ctx.scale, 0, 0.0)
-        dsinks = None
-        sinks = inputs[7]
-        if sinks is not None and ctx.needs_input_grad[7]:
-            # A sink is a logit with the value 0. Every row sees its anchor, so lse is finite.
-            p = torch.exp(sinks.float()[:, None, None] - lse)
-            dsinks = -(p * delta).sum((0, 2, 3)).to(sinks.dtype)
-        return (*gradients, None, None, dsinks, None)
+        with torch.no_grad():
+            if dout is None:
+                dout = torch.zeros_like(out)
+            if dlse is None:
+                backward = ops.thought_attention_composed_backward
+                *gradients, delta = backward(*inputs[:5], out, lse, dout, ctx.scale)
+            else:
+                backward = ops.thought_attention_backward
+                *gradients, delta = backward(*inputs, out, lse, dout, dlse, ctx.scale, 0, 0.0)
+            if sinks is not None and ctx.needs_input_grad[7]:
+                # A sink is a logit with the value 0. Every row sees its anchor, so lse is finite.
+                p = torch.exp(sinks.float()[:, None, None] - lse)
+                dsinks = -(p * delta).sum((0, 2, 3)).to(sinks.dtype)
+        return (*first_only("thought_attention", inputs, (*gradients, None, None, dsinks)), None)
 
 
 def _whole_packs(tensor: torch.Tensor) -> torch.Tensor:

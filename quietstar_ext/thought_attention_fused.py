@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from quietstar_ext.derivatives import first_only
 from quietstar_ext.native import (
     DTYPE_CODES,
     cuda_device,
@@ -96,24 +96,24 @@ class _ThoughtAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         *inputs, out, lse = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        *gradients, delta = torch.ops.quietstar.thought_attention_backward(
-            *inputs, out, lse, dout, dlse, *ctx.options
-        )
-        dsinks = None
-        sinks = inputs[7]
-        if sinks is not None and ctx.needs_input_grad[7]:
-            # A sink is a logit with the value 0, so its share of the gradient is p (0 - delta).
-            p = torch.exp(sinks.float()[:, None, None] - lse)
-            p = p.masked_fill(lse == -torch.inf, 0)
-            dsinks = -(p * delta).sum((0, 2, 3)).to(sinks.dtype)
-        return (*gradients, None, None, dsinks, None, None, None)
+        sinks, dsinks = inputs[7], None
+        with torch.no_grad():
+            if dout is None:
+                dout = torch.zeros_like(out)
+            *gradients, delta = torch.ops.quietstar.thought_attention_backward(
+                *inputs, out, lse, dout, dlse, *ctx.options
+            )
+            if sinks is not None and ctx.needs_input_grad[7]:
+                # A sink is a logit with the value 0, so its share of the gradient is p (0 - delta).
+                p = torch.exp(sinks.float()[:, None, None] - lse)
+                p = p.masked_fill(lse == -torch.inf, 0)
+                dsinks = -(p * delta).sum((0, 2, 3)).to(sinks.dtype)
+        results = first_only("thought_attention", inputs, (*gradients, None, None, dsinks))
+        return (*results, None, None, None)
 
 
 def _last_contiguous(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -51,6 +52,29 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """``torch.empty`` fills what it returns with NaN, or the largest integer, on every device."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In the tests of the operators on a GPU, what a kernel does not write is NaN."""
+    on_a_gpu = request.node.get_closest_marker("gpu") is not None
+    if on_a_gpu and "_cuda" in request.path.stem:
+        with poisoned_memory():
+            yield
+    else:
+        yield
+
+
 @pytest.fixture
 def cuda_on_cpu() -> Iterator[ModuleType]:
     """CPU tensors take the CUDA path, with the CUDA sources compiled for the CPU.
@@ -61,13 +85,8 @@ def cuda_on_cpu() -> Iterator[ModuleType]:
     module = cuda_sources.load()
     module.set_order("forward", 0)
     module.set_shared_memory_limit(module.shared_memory_limit)
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        with native.cuda_on_cpu(module):
-            yield module
-    finally:
-        torch.use_deterministic_algorithms(before)
+    with poisoned_memory(), native.cuda_on_cpu(module):
+        yield module
 
 
 @pytest.fixture(

@@ -257,6 +257,37 @@ def test_refused_with_clear_words(decoder_folder: Path, monkeypatch: pytest.Monk
         run_recipe(recipe(decoder_folder), decoder_folder.parent / "x")
 
 
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_wrapped_by_peft_itself(task_type: str | None):
+    """Its wrapper for causal language models hands down every argument that it knows, None or not."""
+    from peft import LoraConfig, get_peft_model
+
+    ids = torch.arange(3, 15)[None]
+    model = QuietStarForCausalLM.from_base(tiny_decoder("llama"), start_token_id=94, end_token_id=95)
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    before = model.eval().generate(ids, attention_mask=torch.ones_like(ids), **options)
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type=task_type)
+    wrapped = get_peft_model(model, config)
+    made = wrapped.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(made, before)  # the updates begin at zero
+    wrapped.train()(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    updates = [p for n, p in wrapped.named_parameters() if "lora_B" in n]
+    assert len(updates) == 4 and all(bool(p.grad.any()) for p in updates)
+
+
+def test_embeddings_in_place_of_tokens_are_refused():
+    """Given, or put before the text by prompt tuning."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    ids = torch.arange(3, 15)[None]
+    model = QuietStarForCausalLM.from_base(tiny_decoder("llama"), start_token_id=94, end_token_id=95)
+    with pytest.raises(ValueError, match=r"inputs_embeds were given; expected input_ids"):
+        model(inputs_embeds=model.get_input_embeddings()(ids))
+    prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match=r"inputs_embeds were given.*prompt tuning"):
+        prompted(input_ids=ids, labels=ids)
+
+
 def test_the_recipe_for_a_small_gpu():
     small = load_recipe("mistral-7b-lora")
     assert small.adapter.rank and small.adapter.quantize == "4bit"

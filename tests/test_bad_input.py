@@ -79,7 +79,9 @@ def test_n_ahead_too_small():
             r"thought_ids has shape \[1, 10, 2\]; expected \[1, rationales, 10, 2\]",
         ),
         ({"input_ids": IDS, "labels": torch.full_like(IDS, 96)}, "targets"),
-        ({"input_ids": IDS, "inputs_embeds": None}, "does not know: 'inputs_embeds'"),
+        ({"input_ids": IDS, "head_mask": IDS}, "does not know: 'head_mask'"),
+        ({"input_ids": IDS, "inputs_embeds": IDS}, "inputs_embeds were given; expected input_ids"),
+        ({"labels": IDS}, "input_ids is missing"),
         ({"input_ids": IDS, "logits_to_keep": 11}, "logits_to_keep is 11; expected 0 to 10"),
     ],
 )
@@ -99,10 +101,14 @@ def test_meta_tokens_have_to_lie_in_the_vocabulary():
 
 
 def test_attention_dropout_is_refused():
+    """Where it was kept for training without thoughts, and the documents of a row need the layout."""
     decoder = tiny_decoder("llama", attention_dropout=0.1)
-    model = QuietStarForCausalLM.from_base(decoder, start_token_id=94, end_token_id=95).train()
-    with pytest.raises(ValueError, match=r"attention dropout is 0.1; expected 0"):
-        model(IDS, labels=IDS)
+    fields = {"thought_kind": "none", "disable_dropout": False, "start_token_id": 94, "end_token_id": 95}
+    model = QuietStarForCausalLM.from_base(decoder, **fields).train()
+    model(IDS, labels=IDS)
+    documents = torch.arange(IDS.shape[1])[None].expand_as(IDS) // 4
+    with pytest.raises(ValueError, match=r"attention dropout is 0.1; expected 0 .* several documents"):
+        model(IDS, labels=IDS, document_ids=documents)
 
 
 def test_attention_implementation_stays(model: QuietStarForCausalLM):

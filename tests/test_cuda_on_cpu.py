@@ -106,30 +106,42 @@ def line_of(name: str) -> int:
     return next(i for i in range(start, len(source)) if "(sound ? 0 : 1)] = 1;" in source[i]) + 1
 
 
+def pytest_command(*options: str) -> list[str]:
+    # -P: the source folder must not hide the installed package.
+    return [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+
+
+def collected(marks: str) -> list[str]:
+    """The tests of the whole tree that have the marks."""
+    done = subprocess.run(
+        pytest_command("--collect-only", "-m", marks, "tests"),
+        cwd=cuda_sources.REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def test_tests_are_found_by_their_mark() -> None:
+    """Also those that have it from a fixture, as scripts/gpu_check.sh needs them."""
+    operators = ("linear_cross_entropy", "mixing_head", "sample_tokens", "thought_attention")
+    found = {test.partition("::")[0].rpartition("/")[2] for test in collected("gpu")}
+    assert {f"test_{name}_cuda.py" for name in operators} <= found
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(cuda_sources.SANITIZED, reason="starts the sanitized processes")
 def test_every_kernel_passes_the_sanitizers() -> None:
     """The tests of the kernels again, with both sanitizers watching every access."""
-    tests = cuda_sources.REPOSITORY / "tests"
-    files = [str(f) for f in sorted(tests.glob("test_*.py")) if "cuda_on_cpu" in f.read_text()]
-    files += [str(f) for f in sorted(tests.glob("test_*.py")) if "kernel_device" in f.read_text()]
+    selected = "cuda_on_cpu and not slow"
+    # Collected by the mark in an ordinary process; under the sanitizers these files alone are imported.
+    files = {test.partition("::")[0] for test in collected(selected)}
+    assert len(files) > 5
     done = subprocess.run(
-        [
-            sys.executable,
-            "-P",  # the source folder must not hide the installed package
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            # What a sanitizer prints on its way out must not go down with pytest's capture.
-            "--capture=sys",
-            "-m",
-            "cuda_on_cpu and not slow",
-            "-p",
-            "no:cacheprovider",
-            *dict.fromkeys(files),
-        ],
+        # What a sanitizer prints on its way out must not go down with pytest's capture.
+        [*pytest_command("-x", "--capture=sys", "-m", selected), *sorted(files)],
         cwd=cuda_sources.REPOSITORY,
         env=cuda_sources.sanitized_environment(),
         capture_output=True,

@@ -408,18 +408,29 @@ class TestOnAGpu:
     pytestmark = on_a_gpu
 
     def test_large(self, dtype) -> None:
-        """Twice the same bits, and the reference's numbers."""
-        tensors, index = make_with_large_biases(700, 5003, 1096, dtype, "cuda")
-        ours = fused(tensors, "sigmoid", index)
-        again = fused(tensors, "sigmoid", index)
-        assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
-        outputs = concatenated(tensors, "sigmoid", index)
-        theirs = [*outputs, *gradients(outputs, tensors)]
-        exact = truth(tensors, "sigmoid", index)
+        """Twice the same bits, and the reference's numbers.
+
+        Errors are summed over draws. With these biases a column of h2 is on in all rows or in none, so
+        the gradients of b2 all have the error of one sum over the rows: a single number, which in one
+        draw is often several times torch's, or a fraction of it.
+        """
         names = ["mixed", "w", *NAMES]
-        for name, t, a, b in zip(names, exact, ours, theirs, strict=True):
-            unit = 4 * torch.finfo(dtype).eps * float(t.norm())
-            assert float((a - t).norm()) <= 1.5 * float((b - t).norm()) + unit, name
+        errors, budgets, sizes = (dict.fromkeys(names, 0.0) for _ in range(3))
+        for _ in range(8):
+            tensors, index = make_with_large_biases(700, 5003, 1096, dtype, "cuda")
+            ours = fused(tensors, "sigmoid", index)
+            again = fused(tensors, "sigmoid", index)
+            assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+            outputs = concatenated(tensors, "sigmoid", index)
+            theirs = [*outputs, *gradients(outputs, tensors)]
+            exact = truth(tensors, "sigmoid", index)
+            for name, t, a, b in zip(names, exact, ours, theirs, strict=True):
+                errors[name] += float((a - t).norm())
+                budgets[name] += float((b - t).norm())
+                sizes[name] += float(t.norm())
+        unit = 4 * torch.finfo(dtype).eps
+        for name in names:
+            assert errors[name] <= 1.5 * budgets[name] + unit * sizes[name], name
 
     def test_a_graph_sees_new_inputs(self, dtype) -> None:
         tensors, index = make_with_large_biases(40, 130, 64, dtype, "cuda")

@@ -250,7 +250,7 @@ def random_case(device: str, large: int) -> tuple[Any, ...]:
     columns = draw(1, 2, 7, 12 * large)
     options: dict[str, Any] = {"sinks": draw(True, False)}
     if draw(True, False):
-        options["sliding_window"] = int(torch.randint(1, 100, ()))
+        options["sliding_window"] = int(torch.randint(1, draw(12, 100), ()))
     if draw(True, False, False):
         options["softcap"] = 2.5
     shape = (draw(1, 2), hkv * groups, hkv, sq, sk, columns, length, size, options)

@@ -72,7 +72,7 @@ def test_random_shapes_and_options(simd, poison, number):
     size, columns, length = draw(1, 4, 16, 24, 32, 64, 80), draw(1, 2, 7, 33), draw(0, 1, 40, 64, 150)
     options = {"sinks": draw(True, False)}
     if draw(True, False):
-        options["sliding_window"] = int(torch.randint(1, 100, ()))
+        options["sliding_window"] = int(torch.randint(1, draw(12, 100), ()))
     if draw(True, False, False):
         options["softcap"] = 2.5
     shape = (draw(1, 2), hkv * groups, hkv, sq, sk, columns, length, size)

@@ -40,6 +40,14 @@ CASES: dict[str, dict[str, Any]] = {
     # The counts of both micro-batches on both processes are known before the first.
     "ddp-accumulated": {"padded": True, "accumulate": 2},
     "fsdp-accumulated": {"padded": True, "accumulate": 2, "arguments": FSDP},
+    # The second process has no target in the first step, and nobody in the second.
+    "ddp-targets": {
+        "padded": True,
+        "without": range(2, 8),
+        "think_at": "entropy:0.5",
+        "fields": {"reward": "information-gain", "entropy_bonus": 0.3},
+    },
+    "fsdp-targets": {"padded": True, "without": range(2, 8), "arguments": FSDP},
 }
 
 
@@ -104,6 +112,8 @@ def rows(case: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
         if case.get("padded"):
             mask[LENGTH - number % 5 :] = 0
         row = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        if number in case.get("without", ()):
+            row["labels"] = torch.full_like(ids, -100)
         if case.get("thoughts", True):
             row["thought_ids"] = torch.randint(3, 30, (2, LENGTH, 2), generator=generator)
         made.append(row)
@@ -140,7 +150,9 @@ class Gradients(TrainerCallback):
         found = {}
         for name, parameter in kwargs["model"].named_parameters():
             gradient = parameter.grad
-            assert gradient is not None, name
+            if gradient is None:
+                assert not found, name  # a step without a target has none at all
+                return
             if isinstance(gradient, DTensor):
                 gradient = gradient.full_tensor()
             found[name.removeprefix("module.")] = gradient.detach().clone()
@@ -182,6 +194,9 @@ def train(
             train_dataset=rows(case),
             callbacks=list(watching),
         )
+    if "without" in case:
+        in_order = torch.utils.data.SequentialSampler(run.train_dataset)
+        run._get_train_sampler = lambda *arguments: in_order
     assert run.is_fsdp_enabled == wants_fsdp
     run.train(resume_from_checkpoint=True if resume else None)
     assert wants_fsdp == all(isinstance(p, DTensor) for p in run.model.parameters())
@@ -235,6 +250,9 @@ def main(out: Path) -> None:
             for step, found in enumerate(gradients.steps):
                 save_file(found, out / f"{name}-gradients-{step}.safetensors")
             losses = [e["loss"] for e in run.state.log_history if "loss" in e]
+            counted = [e["steps_without_targets"] for e in run.state.log_history if "loss" in e]
+            assert counted == ([0, 1] if "without" in case else [0, 0]), counted
+            assert len(gradients.steps) == (1 if "without" in case else 2)
             (out / f"{name}-losses.json").write_text(json.dumps(losses))
     for name, case in SAVED.items():
         run, _ = train(case, out / f"two-{name}", batch=2, **SAVING)

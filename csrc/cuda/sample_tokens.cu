@@ -46,7 +46,7 @@ constexpr double kDoubt = 5e-7;  // see draw()
 template <class T>
 constexpr int kBlocks = sizeof(T) == 2 ? 4 : 3;
 
-template <class T>
+template <class T, bool kFast>
 __global__ __launch_bounds__(kThreads,
                              kBlocks<T>) void scan_rows(const __grid_constant__ Options o) {
   QUIETSTAR_SHARED(int, banned, [kFewBanned]);
@@ -57,7 +57,7 @@ __global__ __launch_bounds__(kThreads,
   const int per_block =
       (o.max_entries + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
   const int first = static_cast<int>(blockIdx.x) * per_block;
-  scan<T, false>(row, o, first, min(first + per_block, row.entries), o.sums + n * o.max_entries,
+  scan<T, kFast>(row, o, first, min(first + per_block, row.entries), o.sums + n * o.max_entries,
                  o.maxima + n * o.max_entries);
 }
 
@@ -139,7 +139,7 @@ __global__ __launch_bounds__(kThreads,
   __syncthreads();
   const std::int64_t n = blockIdx.x;
   const Row<T> row = row_of<T>(o, n, state->banned);
-  if (!kFast && o.sums) {
+  if (o.sums) {
     for (int i = static_cast<int>(threadIdx.x); i < row.entries; i += kThreads) {
       state->sums[i] = o.sums[n * o.max_entries + i];
       state->maxima[i] = o.maxima[n * o.max_entries + i];
@@ -253,8 +253,7 @@ Options options_of(const SampleTokens& call, const Plan& plan) {
   o.first_sums = !o.greedy && (!o.truncated || (o.top_p < 1 && o.top_k == 0));
   // Very high and low temperatures may leave the range of fp32 on the way.
   const bool usual = o.factor > 1e-4 && o.factor < 1e4;
-  o.fast = usual && call.dtype != DType::f32 && !o.transformed && o.first_sums && !o.truncated &&
-           plan.parts == 1;
+  o.fast = usual && call.dtype != DType::f32 && !o.transformed && o.first_sums && !o.truncated;
   int vocab_bits = 1;
   while (call.vocab >> vocab_bits) ++vocab_bits;
   o.unit = std::ldexp(1.0, 61 - vocab_bits);
@@ -280,21 +279,26 @@ dim3 blocks(std::int64_t count) {
   return dim3(static_cast<unsigned>(quotient_up(count, kThreads)));
 }
 
-template <class T>
+// Both launches add up in the same way, so that a row's result does not depend on how many others
+// there are.
+template <class T, bool kFast>
 void launch_rows(const Options& o, std::int64_t rows, std::int64_t parts, const Device& device) {
   const std::size_t shared = o.truncated ? sizeof(Bins) : 0;
   if (parts > 1) {
-    launch("sample_tokens, first pass", device, scan_rows<T>,
+    launch("sample_tokens, first pass", device, scan_rows<T, kFast>,
            dim3(static_cast<unsigned>(parts), static_cast<unsigned>(rows)), dim3(kThreads), 0, o);
   }
-  const dim3 grid(static_cast<unsigned>(rows));
-  if constexpr (sizeof(T) == 2) {
-    if (o.fast) {
-      launch("sample_tokens", device, sample_rows<T, true>, grid, dim3(kThreads), shared, o);
-      return;
-    }
+  launch("sample_tokens", device, sample_rows<T, kFast>, dim3(static_cast<unsigned>(rows)),
+         dim3(kThreads), shared, o);
+}
+
+template <class T>
+void launch_16_bit(const Options& o, std::int64_t rows, std::int64_t parts, const Device& device) {
+  if (o.fast) {
+    launch_rows<T, true>(o, rows, parts, device);
+  } else {
+    launch_rows<T, false>(o, rows, parts, device);
   }
-  launch("sample_tokens", device, sample_rows<T, false>, grid, dim3(kThreads), shared, o);
 }
 
 }  // namespace
@@ -323,11 +327,11 @@ void sample_tokens(const SampleTokens& call, const Device& device) {
   }
   switch (call.dtype) {
     case DType::bf16:
-      return launch_rows<BFloat16>(o, call.rows, cut.parts, device);
+      return launch_16_bit<BFloat16>(o, call.rows, cut.parts, device);
     case DType::f16:
-      return launch_rows<Float16>(o, call.rows, cut.parts, device);
+      return launch_16_bit<Float16>(o, call.rows, cut.parts, device);
     default:
-      return launch_rows<float>(o, call.rows, cut.parts, device);
+      return launch_rows<float, false>(o, call.rows, cut.parts, device);
   }
 }
 

@@ -21,6 +21,7 @@ from torch import nn
 
 from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError
+from quietstar.text_part import text_body
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -100,7 +101,7 @@ def target_pattern(model: QuietStarForCausalLM, names: list[str] | None) -> str:
     """
     from transformers.pytorch_utils import Conv1D
 
-    body = model.base.base_model
+    body = text_body(model.base)  # of a model for several modalities the text's part
     found = {
         name.rpartition(".")[2]
         for name, module in body.named_modules()
@@ -112,7 +113,7 @@ def target_pattern(model: QuietStarForCausalLM, names: list[str] | None) -> str:
                 f"adapter.targets names {name!r}; expected linear layers of the decoder:"
                 f" {', '.join(sorted(found))}"
             )
-    prefix = re.escape(f"base.{model.base.base_model_prefix}")
+    prefix = re.escape(next(name for name, module in model.named_modules() if module is body))
     return rf"{prefix}\..*\b(?:{'|'.join(sorted(names or found))})"
 
 

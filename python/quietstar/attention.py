@@ -19,13 +19,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    PreTrainedModel,
+)
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from quietstar_ext import thought_attention
 
-from .config import text_config_of
 from .layout import HandedKeys, LayerKeys, ThoughtLayout
+from .text_part import text_body, text_config_of
 
 # Neutral names: transformers dispatches on names that contain "sdpa", "flash", "flex" or "paged".
 # "thought_plain" serves families without torch's fused attention, "thought_eager" those that were loaded
@@ -36,7 +41,7 @@ _FALLBACKS = {"thought": "sdpa", "thought_plain": "eager", "thought_eager": "eag
 _KNOWN_LAYER_TYPES = ("full_attention", "sliding_attention")
 # Options of an attention function that the thoughts' one obeys ...
 _OBEYED = {"sliding_window", "softcap", "s_aux"}
-# ... and those that travel along and change nothing: what they describe was done before or is done after.
+# ... and those that travel along and change nothing here.
 _HARMLESS = {
     "cache_position",
     "deterministic",
@@ -77,7 +82,8 @@ def _attention(name: str, fallback: str) -> Callable[..., tuple[Tensor, Tensor |
         if dropout:
             raise ValueError(
                 f"attention dropout is {dropout}; expected 0 with thoughts, because a thought has to be"
-                " scored by the network that sampled it (set the decoder's attention dropout to 0)"
+                " scored by the network that sampled it, and with several documents in a row"
+                " (disable_dropout: true switches it off)"
             )
         _check_call(module, attention_mask, kwargs)
         plain_products = name == "thought_eager"
@@ -115,8 +121,8 @@ def _check_call(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) 
     for key, given in kwargs.items():
         if given is not None and key not in _OBEYED and key not in _HARMLESS:
             raise ValueError(
-                f"{name} calls its attention with {key}, which would be ignored; this model family cannot"
-                " be used with thoughts"
+                f"{name} calls its attention with {key}, which would be ignored; this model family"
+                " cannot be used with thoughts"
             )
 
 
@@ -176,8 +182,8 @@ def layer_keys(key: Tensor, value: Tensor, offset: int = 0) -> LayerKeys:
 def _attend(q: Tensor, k_text: Tensor, v_text: Tensor, *rest: Any, **options: Any) -> Tensor:
     """:func:`thought_attention` where keys and values (multi-head latent attention) differ in width.
 
-    Zeros behind a key add nothing to its products, and behind a value nothing but columns of zeros, which
-    are left in the result: the caller cuts them off.
+    Zeros behind a key add nothing to its products, and behind a value nothing but columns of zeros,
+    which are left in the result: the caller cuts them off.
     """
     k_thought, v_thought, *ranges = rest
     tensors = (q, k_text, v_text, k_thought, v_thought)
@@ -316,8 +322,8 @@ def check_layers(layout: ThoughtLayout | HandedKeys, decoder: PreTrainedModel) -
     implementation = config._attn_implementation
     if missing and implementation not in _FALLBACKS:
         raise ValueError(
-            f"the decoder's attn_implementation was set to {implementation!r} after it was given thoughts;"
-            f" expected {implementation_name(decoder)!r}, without which it would ignore them"
+            f"attn_implementation of the decoder was set to {implementation!r} after it was given"
+            " thoughts, which it would ignore; choose it when loading the decoder"
         )
     if len(missing) == count and not repeated:
         raise ValueError(
@@ -326,8 +332,8 @@ def check_layers(layout: ThoughtLayout | HandedKeys, decoder: PreTrainedModel) -
         )
     if missing:
         raise ValueError(
-            f"{kind}: {_layers(missing)} of {count} made no use of the thought layout, and would silently"
-            " run without thoughts"
+            f"{kind}: {_layers(missing)} of {count} made no use of the thought layout, and would"
+            " silently run without thoughts"
         )
     if repeated:
         raise ValueError(
@@ -336,8 +342,8 @@ def check_layers(layout: ThoughtLayout | HandedKeys, decoder: PreTrainedModel) -
         )
     if len(seen) > count:
         raise ValueError(
-            f"{kind} attended in {len(seen)} layers and its configuration announces {count}; such a model"
-            " family cannot be used with thoughts"
+            f"{kind} attended in {len(seen)} layers and its configuration announces {count}; such a"
+            " model family cannot be used with thoughts"
         )
 
 
@@ -375,7 +381,17 @@ def check_supported(model: PreTrainedModel) -> None:
             f" {config.hidden_size_per_layer_input}), and a slot that holds a meta token has none;"
             " expected a decoder without them"
         )
-    if not type(model)._can_set_attn_implementation():
+    body = text_body(model)
+    if body is model:
+        raise ValueError(
+            f"{type(model).__name__} has no body apart from its output layer (base_model); this model"
+            " family cannot be used with thoughts"
+        )
+    if not hasattr(model.get_input_embeddings(), "num_embeddings"):
+        raise ValueError(
+            f"{type(model).__name__} does not embed its tokens by one table; expected a decoder of text"
+        )
+    if not type(body)._can_set_attn_implementation():
         raise ValueError(
             f"{kind} does not use transformers' attention interface; it would silently run without"
             " thoughts"
@@ -387,12 +403,32 @@ def check_supported(model: PreTrainedModel) -> None:
         raise ValueError(f"{kind} has an output layer with a bias, which is not supported")
 
 
-def implementation_name(model: PreTrainedModel) -> str:
-    """The registered name for a decoder: what it was loaded with serves its ordinary passes and its text.
+def check_reopens(model: PreTrainedModel) -> None:
+    """Refuse a decoder that a saved Quiet-STaR model could not be opened with.
 
-    Where that was nobody's choice it is torch's fused attention, or plain products: some families lack the
-    first, and some releases of transformers let a model with a soft-cap on its attention take it, which
-    leaves the cap out.
+    Raises:
+        ValueError: transformers' Auto classes do not lead from its configuration to its class.
+    """
+    config = model.config
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and (
+        CONFIG_MAPPING[config.model_type] is type(config)
+        if config.model_type in CONFIG_MAPPING
+        else False
+    )
+    if not known:
+        raise ValueError(
+            f"{type(model).__name__} could not be opened again after saving: AutoConfig and"
+            f" AutoModelForCausalLM do not know its {type(config).__name__} (model type"
+            f" {config.model_type!r}); expected a decoder of transformers, or one that was"
+            " registered with both"
+        )
+
+
+def implementation_name(model: PreTrainedModel) -> str:
+    """The registered name for a decoder: what it was loaded with serves ordinary passes and text rows.
+
+    Some families lack torch's fused attention, and some releases of transformers let a model with a
+    soft-cap on its attention take it, which leaves the cap out: they get plain products.
 
     Raises:
         ValueError: the decoder was loaded with another ``attn_implementation``.

@@ -4,7 +4,7 @@ A step's loss is a sum of means over what counts in the *whole* batch of the ste
 are those of the whole batch. This mixin finds out what the model has to be told for that, see
 :class:`~quietstar.parts.BatchPart`. Where the thinking positions are known before the pass (``think_at``
 all, stride and random) the counts of all micro-batches are known before the first; where they follow
-from it (entropy) each micro-batch's means are its own, over all processes.
+from it (entropy) each micro-batch's means are its own, over all processes, and weigh as its targets do.
 
 Rows, micro-batches and processes without a single target contribute nothing. A whole step without one is
 left out: no pass is made and nothing moves, on no process; it is counted, and so are the rows.
@@ -24,29 +24,26 @@ from transformers import Trainer, TrainerCallback
 from .anchors import choose_anchors
 from .checks import check_text
 from .config import QuietStarConfig
-from .layout import TextRanges, text_ranges
+from .documents import DESCRIPTIONS, batch_ranges
+from .layout import TextRanges
 from .learn import which_count
 from .parts import BatchPart, MeanCount
 from .talk import IGNORE, count_targets, talk_targets, target_labels
+from .trainer_options import check_batch
 
 logger = logging.getLogger("quietstar")
 
 
-def ranges_and_labels(
-    config: QuietStarConfig, batch: dict[str, Any]
-) -> tuple[TextRanges, Tensor] | None:
+def ranges_and_labels(config: QuietStarConfig, batch: dict[str, Any]) -> tuple[TextRanges, Tensor]:
     """What each token of a batch sees, and the labels of those that the model learns to predict.
 
     Args:
-        batch: arguments of the model, with ``input_ids`` and ``labels`` [B, N]; None without them,
-            which the model will say.
+        batch: arguments of the model, with ``input_ids`` and ``labels`` [B, N].
     """
-    ids, labels = batch.get("input_ids"), batch.get("labels")
-    if ids is None or labels is None:
-        return None
-    check_text(config, ids, labels, False)
-    ranges = text_ranges(batch.get("attention_mask"), ids, batch.get("document_ids"))
-    return ranges, target_labels(labels, ranges)
+    check_batch(batch)
+    check_text(config, batch["input_ids"], batch["labels"], False)
+    ranges = batch_ranges(batch)
+    return ranges, target_labels(batch["labels"], ranges)
 
 
 def count_what_counts(
@@ -58,10 +55,7 @@ def count_what_counts(
         batch: arguments of the model.
         part: which part of the larger batch it is; positions that are drawn are drawn with it.
     """
-    found = ranges_and_labels(config, batch)
-    if found is None:
-        return None
-    ranges, labels = found
+    ranges, labels = ranges_and_labels(config, batch)
     if not config.thinks:
         return {"targets": (labels[:, 1:] != IGNORE).sum()[None]}
     anchors = batch.get("anchors")
@@ -88,6 +82,8 @@ class WholeBatches(Trainer):
         self._next_micro_batch = 0
         self._counts: dict[str, Tensor] | None = None
         self._has_target = True
+        # Of each micro-batch of the step, over all processes.
+        self._targets: list[int] = []
         # Of the training so far, over all processes, as the log has them.
         self.without_targets = {"steps_without_targets": 0, "rows_without_targets": 0}
         self._steps_looked_at = 0
@@ -112,6 +108,13 @@ class WholeBatches(Trainer):
                 "DeepSpeed zero_stage is 3; expected 0 to 2, or FSDP2, which shards the same (a rollout"
                 " would gather every layer at every slot)"
             )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process would run {self.args.n_gpu} GPUs (torch's DataParallel), which thoughts do"
+                " not support; expected a process for each (torchrun, accelerate launch), or one GPU"
+            )
+        if self.accelerator.num_processes > 1:
+            self._check_several_processes()
         sizes = {
             "tensor": self.get_tp_size(),
             "context": self.get_cp_size(),
@@ -123,6 +126,23 @@ class WholeBatches(Trainer):
                     f"{kind} parallelism over {size} processes is not supported with thoughts; expected"
                     " data parallelism (DDP, FSDP2)"
                 )
+
+    def _check_several_processes(self) -> None:
+        if not self.args.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices is False; expected True, every mean is over the whole"
+                " batch"
+            )
+        if getattr(self.args, "train_sampling_strategy", None) == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy is 'batch_rebalance', which gives processes different numbers"
+                " of rows; expected another"
+            )
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Rows may have what describes their documents, which forward takes without naming it."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [n for n in DESCRIPTIONS if n not in self._signature_columns]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -144,26 +164,26 @@ class WholeBatches(Trainer):
 
     def _look_for_targets(self, config: QuietStarConfig) -> None:
         """Whether any process has a target in this step; counts rows and steps that have none."""
-        self._has_target = True
+        self._has_target, self._targets = True, []
         looked = [ranges_and_labels(config, batch) for batch in self._micro_batches]
-        rows = [(entry[1][:, 1:] != IGNORE).sum(1) for entry in looked if entry is not None]
-        if not rows or len(rows) < len(looked):
+        rows = [(labels[:, 1:] != IGNORE).sum(1) for _, labels in looked]
+        if not rows:
             return
-        targets = torch.cat([count.to(self.args.device) for count in rows])
-        found = torch.stack([targets.sum(), (targets == 0).sum()])
+        without_any = torch.stack([(count == 0).sum() for count in rows]).sum()
+        found = torch.stack([without_any, *(count.sum() for count in rows)]).to(self.args.device)
         if self.accelerator.num_processes > 1:
             found = self.accelerator.reduce(found, reduction="sum")
-        in_all, without = found.tolist()
+        without, *self._targets = found.tolist()
         if without and not self.without_targets["rows_without_targets"] and self.is_world_process_zero():
             logger.warning(
                 "%d of the %d rows of step %d have no target (labels are all -100 or padding); such rows"
                 " teach nothing, and a step of nothing else is skipped: rows_without_targets and"
                 " steps_without_targets in the log count them",
                 without,
-                len(targets) * self.accelerator.num_processes,
+                sum(map(len, rows)) * self.accelerator.num_processes,
                 self.state.global_step + 1,
             )
-        self._has_target = in_all > 0
+        self._has_target = any(self._targets)
         self._steps_looked_at += 1
         self.without_targets["rows_without_targets"] += without
         self.without_targets["steps_without_targets"] += not self._has_target
@@ -179,11 +199,14 @@ class WholeBatches(Trainer):
             # Not before now: a callback may have changed the lengths at the beginning of the step.
             self._counts = self._mean_counts(config)
         known = self._counts
+        targets = self._targets[number] if number < len(self._targets) else 0
+        share = len(self._targets) * targets / sum(self._targets) if targets else 1.0
 
         def mean_count(name: str, own: Tensor) -> Tensor:
             if known is not None:
                 return known[name].to(own.device)
-            return self.accelerator.reduce(own.float(), reduction="mean")
+            # A mean of this micro-batch alone, which weighs as much as it has targets.
+            return self.accelerator.reduce(own.float(), reduction="mean") / share
 
         return self._part(number, mean_count)
 

@@ -21,7 +21,7 @@ from quietstar.sources import STDLIB, expand_files, open_documents
 from quietstar.values import Mismatch, coerce, describe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from quietstar.modeling import QuietStarForCausalLM
 
@@ -230,14 +230,14 @@ def _random_decoder(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -
         raise UserError(
             f"model.config.model_type is {model_type!r}, which this transformers does not know"
         ) from error
-    for key in fields:
-        # Configurations swallow unknown keys, and a misspelt size would go unnoticed.
-        if not hasattr(known, key):
-            names = [n for n in known.to_dict() if not n.startswith("_")]
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"unknown key {key!r} in model.config ({model_type}){hint}")
-    size = int(fields.get("vocab_size", len(tokenizer)))
+    _check_keys(fields, known, "model.config")
+    text = known.get_text_config(decoder=True)
+    of_text = fields
+    for name in known.sub_configs:
+        if getattr(known, name, None) is text:  # a model for several modalities
+            of_text = fields[name] = dict(fields.get(name) or {})
+            _check_keys(of_text, text, f"model.config.{name}")
+    size = int(of_text.get("vocab_size", len(tokenizer)))
     if size < len(tokenizer):
         raise UserError(
             f"model.config.vocab_size is {size} but the tokenizer has {len(tokenizer)} tokens; leave "
@@ -249,13 +249,24 @@ def _random_decoder(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    config = AutoConfig.for_model(model_type, **{**ids, **fields})
+    of_text.update({**ids, **of_text})
+    config = AutoConfig.for_model(model_type, **fields)
     options: dict[str, Any] = {}
     if section.dtype != "auto":
         options["dtype"] = _torch_dtype(section.dtype)
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation
     return AutoModelForCausalLM.from_config(config, **options)
+
+
+def _check_keys(fields: dict[str, Any], known: PretrainedConfig, where: str) -> None:
+    """Configurations swallow unknown keys, and a misspelt size would go unnoticed."""
+    for key in fields:
+        if not hasattr(known, key):
+            names = [n for n in known.to_dict() if not n.startswith("_")]
+            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"unknown key {key!r} in {where} ({known.model_type}){hint}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -84,17 +84,3 @@ def check_alone(name: str, **others: Any) -> None:
     for other, value in others.items():
         if value is not None:
             raise ValueError(f"{other} were given with {name}; expected one of them")
-
-
-def check_last(name: str, logits_to_keep: Any) -> None:
-    """Refuse a wish for more predictions than the next token's.
-
-    Raises:
-        ValueError: names both arguments.
-    """
-    if isinstance(logits_to_keep, int) and logits_to_keep in (0, 1):
-        return
-    raise ValueError(
-        f"logits_to_keep is {logits_to_keep}; expected 0 or 1 with {name}, since only the end of the"
-        " text is predicted from"
-    )

@@ -7,20 +7,27 @@ from typing import Any
 from torch import Tensor
 
 from .config import QuietStarConfig
+from .documents import DESCRIPTIONS
 
 # What generation and the Trainer hand over and this model has no use for.
 _IGNORABLE = {
     "cache_position",
     "output_attentions",
     "output_hidden_states",
-    "position_ids",
     "return_dict",
     "token_type_ids",
 }
 
 
 def check_ignored(ignored: dict[str, Any]) -> None:
-    unknown = sorted(set(ignored) - _IGNORABLE)
+    # Wrappers (peft's among them) hand down every argument that they know, None where none was given.
+    given = {name for name, value in ignored.items() if value is not None}
+    unknown = sorted(given - _IGNORABLE - set(DESCRIPTIONS))
+    if "inputs_embeds" in unknown:
+        raise ValueError(
+            "inputs_embeds were given; expected input_ids, because thoughts are predicted from tokens"
+            " (so prompt tuning, which puts its own embeddings before them, cannot be used)"
+        )
     if unknown:
         raise TypeError(f"forward() got an argument it does not know: {unknown[0]!r}")
 

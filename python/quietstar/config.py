@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import functools
+import inspect
+import logging
+from collections.abc import Iterable
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+
+logger = logging.getLogger("quietstar")
 
 START_TOKEN = "<|startthought|>"
 END_TOKEN = "<|endthought|>"
@@ -36,12 +44,6 @@ DECODER_FIELDS = frozenset(
 REWARDS = ("mixture-gain", "base-gain", "information-gain")
 ADVANTAGES = ("mean", "leave-one-out", "normalized")
 POLICY_MEANS = ("rewarded", "paper")
-
-
-def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
-    """The text decoder's part of a configuration: of one for several modalities, or of this module's."""
-    found = config.get_text_config(decoder=True)
-    return found if type(found) is type(config) else text_config_of(found)
 
 
 class QuietStarConfig(PretrainedConfig):
@@ -86,9 +88,13 @@ class QuietStarConfig(PretrainedConfig):
             share p with the highest base entropy).
         thought_kind: ``"sampled"``; ``"pause"`` (a control: the start embedding stands in every thought
             slot, nothing is sampled); ``"none"`` (a control: plain language modelling).
+        disable_dropout: switch off, in training mode, what the decoder and its adapters draw at random
+            (dropout, layer drop, a router's jitter; :mod:`quietstar.noise`), because a thought has to be
+            scored by the network that sampled it. With False, only ``thought_kind="none"`` can be
+            trained while there is such noise.
         start_token_id, end_token_id: the meta tokens' ids; they are never sampled.
         self_check: before the first thoughts, compare a few tokens of a thought with the decoder's own
-            run of them, and refuse a decoder whose thoughts would be wrong (:mod:`quietstar.self_check`).
+            run of them, and refuse a decoder whose thoughts would be wrong.
     """
 
     model_type = "quietstar"
@@ -115,16 +121,17 @@ class QuietStarConfig(PretrainedConfig):
         mixing_floor: float = 0.0,
         think_at: str = "all",
         thought_kind: str = "sampled",
+        disable_dropout: bool = True,
         start_token_id: int | None = None,
         end_token_id: int | None = None,
         self_check: bool = True,
         **kwargs: Any,
     ):
+        check_fields(kwargs)
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         elif text_config is None:
             text_config = AutoConfig.for_model("llama")
-        self.text_config = text_config
         self.thought_length = thought_length
         self.talk_length = talk_length
         self.num_rationales = num_rationales
@@ -143,11 +150,19 @@ class QuietStarConfig(PretrainedConfig):
         self.mixing_floor = mixing_floor
         self.think_at = think_at
         self.thought_kind = thought_kind
+        self.disable_dropout = disable_dropout
         self.start_token_id = start_token_id
         self.end_token_id = end_token_id
         self.self_check = self_check
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
+        chosen = {
+            n: kwargs[n] for n in ("attn_implementation", "experts_implementation") if kwargs.get(n)
+        }
         super().__init__(**kwargs)
+        # Behind the base class, which would set these two to None in every part that it finds.
+        self.text_config = text_config
+        for name, value in chosen.items():
+            setattr(self, f"_{name}", value)
         self.check_thoughts()
 
     def __getattr__(self, name: str) -> Any:
@@ -162,8 +177,31 @@ class QuietStarConfig(PretrainedConfig):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in DECODER_FIELDS and "text_config" in self.__dict__:
             setattr(self.get_text_config(decoder=True).get_text_config(decoder=True), name, value)
-        else:
-            super().__setattr__(name, value)
+            return
+        # transformers sets what it likes on a configuration; a field misspelt is nobody's.
+        if not hasattr(self, name) and not hasattr(self.__dict__.get("text_config"), name):
+            _refuse_misspelt(name)
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers'; a field of a newer version is kept as it is, with a warning.
+
+        Raises:
+            TypeError: for a keyword that is a field misspelt.
+        """
+        for name in kwargs:
+            _refuse_misspelt(name)
+        newer = {name: value for name, value in config_dict.items() if not _is_known(name)}
+        if newer:
+            logger.warning(
+                "the configuration has %s, which this version of quietstar does not know and makes no"
+                " use of",
+                ", ".join(newer),
+            )
+        made = super().from_dict({k: v for k, v in config_dict.items() if k not in newer}, **kwargs)
+        (made[0] if isinstance(made, tuple) else made).__dict__.update(newer)
+        return made
 
     @classmethod
     def from_reference(
@@ -197,6 +235,11 @@ class QuietStarConfig(PretrainedConfig):
             "mixing_floor": 0.0,
         }
         return cls(**{**preset, **fields})
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
+        """The text decoder's, also where that is a part of ``text_config``."""
+        decoder: Any = vars(self).get("text_config")  # the base class asks before it is set
+        return self if decoder is None else decoder.get_text_config(*args, **kwargs)
 
     @property
     def num_slots(self) -> int:
@@ -265,3 +308,51 @@ class QuietStarConfig(PretrainedConfig):
                 " least 2 thoughts to compare"
             )
         self.parse_think_at()
+
+
+# Names of configurations in general, beside those that PretrainedConfig declares, those for generation
+# and those that begin with an underscore.
+_GENERAL = {
+    *("model_type", "name_or_path", "num_labels", "torch_dtype", "tie_word_embeddings", "use_cache"),
+    *("attn_implementation", "experts_implementation", "output_attentions", "per_layer_config"),
+    *("quantization_config", "auto_map", "custom_pipelines", "is_decoder", "add_cross_attention"),
+    *("finetuning_task", "task_specific_params", "tokenizer_class", "prefix", "sep_token_id"),
+    *("torchscript", "use_bfloat16", "tf_legacy_loss", "pruned_heads", "cross_attention_hidden_size"),
+}
+
+
+@functools.cache
+def _fields() -> tuple[str, ...]:
+    names = inspect.signature(QuietStarConfig.__init__).parameters
+    return tuple(name for name in names if name not in ("self", "kwargs"))
+
+
+@functools.cache
+def _general() -> frozenset[str]:
+    declared = [field.name for field in dataclasses.fields(PretrainedConfig)]
+    return frozenset({*_GENERAL, *declared, *GenerationConfig().to_dict()})
+
+
+def _is_known(name: str) -> bool:
+    return (
+        name in _fields() or name in _general() or name.startswith("_") or hasattr(QuietStarConfig, name)
+    )
+
+
+def check_fields(names: Iterable[str]) -> None:
+    """Refuse what is no field of :class:`QuietStarConfig`.
+
+    Raises:
+        TypeError: names the nearest field.
+    """
+    for name in names:
+        if not _is_known(name):
+            near = difflib.get_close_matches(name, _fields(), n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else f"; expected any of {', '.join(_fields())}"
+            raise TypeError(f"QuietStarConfig has no field {name!r}{hint}")
+
+
+def _refuse_misspelt(name: str) -> None:
+    """As :func:`check_fields`, where others' names may come, too: only what is all but a field."""
+    if not _is_known(name) and difflib.get_close_matches(name, _fields(), n=1, cutoff=0.85):
+        check_fields([name])

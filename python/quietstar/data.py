@@ -27,6 +27,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from quietstar.collate import IGNORED as IGNORED
+from quietstar.collate import LeftOut
+from quietstar.collate import PaddingCollator as PaddingCollator
+from quietstar.collate import collator_for as collator_for
 from quietstar.corpora import Document
 from quietstar.errors import UserError
 from quietstar.streams import Position, Track
@@ -37,7 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("quietstar")
 
-IGNORED = -100
 PACKINGS = ("concat", "document", "packed")
 # Documents tokenized in one call: enough for the tokenizer's own threads, little enough to stream.
 TOKENIZER_BATCH = 64
@@ -73,26 +76,57 @@ class Blocks:
             )
 
 
-def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+class Unusable(LeftOut):
+    """Counts the documents that are left out, and says where they stand."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self.shortest = blocks.min_tokens if blocks.packing == "document" else 1
+        short = f"of fewer than {self.shortest} tokens (talk_length + 2)"
+        super().__init__(f"a document {'without text' if self.shortest == 1 else short} is left out")
+
+    def look(self, document: Document, ids: list[int]) -> None:
+        """Count a document if nothing can be made of its tokens."""
+        if len(ids) < self.shortest:
+            self.note(document.name)
+
+
+def tokenize(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, unusable: Unusable | None = None
+) -> Iterator[list[int]]:
     """Yield the token ids of each document, closed by the end-of-text token where there is one.
 
-    What the tokenizer adds by itself (a begin-of-text token, say) is kept.
+    What the tokenizer adds by itself (a begin-of-text token, say) is kept. Documents without text give
+    nothing.
     """
+    for document, ids in _tokenized_one_by_one(documents, tokenizer):
+        if unusable is not None:
+            unusable.look(document, ids)
+        if document.text:
+            yield ids
+
+
+def _tokenized_one_by_one(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Document, list[int]]]:
+    """Each document with its tokens, none for one without text."""
     eos = tokenizer.eos_token_id
     stream = iter(documents)
     while batch := list(islice(stream, TOKENIZER_BATCH)):
         texts = [document.text for document in batch if document.text]
-        if not texts:
-            continue
         # verbose=False: documents longer than the model's context are cut below, no warning needed.
-        for ids in tokenizer(texts, verbose=False)["input_ids"]:
+        token_lists = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else ())
+        for document in batch:
+            ids = next(token_lists) if document.text else []
             if eos is not None and ids and ids[-1] != eos:
                 ids = [*ids, eos]
-            yield ids
+            yield document, ids
 
 
 def cut_blocks(token_lists: Iterable[list[int]], blocks: Blocks) -> Iterator[Block]:
-    """Cut the tokens of documents into rows of at most ``blocks.block_size`` (see the module)."""
+    """Cut the tokens of documents into rows of at most ``blocks.block_size`` (see the module).
+
+    With ``document`` packing those of fewer than ``min_tokens`` are left out.
+    """
     size = blocks.block_size
     if blocks.packing == "document":
         for ids in token_lists:
@@ -226,6 +260,7 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
         self.skip = skip
         self.max_blocks = max_blocks
         self.repeat = repeat
+        self.unusable = Unusable(blocks)
         self._track = Track(open_source, skip)
         self._start: Position | None = None
 
@@ -257,7 +292,7 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
 
         while True:
             for batch in self._track.batches(start, TOKENIZER_BATCH, about):
-                for ids in tokenize(batch, self.tokenizer):
+                for ids in tokenize(batch, self.tokenizer, self.unusable):
                     for row in self._cut(cutter, ids):
                         if self.max_blocks is None or rows - begun < self.max_blocks:
                             rows += 1
@@ -284,7 +319,7 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
         if limit is not None:
             limit = (limit - first + step - 1) // step
         documents = islice(self.open_source(), self.skip + first, None, step)
-        rows = cut_blocks(tokenize(documents, self.tokenizer), self.blocks)
+        rows = cut_blocks(tokenize(documents, self.tokenizer, self.unusable), self.blocks)
         for row in islice(rows, limit):
             yield _as_item(row)
 
@@ -292,47 +327,6 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
 def _as_item(row: Block) -> dict[str, torch.Tensor]:
     numbers = torch.tensor(row.documents) if isinstance(row, PackedBlock) else None
     return _item(torch.tensor(row, dtype=torch.int64), numbers)
-
-
-@dataclass
-class PaddingCollator:
-    """Pad rows to the longest of the batch and stack them.
-
-    Returns ``input_ids``, ``attention_mask`` (1 at text) and ``labels`` (-100 at pads, and at a first
-    token that only pads precede), each [B, longest] int64, and ``document_ids`` if the rows have them.
-    The mask alone says what is padding: ``pad_id`` may equal the end-of-text id.
-    """
-
-    pad_id: int = 0
-    padding_side: str = "right"
-
-    def __post_init__(self) -> None:
-        if self.padding_side not in ("left", "right"):
-            raise UserError(f"data.padding_side is {self.padding_side!r}; expected left or right")
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        fill = {"input_ids": self.pad_id, "attention_mask": 0, "labels": IGNORED}
-        if "document_ids" in rows[0]:
-            fill["document_ids"] = 0
-        longest = max(len(row["input_ids"]) for row in rows)
-        batch = {}
-        for key, value in fill.items():
-            out = torch.full((len(rows), longest), value, dtype=torch.int64)
-            for i, row in enumerate(rows):
-                n = len(row[key])
-                place = slice(longest - n, longest) if self.padding_side == "left" else slice(0, n)
-                out[i, place] = torch.as_tensor(row[key], dtype=torch.int64)
-                if key == "labels" and self.padding_side == "left" and n < longest:
-                    # Only a pad stands before a row's first token, and it has seen no text.
-                    out[i, longest - n] = IGNORED
-            batch[key] = out
-        return batch
-
-
-def collator_for(tokenizer: PreTrainedTokenizerBase, padding_side: str) -> PaddingCollator:
-    """The collator of a tokenizer: its pad id, else its end-of-text id, else 0."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return PaddingCollator(next(i for i in ids if i is not None), padding_side)
 
 
 def read_blocks(
@@ -351,18 +345,19 @@ def read_blocks(
     """
     from transformers.utils.logging import tqdm
 
-    seen = {"documents": skip, "tokens": 0}
+    seen, unusable = {"documents": skip, "tokens": 0}, Unusable(blocks)
 
     def counted() -> Iterator[list[int]]:
         # Documents are tokenized one batch ahead of the rows; counting here, one by one, tells how
         # many were used when max_blocks stops the reading.
         texts = (d for d in islice(open_source(), skip, None))
         with tqdm(desc=f"tokenizing {what}", unit=" tokens", disable=not progress) as bar:
-            for document in _tokenized_one_by_one(texts, tokenizer):
+            for document, ids in _tokenized_one_by_one(texts, tokenizer):
+                unusable.look(document, ids)
                 seen["documents"] += 1
-                seen["tokens"] += len(document)
-                bar.update(len(document))
-                yield document
+                seen["tokens"] += len(ids)
+                bar.update(len(ids))
+                yield ids
 
     rows = islice(cut_blocks(counted(), blocks), max_blocks)
     result = TokenBlocks.from_rows(rows, blocks.block_size)
@@ -377,14 +372,3 @@ def read_blocks(
             "more text"
         )
     return result, seen["documents"]
-
-
-def _tokenized_one_by_one(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[list[int]]:
-    """Like :func:`tokenize`, with an empty list for an empty document: one item per document."""
-    stream = iter(documents)
-    while batch := list(islice(stream, TOKENIZER_BATCH)):
-        ids = tokenize((d for d in batch if d.text), tokenizer)
-        for document in batch:
-            yield next(ids) if document.text else []

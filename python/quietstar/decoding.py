@@ -6,11 +6,15 @@ decoding that check several tokens at once, and caches that do not grow with the
 
 from __future__ import annotations
 
+import copy
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+
+logger = logging.getLogger("quietstar")
 
 # Fields of a GenerationConfig that make the model answer for several positions, or run a loop that is
 # not here; each with the values that leave it off.
@@ -100,6 +104,39 @@ def check_outputs(ignored: dict[str, Any]) -> None:
             raise ValueError(f"{name} is True; {WITHOUT_LAYERS}")
     if ignored.get("return_dict") is False:
         raise ValueError("return_dict is False; expected True, a Quiet-STaR model returns no tuples")
+
+
+def inherited_settings(config: GenerationConfig) -> GenerationConfig:
+    """A decoder's settings of generation, as a copy that can be saved.
+
+    Some published ones have a temperature and no sampling, say; transformers reads and ignores such
+    fields, but refuses to save them, which would be at the end of a training.
+    """
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        logger.warning(
+            "the decoder's generation settings are left out, but for its special tokens: %s",
+            " ".join(str(error).split()),
+        )
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return GenerationConfig(**{name: getattr(config, name) for name in tokens})
+    return copy.deepcopy(config)
+
+
+def check_kept(logits_to_keep: Any, most: int, why: str = "") -> None:
+    """Refuse another number of predictions than 0 (all) to ``most``.
+
+    Raises:
+        ValueError: names the argument; ``why`` ends the sentence.
+    """
+    if not isinstance(logits_to_keep, int):
+        raise ValueError(
+            f"logits_to_keep is a {type(logits_to_keep).__name__}; expected a whole number, the last so"
+            " many positions"
+        )
+    if not 0 <= logits_to_keep <= most:
+        raise ValueError(f"logits_to_keep is {logits_to_keep}; expected 0 to {most}{why}")
 
 
 def text_before_the_end(attention_mask: Tensor, past: int, new: int) -> tuple[Tensor, Tensor]:

@@ -25,13 +25,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from quietstar_ext.precision import compute_dtype
 
+from .documents import TEXT
 from .parts import BatchPart
 from .sharding import put_shards_back
 
 FILE_NAME = "ema.safetensors"
 # Parts of the model that the prediction without a thought does not use.
 _NOT_COPIED = ("mixing_head.", "thought_embedding.")
-_TEXT = ("input_ids", "attention_mask", "document_ids", "labels")
+_TEXT = (*TEXT, "labels")
 
 
 class EmaCopy:

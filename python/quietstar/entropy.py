@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from quietstar_ext.derivatives import first_only
 from quietstar_ext.precision import autocast_inputs, compute_dtype, without_autocast
 
 WORKSPACE_BYTES = 64 * 2**20
@@ -119,17 +119,17 @@ class _EntropySum(torch.autograd.Function):
                 grad_hidden[index] = gradient @ weight
             if grad_weight is not None:
                 grad_weight += gradient.T @ hidden[index]
-        ctx.save_for_backward(grad_hidden, grad_weight, largest)
-        ctx.dtype = weight.dtype
+        ctx.save_for_backward(hidden, weight, grad_hidden, grad_weight, largest)
         return total * largest
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        grad_hidden, grad_weight, largest = ctx.saved_tensors
-        grad = grad * largest
-        if grad_hidden is not None:
-            grad_hidden = (grad_hidden * grad).to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * grad).to(ctx.dtype)
-        return grad_hidden, grad_weight, None, None, None
+        hidden, weight, grad_hidden, grad_weight, largest = ctx.saved_tensors
+        with torch.no_grad():
+            grad = grad * largest
+            if grad_hidden is not None:
+                grad_hidden = (grad_hidden * grad).to(grad_hidden.dtype)
+            if grad_weight is not None:
+                grad_weight = (grad_weight * grad).to(weight.dtype)
+        results = first_only("linear_entropy_sum", (hidden, weight), (grad_hidden, grad_weight))
+        return (*results, None, None, None)

@@ -32,6 +32,7 @@ from .graphs import run_slots, without_checkpointing
 from .layout import HandedKeys, LayerKeys, ThoughtLayout
 from .output import QuietStarOutput
 from .positions import check_length
+from .text_part import text_body
 from .think import banned_ids, depth_of_end, output_head, slot_steps
 from .thinking import FollowingThinking, SpokenThought, Thinking
 
@@ -106,7 +107,7 @@ def read_text(
     new = input_ids.shape[1]
     past = is_text.shape[1] - new
     positions = (is_text.long().cumsum(1) - 1).clamp(min=0)
-    decoder, size = model.base.base_model, chunk_size or new
+    decoder, size = text_body(model.base), chunk_size or new
     for start in range(0, new, size):
         stop = min(start + size, new)
         handed = HandedKeys()
@@ -260,6 +261,12 @@ class ThinkingGenerationMixin(GenerationMixin):
             thinking.prefill_chunk_size = config.prefill_chunk_size
             config.prefill_chunk_size = None
         return config, model_kwargs
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, tokenizer: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers', less the tokenizer of ``stop_strings``, which no forward has a use for."""
+        return dict(super().prepare_inputs_for_generation(*args, **kwargs))
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         """Guidance calls the model beside the generation: those passes think where the latter does."""

@@ -106,7 +106,7 @@ def run_slots(
 
 def _run_known(
     loop: Loop,
-    arguments: Any,
+    arguments: tuple[PreTrainedModel, QuietStarConfig, tuple[Tensor, Tensor], Tensor, ThoughtLayout],
     mode: str,
     seed: int | Tensor,
     options: dict[str, Any],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .attention import check_supported, implementation_name
-from .caching import CACHE_NAME, check_alone, check_grows, check_last, one_cache
+from .attention import check_reopens, check_supported, implementation_name
+from .caching import CACHE_NAME, check_alone, check_grows, one_cache
 from .checks import check_baseline, check_ignored, check_meta_tokens, check_text
-from .config import QuietStarConfig
-from .decoding import check_outputs
+from .config import QuietStarConfig, check_fields
+from .decoding import check_kept, check_outputs, inherited_settings
+from .documents import DESCRIPTIONS, batch_ranges, check_new_positions
 from .generation import ThinkingGenerationMixin
-from .layout import text_ranges
+from .noise import settle_noise
 from .output import QuietStarOutput
 from .parts import WHOLE, BatchPart
 from .passes import ThinkingPasses
 from .self_check import check_decoder
 from .sharding import output_layer_gathered
 from .talk import MixingHead, check_labels, target_labels
+from .text_part import text_body, text_config_of
 from .think import ThoughtEmbedding
 from .thinking import SpokenThought, Thinking
 from .tokens import add_meta_tokens, meta_token_ids
@@ -56,14 +57,17 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         # The layers look their attention up in this very object at every call.
         base.config._attn_implementation = implementation_name(base)
         config.text_config = base.config
+        _freeze_other_parts(base)
         self.base = base
         width = base.get_input_embeddings().embedding_dim
         self.thought_embedding = ThoughtEmbedding(width)
         self.mixing_head = MixingHead(width)
         self._checked: set[str] = set()
+        self._noise_probed = False
+        self._routers_reported = 0
         self.post_init()
         if base.generation_config is not None:
-            self.generation_config = copy.deepcopy(base.generation_config)
+            self.generation_config = inherited_settings(base.generation_config)
         self.thoughts: list[SpokenThought] = []
 
     # ---- building -------------------------------------------------------------------------------
@@ -88,11 +92,14 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             fields: of :class:`QuietStarConfig`.
 
         Raises:
-            ValueError: for a model family that cannot think, or meta tokens that are nowhere to be had.
+            ValueError: for a model family that cannot think or could not be opened again after saving,
+                or meta tokens that are nowhere to be had.
         """
+        check_fields(fields)
         if isinstance(base, str):
             base = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True)
         check_supported(base)
+        check_reopens(base)
         if tokenizer is not None:
             add_meta_tokens(tokenizer)
             fields = {**meta_token_ids(tokenizer), **fields}
@@ -137,7 +144,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         if isinstance(module, MixingHead):
             module.reset_parameters()
         elif isinstance(module, ThoughtEmbedding):
-            std = getattr(self.config.text_config, "initializer_range", 0.02)
+            std = getattr(text_config_of(self.config), "initializer_range", 0.02)
             for parameter in (module.start, module.end):
                 nn.init.normal_(parameter, std=std / self.config.embedding_scale)
 
@@ -154,13 +161,13 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         self.base.set_output_embeddings(new_embeddings)
 
     def get_decoder(self) -> nn.Module:
-        return self.base.base_model
+        return text_body(self.base)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Refused: the decoder's attention function is what lets it think."""
         raise ValueError(
             f"attn_implementation is {attn_implementation!r}; a Quiet-STaR model keeps its own attention"
-            " function, which uses torch's fused attention for the text where that is exact"
+            " function (load it with attn_implementation 'sdpa' or 'eager' to choose its text's)"
         )
 
     # ---- thinking -------------------------------------------------------------------------------
@@ -168,7 +175,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
     @output_layer_gathered
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         thought_ids: Tensor | None = None,
@@ -206,7 +213,9 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             thought_temperature: default: the configuration's while training, 0 (the most likely
                 thought, one rationale) in evaluation mode.
             document_ids: [B, N], several documents in a row: between neighbours with different numbers
-                goes no attention, no talk and no prediction, and position ids start anew.
+                goes no attention, no talk and no prediction, and position ids start anew. Flattened
+                batches may have ``position_ids``, ``seq_idx`` or ``cu_seq_lens_q`` to the same end
+                (:func:`~quietstar.documents.batch_ranges`).
             batch_part: with labels, which part of a larger batch this is
                 (:class:`~quietstar.parts.BatchPart`). Such a part may have no target at all.
             thinking: the state of a call of ``generate``, which decides here whether to think before the
@@ -218,6 +227,8 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         config = self.config
         config.check_thoughts()
         check_ignored(ignored)
+        if input_ids is None:
+            raise ValueError("input_ids is missing; expected tokens [rows, tokens]")
         # A part of a larger batch may have nothing to learn from; the others have.
         alone = batch_part is WHOLE
         check_text(config, input_ids, labels, alone)
@@ -226,19 +237,33 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         name, past = one_cache(past_key_values, cache)
         if use_cache:
             check_alone("use_cache", labels=labels, document_ids=document_ids)
+        if self.training:
+            settle_noise(self, input_ids)
         self._check_once(input_ids.device)
         if past is not None or thinking is not None:
+            documents = {key: ignored.get(key) for key in DESCRIPTIONS if key != "position_ids"}
             check_alone(
-                name, labels=labels, document_ids=document_ids, thought_ids=thought_ids, anchors=anchors
+                name,
+                labels=labels,
+                document_ids=document_ids,
+                thought_ids=thought_ids,
+                anchors=anchors,
+                **documents,
             )
             check_grows(name, past)
-            check_last(name, logits_to_keep)
+            check_kept(
+                logits_to_keep, 1, f" with {name}, since only the end of the text is predicted from"
+            )
+            check_new_positions(ignored.get("position_ids"), attention_mask, input_ids, past)
             return self._next(input_ids, attention_mask, past, use_cache, thinking, thought_temperature)
-        ranges = text_ranges(attention_mask, input_ids, document_ids)
+        text = {"input_ids": input_ids, "attention_mask": attention_mask, "document_ids": document_ids}
+        ranges = batch_ranges({**ignored, **text})
+        if use_cache and ranges.end is not None:
+            raise ValueError("`use_cache` and several documents in a row cannot be combined")
         if labels is not None:
             labels = (check_labels if alone else target_labels)(labels, ranges)
-        if labels is None and not 0 <= logits_to_keep <= input_ids.shape[1]:
-            raise ValueError(f"logits_to_keep is {logits_to_keep}; expected 0 to {input_ids.shape[1]}")
+        else:
+            check_kept(logits_to_keep, input_ids.shape[1])
         temperature = thought_temperature
         if temperature is None:
             temperature = config.thought_temperature if self.training else 0.0
@@ -263,7 +288,6 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             output[CACHE_NAME] = self._text_cache(input_ids, attention_mask)
         return output
 
-
     def _check_once(self, device: torch.device) -> None:
         """What is compared before the first pass, and before the first with thoughts."""
         wanted = {"logits"}
@@ -271,10 +295,17 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             wanted.add("thoughts")
         if not wanted <= self._checked:
             missing = wanted - self._checked
-            check_decoder(
-                self.base, device, logits="logits" in missing, thoughts="thoughts" in missing
-            )
+            check_decoder(self.base, device, logits="logits" in missing, thoughts="thoughts" in missing)
             self._checked |= wanted
+
+
+def _freeze_other_parts(base: PreTrainedModel) -> None:
+    """Of a model for several modalities no text reaches the others' parts: nothing there could learn."""
+    text = [text_body(base), base.get_input_embeddings(), base.get_output_embeddings()]
+    reached = {id(p) for module in text for p in module.parameters()}
+    for parameter in base.parameters():
+        if id(parameter) not in reached:
+            parameter.requires_grad_(False)
 
 
 AutoConfig.register("quietstar", QuietStarConfig, exist_ok=True)

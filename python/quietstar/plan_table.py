@@ -24,6 +24,7 @@ from quietstar.plan import (
     step_of,
 )
 from quietstar.recipe import Recipe, load_recipe
+from quietstar.text_part import text_config_of
 
 GB = 1e9
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
@@ -75,7 +76,7 @@ def recipe_sizes(recipe: Recipe) -> tuple[QuietStarConfig, Sizes]:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"cannot load the configuration of {section.name}: {reason}") from error
-        decoder = getattr(decoder, "text_config", decoder)
+        decoder = text_config_of(decoder)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if not hasattr(decoder, name):
             raise UserError(

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 from transformers import PreTrainedModel
 
-from .config import text_config_of
+from .text_part import text_body, text_config_of
 
 # Rotary embeddings whose frequencies depend on the largest position id of the pass.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -26,7 +26,9 @@ def check_length(decoder: PreTrainedModel, text: int, slots: int = 0) -> None:
         ValueError: names the limit.
     """
     longest = text + slots
-    need = f"text and thought need {longest} positions" if slots else f"the text needs {longest} positions"
+    need = (
+        f"text and thought need {longest} positions" if slots else f"the text needs {longest} positions"
+    )
     config = text_config_of(decoder.config)
     limit = learned_positions(decoder)
     if limit is not None and longest > limit:
@@ -34,8 +36,8 @@ def check_length(decoder: PreTrainedModel, text: int, slots: int = 0) -> None:
     for kind, limit in rope_limits(decoder):
         if slots and longest > limit:
             raise ValueError(
-                f"{need}; with {kind!r} rotary embeddings a slot past {limit} would change the text's own"
-                " predictions, so it is refused"
+                f"{need}; with {kind!r} rotary embeddings a slot past {limit} would change the text's"
+                " own predictions, so it is refused"
             )
 
 
@@ -44,7 +46,7 @@ def learned_positions(decoder: PreTrainedModel) -> int | None:
     if decoder not in _known_limits:
         limits = [
             table.num_embeddings - int(getattr(table, "offset", 0))
-            for name, table in decoder.get_decoder().named_modules()
+            for name, table in text_body(decoder).named_modules()
             if isinstance(table, nn.Embedding) and _of_positions(name)
         ]
         _known_limits[decoder] = min(limits, default=None)
@@ -56,7 +58,7 @@ def _of_positions(name: str) -> bool:
 
 
 def rope_limits(decoder: PreTrainedModel) -> list[tuple[str, int]]:
-    """Kind and original length of the rotary embeddings that depend on the longest position of a pass."""
+    """Kind and original length of rotary embeddings that depend on the longest position of a pass."""
     config = text_config_of(decoder.config)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     found = []

@@ -15,6 +15,7 @@ nearest known one named; ``key=value`` words change a recipe from the command li
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -31,8 +32,9 @@ from typing import Any
 import yaml
 
 from quietstar.errors import UserError
+from quietstar.paths import is_file, is_folder
 from quietstar.recipe_sections import AdapterSection, DataSection, ModelSection
-from quietstar.values import Mismatch, coerce, describe, load_yaml
+from quietstar.values import Mismatch, coerce, describe, load_word, load_yaml
 
 
 @dataclass
@@ -137,16 +139,22 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
     path = Path(name_or_path).expanduser()
     if name_or_path in shipped:
         text, where = shipped[name_or_path], f"recipe {name_or_path}"
-    elif path.is_file():
+    elif is_file(path):
         try:
-            text, where = path.read_text(encoding="utf-8"), str(path)
+            text, where = path.read_text(encoding="utf-8-sig"), str(path)
         except UnicodeDecodeError as error:
             raise UserError(f"recipe {path} is not UTF-8 text") from error
+        except OSError as error:
+            raise UserError(f"recipe {path} cannot be read: {error.strerror}") from error
+    elif name_or_path and is_folder(path):
+        inside = path / "recipe.yaml"
+        hint = f", e.g. {inside}" if inside.is_file() else ""
+        raise UserError(f"recipe {path} is a folder; expected a file{hint}")
     else:
         near = difflib.get_close_matches(name_or_path, shipped, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(
-            f"no recipe {name_or_path}: it is neither a file nor one of the shipped ones "
+            f"no recipe {name_or_path or repr('')}: it is neither a file nor one of the shipped ones "
             f"({', '.join(shipped)}){hint}"
         )
     content = load_yaml(text, where)
@@ -182,15 +190,16 @@ def apply_overrides(content: Mapping[str, Any], overrides: Iterable[str]) -> dic
     """Set ``key=value`` words in plain recipe data; the original is left as it was.
 
     A key is dotted (``training.learning_rate``; ``model.config.hidden_size`` reaches into a
-    mapping) or, where no other section knows it, its last part alone. Values are read as YAML.
+    mapping) or, where no other section knows it, its last part alone. Values are read as YAML, but a
+    word that only means something to YAML (``*.txt``) stays a word.
     """
-    changed: dict[str, Any] = json.loads(json.dumps(content, default=str))
+    changed = copy.deepcopy(dict(content))
     for word in overrides:
         key, equals, value_text = word.partition("=")
         if not equals or not key:
             raise UserError(f"{word!r} is no setting; expected key=value, e.g. max_steps=100")
-        value = load_yaml(value_text, word) if value_text else None
         path = resolve_key(key)
+        value = load_word(value_text, word) if value_text else None
         target = changed
         for part in path[:-1]:
             if target.get(part) is None:

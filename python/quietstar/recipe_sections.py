@@ -19,7 +19,8 @@ class ModelSection:
             trained on the Python standard library); the model's own where null.
         vocab_size: size of the ``stdlib`` tokenizer.
         dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
-        attn_implementation: attention of ordinary text passes (``sdpa``, ``eager``, ...).
+        attn_implementation: attention of ordinary passes and of the text in passes with thoughts:
+            ``sdpa`` or ``eager``; the family's own where null.
         revision: branch, tag or commit on the hub.
         base_only: of a Quiet-STaR checkpoint take only the decoder and start the thought parts
             anew.
@@ -31,7 +32,7 @@ class ModelSection:
     tokenizer: str | None = None
     vocab_size: int = 2048
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
-    attn_implementation: str | None = None
+    attn_implementation: Literal["sdpa", "eager"] | None = None
     revision: str | None = None
     base_only: bool = False
     init_embedding_from: str = "---"

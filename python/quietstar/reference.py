@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from .config import END_TOKEN, START_TOKEN, QuietStarConfig
+from .config import END_TOKEN, START_TOKEN, QuietStarConfig, check_fields
 from .modeling import QuietStarForCausalLM
+from .text_part import text_config_of
 
 logger = logging.getLogger("quietstar")
 
@@ -90,7 +91,7 @@ def load_reference(
     if theta is not None and "rope_parameters" not in settings:
         settings["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
     text_config = AutoConfig.for_model(**settings)
-    vocabulary = text_config.vocab_size
+    vocabulary = text_config_of(text_config).vocab_size
     config = QuietStarConfig.from_reference(
         n_ahead=n_ahead,
         n_ahead_talk=n_ahead_talk,
@@ -158,6 +159,7 @@ def from_reference(
         ValueError: for a talk head of an unknown layout (names the flag), for files or parameters that
             are missing or do not fit, or if the number of thought tokens cannot be known.
     """
+    check_fields(fields)
     folder = _local_folder(str(name), revision)
     settings = _read_json(folder / "config.json")
     if settings.get("model_type") == QuietStarConfig.model_type:

@@ -9,6 +9,7 @@ word.
 from __future__ import annotations
 
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -18,18 +19,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .config import text_config_of
 from .layout import ThoughtLayout, text_ranges
 from .positions import check_length
 from .sharding import decoder_gathered
+from .text_part import text_body, text_config_of
 from .think import check_head, run_decoder
 
 # The text, its two anchors and the slots behind each: enough for a wrong position, mask or embedding.
 _TEXT, _ANCHORS, _SLOTS = 4, (1, 3), 2
 # Largest relative difference of a hidden state. In fp32 right decoders stay below 1e-5, wrong ones begin
-# at 0.05. Where numbers are rounded (half precision, quantized weights) a token may go to another expert,
-# so the median counts, and deep decoders magnify what was rounded: up to so many times what a change of
-# the embeddings by one part in 256 does is allowed.
+# at 0.05. Where numbers are rounded (half precision, quantized weights) a token may go to another
+# expert, so the median counts, and deep decoders magnify what was rounded: up to so many times what a
+# change of the embeddings by one part in 256 does is allowed.
 _EXACT, _ROUNDED, _OF_A_NUDGE = 1e-3, 0.05, 4.0
 
 _one_at_a_time = threading.Lock()
@@ -57,13 +58,33 @@ def check_decoder(
         torch.random.fork_rng(devices=devices),
         evaluating(decoder),
         decoder_gathered(decoder),
+        _errors_as_a_sentence(decoder),
     ):
         ids = _ordinary_tokens(decoder, _TEXT + _SLOTS).to(device)
         check_length(decoder, _TEXT, _SLOTS)
         if logits:
-            check_head(decoder, decoder.get_input_embeddings()(ids[None, :_TEXT]))
+            check_head(decoder, ids[None, :_TEXT])
         if thoughts:
             _check_columns(decoder, ids)
+
+
+@contextmanager
+def _errors_as_a_sentence(decoder: PreTrainedModel) -> Iterator[None]:
+    """What the decoder itself raises at a pass that it was not made for says what cannot be done."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals.get("__name__", "").startswith(__package__ + "."):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        kind = text_config_of(decoder.config).model_type
+        raise ValueError(
+            f"model type {kind!r} cannot run with thoughts: its own code raised {type(error).__name__}"
+            f" ({reason})"
+        ) from error
 
 
 @contextmanager
@@ -95,22 +116,27 @@ def _check_columns(decoder: PreTrainedModel, ids: Tensor) -> None:
 
     # One text for each anchor; what fills up the shorter ones is behind them and changes nothing.
     texts = [torch.cat([ids[: anchor + 1], said, ids])[: len(ids)] for anchor in _ANCHORS]
-    own = decoder.base_model(input_ids=torch.stack(texts), use_cache=False).last_hidden_state
+    own = text_body(decoder)(input_ids=torch.stack(texts), use_cache=False).last_hidden_state
     behind = [row[anchor + 1 :][:_SLOTS] for row, anchor in zip(own, _ANCHORS, strict=True)]
     wanted = (own[-1, :_TEXT], torch.cat(behind))
     found = packed(embeds)
     rounded = _is_rounded(decoder, own)
-    nudge = 1 + torch.tensor([1, -1], device=embeds.device).repeat(embeds.shape[-1])[: embeds.shape[-1]] / 256
+    nudge = (
+        1
+        + torch.tensor([1, -1], device=embeds.device).repeat(embeds.shape[-1])[: embeds.shape[-1]] / 256
+    )
     nudged = packed(embeds * nudge.to(embeds.dtype)) if rounded else found
-    for what, *states in zip(("the text", "a thought"), found, wanted, nudged, strict=True):
-        error, limit = _difference(*states[:2], rounded), _EXACT
+    pairs = zip(("the text", "a thought"), found, wanted, nudged, strict=True)
+    for what, ours, theirs, moved in pairs:
+        error, limit = _difference(ours, theirs, rounded), _EXACT
         if rounded:
-            limit = max(_ROUNDED, _OF_A_NUDGE * _difference(states[2], states[0], rounded))
+            limit = max(_ROUNDED, _OF_A_NUDGE * _difference(moved, ours, rounded))
         if not error < limit:
             raise ValueError(
-                f"model type {text_config_of(decoder.config).model_type!r} computes {what} in a pass with"
-                f" thoughts differently from the same tokens as one text (relative difference {error:.2g}),"
-                " so its thoughts would be wrong (self_check=False in the configuration skips this check)"
+                f"model type {text_config_of(decoder.config).model_type!r} computes {what} in a pass"
+                " with thoughts differently from the same tokens as one text (relative difference"
+                f" {error:.2g}), so its thoughts would be wrong (self_check=False in the configuration"
+                " skips this check)"
             )
 
 

@@ -1,58 +1,84 @@
 """Where text comes from: local files, a data set of the Hugging Face hub, or the standard library.
 
 Every source yields :class:`~quietstar.corpora.Document` one after the other and holds no more than
-one file (txt) or one batch of rows (jsonl, parquet, hub) in memory. What is wrong with a source is
-said before training starts, in one sentence.
+one file (txt, a JSON list) or one batch of rows (jsonl, csv, parquet, hub) in memory. What is wrong with
+a source is said before training starts, in one sentence; single rows and files that cannot be used are
+left out with a warning (:mod:`quietstar.left_out`).
 """
 
 from __future__ import annotations
 
 import glob
-import gzip
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from quietstar.corpora import Document, load_stdlib
 from quietstar.errors import UserError
+from quietstar.left_out import LeftOut, is_utf8, why_no_text
 from quietstar.streams import HubStream
+from quietstar.tables import (
+    ROWS_TO_TELL,
+    TABLE_SUFFIXES,
+    check_columns,
+    check_suffix,
+    open_text,
+    suffix_of,
+    table_rows,
+)
 
 STDLIB = "stdlib"
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 TXT_DOCUMENTS = ("file", "paragraph", "line")
 
 
 def local_documents(
-    patterns: str | Iterable[str], *, text_column: str = "text", txt_documents: str = "file"
+    patterns: str | Iterable[str],
+    *,
+    text_column: str = "text",
+    txt_documents: str = "file",
+    left_out: LeftOut | None = None,
 ) -> Iterator[Document]:
-    """Yield the documents of local files: parquet, jsonl (``.jsonl .ndjson .json``), else plain
-    text.
+    """Yield the documents of local files: tables (parquet, jsonl, json, csv, tsv), else plain text.
 
-    ``patterns``: paths or globs (``**`` works). A row of a table is a document; ``txt_documents``
-    says what a document is in a text file: the ``file``, a ``paragraph`` (blank lines between) or a
-    ``line``. Files ending in ``.gz`` are decompressed (not parquet). Raises :class:`UserError` for
-    a missing or empty file, a missing column and text that is not UTF-8.
+    Args:
+        patterns: paths or globs (``**`` works). Files ending in ``.gz`` are decompressed (not parquet).
+        text_column: a row of a table is a document, and this its text.
+        txt_documents: what a document is in a text file: the ``file``, a ``paragraph`` (blank lines
+            between) or a ``line``.
+        left_out: counts the rows and files that cannot be used: no text, not UTF-8, not JSON, ...
+
+    Raises:
+        UserError: for a missing file or column, and where nothing at all can be used.
     """
     if txt_documents not in TXT_DOCUMENTS:
         raise UserError(
             f"data.txt_documents is {txt_documents!r}; expected one of {', '.join(TXT_DOCUMENTS)}"
         )
-    for path in expand_files(patterns):
-        suffixes = [s.lower() for s in path.suffixes]
-        suffix = next((s for s in reversed(suffixes) if s != ".gz"), "")
-        if suffix == ".parquet":
-            yield from _parquet(path, text_column)
-        elif suffix in JSON_SUFFIXES:
-            yield from _jsonl(path, text_column)
+    left_out = LeftOut() if left_out is None else left_out
+    paths = expand_files(patterns)
+    for path in paths:
+        if path.stat().st_size == 0:
+            left_out.add(f"data file {path}", "is empty; expected text")
+        elif suffix_of(path) in TABLE_SUFFIXES:
+            for where, row in table_rows(path, [text_column], left_out):
+                why = why_no_text(row[text_column], text_column)
+                if why is None:
+                    left_out.used()
+                    yield Document(where.removeprefix("data file "), row[text_column])
+                else:
+                    left_out.add(where, why)
         else:
-            yield from _txt(path, txt_documents)
+            for document in _txt(path, txt_documents, left_out):
+                left_out.used()
+                yield document
+    left_out.check(f"data file {paths[0]}")
 
 
 def expand_files(patterns: str | Iterable[str]) -> list[Path]:
     """The files that ``patterns`` (paths or globs) name, sorted within each pattern, each once.
 
-    Raises :class:`UserError` for a pattern that matches nothing, a folder and an empty file.
+    Raises :class:`UserError` for a pattern that matches nothing, a folder, a file that is neither text
+    nor a table, and where all files are empty.
     """
     found: dict[Path, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else list(patterns):
@@ -69,11 +95,13 @@ def expand_files(patterns: str | Iterable[str]) -> list[Path]:
                 kind = "pattern matches no file" if glob.has_magic(pattern) else "does not exist"
                 raise UserError(f"data file {pattern} {kind} (looked from {Path.cwd()})")
         for match in matches:
-            if match.stat().st_size == 0:
-                raise UserError(f"data file {match} is empty; expected text")
+            check_suffix(match)
             found[match] = None
     if not found:
         raise UserError("data.files names no file")
+    if all(match.stat().st_size == 0 for match in found):
+        more = f" (as are the {len(found) - 1} others)" if len(found) > 1 else ""
+        raise UserError(f"data file {next(iter(found))} is empty; expected text{more}")
     return list(found)
 
 
@@ -87,11 +115,13 @@ def hub_documents(
     shuffle_buffer: int = 0,
     seed: int = 0,
     revision: str | None = None,
+    left_out: LeftOut | None = None,
 ) -> Iterator[Document]:
     """Yield the rows of a data set by its name on the hub (or a folder that `datasets` can load).
 
     With ``streaming`` nothing is stored, and ``shuffle_buffer`` > 0 shuffles within a buffer of
-    that many rows. Raises :class:`UserError` where the data set, split or column cannot be had.
+    that many rows; ``left_out`` counts those without text. Raises :class:`UserError` where the data
+    set, split or column cannot be had, and where no row has text.
     """
     import datasets
 
@@ -105,18 +135,37 @@ def hub_documents(
         raise UserError(f"cannot load split {split!r} of data set {where}: {detail[:400]}") from error
     columns: list[str] | None = rows.column_names
     if columns is not None:
-        check_column(columns, text_column, f"data set {name}")
+        check_columns(columns, [text_column], f"data set {name}")
         rows = rows.select_columns([text_column])
+    unusable = LeftOut() if left_out is None else left_out
 
-    def text_of(row: dict[str, Any], number: int) -> str:
-        return _text_of(row, text_column, f"row {number} of {name}")
+    def text_of(row: dict[str, Any], number: int) -> str | None:
+        where = f"data set {name}, row {number}"
+        if unusable.nothing_used and unusable.count >= ROWS_TO_TELL:
+            check_columns(row, [text_column], where)
+        why = why_no_text(row.get(text_column), text_column)
+        if why is None:
+            unusable.used()
+            return str(row[text_column])
+        unusable.add(where, why)
+        return None
 
-    if streaming and shuffle_buffer > 0:
+    if not streaming:
+        return _in_order(rows, name, text_of, unusable)
+    if shuffle_buffer > 0:
         # The order of the shards alone; rows are shuffled by a buffer that a position can hold.
         rows = rows.shuffle(seed=seed, buffer_size=1)
-    if streaming:
-        return HubStream(rows, name, text_of, shuffle_buffer, seed)
-    return (Document(f"{name}:{n}", text_of(row, n)) for n, row in enumerate(rows))
+    return HubStream(rows, name, text_of, shuffle_buffer, seed, unusable)
+
+
+def _in_order(
+    rows: Iterable[Any], name: str, text_of: Callable[[Any, int], str | None], left_out: LeftOut
+) -> Iterator[Document]:
+    for number, row in enumerate(rows):
+        text = text_of(row, number)
+        if text is not None:
+            yield Document(f"{name}:{number}", text)
+    left_out.check(f"data set {name}")
 
 
 def open_documents(
@@ -132,117 +181,48 @@ def open_documents(
             "data needs exactly one of name (a data set) and files (local files); "
             + ("both are given" if name else "neither is given")
         )
+    left_out = LeftOut()
     if files:
         kept = {k: options[k] for k in ("text_column", "txt_documents") if k in options}
         expand_files(files)  # a missing file is found now, not when reading starts
-        return lambda: local_documents(files, **kept)
+        return lambda: local_documents(files, left_out=left_out, **kept)
     assert name is not None
     if name == STDLIB:
         part = "heldout" if split in ("heldout", "test", "validation") else split
         return lambda: load_stdlib(part)
     options.pop("txt_documents", None)
-    return lambda: hub_documents(name, split=split, **options)
+    return lambda: hub_documents(name, split=split, left_out=left_out, **options)
 
 
-def check_column(columns: Iterable[str], text_column: str, where: str) -> None:
-    """Raise :class:`UserError`, naming the columns there are, unless ``text_column`` is one."""
-    if text_column not in columns:
-        have = ", ".join(sorted(columns)) or "none"
-        raise UserError(
-            f"{where} has no text column {text_column!r}; its columns are: {have} (set data.text_column)"
-        )
-
-
-def _text_of(row: dict[str, Any], text_column: str, where: str) -> str:
-    check_column(row, text_column, where)
-    text = row[text_column]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise UserError(f"{where}: column {text_column!r} holds {type(text).__name__}; expected text")
-    return text
-
-
-def _open_text(path: Path) -> IO[str]:
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
-
-
-def _txt(path: Path, txt_documents: str) -> Iterator[Document]:
+def _txt(path: Path, txt_documents: str, left_out: LeftOut) -> Iterator[Document]:
     any_text = False
-    try:
-        with _open_text(path) as file:
-            for number, text in enumerate(_cut(file, txt_documents)):
-                if text.strip():
-                    any_text = True
-                    yield Document(str(path) if txt_documents == "file" else f"{path}:{number}", text)
-    except UnicodeDecodeError as error:
-        raise UserError(f"data file {path} is not UTF-8 text (byte {error.start})") from error
-    except (OSError, EOFError) as error:
-        raise UserError(f"data file {path} cannot be read: {error}") from error
+    with open_text(path, left_out) as file:
+        for number, text in _cut(file, txt_documents):
+            where = str(path) if txt_documents == "file" else f"{path}, line {number}"
+            if text.strip():
+                any_text = True
+                if is_utf8(text):
+                    yield Document(where, text)
+                else:
+                    left_out.add(f"data file {where}", "is not UTF-8 text")
     if not any_text:
-        raise UserError(f"data file {path} holds nothing but white space; expected text")
+        left_out.add(f"data file {path}", "holds nothing but white space; expected text")
 
 
-def _cut(file: IO[str], txt_documents: str) -> Iterator[str]:
+def _cut(file: IO[str], txt_documents: str) -> Iterator[tuple[int, str]]:
+    """The documents of a text file, and the number of the line that each begins in."""
     if txt_documents == "file":
-        yield file.read()
+        yield 1, file.read()
     elif txt_documents == "line":
-        for line in file:
-            yield line.rstrip("\n")
+        for number, line in enumerate(file, start=1):
+            yield number, line.rstrip("\n")
     else:
         lines: list[str] = []
-        for line in file:
+        number = 0
+        for number, line in enumerate(file, start=1):
             if line.strip():
                 lines.append(line)
             elif lines:
-                yield "".join(lines)
+                yield number - len(lines), "".join(lines)
                 lines = []
-        yield "".join(lines)
-
-
-def _jsonl(path: Path, text_column: str) -> Iterator[Document]:
-    number = rows = 0
-    try:
-        with _open_text(path) as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"data file {path}, line {number} is not JSON ({error.msg}); expected one "
-                        "object per line"
-                    ) from error
-                where = f"data file {path}, line {number}"
-                if not isinstance(row, dict):
-                    raise UserError(f"{where} is a JSON {type(row).__name__}; expected an object")
-                rows += 1
-                yield Document(f"{path}:{number}", _text_of(row, text_column, where))
-    except UnicodeDecodeError as error:
-        raise UserError(f"data file {path} is not UTF-8 text (after line {number})") from error
-    except (OSError, EOFError) as error:
-        raise UserError(f"data file {path} cannot be read: {error}") from error
-    if rows == 0:
-        raise UserError(f"data file {path} has no rows; expected one JSON object per line")
-
-
-def _parquet(path: Path, text_column: str) -> Iterator[Document]:
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet
-
-    try:
-        table = parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"data file {path} cannot be read as parquet: {error}") from error
-    check_column(table.schema_arrow.names, text_column, f"data file {path}")
-    if table.metadata.num_rows == 0:
-        raise UserError(f"data file {path} has no rows; expected text")
-    number = 0
-    for batch in table.iter_batches(batch_size=1024, columns=[text_column]):
-        for text in batch.column(0).to_pylist():
-            where = f"data file {path}, row {number}"
-            yield Document(f"{path}:{number}", _text_of({text_column: text}, text_column, where))
-            number += 1
+        yield number - len(lines) + 1, "".join(lines)

@@ -16,6 +16,7 @@ from typing import Any
 
 from quietstar.corpora import Document
 from quietstar.errors import UserError
+from quietstar.left_out import LeftOut
 
 Position = dict[str, Any]
 # Positions that are remembered: more than a loader can be ahead of the training.
@@ -27,14 +28,21 @@ class HubStream:
 
     Args:
         rows: a ``datasets.IterableDataset`` (its shards shuffled already, if they should be).
-        text_of: the text of a row and its number.
+        text_of: the text of a row and its number; None: the row cannot be used.
         buffer_size: rows held for shuffling; 0: in the order of the data set.
+        left_out: counts the rows that cannot be used.
     """
 
     def __init__(
-        self, rows: Any, name: str, text_of: Callable[[Any, int], str], buffer_size: int, seed: int
+        self,
+        rows: Any,
+        name: str,
+        text_of: Callable[[Any, int], str | None],
+        buffer_size: int,
+        seed: int,
+        left_out: LeftOut,
     ) -> None:
-        self._rows, self._name, self._text_of = rows, name, text_of
+        self._rows, self._name, self._text_of, self._left_out = rows, name, text_of, left_out
         self._size = buffer_size
         self._random = random.Random(seed)
         self._buffer: list[tuple[int, str]] = []
@@ -59,11 +67,20 @@ class HubStream:
     def _read(self) -> None:
         if self._upstream is None:
             self._upstream = iter(self._rows)
-        row = next(self._upstream, None)
+        try:
+            row = next(self._upstream, None)
+        except Exception as error:  # `datasets` raises its own, HTTP, OS and value errors alike
+            detail = " ".join(str(error).split())
+            raise UserError(
+                f"data set {self._name} cannot be read after {self._number} rows: {detail[:400]}"
+            ) from error
         if row is None:
             self._ended = True
+            self._left_out.check(f"data set {self._name}")
             return
-        self._buffer.append((self._number, self._text_of(row, self._number)))
+        text = self._text_of(row, self._number)
+        if text is not None:
+            self._buffer.append((self._number, text))
         self._number += 1
 
     def position(self) -> Position:
@@ -82,6 +99,8 @@ class HubStream:
             self._rows.load_state_dict(position["rows"])
         self._number = position["number"]
         self._buffer = [(number, text) for number, text in position["buffer"]]
+        if self._buffer or self._number:
+            self._left_out.used()  # by the run that is continued
         version, words, gauss = position["random"]
         self._random.setstate((version, tuple(words), gauss))
 

@@ -18,11 +18,13 @@ from quietstar_ext import linear_sample
 
 from .anchors import choose_anchors
 from .attention import check_layers
-from .config import QuietStarConfig, text_config_of
+from .config import QuietStarConfig
 from .graphs import run_slots
 from .layout import LayerKeys, TextRanges, ThoughtLayout, text_positions
+from .noise import evaluation_mode
 from .parts import WHOLE, BatchPart
 from .positions import check_length
+from .text_part import text_body, text_config_of
 
 
 class ThoughtEmbedding(nn.Module):
@@ -80,7 +82,7 @@ def run_decoder(
     """One pass through the decoder's body with a layout; final hidden states [B, L, d]."""
     # A 4-D mask is handed through untouched, so that nothing of size L x L is ever built.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
-    hidden = decoder.base_model(
+    hidden = text_body(decoder)(
         inputs_embeds=embeds,
         attention_mask=mask,
         position_ids=positions,
@@ -96,7 +98,7 @@ def run_decoder_plain(
 ) -> Tensor:
     """The decoder as it is, without thoughts: final hidden states [B, N, d]."""
     check_length(decoder, input_ids.shape[1])
-    return decoder.base_model(
+    return text_body(decoder)(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
     ).last_hidden_state
 
@@ -339,21 +341,23 @@ def banned_ids(config: QuietStarConfig, device: torch.device) -> Tensor:
 
 
 @torch.no_grad()
-def check_head(decoder: PreTrainedModel, hidden: Tensor) -> None:
+def check_head(decoder: PreTrainedModel, input_ids: Tensor) -> None:
     """Compare the model's own logits with :func:`output_head`'s reading of them, once.
+
+    Args:
+        input_ids: [1, N], any text.
 
     Raises:
         ValueError: if a family does something to its logits that is not known here.
     """
-    training = decoder.training
-    decoder.eval()  # two passes with dropout would differ
-    own = decoder(inputs_embeds=hidden, use_cache=False).logits
-    body = decoder.base_model(inputs_embeds=hidden, use_cache=False).last_hidden_state
-    decoder.train(training)
+    with evaluation_mode(decoder):  # two passes with dropout would differ
+        own = decoder(input_ids=input_ids, use_cache=False).logits
+        body = text_body(decoder)(input_ids=input_ids, use_cache=False).last_hidden_state
     ours = output_head(decoder).logits(body)
     error = (own.float() - ours.float()).abs().max() / own.float().abs().max().clamp(min=1e-6)
     if not error < 2e-2:
+        kind = text_config_of(decoder.config).model_type
         raise ValueError(
-            f"model type {text_config_of(decoder.config).model_type!r} computes its logits in a way that is not"
-            f" supported (relative difference {float(error):.2g})"
+            f"model type {kind!r} computes its logits in a way that is not supported (relative"
+            f" difference {float(error):.2g})"
         )

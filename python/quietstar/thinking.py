@@ -66,8 +66,9 @@ class Thinking:
                 f"thinking is {self.rule!r}; expected 'always', 'never', 'every:k' with a whole number"
                 " k >= 1 or 'entropy:x' with x >= 0 nats"
             )
-        if self.budget is not None and self.budget < 0:
-            raise ValueError(f"thinking_budget is {self.budget}; expected a whole number >= 0")
+        whole = isinstance(self.budget, int) and not isinstance(self.budget, bool)
+        if self.budget is not None and not (whole and self.budget >= 0):
+            raise ValueError(f"thinking_budget is {self.budget!r}; expected a whole number >= 0")
         self._name = name
 
     def decide(self, logits: Tensor) -> Tensor:

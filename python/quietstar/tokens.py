@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .config import END_TOKEN, START_TOKEN, QuietStarConfig
+from .text_part import text_config_of
 
 
 def add_meta_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -43,7 +44,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: QuietStarConfig)
                 f"{name} is {index} in the tokenizer and {getattr(config, name)} in the model; expected"
                 " the tokenizer that the model was built with"
             )
-    decoder: Any = config.text_config
+    decoder: Any = text_config_of(config)
     rows = decoder.vocab_size
     if len(tokenizer) > rows:
         raise ValueError(

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, Trainer
 
+from .arguments import argument
 from .batches import WholeBatches
+from .collate import PaddingCollator, collator_for
 from .guard import NonFiniteLoss
 from .metrics import Average, Watch, describe, language_model_loss
 from .parts import BatchPart
 from .saving import SafeCheckpoints
+from .schedule import longest_talk
 from .tokens import check_tokenizer
 from .trainer_objective import ObjectiveTrainer
+from .trainer_options import check_batch, check_model, check_options
 
 __all__ = ["NonFiniteLoss", "QuietStarTrainer"]
 
@@ -32,15 +38,37 @@ class QuietStarTrainer(ObjectiveTrainer, WholeBatches, SafeCheckpoints):
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
+        given = inspect.signature(Trainer.__init__).bind(self, *args, **kwargs).arguments
+        if given.get("model") is not None:
+            check_model(given["model"])
+        check_options(given.get("args"), given)
         super().__init__(*args, **kwargs)
         tokenizer = self.processing_class
+        if given.get("data_collator") is None:
+            self.data_collator = self._padding_collator()
         if isinstance(tokenizer, PreTrainedTokenizerBase):
             check_tokenizer(tokenizer, self._thought_config())
         self._averages = {True: Average(), False: Average()}
+        self._evaluates = True
         self._tokens: Tensor | int = 0
         self._last_log = time.perf_counter()
         self._watch = Watch()
         self.warnings_given: list[str] = []
+
+    def _padding_collator(self) -> PaddingCollator:
+        """Pads at the side, and with the token, of the tokenizer if there is one."""
+        config, tokenizer = self._thought_config(), self.processing_class
+        talk = longest_talk(config, {"thought_schedule": argument(self.args, "thought_schedule")})
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            return PaddingCollator(min_length=talk + 2)
+        return collator_for(tokenizer, tokenizer.padding_side, talk + 2)
+
+    def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """As transformers', for Quiet-STaR models alone."""
+        model = super().call_model_init(*args, **kwargs)
+        self.ema = None  # of the model before
+        check_model(model)
+        return model
 
     def compute_loss(
         self,
@@ -50,6 +78,7 @@ class QuietStarTrainer(ObjectiveTrainer, WholeBatches, SafeCheckpoints):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's loss while training; its language-model part alone in evaluation."""
+        check_batch(inputs)
         config = self._thought_config()
         part = self.next_batch_part(config) if model.training else BatchPart()
         output = self.run_model(model, {**inputs, "batch_part": part})
@@ -93,12 +122,13 @@ class QuietStarTrainer(ObjectiveTrainer, WholeBatches, SafeCheckpoints):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Losses only (logits would be rows x vocabulary), with the metrics of thinking beside them."""
+        """As transformers', with the metrics of thinking beside the loss."""
         self._averages[False].pop(self._reduce)
+        self._evaluates = description != "Prediction"
         result = super().evaluation_loop(
             dataloader,
             description,
-            prediction_loss_only=True,
+            prediction_loss_only=prediction_loss_only,
             ignore_keys=ignore_keys,
             metric_key_prefix=metric_key_prefix,
         )
@@ -115,3 +145,27 @@ class QuietStarTrainer(ObjectiveTrainer, WholeBatches, SafeCheckpoints):
         for name, value in found.items():
             result.metrics[f"{metric_key_prefix}_{name}"] = value
         return result
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Loss, logits [B, N, vocabulary] of the mixed prediction, and labels.
+
+        The logits are for ``compute_metrics`` and ``predict`` and cost a pass of their own. ``predict``
+        takes rows without labels, which have no loss.
+        """
+        loss = None
+        if prediction_loss_only or self._evaluates or inputs.get("labels") is not None:
+            check_batch(inputs)
+            loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        if prediction_loss_only:
+            return loss, None, None
+        inputs = self._prepare_inputs(inputs)
+        text = {key: value for key, value in inputs.items() if key not in ("labels", "baseline_losses")}
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits: Tensor = model(**text).logits
+        return loss, logits, inputs.get("labels")

@@ -20,6 +20,7 @@ from .arguments import argument
 from .clipping import PolicyGradient, average_over_processes
 from .ema import EmaCopy
 from .guard import NonFiniteGuard
+from .noise import refusal_of_neftune
 from .schedule import Schedule
 from .sharding import put_shards_back
 
@@ -31,6 +32,16 @@ class ObjectiveTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.read_arguments()
+        self._policy_norms: list[Tensor] = []
+        self._thinking_loss: Tensor | None = None
+        self._parameters: list[nn.Parameter] = []
+        self.ema: EmaCopy | None = None
+        self._check_strategy()
+        self.add_callback(_AroundTheStep(self))
+
+    def read_arguments(self) -> None:
+        """Make what the arguments say; again in a search for hyperparameters, which changes them."""
         config = self._thought_config()
         stages = argument(self.args, "thought_schedule")
         self.schedule = None if stages is None else Schedule(stages, config)
@@ -38,13 +49,7 @@ class ObjectiveTrainer(Trainer):
             self.schedule.apply(config, 0)
         max_norm = argument(self.args, "policy_max_grad_norm")
         self._policy_gradient = None if max_norm is None else PolicyGradient(max_norm)
-        self._policy_norms: list[Tensor] = []
-        self._thinking_loss: Tensor | None = None
-        self._parameters: list[nn.Parameter] = []
-        self.ema: EmaCopy | None = None
         self.guard = NonFiniteGuard(argument(self.args, "max_skipped_steps"))
-        self._check_strategy()
-        self.add_callback(_AroundTheStep(self))
 
     def _thought_config(self) -> Any:
         return self.accelerator.unwrap_model(self.model).config
@@ -55,6 +60,9 @@ class ObjectiveTrainer(Trainer):
 
     def _check_strategy(self) -> None:
         """Refuse what cannot work, before training."""
+        alpha = self.args.neftune_noise_alpha
+        if alpha:
+            raise ValueError(refusal_of_neftune(alpha))
         deepspeed, optim = (
             self.is_deepspeed_enabled,
             str(getattr(self.args.optim, "value", self.args.optim)),
@@ -188,6 +196,8 @@ class _AroundTheStep(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A resumed run counts on from the last log entry."""
+        if state.is_hyper_param_search:
+            self._trainer.read_arguments()
         counts = [entry["skipped_steps"] for entry in state.log_history if "skipped_steps" in entry]
         self._trainer.guard.skipped = int(counts[-1]) if counts else 0
         self._say_stage(state.global_step)

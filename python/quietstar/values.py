@@ -30,8 +30,10 @@ class RecipeLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, Hashable) or key in seen:
-                line = key_node.start_mark.line + 1
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                raise UserError(f"key {key!r} is a {type(key).__name__}; expected a word (line {line})")
+            if key in seen:
                 raise UserError(f"key {key!r} comes twice (line {line})")
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
@@ -70,11 +72,44 @@ def load_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=RecipeLoader)  # a SafeLoader: data only
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply, or holds an alias of itself") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}{line} is not valid YAML: {problem}") from error
+        hint = _quoting_hint(text, mark.line) if mark else ""
+        raise UserError(f"{where}{line} is not valid YAML: {problem}{hint}") from error
+
+
+# What begins with one of these is no word to YAML, but may be a path, a glob or a model's name.
+_SIGNS = "*&!%@`|>"
+_SIGNED_WORD = re.compile(rf"(?:^|[\s\[{{,])([{_SIGNS}][^\s,\]}}]+)")
+
+
+def _quoting_hint(text: str, line: int) -> str:
+    """How to write what may have been meant as text in a line that is not valid YAML."""
+    lines = text.splitlines()
+    found = _SIGNED_WORD.search(lines[line]) if line < len(lines) else None
+    return f" (text that begins with {found[1][0]} is put in quotes: '{found[1]}')" if found else ""
+
+
+def load_word(text: str, where: str) -> Any:
+    """The value of a ``key=value`` word: YAML, but a word that YAML has another use for is text.
+
+    So ``*.txt`` needs no quotes, which a shell would take away, nor does what has a ``#`` in it.
+    """
+    word = text.strip()
+    if word[:1] in {*_SIGNS, "#"}:
+        return word
+    if " #" in word and word[0] not in "\"'[{":
+        return word
+    try:
+        return load_yaml(text, where)
+    except UserError as error:
+        if word[0] not in "[{" or "quotes" in str(error):
+            raise
+        raise UserError(f"{error} (if it is text: \"'{word}'\")") from error
 
 
 def coerce(value: Any, annotation: Any) -> Any:

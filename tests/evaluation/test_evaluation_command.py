@@ -14,7 +14,7 @@ from evaluation_cases import CSQA_ROWS, GSM_ROWS, run
 from quietstar import QuietStarForCausalLM, cli
 from quietstar.errors import UserError
 from quietstar.evaluation import reasoning
-from quietstar.evaluation.items import load_rows, read_table
+from quietstar.evaluation.items import load_rows
 from quietstar.evaluation.journal import Journal
 from quietstar.evaluation.run import assign_files, fingerprint
 from quietstar.evaluation.tasks import OWN, Settings
@@ -25,18 +25,37 @@ def test_items_of_local_files(tmp_path: Path, gsm_file: Path, csqa_file: Path):
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.Table.from_pylist(CSQA_ROWS), tmp_path / "csqa.parquet")
-    assert read_table(gsm_file) == GSM_ROWS
-    assert read_table(csqa_file) == CSQA_ROWS == read_table(tmp_path / "csqa.parquet")
     options = {"hub_name": "openai/gsm8k", "hub_config": "main", "split": "test"}
+    assert load_rows(GSM_ROWS[0], data=gsm_file, **options) == GSM_ROWS
+    for path in (csqa_file, tmp_path / "csqa.parquet"):
+        assert load_rows(CSQA_ROWS[0], data=path, **options) == CSQA_ROWS
     rows = load_rows(("question",), data=gsm_file, limit=2, **options)
     assert rows == [{"question": row["question"]} for row in GSM_ROWS[:2]]
     with pytest.raises(
-        UserError, match="row 1, has no column 'answerKey'; its columns are: answer, que"
+        UserError, match="1 has no column 'answerKey'; its columns are: answer, question"
     ):
         load_rows(("question", "answerKey"), data=gsm_file, **options)
-    gsm_file.write_text('{"question": "a"}\n{"question')
-    with pytest.raises(UserError, match="line 2 is not JSON"):
-        read_table(gsm_file)
+
+
+def test_items_that_cannot_be_used(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """They are left out and counted, whatever is wrong with them; a limit counts the others."""
+    good = [{"question": f"{n} plus {n}?", "answer": f"so #### {2 * n}"} for n in range(4)]
+    bad = [
+        '{"question": "cut off',
+        '{"question": "no answer"}',
+        '{"question": "half a pair \\ud83d", "answer": "#### 1"}',
+        '{"question": "none", "answer": "I do not know"}',
+        "[1]",
+    ]
+    lines = [json.dumps(good[0]), *bad, *(json.dumps(row) for row in good[1:])]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    task = OWN["gsm8k-cot"]("gsm8k-cot", Settings(data=tmp_path / "a.jsonl", limit=3))
+    assert task.items(None) == good[:3]
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3 and "a.jsonl, line 2 is not JSON" in said[0] and "(3 so far)" in said[2]
+    (tmp_path / "b.jsonl").write_text("\n".join(bad[3:]))
+    with pytest.raises(UserError, match=r"line 1 cannot be used: answer .* \(and 1 more"):
+        OWN["gsm8k-cot"]("gsm8k-cot", Settings(data=tmp_path / "b.jsonl")).items(None)
 
 
 def test_hub_items_have_the_same_columns(monkeypatch: pytest.MonkeyPatch, merging):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from quietstar import QuietStarForCausalLM
 from quietstar.errors import UserError
 from quietstar.evaluation import reasoning
+from quietstar.evaluation.perplexity import summarize, token_losses
 from quietstar.evaluation.statistics import bootstrap
+from quietstar.evaluation.tasks import OWN, Settings
 
 
 def test_probability_by_hand():
@@ -176,3 +180,41 @@ def test_interval_of_known_data():
     assert bootstrap([0.25]) == bootstrap([0.25], seed=3)
     with pytest.raises(ValueError, match="at least one item"):
         bootstrap([])
+
+
+def test_rows_that_cannot_be_scored_are_left_out(tmp_path, merging, caplog):
+    """An answer without a number costs a counted warning; a file of nothing else is an error."""
+    path = tmp_path / "gsm.jsonl"
+    bad = {"question": "How?", "answer": "so"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in [GSM_ROWS[0], bad, GSM_ROWS[1], bad]))
+    for name in ("gsm8k", "gsm8k-cot"):
+        caplog.clear()
+        assert OWN[name](name, Settings(data=path)).items(merging) == GSM_ROWS[:2]
+        said = [r.getMessage() for r in caplog.records]
+        for line, message in zip((2, 4), said, strict=True):
+            assert f"{path}, line {line} cannot be used: answer 'so' has no number" in message
+        assert said[1].endswith("it is left out (2 so far)")
+    path.write_text(json.dumps(bad))
+    with pytest.raises(UserError, match="line 1 cannot be used: answer 'so' has no number"):
+        OWN["gsm8k"]("gsm8k", Settings(data=path)).items(merging)
+
+
+def test_only_tokens_that_count_are_in_the_means(model: QuietStarForCausalLM):
+    """Rows without a target, rows of one token, and first tokens of documents are no losses of zero."""
+    ids = torch.randint(5, 200, (9,), generator=torch.Generator().manual_seed(4))
+    documents = [ids[:4], ids[4:]]
+    rows = [{"input_ids": d, "attention_mask": torch.ones_like(d), "labels": d} for d in documents]
+    expected = summarize(token_losses(model, rows, progress=False))
+    packed = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    packed["document_ids"] = torch.tensor([1] * 4 + [2] * 5)
+    found = summarize(token_losses(model, [packed], progress=False))
+    hidden = {**rows[0], "labels": torch.full((4,), -100)}
+    short = {name: value[:1] for name, value in rows[1].items()}
+    others = [hidden, rows[0], short, rows[1]]
+    alone = summarize(token_losses(model, others, batch_size=1, progress=False))
+    for one in (found, alone):
+        assert one["tokens"] == expected["tokens"] == 7
+        for name in ("base_nll", "mixed_nll"):
+            assert one[name]["mean"] == pytest.approx(expected[name]["mean"], rel=1e-5)
+    with pytest.raises(UserError, match="the text to evaluate on has no token to predict"):
+        token_losses(model, [hidden, short], progress=False)

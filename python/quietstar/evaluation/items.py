@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from quietstar.errors import UserError
+from quietstar.left_out import LeftOut, is_utf8
+from quietstar.tables import check_columns, check_suffix, table_rows
 
 Row = dict[str, Any]
 
@@ -20,81 +22,51 @@ def load_rows(
     hub_config: str | None,
     split: str,
     limit: int | None = None,
+    check: Callable[[Row], object] = lambda row: None,
 ) -> list[Row]:
-    """Rows with exactly ``columns``: from ``data`` (json, jsonl or parquet), else from the hub.
+    """Rows with exactly ``columns``: from ``data`` (jsonl, json, csv, tsv, parquet), else from the hub.
+
+    Args:
+        limit: the first so many of those that can be used.
+        check: raises :class:`UserError` for a row that cannot be used; it is left out with a warning.
 
     Raises:
-        UserError: names the data set or file, and the column, that is missing or cannot be read.
+        UserError: names the data set or file, and the column, that is missing or cannot be read; or the
+            first row where none can be used.
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}; expected a whole number >= 1")
+    wanted, left_out = list(columns), LeftOut()
     if data is None:
-        rows, where = _from_hub(hub_name, hub_config, split, limit), f"data set {hub_name}"
+        where = f"data set {hub_name}"
+        found = _from_hub(hub_name, hub_config, split, wanted)
     else:
-        rows, where = read_table(data), f"data file {data}"
-    rows = rows[:limit]
-    if not rows:
-        raise UserError(f"{where} has no rows")
-    wanted = list(columns)
-    for number, row in enumerate(rows, start=1):
-        missing = [name for name in wanted if name not in row]
-        if missing:
-            have = ", ".join(sorted(row)) or "none"
-            raise UserError(
-                f"{where}, row {number}, has no column {missing[0]!r}; its columns are: {have}; expected"
-                f" those of {hub_name}: {', '.join(wanted)}"
-            )
-    return [{name: row[name] for name in wanted} for row in rows]
-
-
-def read_table(path: Path) -> list[Row]:
-    """All rows of a local file: a JSON list, JSON lines, or parquet."""
-    if not path.is_file():
-        raise UserError(f"data file {path} does not exist")
-    if path.suffix.lower() == ".parquet":
-        import pyarrow  # type: ignore[import-untyped]
-        from pyarrow import parquet
-
+        where = f"data file {data}"
+        if not data.is_file():
+            raise UserError(f"data file {data} does not exist")
+        check_suffix(data)
+        found = table_rows(data, wanted, left_out, kind="column")
+    rows: list[Row] = []
+    for place, row in found:
+        if len(rows) == limit:
+            break
+        plain = {name: row[name] for name in wanted}
         try:
-            rows: Any = parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"data file {path} cannot be read as parquet: {error}") from error
-        return list(rows)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"data file {path} is not UTF-8 text (byte {error.start})") from error
-    rows = _parse_json(path, text)
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise UserError(
-                f"data file {path}, row {number}, is a JSON {type(row).__name__}; expected an object"
-            )
+            if not is_utf8(json.dumps(plain, ensure_ascii=False, default=str)):
+                raise UserError("it holds half of a surrogate pair, which is no character")
+            check(plain)
+        except UserError as error:
+            left_out.add(place, f"cannot be used: {error}")
+            continue
+        left_out.used()
+        rows.append(plain)
+    left_out.check(where)
     return rows
 
 
-def _parse_json(path: Path, text: str) -> list[Any]:
-    if text.lstrip().startswith("["):
-        try:
-            return list(json.loads(text))
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"data file {path}, line {error.lineno} is not JSON ({error.msg})"
-            ) from error
-    rows = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"data file {path}, line {number} is not JSON ({error.msg}); expected one object per"
-                    " line, or a list of objects"
-                ) from error
-    return rows
-
-
-def _from_hub(name: str, config: str | None, split: str, limit: int | None) -> list[Row]:
+def _from_hub(
+    name: str, config: str | None, split: str, columns: list[str]
+) -> Iterator[tuple[str, Row]]:
     import datasets
 
     try:
@@ -105,4 +77,5 @@ def _from_hub(name: str, config: str | None, split: str, limit: int | None) -> l
             f"cannot load split {split!r} of data set {name}: {detail[:300]} (a local file of the same"
             " columns can be given with --data)"
         ) from error
-    return list(rows if limit is None else rows.select(range(min(limit, len(rows)))))
+    check_columns(rows.column_names, columns, f"data set {name}", kind="column")
+    return ((f"data set {name}, row {n}", row) for n, row in enumerate(rows, start=1))

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from quietstar.data import IGNORED, PaddingCollator
+from quietstar.data import PaddingCollator
 from quietstar.errors import UserError
+from quietstar.parts import BatchPart
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -31,7 +32,8 @@ class TokenLosses:
     """Losses of every predicted token, nats.
 
     base, mixed: [blocks, N-1] float64; entry i predicts token i + 1. counted: [blocks, N-1] bool,
-    whether that token is text. Without thoughts ``mixed`` equals ``base``.
+    whether that token is text with a label, and a token of its document stands before it. Without
+    thoughts ``mixed`` equals ``base``.
     """
 
     base: Array
@@ -70,6 +72,9 @@ def token_losses(
     The model thinks at every position, whatever its ``think_at``; thoughts are the most likely
     ones, so the result does not depend on ``seed`` but for models that draw at random in
     evaluation. The model's mode and torch's generator are left as they were.
+
+    Raises:
+        UserError: if no token counts.
     """
     from transformers.utils.logging import tqdm
 
@@ -93,29 +98,37 @@ def token_losses(
                 batch = collate(rows[first : first + batch_size])
                 n = batch["input_ids"].shape[1]
                 place = (slice(first, first + batch_size), slice(0, n - 1))
-                counted[place] = (batch["labels"][:, 1:] != IGNORED).numpy()
-                base[place], mixed[place] = _batch_losses(
+                base[place], mixed[place], counted[place] = _batch_losses(
                     model, {key: value.to(device) for key, value in batch.items()}
                 )
                 bar.update(len(batch["input_ids"]))
     finally:
         torch.set_rng_state(state)
         model.train(was_training)
+    if not counted.any():
+        raise UserError(
+            "the text to evaluate on has no token to predict (labels are all -100 or padding, or rows"
+            " have one token)"
+        )
     return TokenLosses(base, mixed, counted)
 
 
-def _batch_losses(model: QuietStarForCausalLM, batch: dict[str, torch.Tensor]) -> tuple[Array, Array]:
-    """Base and mixed losses [B, n-1] of one batch."""
+def _batch_losses(
+    model: QuietStarForCausalLM, batch: dict[str, torch.Tensor]
+) -> tuple[Array, Array, npt.NDArray[np.bool_]]:
+    """Base and mixed losses of one batch, and which of them count, [B, n-1]."""
     rows, n = batch["input_ids"].shape
-    options: dict[str, Any] = {}
+    # One part of the text, which may have nothing to predict.
+    options: dict[str, Any] = {"batch_part": BatchPart()}
     if model.config.thought_kind != "none":
         options["anchors"] = torch.arange(n, device=batch["input_ids"].device).expand(rows, n)
     output = model(**batch, **options)
     base = output.base_losses.double().cpu().numpy()
+    counted = output.is_target.cpu().numpy()
     if output.talk_losses is None:
-        return base, base
+        return base, base, counted
     # Talk step 0 at anchor i predicts token i + 1; the last anchor has nothing to predict.
-    return base, output.talk_losses[0, :, 0, : n - 1].double().cpu().numpy()
+    return base, output.talk_losses[0, :, 0, : n - 1].double().cpu().numpy(), counted
 
 
 def estimate(values: Array, counted: npt.NDArray[np.bool_]) -> Estimate:

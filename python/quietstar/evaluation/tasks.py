@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from quietstar.evaluation.statistics import bootstrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("quietstar")
 
 Item = dict[str, Any]
 Record = dict[str, Any]
@@ -86,15 +89,14 @@ class AnswerTask:
         return {"max_length": self.settings.max_length}
 
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
-        rows = load_rows(data=self.settings.data, limit=self.settings.limit, **self.source)
         find = reasoning.letter_tokens if self.letters else reasoning.number_tokens
         self._valid = find(tokenizer)
-        for number, row in enumerate(rows, start=1):
-            try:
-                reasoning.encode(tokenizer, *self.text(row), self.settings.max_length)
-            except UserError as error:
-                raise UserError(f"{self.name}, row {number}: {error}") from None
-        return rows
+
+        def check(row: Item) -> None:
+            reasoning.encode(tokenizer, *self.text(row), self.settings.max_length)
+
+        data, limit = self.settings.data, self.settings.limit
+        return load_rows(data=data, limit=limit, check=check, **self.source)
 
     def score(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
@@ -131,13 +133,8 @@ class ChainTask:
         return asdict(self.settings.chains)
 
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
-        rows = load_rows(data=self.settings.data, limit=self.settings.limit, **GSM8K)
-        for number, row in enumerate(rows, start=1):
-            try:
-                reasoning.gsm8k_text(row)
-            except UserError as error:
-                raise UserError(f"{self.name}, row {number}: {error}") from None
-        return rows
+        data, limit = self.settings.data, self.settings.limit
+        return load_rows(data=data, limit=limit, check=reasoning.gsm8k_text, **GSM8K)
 
     def score(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]

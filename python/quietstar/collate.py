@@ -1,0 +1,202 @@
+"""Rows of a data set, as one batch: padded to the longest, and what cannot be used is counted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quietstar.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("quietstar")
+
+IGNORED = -100
+# Columns with an entry for each token. Padding is told by the mask, so that documents may have any
+# number there.
+_PER_TOKEN = ("input_ids", "attention_mask", "labels", "document_ids", "position_ids", "seq_idx")
+_COLUMNS = (*_PER_TOKEN, "thought_ids", "anchors", "baseline_losses")
+# What tokenizers and samplers have beside them, which the model has no use for.
+_LEFT_OUT = ("token_type_ids", "special_tokens_mask", "length")
+
+
+class LeftOut:
+    """Counts what cannot be used; says so the first time and at every tenfold after."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.count = 0
+
+    def note(self, which: str) -> None:
+        """Count one more."""
+        self.count += 1
+        if self.count == 10 ** (len(str(self.count)) - 1):
+            so_far = f" ({self.count} so far)" if self.count > 1 else ""
+            logger.warning("%s%s: %s", self.what, so_far, which)
+
+
+@dataclass
+class PaddingCollator:
+    """Pad rows to the longest of the batch and stack them.
+
+    A row has ``input_ids`` [n], and may have ``attention_mask`` [n] (default: all text), ``labels`` [n]
+    (or by transformers' other name, ``label_ids``), ``document_ids``, ``position_ids`` or ``seq_idx``
+    [n], ``thought_ids`` [R, n, T], ``anchors`` [A] (then ``thought_ids`` may be [R, A, T]) and
+    ``baseline_losses`` [n-1]; as lists, arrays or tensors. All rows have the same columns.
+
+    Returns ``input_ids``, ``attention_mask`` (1 at text), ``labels`` (-100 at pads, and at a first
+    token that only pads precede) and the others, each [B, longest] int64 or with that many tokens.
+    The mask alone says what is padding: ``pad_id`` may equal the end-of-text id. A row without a target
+    stays in the batch, where it counts nowhere, and is counted in a warning.
+
+    Args:
+        min_length: batches have at least so many tokens per row.
+
+    Raises:
+        ValueError: names the row and the column that cannot be used.
+    """
+
+    pad_id: int = 0
+    padding_side: str = "right"
+    min_length: int = 1
+    without_target: LeftOut = field(
+        default_factory=lambda: LeftOut("a row without a target counts nowhere"), repr=False
+    )
+
+    def __post_init__(self) -> None:
+        if self.padding_side not in ("left", "right"):
+            raise UserError(f"data.padding_side is {self.padding_side!r}; expected left or right")
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        checked = [_checked(row, number) for number, row in enumerate(rows)]
+        columns = [name for name in _COLUMNS if any(name in row for row in checked)]
+        for number, row in enumerate(checked):
+            for name in columns:
+                if name not in row:
+                    raise ValueError(
+                        f"row {number} of a batch has no {name}, which others have; expected the same"
+                        " columns in every row"
+                    )
+            self._count(row)
+        longest = max(self.min_length, *(len(row["input_ids"]) for row in checked))
+        padded = [self._padded(row, number, longest) for number, row in enumerate(checked)]
+        for number, row in enumerate(padded):
+            for name in columns:
+                if row[name].shape != padded[0][name].shape:
+                    raise ValueError(
+                        f"{name} of rows 0 and {number} of a batch have the shapes"
+                        f" {_shape(checked[0][name])} and {_shape(checked[number][name])}; expected rows"
+                        " that can be stacked"
+                    )
+        return {name: torch.stack([row[name] for row in padded]) for name in columns}
+
+    def _padded(self, row: dict[str, Tensor], number: int, longest: int) -> dict[str, Tensor]:
+        """A row with all its columns in their places among ``longest`` tokens."""
+        length = len(row["input_ids"])
+        before = longest - length if self.padding_side == "left" else 0
+        fill = {"input_ids": self.pad_id, "labels": IGNORED}
+        made = {}
+        for name, value in row.items():
+            if name == "anchors":
+                made[name] = value + before
+            elif name == "thought_ids":
+                of_anchors = "anchors" in row and value.shape[1] == len(row["anchors"])
+                if not of_anchors and value.shape[1] != length != longest:
+                    raise ValueError(
+                        f"thought_ids of row {number} of a batch has shape {_shape(value)} for {length}"
+                        " tokens beside rows of other lengths; expected thoughts for every token, or"
+                        " anchors"
+                    )
+                # A pad's thought is never read.
+                whole = of_anchors or length == longest
+                made[name] = value if whole else _placed(value, 1, before, longest, 0)
+            elif name == "baseline_losses":
+                made[name] = _placed(value, 0, before, longest - 1, 0)
+            else:
+                made[name] = _placed(value, 0, before, longest, fill.get(name, 0))
+        if before and length and "labels" in made:
+            # Only a pad stands before a row's first token, and it has seen no text.
+            made["labels"][before] = IGNORED
+        return made
+
+    def _count(self, row: dict[str, Tensor]) -> None:
+        is_text = row["attention_mask"] != 0
+        targets = is_text[1:] & is_text[:-1]
+        if "labels" in row:
+            targets = targets & (row["labels"][1:] != IGNORED)
+        if not bool(targets.any()):
+            ids = row["input_ids"].tolist()
+            shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+            self.without_target.note(f"{len(ids)} tokens [{shown}]")
+
+
+def collator_for(
+    tokenizer: PreTrainedTokenizerBase, padding_side: str, min_length: int = 1
+) -> PaddingCollator:
+    """The collator of a tokenizer: its pad id, else its end-of-text id, else 0."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return PaddingCollator(next(i for i in ids if i is not None), padding_side, min_length)
+
+
+def _checked(row: Mapping[str, Any], number: int) -> dict[str, Tensor]:
+    """The columns of a row that the model takes, as tensors of the right shape."""
+    given = {name: value for name, value in row.items() if value is not None and name not in _LEFT_OUT}
+    if "label_ids" in given:
+        given.setdefault("labels", given.pop("label_ids"))
+    if "input_ids" not in given:
+        raise ValueError(
+            f"row {number} of a batch has no input_ids, only {', '.join(given) or 'nothing'}; expected"
+            " input_ids and labels"
+        )
+    for name in given:
+        if name not in _COLUMNS:
+            raise ValueError(
+                f"row {number} of a batch has the column {name!r}; expected any of {', '.join(_COLUMNS)}"
+            )
+    made = {name: _tensor(value, name, number) for name, value in given.items()}
+    length = made["input_ids"].numel()
+    made.setdefault("attention_mask", torch.ones(length, dtype=torch.int64))
+    shapes = dict.fromkeys(_PER_TOKEN, "[tokens]") | {"baseline_losses": "[tokens - 1]"}
+    dimensions = dict.fromkeys(_COLUMNS, 1) | {"thought_ids": 3}
+    for name, value in made.items():
+        size = length - 1 if name == "baseline_losses" else length
+        if value.dim() != dimensions[name] or (name in shapes and len(value) != max(size, 0)):
+            wanted = shapes.get(name, "[rationales, tokens, thought_length]")
+            if name == "anchors":
+                wanted = "[anchors]"
+            raise ValueError(
+                f"{name} of row {number} of a batch has shape {_shape(value)}; expected {wanted}, with"
+                f" {length} tokens in input_ids"
+            )
+    return made
+
+
+def _tensor(value: Any, name: str, number: int) -> Tensor:
+    try:
+        made = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} of row {number} of a batch is {value!r}; expected numbers") from None
+    if name == "baseline_losses":
+        return made.float()
+    if made.is_floating_point() and made.numel() and name != "attention_mask":
+        raise ValueError(f"{name} of row {number} of a batch holds {made.dtype}; expected whole numbers")
+    return made.long()
+
+
+def _shape(value: Tensor) -> list[int]:
+    return list(value.shape)
+
+
+def _placed(value: Tensor, dim: int, before: int, length: int, fill: int) -> Tensor:
+    """A copy with ``fill`` around it, ``length`` long."""
+    shape = list(value.shape)
+    shape[dim] = length
+    made = value.new_full(shape, fill)
+    made.narrow(dim, before, value.shape[dim]).copy_(value)
+    return made

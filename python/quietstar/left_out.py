@@ -1,0 +1,91 @@
+"""What of the data cannot be used: left out, counted, and said with file and line."""
+
+from __future__ import annotations
+
+import logging
+
+from quietstar.errors import UserError
+
+logger = logging.getLogger("quietstar")
+
+# Each of so many is named; after that only the 10th, the 100th and so on.
+NAMED = 3
+
+
+class LeftOut:
+    """Counts rows and files that cannot be used, and warns.
+
+    One for a source, however often it is read: what was said in a first pass is not said again. Nothing
+    is said before something could be used; where nothing can, the error says it.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+        self._held: list[str] | None = []
+        self._first: str | None = None
+
+    @property
+    def count(self) -> int:
+        """How many different rows and files were left out."""
+        return len(self._seen)
+
+    @property
+    def nothing_used(self) -> bool:
+        """Whether nothing could be used so far."""
+        return self._held is not None
+
+    def add(self, where: str, why: str) -> None:
+        """Leave something out.
+
+        Args:
+            where: names it, e.g. ``data file a.jsonl, line 3``; why: a verb and what is wrong.
+        """
+        if where in self._seen:
+            return
+        self._seen.add(where)
+        self._first = self._first or f"{where} {why}"
+        number = self.count
+        if number <= NAMED or str(number).rstrip("0") == "1":
+            message = f"{where} {why}; it is left out ({number} so far)"
+            if self._held is None:
+                logger.warning(message)
+            else:
+                self._held.append(message)
+
+    def used(self) -> None:
+        """Something could be used."""
+        if self._held is not None:
+            held, self._held = self._held, None
+            for message in held:
+                logger.warning(message)
+
+    def check(self, source: str) -> None:
+        """Raise :class:`UserError`, naming the first that was left out, if nothing could be used."""
+        if not self.nothing_used:
+            return
+        more = f" (and {self.count - 1} more that cannot be used)" if self.count > 1 else ""
+        raise UserError(f"{self._first}{more}" if self._first else f"{source} has no rows")
+
+
+def why_no_text(text: object, column: str) -> str | None:
+    """Why a value of the text column is no text to train on; None if it is."""
+    if text is None:
+        return f"has no text (column {column!r} is null)"
+    if not isinstance(text, str):
+        return f"cannot be used: column {column!r} holds {type(text).__name__}; expected text"
+    if not text.strip():
+        return f"has no text (column {column!r} is blank)"
+    if not is_utf8(text):
+        return f"cannot be used: column {column!r} holds half of a surrogate pair, which is no character"
+    return None
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a string can be written as UTF-8, as tokenizers need it."""
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

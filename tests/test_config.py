@@ -1,0 +1,84 @@
+"""QuietStarConfig: a field misspelt is refused, whatever else configurations have is not."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from small_training import small_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from quietstar import QuietStarConfig, QuietStarForCausalLM
+
+MISSPELT = r"no field 'thougth_length'; did you mean thought_length\?"
+
+
+def test_a_misspelt_field_is_refused_wherever_it_is_given(tmp_path: Path):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    decoder = AutoModelForCausalLM.from_config(model.config.text_config)
+    before = decoder.config.vocab_size
+    for call in (
+        lambda: QuietStarConfig(thougth_length=9),
+        lambda: QuietStarConfig.from_reference(n_ahead=8, n_ahead_talk=4, n_passes=2, thougth_length=9),
+        lambda: QuietStarConfig.from_pretrained(tmp_path, thougth_length=9),
+        lambda: AutoConfig.from_pretrained(tmp_path, thougth_length=9),
+        lambda: AutoConfig.for_model("quietstar", thougth_length=9),
+        lambda: QuietStarForCausalLM.from_pretrained(tmp_path, thougth_length=9),
+        lambda: QuietStarForCausalLM.from_base(
+            decoder, start_token_id=39, end_token_id=40, thougth_length=9
+        ),
+        # Before anything is loaded.
+        lambda: QuietStarForCausalLM.from_base(
+            "no/such-decoder", start_token_id=39, end_token_id=40, thougth_length=9
+        ),
+        lambda: setattr(model.config, "thougth_length", 9),
+    ):
+        with pytest.raises(TypeError, match=MISSPELT):
+            call()
+    assert decoder.config.vocab_size == before
+    with pytest.raises(TypeError, match="no field 'depth'; expected any of text_config, thought_length"):
+        QuietStarConfig(depth=9)
+    with pytest.raises(TypeError, match="no field 'hidden_size'"):
+        QuietStarConfig(hidden_size=64)  # the decoder's
+
+
+def test_fields_are_given_while_loading(tmp_path: Path):
+    small_model().save_pretrained(tmp_path)
+    loaded = QuietStarForCausalLM.from_pretrained(tmp_path, thought_length=3, dtype=torch.float32)
+    assert loaded.config.thought_length == 3
+    assert AutoConfig.from_pretrained(tmp_path, talk_length=4).talk_length == 4
+
+
+def test_what_configurations_have_is_taken(tmp_path: Path):
+    config = small_model().config
+    assert config.to_dict() == QuietStarConfig(**config.to_dict()).to_dict()
+    made = QuietStarConfig(
+        attn_implementation="eager", dtype="bfloat16", use_cache=False, pad_token_id=0, num_labels=2
+    )
+    assert made.dtype == torch.bfloat16
+    # As transformers' Trainer and PEFT do.
+    made.eos_token_id, made.use_cache, made.quantization_config = 2, False, {"bits": 4}
+    made.save_pretrained(tmp_path)
+    again = QuietStarConfig.from_pretrained(tmp_path)
+    assert again.eos_token_id == 2
+    assert again.quantization_config == {"bits": 4}
+    assert copy.deepcopy(again).to_dict() == again.to_dict()
+
+
+def test_a_newer_version_s_checkpoint_loads_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "thought_lengths": [2, 3]}))
+    with caplog.at_level(logging.WARNING, logger="quietstar"):
+        loaded = QuietStarForCausalLM.from_pretrained(tmp_path)
+    assert [r.message for r in caplog.records if "thought_lengths, which this version" in r.message]
+    assert loaded.config.thought_length == model.config.thought_length
+    assert loaded.config.to_dict()["thought_lengths"] == [2, 3]
