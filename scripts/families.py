@@ -125,7 +125,10 @@ def document(verdicts: Sequence[Verdict]) -> str:
         f"**{summary(counts)}.** transformers {transformers.__version__}, torch {torch.__version__},"
         f" {datetime.date.today()}; windows are {WINDOW} tokens."
     )
-    table = ["| model type | verdict | largest difference | what is on, or why not |", "|---|---|--:|---|"]
+    table = [
+        "| model type | verdict | largest difference | what is on, or why not |",
+        "|---|---|--:|---|",
+    ]
     return f"{before}{BEGIN}\n{head}\n\n" + "\n".join(table + rows) + f"\n{FINISH}{after}"
 
 

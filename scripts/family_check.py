@@ -17,10 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from family_configs import switched_on, tiny_config
+from family_configs import ORDINARY, switched_on, tiny_config
 from torch import Tensor
 from torch.nn import functional
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 import quietstar
 from quietstar import QuietStarForCausalLM
@@ -128,8 +133,8 @@ class Comparisons:
             mixing_floor=1.0,  # the thought's prediction stands alone
         ).eval()
         generator = torch.Generator().manual_seed(1)
-        self.ids = torch.randint(3, START, (2, LENGTH), generator=generator)
-        self.forced = torch.randint(3, START, (2, 1, LENGTH, THOUGHT), generator=generator)
+        self.ids = torch.randint(3, ORDINARY, (2, LENGTH), generator=generator)
+        self.forced = torch.randint(3, ORDINARY, (2, 1, LENGTH, THOUGHT), generator=generator)
         self.mask = torch.ones_like(self.ids)
         self.mask[0, :PADDING] = 0
         self.ids[0, :PADDING] = 0
@@ -152,9 +157,7 @@ class Comparisons:
         """Given thoughts at every position, in one packed pass."""
         logits = self.model(self.ids[1:], thought_ids=self.forced[1:]).logits[0]
         text, thoughts = self.texts[1], self.forced[1, 0]
-        return _largest(
-            (logits[at], self.after(text[: at + 1], thoughts[at])) for at in range(LENGTH)
-        )
+        return _largest((logits[at], self.after(text[: at + 1], thoughts[at])) for at in range(LENGTH))
 
     def padding(self) -> float:
         """The same where the row begins with padding."""

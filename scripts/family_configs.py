@@ -9,6 +9,7 @@ configuration of a part and gets the same treatment.
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -16,6 +17,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY = 99
+# Smaller ids are ordinary tokens in every family; images and sounds have theirs above.
+ORDINARY = 90
 # Shorter than the text, and shorter than a thought with its two meta tokens.
 WINDOW = 4
 
@@ -29,7 +32,9 @@ def _fields(value: Any, *names: str) -> dict[str, Any]:
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     **_fields(32, "hidden_size", "d_model", "n_embd", "emb_dim", "embedding_size", "embedding_dim"),
-    **_fields(48, "intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "dff"),
+    **_fields(
+        48, "intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "dff"
+    ),
     **_fields(48, "ffn_hidden_size", "dim_ff", "d_inner", "expert_ffn_hidden_size", "feed_forward_size"),
     **_fields(24, "moe_intermediate_size", "shared_expert_intermediate_size"),
     **_fields(24, "shared_intermediate_size", "shared_experts_intermediate_size"),
@@ -44,7 +49,9 @@ SIZES: dict[str, Any] = {
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1},
     # A decoder, even where the family also has an encoder.
     **{"is_decoder": True, "is_encoder_decoder": False, "add_cross_attention": False},
-    **_fields(WINDOW, "sliding_window", "sliding_window_size", "local_attention", "attention_window_size"),
+    **_fields(
+        WINDOW, "sliding_window", "sliding_window_size", "local_attention", "attention_window_size"
+    ),
     "use_sliding_window": True,
     "max_window_layers": 1,
     **_fields(4, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
@@ -141,7 +148,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     # The larger checkpoints: experts, keys that are values. The small ones are gemma4_text below.
     "gemma4": {
         "text_config": {
-            **{**_MIXED, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
+            **{**_MIXED, "num_hidden_layers": 2, "num_kv_shared_layers": 0},
+            **{"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0},
             **{"global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
             "enable_moe_block": True,
         },
@@ -193,7 +201,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 4},
     "mellum": _MIXED,
     "mamba2": {"num_heads": 8, "n_groups": 1},
-    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"], "index_block_size": 4},
+    "minimax_m3_vl_text": {
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "index_block_size": 4,
+    },
     "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 8},
     "mllama": {"vision_config": {**_IMAGES, "num_global_layers": 1, "attention_heads": 2}},
     "mllama_text_model": {"cross_attention_layers": []},
@@ -206,7 +217,12 @@ EXTRA: dict[str, dict[str, Any]] = {
     "moss_transcribe_diarize": {"audio_token_id": 94},
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
-        **{"num_hidden_layers": ..., "n_groups": 1, "expand": 2, "moe_shared_expert_intermediate_size": 24},
+        **{
+            "num_hidden_layers": ...,
+            "n_groups": 1,
+            "expand": 2,
+            "moe_shared_expert_intermediate_size": 24,
+        },
     },
     "olmo_hybrid": _LINEAR,
     "openai-gpt": {},
@@ -228,7 +244,11 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32},
     "reformer": {
-        **{"attn_layers": ["local", "local"], "axial_pos_shape": [8, 16], "axial_pos_embds_dim": [16, 16]},
+        **{
+            "attn_layers": ["local", "local"],
+            "axial_pos_shape": [8, 16],
+            "axial_pos_embds_dim": [16, 16],
+        },
         **{"local_attn_chunk_length": 8, "num_hidden_layers": ...},
     },
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},
@@ -238,7 +258,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "whisper": {"num_mel_bins": 8, "max_source_positions": 16},
     "xlm": {"causal": True, "n_langs": 1},
     "xlstm": {"num_blocks": 2},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"], "use_mamba_kernels": False},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid"],
         **{"use_mamba_kernels": False, "num_hidden_layers": 2, "adapter_rank": 4},
@@ -291,7 +311,11 @@ def switched_on(decoder: PreTrainedModel) -> str:
     config = decoder.config.get_text_config(decoder=True)
 
     def first(*names: str) -> Any:
-        return next((found for name in names if (found := getattr(config, name, None))), None)
+        for name in names:
+            with suppress(RuntimeError):  # a field that differs from layer to layer
+                if found := getattr(config, name, None):
+                    return found
+        return None
 
     types = list(dict.fromkeys(getattr(config, "layer_types", None) or []))
     experts = first("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -315,7 +339,9 @@ def switched_on(decoder: PreTrainedModel) -> str:
         f"partial rotary {min(partial):g}" if partial and min(partial) < 1 else "",
         "learned positions" if any("position_emb" in n or ".wpe." in n for n in names) else "",
         "attention sinks" if any("sink" in name for name in names) else "",
-        "query and key norms" if any("q_norm" in name or "q_layernorm" in name for name in names) else "",
+        "query and key norms"
+        if any("q_norm" in name or "q_layernorm" in name for name in names)
+        else "",
         "soft-cap on attention" if first("attn_logit_softcapping") else "",
         "soft-cap on logits" if first("final_logit_softcapping", "logits_soft_cap") else "",
         "scaled logits" if first("logits_scaling", "logit_scale") else "",
