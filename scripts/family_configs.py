@@ -307,7 +307,7 @@ def _parts(kind: type[PretrainedConfig]) -> dict[str, type[PretrainedConfig]]:
 
 
 def switched_on(decoder: PreTrainedModel) -> str:
-    """What is special about a decoder, read from its configuration: "window 4, 4 experts (2 a token)"."""
+    """What is special about a decoder, read from its configuration, as in "window 4, grouped keys"."""
     config = decoder.config.get_text_config(decoder=True)
 
     def first(*names: str) -> Any:

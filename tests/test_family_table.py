@@ -52,29 +52,36 @@ def test_a_refused_family_says_why(checker, family: str, words: str):
     assert verdict.kind == checker.REFUSED and words in verdict.text
 
 
-def test_a_wrong_decoder_is_found_wrong(checker, monkeypatch):
-    """One that ignores position ids, though only in passes longer than the model checks by itself."""
+def spoil_long_passes(checker, monkeypatch, spoil) -> None:
+    """``spoil(keywords)`` before every pass of Llama that is longer than those of the self-check."""
     forward = LlamaModel.forward
 
-    def careless(self, *args, position_ids=None, **kwargs):
-        embeds = kwargs.get("inputs_embeds")
+    def spoiled(self, *args, **keywords):
+        embeds = keywords.get("inputs_embeds")
         if embeds is not None and embeds.shape[1] > 2 * checker.LENGTH:
-            position_ids = None
-        return forward(self, *args, position_ids=position_ids, **kwargs)
+            spoil(keywords)
+        return forward(self, *args, **keywords)
 
-    monkeypatch.setattr(LlamaModel, "forward", careless)
-    verdict = checker.judge("llama", llama(checker))
+    monkeypatch.setattr(LlamaModel, "forward", spoiled)
+
+
+def test_a_wrong_decoder_is_found_wrong(checker, monkeypatch):
+    """One that counts positions for itself, which the packed pass is the first to show."""
+    decoder = llama(checker)
+    spoil_long_passes(checker, monkeypatch, lambda keywords: keywords.pop("position_ids"))
+    verdict = checker.judge("llama", decoder)
     assert verdict.kind == checker.WRONG and verdict.text == "thoughts"
     assert verdict.difference > 0.01
 
 
 def test_anothers_error_is_a_crash_and_not_a_refusal(checker, monkeypatch):
-    def broken(self, *args, **kwargs):
+    def fail(keywords):
         raise ValueError("an error of the decoder's own, which names nothing that the user gave")
 
     decoder = llama(checker)
-    monkeypatch.setattr(LlamaModel, "forward", broken)
-    assert checker.judge("llama", decoder).kind == checker.CRASH
+    spoil_long_passes(checker, monkeypatch, fail)
+    verdict = checker.judge("llama", decoder)
+    assert verdict.kind == checker.CRASH and "ValueError" in verdict.text
 
 
 def test_a_tiny_difference_and_numbers_that_are_none():
