@@ -108,8 +108,9 @@ class QuietStarConfig(PretrainedConfig):
             text_config = AutoConfig.for_model(**text_config)
         elif text_config is None:
             text_config = AutoConfig.for_model("llama")
+        decoder: Any = text_config
         for name in DECODER_FIELDS & kwargs.keys():
-            setattr(text_config.get_text_config(decoder=True), name, kwargs.pop(name))
+            setattr(decoder.get_text_config(decoder=True), name, kwargs.pop(name))
         self.text_config = text_config
         self.thought_length = thought_length
         self.talk_length = talk_length
