@@ -70,7 +70,55 @@ FAMILIES: dict[str, dict] = {
         "sliding_window": 7,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    # Latent attention: keys of 8 + 4 against values of 8, and a cache of what both are made from.
+    "deepseek_v3": {
+        **_LLAMA_LIKE,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 12,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+    },
+    # Keys are repeated for the experts behind its cache.
+    "jetmoe": {
+        **_LLAMA_LIKE,
+        "num_key_value_heads": 4,
+        "kv_channels": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
 }
+
+
+def tiny_gemma3(**changes) -> PreTrainedModel:
+    """A decoder for text and images, with random weights; ``changes`` are to its text's part."""
+    text = {name: value for name, value in FAMILIES["gemma3_text"].items() if not name.endswith("_id")}
+    vision = {
+        **{"model_type": "siglip_vision_model", "hidden_size": 32, "intermediate_size": 48},
+        **{"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 8},
+    }
+    config = AutoConfig.for_model(
+        "gemma3",
+        text_config={**text, "max_position_embeddings": 128, **changes},
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        **{"image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.25)
+    return model
 
 
 def tiny_decoder(family: str, seed: int = 0, **changes) -> PreTrainedModel:

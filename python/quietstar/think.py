@@ -27,6 +27,10 @@ from .positions import check_length
 from .text_part import text_body, text_config_of
 
 
+# What others divide their logits by (``logits_scaling``), these multiply them with.
+_MULTIPLIES_LOGITS = ("hyperclovax",)
+
+
 class ThoughtEmbedding(nn.Module):
     """The embeddings of the two meta tokens, stored divided by ``embedding_scale``.
 
@@ -67,8 +71,11 @@ class Head:
 def output_head(decoder: PreTrainedModel) -> Head:
     """Read the output layer and what a family does to its logits."""
     config = text_config_of(decoder.config)
-    divided = getattr(config, "logits_scaling", None)
-    scale = 1.0 / divided if divided else getattr(config, "logit_scale", None)
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling:
+        scale = scaling if config.model_type in _MULTIPLIES_LOGITS else 1.0 / scaling
+    else:
+        scale = getattr(config, "logit_scale", None)
     return Head(
         weight=decoder.get_output_embeddings().weight,
         softcap=getattr(config, "final_logit_softcapping", None),
