@@ -177,7 +177,6 @@ def test_ordinary_forward_is_untouched(family: str):
         ("falcon", {"new_decoder_architecture": False}, "silently run without thoughts|interface"),
         ("bloom", {}, "silently run without thoughts|interface"),
         ("stablelm", {}, "silently run without thoughts|interface"),
-        ("phi", {}, "bias"),
         ("llama4_text", {}, "chunk"),
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 4}, "window"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of type"),
