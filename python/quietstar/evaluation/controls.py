@@ -21,9 +21,10 @@ from torch import Tensor
 
 from quietstar.data import PaddingCollator
 from quietstar.evaluation.perplexity import TokenLosses, by_decile, deciles, estimate
+from quietstar.head import Head, output_head
 from quietstar.layout import text_ranges
 from quietstar.talk import mix_talk_steps
-from quietstar.think import Head, depth_of_end, output_head, packed_pass, rollout
+from quietstar.think import depth_of_end, packed_pass, rollout
 
 if TYPE_CHECKING:
     from quietstar.modeling import QuietStarForCausalLM
