@@ -104,7 +104,9 @@ def sequential_step(
             ahead = talk_step + 1
             embeds = embed(F.pad(ids[:, ahead:], (0, ahead)))
     assert base_loss is not None
-    rewarded = length - 1 - k_talk
+    # As published, thoughts too near to the end for all their talk steps earn nothing and do not count.
+    rewarded = length - 1 - (k_talk if config.policy_mean == "paper" else 0)
+    base_loss = F.pad(base_loss, (0, k_talk))
     reward = sum(base_loss[:, k : k + rewarded] - talk_losses[k][:, :rewarded] for k in range(k_talk))
     assert isinstance(reward, Tensor)
     by_text = reward.view(-1, rationales, rewarded)

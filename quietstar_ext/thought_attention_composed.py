@@ -30,10 +30,11 @@ from quietstar_ext.thought_attention_stock import stock_backward, stock_forward,
 PATHS = ("auto", "fused", "composed")
 
 # From how many text tokens on the composed path is taken. A guess from what the two move and compute,
-# and too long on an H200 for heads of 128 (docs/gpu_paths.md). The composed path writes the text part and reads it again, backward it copies out and
-# its gradient if there are several rationales and sums the text gradients of all slots: work linear in
-# N. The stock kernel's advantage, if it has one, is a share of the quadratic part.
-# benchmarks/bench_attention_paths.py times both and prints the length from which it is ahead.
+# and too long on an H200 for heads of 128 (docs/gpu_paths.md). The composed path writes the text part
+# and reads it again, backward it copies out and its gradient if there are several rationales and sums
+# the text gradients of all slots: work linear in N. The stock kernel's advantage, if it has one, is a
+# share of the quadratic part. benchmarks/bench_attention_paths.py times both and prints the length from
+# which it is ahead.
 COMPOSED_FROM_TEXT_LENGTH = 2048
 
 _MOST_SIZE = 256  # of a head, in the stock kernel and in ours

@@ -3,10 +3,10 @@
 
     python scripts/version_check.py [--only oldest] [--folder build/versions] [PYTEST OPTION ...]
 
-For each of the two it makes a fresh virtual environment and installs the package with its test extra, as
-``pip install .`` does for a user: "oldest" with torch and transformers at the lower bounds, "newest" with
-what the package index offers below the upper ones (no constraints.txt). Then it runs pytest there. An
-environment that is there already, of the same Python, is brought up to date instead of made anew.
+For each of the two it makes a fresh virtual environment and installs the package with its test extra,
+as ``pip install .`` does for a user: "oldest" with torch and transformers at the lower bounds, "newest"
+with what the package index offers below the upper ones (no constraints.txt). Then it runs pytest there.
+An environment that is there already, of the same Python, is brought up to date instead of made anew.
 
 Needs the package index, some 15 GB of disk and an hour on two cores. Exit status 1: a suite failed. The
 upper bounds in pyproject.toml are moved only after it has passed.

@@ -47,6 +47,7 @@ FAMILIES: dict[str, dict] = {
         "sliding_window": 7,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "phi": {**_LLAMA_LIKE, "num_key_value_heads": 4},  # its output layer has a bias
     "phi3": {**_LLAMA_LIKE, "sliding_window": 7},
     "gpt2": {
         "vocab_size": VOCABULARY,

@@ -129,6 +129,7 @@ def test_thoughts_of_anchors_are_stacked_as_they_are():
 @pytest.mark.parametrize(
     ("row", "said"),
     [
+        ([3, 4, 5], "row 1 of a batch is a list; expected a mapping with input_ids and labels"),
         ({"text": "words"}, "row 1 of a batch has no input_ids, only text"),
         ({"input_ids": [3, 4, 5]}, "row 1 of a batch has no labels, which others have"),
         ({"input_ids": [[3, 4, 5]], "labels": [[3, 4, 5]]}, r"input_ids of row 1 .* shape \[1, 3\]"),
@@ -141,7 +142,7 @@ def test_thoughts_of_anchors_are_stacked_as_they_are():
         ),
     ],
 )  # fmt: skip
-def test_rows_that_cannot_be_stacked(row: dict[str, Any], said: str):
+def test_rows_that_cannot_be_stacked(row: Any, said: str):
     whole = {"input_ids": [3, 4, 5, 6], "labels": [3, 4, 5, 6]}
     with pytest.raises(ValueError, match=said):
         PaddingCollator()([whole, row])

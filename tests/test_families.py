@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, VOCABULARY, tiny_decoder
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from quietstar import QuietStarForCausalLM
 from quietstar.layout import text_positions, text_ranges
@@ -171,22 +172,42 @@ def test_ordinary_forward_is_untouched(family: str):
     assert torch.allclose(before[real], after[real], atol=1e-5)
 
 
+_ENCODER_DECODER = {
+    **{"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},
+    **{"encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48},
+    **{"is_decoder": True, "is_encoder_decoder": False, "bos_token_id": 1, "eos_token_id": 2},
+    "decoder_start_token_id": 1,
+}
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
         ("falcon", {"new_decoder_architecture": False}, "silently run without thoughts|interface"),
         ("bloom", {}, "silently run without thoughts|interface"),
         ("stablelm", {}, "silently run without thoughts|interface"),
-        ("phi", {}, "bias"),
         ("llama4_text", {}, "chunk"),
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 4}, "window"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of type"),
         ("mamba", {}, "silently run without thoughts|interface|attention"),
+        ("bart", _ENCODER_DECODER, "'bart' computes a thought .* differently"),
+        ("marian", _ENCODER_DECODER, "'marian' computes a thought .* differently"),
+        ("bigbird_pegasus", _ENCODER_DECODER, "is_causal=False"),
+        ("doge", {}, "mask of its own"),
+        ("diffllama", {}, "layers 0, 1 of 2 attended more than once"),
+        ("nemotron", {}, "does not hand the thought layout down"),
+        (
+            "gemma3n_text",
+            {
+                "hidden_size_per_layer_input": 8,
+                "vocab_size_per_layer_input": 96,
+                "num_kv_shared_layers": 0,
+            },
+            "hidden_size_per_layer_input is 8",
+        ),
     ],
 )
 def test_families_that_would_be_wrong_are_refused(kind: str, changes: dict, message: str):
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     common = {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,
@@ -219,8 +240,164 @@ def test_positions_past_a_length_dependent_rope_are_refused():
         model(ids, labels=ids, thought_ids=torch.ones(ROWS, 1, LENGTH, THOUGHT, dtype=torch.long))
 
 
-def test_learned_positions_are_not_exceeded():
-    model = build("gpt2", n_positions=16)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("gpt2", {"n_positions": 16}),
+        ("gpt_bigcode", {"n_positions": 16}),
+        ("opt", {"max_position_embeddings": 16}),
+        ("biogpt", {"max_position_embeddings": 16}),
+    ],
+)
+def test_learned_positions_are_not_exceeded(family: str, changes: dict):
+    sizes = {
+        **{
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+        },
+        **{"word_embed_proj_dim": 32, "ffn_dim": 48, "intermediate_size": 48},
+        **{"attn_pdrop": 0.0, "attention_dropout": 0.0, "attention_probs_dropout_prob": 0.0},
+    }
+    decoder = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **changes}))
+    model = QuietStarForCausalLM.from_base(
+        decoder, start_token_id=94, end_token_id=95, thought_length=THOUGHT, talk_length=TALK
+    ).eval()
     ids, _ = inputs("none")
-    with pytest.raises(ValueError, match="need 20 positions; 'gpt2' has 16"):
+    limit = rf"'{family}' has 16 learned ones"
+    with pytest.raises(ValueError, match=f"text and thought need 20 positions; {limit}"):
         model(ids, labels=ids, thought_ids=torch.ones(ROWS, 1, LENGTH, THOUGHT, dtype=torch.long))
+    with pytest.raises(ValueError, match=f"text and thought need 19 positions; {limit}"):
+        model.generate(ids, max_new_tokens=1)
+    fitting = ids[:, :10]
+    assert model(fitting, labels=fitting).loss.isfinite()
+    model.config.thought_kind = "none"
+    long = torch.cat([ids, ids], dim=1)
+    for use in (lambda: model(long, labels=long), lambda: model.generate(long, max_new_tokens=1)):
+        with pytest.raises(ValueError, match=f"the text needs 28 positions; {limit}"):
+            use()
+
+
+def test_values_may_be_wider_than_keys():
+    model = build("deepseek_v3", v_head_dim=20).eval()
+    model.config.mixing_activation, model.config.mixing_floor = "sigmoid", 1.0
+    ids, _ = inputs("none")
+    thoughts = torch.randint(3, VOCABULARY - 2, (ROWS, 1, LENGTH, THOUGHT))
+    packed = model(ids, labels=ids, thought_ids=thoughts)
+    sampled = model(ids, labels=ids)
+    again = model(ids, labels=ids, thought_ids=sampled.thought_ids)
+    assert torch.allclose(sampled.talk_losses, again.talk_losses, atol=1e-5)
+    assert not torch.allclose(sampled.talk_losses, packed.talk_losses, atol=1e-3)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_implementation_that_was_loaded_is_obeyed(implementation: str, tmp_path, monkeypatch):
+    from transformers.models.qwen2 import modeling_qwen2
+
+    calls = []
+    stock = modeling_qwen2.eager_attention_forward
+    monkeypatch.setattr(
+        modeling_qwen2, "eager_attention_forward", lambda *a, **k: calls.append(1) or stock(*a, **k)
+    )
+    model = build("qwen2").eval()
+    expected = model(*inputs("left")).logits
+    assert not calls
+    model.save_pretrained(tmp_path)
+    decoder = AutoModelForCausalLM.from_config(
+        model.base.config.__class__(**model.base.config.to_dict()), attn_implementation=implementation
+    )
+    decoder.load_state_dict(model.base.state_dict())
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=implementation).eval()
+    fresh = QuietStarForCausalLM.from_base(
+        decoder, thought_length=THOUGHT, talk_length=TALK, start_token_id=94, end_token_id=95
+    ).eval()
+    fresh.load_state_dict(model.state_dict())
+    for again in (opened, fresh):
+        calls.clear()
+        ids, mask = inputs("left")
+        got = again(ids, attention_mask=mask).logits
+        assert bool(calls) == (implementation == "eager")
+        assert torch.allclose(got[mask.bool()], expected[mask.bool()], atol=1e-5)
+        again.config.thought_kind = "none"
+        calls.clear()
+        again(ids, attention_mask=mask)
+        assert bool(calls) == (implementation == "eager")
+
+
+def test_an_implementation_that_cannot_be_combined_is_refused():
+    decoder = tiny_decoder("llama")
+    decoder.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(
+        ValueError, match="attn_implementation is 'flash_attention_2'; expected 'sdpa' or"
+    ):
+        QuietStarForCausalLM.from_base(decoder, start_token_id=94, end_token_id=95)
+    model = build("llama").eval()
+    model.base.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="attn_implementation of the decoder was set to 'eager' after"):
+        model(inputs("none")[0])
+
+
+def test_how_experts_run_is_kept():
+    decoder = tiny_decoder("gpt_oss")
+    loaded = decoder.config._experts_implementation
+    assert loaded is not None
+    model = QuietStarForCausalLM.from_base(decoder, start_token_id=94, end_token_id=95)
+    assert model.base.config._experts_implementation == loaded
+
+
+class _Asks(torch.nn.Module):
+    """Calls a layer's attention with something more."""
+
+    def __init__(self, layer: torch.nn.Module, **more):
+        super().__init__()
+        self.layer, self.more = layer, more
+
+    def forward(self, **kwargs):
+        return self.layer(**{**kwargs, **self.more})
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"position_bias": torch.zeros(1)}, "LlamaAttention calls its attention with position_bias"),
+        ({"head_mask": torch.ones(4)}, "calls its attention with head_mask"),
+        ({"is_causal": False}, "is_causal=False"),
+        ({"attention_mask": torch.zeros(1, 1, 6, 6)}, "mask of its own"),
+        ({"cu_seq_lens_q": None, "output_attentions": False}, None),
+    ],
+)
+def test_what_attention_would_ignore_is_refused(more: dict, message: str | None):
+    decoder = tiny_decoder("llama")
+    layer = decoder.model.layers[1]
+    layer.self_attn = _Asks(layer.self_attn, **more)
+    model = QuietStarForCausalLM.from_base(
+        decoder, start_token_id=94, end_token_id=95, self_check=False
+    ).eval()
+    model._checked = {"logits"}
+    if message is None:
+        assert model(inputs("none")[0]).logits.isfinite().all()
+    else:
+        with pytest.raises(ValueError, match=message):
+            model(inputs("none")[0])
+
+
+def test_a_decoder_that_could_not_be_opened_again_is_refused():
+    class OwnConfig(LlamaConfig):
+        model_type = "own"
+
+    class OwnDecoder(LlamaForCausalLM):
+        config_class = OwnConfig
+
+    own = OwnDecoder(
+        OwnConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+    with pytest.raises(ValueError, match="OwnDecoder could not be opened again.*OwnConfig"):
+        QuietStarForCausalLM.from_base(own, start_token_id=94, end_token_id=95)

@@ -300,6 +300,9 @@ def test_the_configuration_answers_for_its_decoder(tmp_path):
     assert again.generation_config.temperature == 0.7
     for name in ("quantization_config", "auto_map", "no_such_field", "n_embd"):
         assert not hasattr(opened, name), name
+    own = QuietStarConfig(text_config=opened.text_config, eos_token_id=11)
+    assert own.text_config.eos_token_id == own.eos_token_id == 11
+    assert "eos_token_id" not in own.to_diff_dict()
     assert not hasattr(QuietStarConfig.__new__(QuietStarConfig), "hidden_size")
 
 

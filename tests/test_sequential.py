@@ -14,11 +14,17 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
-    ("thought", "talk", "rationales", "kv_heads"),
-    [(3, 2, 2, 2), (1, 1, 1, 4), (4, 1, 3, 1), (2, 4, 1, 2), (9, 4, 2, 4)],
+    ("thought", "talk", "rationales", "kv_heads", "mean"),
+    [
+        (3, 2, 2, 2, "paper"),
+        (1, 1, 1, 4, "paper"),
+        (4, 1, 3, 1, "rewarded"),
+        (2, 4, 1, 2, "rewarded"),
+        (9, 4, 2, 4, "paper"),
+    ],
 )
 def test_packed_step_equals_the_sequential_one(
-    monkeypatch, thought: int, talk: int, rationales: int, kv_heads: int
+    monkeypatch, thought: int, talk: int, rationales: int, kv_heads: int, mean: str
 ):
     # Only the benchmarks folder: the root also holds the operators' sources, which stay hidden.
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
@@ -32,6 +38,7 @@ def test_packed_step_equals_the_sequential_one(
         talk_length=talk,
         num_rationales=rationales,
         policy_weight=20.0,
+        policy_mean=mean,
         reinforce_temperature=2.0,
     ).train()
     torch.manual_seed(1)

@@ -21,6 +21,7 @@ from torch import nn
 
 from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError
+from quietstar.layers import is_plain_linear
 from quietstar.text_part import text_body
 
 if TYPE_CHECKING:
@@ -147,9 +148,15 @@ def settle_new_rows(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
     They are frozen and not saved with an adapter, so they must come out the same at every loading.
     """
-    before = decoder.get_input_embeddings().weight.shape[0]
+    before = decoder.get_input_embeddings().num_embeddings
     if len(tokenizer) <= before:
         return
+    if not is_plain_linear(decoder.get_output_embeddings()):
+        kind = type(decoder.get_output_embeddings()).__name__
+        raise UserError(
+            f"the decoder's output layer is a {kind} of {before} tokens, which cannot be given the"
+            f" {len(tokenizer) - before} new ones of the tokenizer; expected one that is not quantized"
+        )
     decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     for layer in (decoder.get_input_embeddings(), decoder.get_output_embeddings()):
         with torch.no_grad():

@@ -13,7 +13,7 @@ from .layout import TextRanges, text_positions
 from .parts import WHOLE, BatchPart
 
 if TYPE_CHECKING:
-    from .think import Head
+    from .head import Head
 
 
 def choose_anchors(

@@ -358,8 +358,8 @@ def check_supported(model: PreTrainedModel) -> None:
     What only a pass can show (a family that drops the layout) is checked by :func:`check_layers`.
 
     Raises:
-        ValueError: for layers other than softmax attention, chunked or bidirectional attention, a
-            family outside transformers' attention interface, or an output layer with a bias.
+        ValueError: for layers other than softmax attention, chunked or bidirectional attention,
+            or a family outside transformers' attention interface.
     """
     config = text_config_of(model.config)
     kind = f"model type {config.model_type!r}"
@@ -399,8 +399,6 @@ def check_supported(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{kind} has no output embeddings; expected a causal language model")
-    if getattr(head, "bias", None) is not None:
-        raise ValueError(f"{kind} has an output layer with a bias, which is not supported")
 
 
 def check_reopens(model: PreTrainedModel) -> None:

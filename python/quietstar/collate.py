@@ -146,6 +146,11 @@ def collator_for(
 
 def _checked(row: Mapping[str, Any], number: int) -> dict[str, Tensor]:
     """The columns of a row that the model takes, as tensors of the right shape."""
+    if not isinstance(row, Mapping):
+        raise ValueError(
+            f"row {number} of a batch is a {type(row).__name__}; expected a mapping with input_ids and"
+            " labels"
+        )
     given = {name: value for name, value in row.items() if value is not None and name not in _LEFT_OUT}
     if "label_ids" in given:
         given.setdefault("labels", given.pop("label_ids"))

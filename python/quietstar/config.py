@@ -132,6 +132,9 @@ class QuietStarConfig(PretrainedConfig):
             text_config = AutoConfig.for_model(**text_config)
         elif text_config is None:
             text_config = AutoConfig.for_model("llama")
+        decoder: Any = text_config
+        for name in DECODER_FIELDS & kwargs.keys():
+            setattr(decoder.get_text_config(decoder=True), name, kwargs.pop(name))
         self.thought_length = thought_length
         self.talk_length = talk_length
         self.num_rationales = num_rationales

@@ -97,8 +97,8 @@ def read_text(
     cache: Cache,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, HandedKeys]:
-    """Run the decoder over new text, which the cache keeps; final hidden states [B, d] of its end, and the
-    keys and values of all text that the layers were handed.
+    """Run the decoder over new text, which the cache keeps; final hidden states [B, d] of its end, and
+    the keys and values of all text, as its layers were handed them.
 
     Args:
         input_ids: [B, new]; is_text: [B, past + new] bool.

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quietstar_ext import linear_cross_entropy, linear_cross_entropy_sum
-
 from .config import QuietStarConfig
+from .head import Head
 from .layout import TextRanges
 from .objective import Objective, add_up, advantage_of, gains, thought_entropy
 from .parts import WHOLE, BatchPart
 from .talk import Talk
-from .think import Head, banned_ids
+from .think import banned_ids
 
 
 @dataclass
@@ -92,13 +91,11 @@ def thought_logprobs(
         slot_hidden: [B, S, M, d]; thought_ids: [B, M, T].
     """
     scoring = slot_hidden[:, : config.thought_length].transpose(1, 2)
-    nll = linear_cross_entropy(
-        scoring.flatten(0, 2).to(head.weight.dtype),
-        head.weight,
+    nll = head.cross_entropy(
+        scoring.flatten(0, 2),
         thought_ids.flatten(),
         temperature=config.reinforce_temperature,
         banned=banned_ids(config, thought_ids.device),
-        **head.options(),
     )
     return -nll.view_as(thought_ids)
 
@@ -122,15 +119,13 @@ def policy_loss(
     """
     length = config.thought_length
     weights = earned.advantage.flatten(1) / (count * length)
-    loss, _ = linear_cross_entropy_sum(
-        slot_hidden[:, :length].transpose(1, 2).flatten(0, 2).to(head.weight.dtype),
-        head.weight,
+    loss, _ = head.cross_entropy_sum(
+        slot_hidden[:, :length].transpose(1, 2).flatten(0, 2),
         thought_ids.flatten(),
         weights[..., None].expand(-1, -1, length).flatten(),
         temperature=config.reinforce_temperature,
         banned=banned_ids(config, thought_ids.device),
         skip_zero_weight=True,
-        **head.options(),
     )
     return loss
 

@@ -34,19 +34,20 @@ class LeftOut:
         """Whether nothing could be used so far."""
         return self._held is not None
 
-    def add(self, where: str, why: str) -> None:
+    def add(self, where: object, why: str) -> None:
         """Leave something out.
 
         Args:
-            where: names it, e.g. ``data file a.jsonl, line 3``; why: a verb and what is wrong.
+            where: names it as text, e.g. ``data file a.jsonl, line 3``; why: a verb and what is wrong.
         """
-        if where in self._seen:
+        name = str(where)
+        if name in self._seen:
             return
-        self._seen.add(where)
-        self._first = self._first or f"{where} {why}"
+        self._seen.add(name)
+        self._first = self._first or f"{name} {why}"
         number = self.count
         if number <= NAMED or str(number).rstrip("0") == "1":
-            message = f"{where} {why}; it is left out ({number} so far)"
+            message = f"{name} {why}; it is left out ({number} so far)"
             if self._held is None:
                 logger.warning(message)
             else:
@@ -68,16 +69,19 @@ class LeftOut:
 
 
 def why_no_text(text: object, column: str) -> str | None:
-    """Why a value of the text column is no text to train on; None if it is."""
+    """Why a value of the text column cannot be used; None if it is text, or null, which is no text."""
     if text is None:
-        return f"has no text (column {column!r} is null)"
+        return None
     if not isinstance(text, str):
         return f"cannot be used: column {column!r} holds {type(text).__name__}; expected text"
-    if not text.strip():
-        return f"has no text (column {column!r} is blank)"
     if not is_utf8(text):
         return f"cannot be used: column {column!r} holds half of a surrogate pair, which is no character"
     return None
+
+
+def text_or_nothing(text: str | None) -> str:
+    """A text; nothing for null and for white space alone."""
+    return text if text and not text.isspace() else ""
 
 
 def is_utf8(text: str) -> bool:

@@ -47,6 +47,8 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
     accepts_loss_kwargs = False
     _supports_sdpa = True
     _supports_attention_backend = True
+    # What transformers' quantisers leave as it is, too: a small network that weighs every prediction.
+    _keep_in_fp32_modules = ["mixing_head"]
 
     def __init__(self, config: QuietStarConfig, base: PreTrainedModel | None = None):
         super().__init__(config)
@@ -59,6 +61,10 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         config.text_config = base.config
         _freeze_other_parts(base)
         self.base = base
+        tied = getattr(base, "_tied_weights_keys", None)
+        if isinstance(tied, dict):
+            # Under the names that they have here, where peft looks for them.
+            self._tied_weights_keys = {f"base.{name}": f"base.{source}" for name, source in tied.items()}
         width = base.get_input_embeddings().embedding_dim
         self.thought_embedding = ThoughtEmbedding(width)
         self.mixing_head = MixingHead(width)
@@ -113,9 +119,12 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             # Its weights are set: transformers must not initialise them again under the wrapper.
             module._is_hf_initialized = True
         model = cls(QuietStarConfig(text_config=base.config, **fields), base=base)
-        embedding = base.get_input_embeddings().weight
-        model.thought_embedding.to(device=embedding.device, dtype=embedding.dtype)
-        model.mixing_head.to(device=embedding.device, dtype=embedding.dtype)
+        # The layer is asked, not its weight, which a wrapper or a quantiser may have put elsewhere.
+        embed = base.get_input_embeddings()
+        with torch.no_grad():
+            like = embed(torch.zeros(1, 1, dtype=torch.int64, device=base.device))
+        model.thought_embedding.to(device=like.device, dtype=like.dtype)
+        model.mixing_head.to(device=like.device, dtype=like.dtype)
         if tokenizer is not None:
             ids = tokenizer(init_embedding_from, add_special_tokens=False)["input_ids"]
             if not ids:
@@ -123,7 +132,8 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
                     f"init_embedding_from is {init_embedding_from!r}; expected text with a token"
                 )
             with torch.no_grad():
-                mean = embedding[ids].mean(0) / model.config.embedding_scale
+                words = embed(torch.tensor([ids], device=base.device))[0]
+                mean = words.mean(0) / model.config.embedding_scale
                 model.thought_embedding.start.copy_(mean)
                 model.thought_embedding.end.copy_(mean)
         return model

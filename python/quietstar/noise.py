@@ -125,13 +125,14 @@ def settle_noise(model: QuietStarForCausalLM, input_ids: Tensor) -> None:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """The block runs in evaluation mode, and every module goes back to the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 def refusal_of_neftune(alpha: float) -> str:

@@ -26,12 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quietstar_ext import linear_cross_entropy
-
 from .config import QuietStarConfig
-from .entropy import linear_entropy_sum
-from .talk import IGNORE, Talk
-from .think import Head, banned_ids, depth_of_end
+from .head import Head
+from .talk import Talk
+from .think import banned_ids, depth_of_end
 
 # Rewards that hardly differ are not blown up to advantages of 1.
 STD_FLOOR = 1e-4
@@ -74,13 +72,7 @@ def thought_losses(config: QuietStarConfig, head: Head, slot_hidden: Tensor, tar
     """
     first = depth_of_end(config) - 1
     own = slot_hidden[:, first : first + targets.shape[0]].transpose(0, 1)
-    nll = linear_cross_entropy(
-        own.flatten(0, 2).to(head.weight.dtype),
-        head.weight,
-        targets.flatten(),
-        ignore_index=IGNORE,
-        **head.options(),
-    )
+    nll = head.cross_entropy(own.flatten(0, 2), targets.flatten())
     return nll.view(targets.shape)
 
 
@@ -109,14 +101,12 @@ def thought_entropy(
     """
     length = config.thought_length
     weights = weights.repeat_interleave(rationales, dim=1) / length
-    return linear_entropy_sum(
-        slot_hidden[:, :length].transpose(1, 2).flatten(0, 2).to(head.weight.dtype),
-        head.weight,
+    return head.entropy_sum(
+        slot_hidden[:, :length].transpose(1, 2).flatten(0, 2),
         weights[..., None].expand(-1, -1, length).flatten(),
         # The most likely thought (temperature 0) has a distribution behind it all the same.
         temperature=config.thought_temperature or 1.0,
         banned=banned_ids(config, slot_hidden.device),
-        **head.options(),
     )
 
 

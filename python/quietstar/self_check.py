@@ -16,10 +16,11 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from .layout import ThoughtLayout, text_ranges
+from .noise import evaluation_mode
 from .positions import check_length
 from .sharding import decoder_gathered
 from .text_part import text_body, text_config_of
@@ -56,7 +57,7 @@ def check_decoder(
         _one_at_a_time,
         torch.no_grad(),
         torch.random.fork_rng(devices=devices),
-        evaluating(decoder),
+        evaluation_mode(decoder),
         decoder_gathered(decoder),
         _errors_as_a_sentence(decoder),
     ):
@@ -85,19 +86,6 @@ def _errors_as_a_sentence(decoder: PreTrainedModel) -> Iterator[None]:
             f"model type {kind!r} cannot run with thoughts: its own code raised {type(error).__name__}"
             f" ({reason})"
         ) from error
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the block; every module gets back the mode that it had."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _check_columns(decoder: PreTrainedModel, ids: Tensor) -> None:

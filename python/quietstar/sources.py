@@ -15,11 +15,12 @@ from typing import IO, Any
 
 from quietstar.corpora import Document, load_stdlib
 from quietstar.errors import UserError
-from quietstar.left_out import LeftOut, is_utf8, why_no_text
+from quietstar.left_out import LeftOut, is_utf8, text_or_nothing, why_no_text
 from quietstar.streams import HubStream
 from quietstar.tables import (
     ROWS_TO_TELL,
     TABLE_SUFFIXES,
+    Place,
     check_columns,
     check_suffix,
     open_text,
@@ -45,7 +46,8 @@ def local_documents(
         text_column: a row of a table is a document, and this its text.
         txt_documents: what a document is in a text file: the ``file``, a ``paragraph`` (blank lines
             between) or a ``line``.
-        left_out: counts the rows and files that cannot be used: no text, not UTF-8, not JSON, ...
+        left_out: counts the rows and files that cannot be used (not UTF-8, not JSON, ...). A row without
+            text is a document without text.
 
     Raises:
         UserError: for a missing file or column, and where nothing at all can be used.
@@ -64,7 +66,7 @@ def local_documents(
                 why = why_no_text(row[text_column], text_column)
                 if why is None:
                     left_out.used()
-                    yield Document(where.removeprefix("data file "), row[text_column])
+                    yield Document(f"{path}:{where.number}", text_or_nothing(row[text_column]))
                 else:
                     left_out.add(where, why)
         else:
@@ -120,8 +122,8 @@ def hub_documents(
     """Yield the rows of a data set by its name on the hub (or a folder that `datasets` can load).
 
     With ``streaming`` nothing is stored, and ``shuffle_buffer`` > 0 shuffles within a buffer of
-    that many rows; ``left_out`` counts those without text. Raises :class:`UserError` where the data
-    set, split or column cannot be had, and where no row has text.
+    that many rows; ``left_out`` counts those that cannot be used. Raises :class:`UserError` where the
+    data set, split or column cannot be had, and where no row can be used.
     """
     import datasets
 
@@ -146,7 +148,7 @@ def hub_documents(
         why = why_no_text(row.get(text_column), text_column)
         if why is None:
             unusable.used()
-            return str(row[text_column])
+            return text_or_nothing(row.get(text_column))
         unusable.add(where, why)
         return None
 
@@ -198,13 +200,13 @@ def _txt(path: Path, txt_documents: str, left_out: LeftOut) -> Iterator[Document
     any_text = False
     with open_text(path, left_out) as file:
         for number, text in _cut(file, txt_documents):
-            where = str(path) if txt_documents == "file" else f"{path}, line {number}"
             if text.strip():
-                any_text = True
+                any_text, whole = True, txt_documents == "file"
                 if is_utf8(text):
-                    yield Document(where, text)
+                    yield Document(str(path) if whole else f"{path}:{number}", text)
                 else:
-                    left_out.add(f"data file {where}", "is not UTF-8 text")
+                    where = f"data file {path}" if whole else Place(path, "line", number)
+                    left_out.add(where, "is not UTF-8 text")
     if not any_text:
         left_out.add(f"data file {path}", "holds nothing but white space; expected text")
 

@@ -12,6 +12,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any
@@ -35,8 +36,22 @@ ROWS_TO_TELL = 1000
 LONGEST_FIELD = 2**31 - 1
 
 Row = dict[str, Any]
-# A place in words, and what is there: a row if the file is as it should be.
-Found = Iterator[tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row stands: the how-manieth ``unit`` (line or row) of a file, from 1."""
+
+    path: Path
+    unit: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"data file {self.path}, {self.unit} {self.number}"
+
+
+# What stands at a place is a row if the file is as it should be.
+Found = Iterator[tuple[Place, Any]]
 
 
 def suffix_of(path: Path) -> str:
@@ -56,8 +71,8 @@ def check_suffix(path: Path) -> None:
 
 def table_rows(
     path: Path, columns: Iterable[str], left_out: LeftOut, kind: str = "text column"
-) -> Iterator[tuple[str, Row]]:
-    """Yield the place of each row that has all ``columns``, in words, and the row.
+) -> Iterator[tuple[Place, Row]]:
+    """Yield the place of each row that has all ``columns``, and the row.
 
     Args:
         path: ``.csv``, ``.tsv`` and ``.parquet`` are read as such, anything else as JSON: an object per
@@ -70,7 +85,7 @@ def table_rows(
     """
     wanted, suffix = list(columns), suffix_of(path)
     read = _parquet if suffix == ".parquet" else _csv if suffix in CSV_SUFFIXES else _json
-    lacking: list[tuple[str, str, Row]] = []
+    lacking: list[tuple[Place, str, Row]] = []
     empty, found = True, False
     for where, row in read(path, wanted, left_out, kind):
         empty = False
@@ -98,7 +113,7 @@ def table_rows(
 
 
 def check_columns(
-    columns: Iterable[str], wanted: Iterable[str], where: str, kind: str = "text column"
+    columns: Iterable[str], wanted: Iterable[str], where: object, kind: str = "text column"
 ) -> None:
     """Raise :class:`UserError`, naming the columns there are, unless all of ``wanted`` are there."""
     have = list(columns)
@@ -143,11 +158,11 @@ def _json(path: Path, columns: list[str], left_out: LeftOut, kind: str) -> Found
         if _is_whole(first[1], suffix_of(path)):
             for content in _parse(first[1] + file.read(), f"data file {path}", left_out):
                 rows = content if isinstance(content, list) else [content]
-                yield from ((f"data file {path}, row {n}", row) for n, row in enumerate(rows, start=1))
+                yield from ((Place(path, "row", n), row) for n, row in enumerate(rows, start=1))
             return
         for number, line in chain([first], lines):
             if line.strip():
-                where = f"data file {path}, line {number}"
+                where = Place(path, "line", number)
                 yield from ((where, row) for row in _parse(line, where, left_out))
 
 
@@ -159,7 +174,7 @@ def _is_whole(line: str, suffix: str) -> bool:
     return start in ("[", "{") or (start.startswith("[") and start.endswith(","))
 
 
-def _parse(text: str, where: str, left_out: LeftOut) -> Iterator[Any]:
+def _parse(text: str, where: object, left_out: LeftOut) -> Iterator[Any]:
     """Yield the value of a JSON text, if it is one."""
     if not is_utf8(text):
         left_out.add(where, "is not UTF-8 text")
@@ -186,9 +201,9 @@ def _csv(path: Path, columns: list[str], left_out: LeftOut, kind: str) -> Found:
             except StopIteration:
                 return
             except csv.Error as error:
-                left_out.add(f"data file {path}, line {reader.line_num}", f"cannot be read ({error})")
+                left_out.add(Place(path, "line", reader.line_num), f"cannot be read ({error})")
                 continue
-            where = f"data file {path}, line {reader.line_num}"
+            where = Place(path, "line", reader.line_num)
             if names is None:
                 names = fields
                 check_columns(names, columns, where, kind)
@@ -213,7 +228,7 @@ def _parquet(path: Path, columns: list[str], left_out: LeftOut, kind: str) -> Fo
         for batch in table.iter_batches(batch_size=1024, columns=columns):
             for row in range(batch.num_rows):
                 number += 1
-                where = f"data file {path}, row {number}"
+                where = Place(path, "row", number)
                 try:
                     values = {name: batch.column(name)[row].as_py() for name in columns}
                 except UnicodeDecodeError:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quietstar_ext import linear_cross_entropy_sum, mixing_head
+from quietstar_ext import mixing_head
 
 from .config import QuietStarConfig
+from .head import IGNORE, Head
+from .layers import call_linear, input_dtype, is_plain_linear
 from .layout import TextRanges
 from .parts import WHOLE, BatchPart
-from .think import Head, depth_of_end
-
-IGNORE = -100
+from .think import depth_of_end
 
 
 class MixingHead(nn.Module):
@@ -50,24 +50,44 @@ class MixingHead(nn.Module):
 
         With a floor f the head's weight w becomes f + (1 - f) w.
         """
-        if not torch.is_autocast_enabled(base.device.type):
+        dtype = input_dtype(self.fc1)
+        if dtype is not None and not torch.is_autocast_enabled(base.device.type):
             # An adapter's head is in fp32 on a decoder in bf16.
-            base, thought = base.to(self.fc1.weight.dtype), thought.to(self.fc1.weight.dtype)
-        mixed, weight = mixing_head(
-            base,
-            thought,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
-            self.fc3.weight,
-            activation,
-            base_index=base_index,
-        )
+            base, thought = base.to(dtype), thought.to(dtype)
+        if self._is_its_weights():
+            mixed, weight = mixing_head(
+                base,
+                thought,
+                self.fc1.weight,
+                self.fc1.bias,
+                self.fc2.weight,
+                self.fc2.bias,
+                self.fc3.weight,
+                activation,
+                base_index=base_index,
+            )
+        else:
+            mixed, weight = self._called(base, thought, activation, base_index)
         if floor:
             # (1 - w') b + w' z, w' = f + (1 - f) w, is the mixture moved towards z by the share f.
             mixed, weight = mixed.lerp(thought.to(mixed.dtype), floor), floor + (1 - floor) * weight
         return mixed, weight
+
+    def _is_its_weights(self) -> bool:
+        biases = [layer.bias is not None for layer in (self.fc1, self.fc2, self.fc3)]
+        return biases == [True, True, False] and all(map(is_plain_linear, self.children()))
+
+    def _called(
+        self, base: Tensor, thought: Tensor, activation: str, base_index: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same from the layers' own forwards, where one is more than its weight and bias."""
+        if base_index is not None:
+            base = base[base_index]
+        hidden = call_linear(self.fc1, torch.cat([base, thought], dim=-1)).relu()
+        weight = call_linear(self.fc3, call_linear(self.fc2, hidden).relu()).to(base.dtype)
+        if activation == "sigmoid":
+            weight = weight.sigmoid()
+        return base.lerp(thought, weight), weight
 
 
 @dataclass
@@ -109,14 +129,11 @@ def base_nll(
     targets = labels[:, 1:]
     share = (targets != IGNORE).float()
     share = weight * share / part.mean_count("targets", share.sum()[None])
-    loss, losses = linear_cross_entropy_sum(
-        text_hidden[:, :-1].flatten(0, 1).to(head.weight.dtype),
-        head.weight,
+    loss, losses = head.cross_entropy_sum(
+        text_hidden[:, :-1].flatten(0, 1),
         targets.flatten(),
         share.flatten(),
-        ignore_index=IGNORE,
         skip_zero_weight=False,
-        **head.options(),
     )
     return loss, losses.view_as(targets)
 
@@ -230,15 +247,12 @@ def talk(
     hidden = torch.cat([text_hidden[:, :-1].flatten(0, 1), mixed.flatten(0, 2)])
     every = torch.cat([base_targets.flatten(), targets.flatten()])
     row_weights = torch.cat([base_share.flatten(), share.flatten()])
-    nll, losses = linear_cross_entropy_sum(
-        hidden.to(head.weight.dtype),
-        head.weight,
+    nll, losses = head.cross_entropy_sum(
+        hidden,
         every,
         torch.where(every != IGNORE, row_weights, 0.0),
-        ignore_index=IGNORE,
         # A weight of zero (base_loss_weight 0 or 1) must not hide the losses from the reward.
         skip_zero_weight=False,
-        **head.options(),
     )
     base_losses = losses[: base_targets.numel()].view_as(base_targets)
     shape = (k, *anchors.shape, rationales)

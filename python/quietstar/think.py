@@ -8,27 +8,21 @@ once, with gradients; with the same tokens its hidden states equal the rollout's
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from quietstar_ext import linear_sample
-
 from .anchors import choose_anchors
 from .attention import check_layers
 from .config import QuietStarConfig
 from .graphs import run_slots
+from .head import output_head
 from .layout import LayerKeys, TextRanges, ThoughtLayout, text_positions
 from .noise import evaluation_mode
 from .parts import WHOLE, BatchPart
 from .positions import check_length
 from .text_part import text_body, text_config_of
-
-
-# What others divide their logits by (``logits_scaling``), these multiply them with.
-_MULTIPLIES_LOGITS = ("hyperclovax",)
 
 
 class ThoughtEmbedding(nn.Module):
@@ -46,41 +40,6 @@ class ThoughtEmbedding(nn.Module):
     def forward(self, scale: float) -> tuple[Tensor, Tensor]:
         """Both embeddings at the size in which they are used."""
         return self.start * scale, self.end * scale
-
-
-@dataclass
-class Head:
-    """The decoder's output layer as the operators take it: logits = softcap(h W^T * logit_scale)."""
-
-    weight: Tensor
-    softcap: float | None
-    logit_scale: float
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., d] -> [..., V]; only for rows that a caller really asked to see."""
-        logits = hidden.to(self.weight.dtype) @ self.weight.T * self.logit_scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
-
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments for the linear operators."""
-        return {"softcap": self.softcap, "logit_scale": self.logit_scale}
-
-
-def output_head(decoder: PreTrainedModel) -> Head:
-    """Read the output layer and what a family does to its logits."""
-    config = text_config_of(decoder.config)
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling:
-        scale = scaling if config.model_type in _MULTIPLIES_LOGITS else 1.0 / scaling
-    else:
-        scale = getattr(config, "logit_scale", None)
-    return Head(
-        weight=decoder.get_output_embeddings().weight,
-        softcap=getattr(config, "final_logit_softcapping", None),
-        logit_scale=1.0 if scale is None else float(scale),
-    )
 
 
 def run_decoder(
@@ -273,7 +232,8 @@ def slot_steps(
     embed, head = decoder.get_input_embeddings(), output_head(decoder)
     anchors = steps.anchors
     batch, columns = anchors.shape
-    dtype = embed.weight.dtype
+    # Asked of the layer itself: a wrapper's weight may be another, or packed.
+    dtype = embed(input_ids[:1, :1]).dtype
     ids = logprobs = None
     if config.thought_kind == "sampled":
         shape = (batch, columns, config.thought_length)
@@ -289,15 +249,13 @@ def slot_steps(
         hidden = run_decoder(decoder, embeds.to(dtype), steps.slot_positions(), steps)
         kept.append(hidden)
         if ids is not None and logprobs is not None and slot < config.thought_length:
-            tokens, logp = linear_sample(
-                hidden.flatten(0, 1).to(head.weight.dtype),
-                head.weight,
+            tokens, logp = head.sample(
+                hidden.flatten(0, 1),
                 temperature=temperature,
                 banned=banned,
                 seed=seed,
                 # Rows are numbered over the whole batch: every part draws its own numbers.
                 offset=(slot * part.count + part.index) * batch * columns,
-                **head.options(),
             )
             ids[:, :, slot] = tokens.view(batch, columns)
             logprobs[:, :, slot] = logp.view(batch, columns)

@@ -57,7 +57,10 @@ def run_recipe(
     ``log_lines=False`` leaves the progress bar alone on the screen; the log is in the checkpoints.
     Under ``torchrun`` or ``accelerate launch`` every process calls this and the first one writes.
     """
+    from quietstar.trainer_options import check_options
+
     arguments = training_arguments(recipe, Path(output), progress=progress)
+    check_options(arguments, {})
     with arguments.main_process_first(desc="looking at the output folder"):
         # The first process has cleared the folder before the others look.
         overwrite = overwrite and arguments.process_index == 0

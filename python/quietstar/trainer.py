@@ -35,6 +35,10 @@ class QuietStarTrainer(ObjectiveTrainer, WholeBatches, SafeCheckpoints):
     where training is known to go wrong, and what the objectives need: two clipped gradients, an averaged
     copy, a schedule, steps that are skipped if they are not finite
     (:class:`~quietstar.arguments.QuietStarArguments`).
+
+    Rows of different lengths are padded unless a ``data_collator`` is given
+    (:class:`~quietstar.collate.PaddingCollator`). Options that would have no effect on training with
+    thoughts are refused (:mod:`quietstar.trainer_options`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any):

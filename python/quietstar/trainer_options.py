@@ -64,9 +64,9 @@ def check_options(args: TrainingArguments | None, given: Mapping[str, Any]) -> N
         if value not in taken:
             raise ValueError(f"{name} is {value!r}, which has no effect: {why}; expected {taken[0]!r}")
     _check_loggers(getattr(args, "report_to", None))
-    evaluation = given.get("eval_dataset")
     _check_rows("train_dataset", given.get("train_dataset"))
-    for part in evaluation.values() if type(evaluation) is dict else [evaluation]:
+    evaluation = given.get("eval_dataset")
+    for part in evaluation.values() if isinstance(evaluation, dict) else [evaluation]:
         _check_rows("eval_dataset", part)
 
 
@@ -83,9 +83,10 @@ def _check_loggers(report_to: Any) -> None:
 def _check_rows(name: str, rows: Any) -> None:
     if isinstance(rows, str | Path):
         raise ValueError(f"{name} is {str(rows)!r}; expected rows with input_ids and labels")
-    if isinstance(rows, Mapping) and rows:
+    if isinstance(rows, Mapping):
         raise ValueError(
-            f"{name} is a {type(rows).__name__} of {', '.join(map(str, rows))}; expected one of them"
+            f"{name} is a {type(rows).__name__} of {', '.join(map(str, rows)) or 'nothing'}; expected"
+            " one data set: at each index a row, with input_ids and labels"
         )
     if isinstance(rows, Sized) and not len(rows):
         raise ValueError(f"{name} is empty; expected rows with input_ids and labels")

@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quietstar.data import IGNORED, PaddingCollator
+from quietstar.data import PaddingCollator
 from quietstar.evaluation.perplexity import TokenLosses, by_decile, deciles, estimate
+from quietstar.head import Head, output_head
 from quietstar.layout import text_ranges
 from quietstar.talk import mix_talk_steps
-from quietstar.think import Head, depth_of_end, output_head, packed_pass, rollout
-from quietstar_ext import linear_cross_entropy
+from quietstar.think import depth_of_end, packed_pass, rollout
 
 if TYPE_CHECKING:
     from quietstar.modeling import QuietStarForCausalLM
@@ -127,11 +127,7 @@ def block_losses(
 
 def _losses(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
     """hidden [B, n, d], targets [B, n] -> [B, n] fp32."""
-    rows = hidden.flatten(0, 1).to(head.weight.dtype)
-    losses = linear_cross_entropy(
-        rows, head.weight, targets.flatten(), ignore_index=IGNORED, **head.options()
-    )
-    return losses.view_as(targets)
+    return head.cross_entropy(hidden.flatten(0, 1), targets.flatten()).view_as(targets)
 
 
 def _partners(blocks: Sequence[Sequence[int]], length: int) -> Tensor:

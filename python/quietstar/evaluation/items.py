@@ -37,6 +37,7 @@ def load_rows(
     if limit is not None and limit < 1:
         raise UserError(f"--limit is {limit}; expected a whole number >= 1")
     wanted, left_out = list(columns), LeftOut()
+    found: Iterator[tuple[object, Row]]
     if data is None:
         where = f"data set {hub_name}"
         found = _from_hub(hub_name, hub_config, split, wanted)
@@ -66,7 +67,7 @@ def load_rows(
 
 def _from_hub(
     name: str, config: str | None, split: str, columns: list[str]
-) -> Iterator[tuple[str, Row]]:
+) -> Iterator[tuple[object, Row]]:
     import datasets
 
     try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -173,8 +173,9 @@ class PerplexityTask:
         return {}
 
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
-        from quietstar.corpora import load_stdlib
+        from quietstar.corpora import Document, load_stdlib
         from quietstar.data import tokenize
+        from quietstar.left_out import LeftOut
         from quietstar.sources import local_documents
 
         size, limit, data = self.settings.block_size, self.settings.limit, self.settings.data
@@ -183,7 +184,17 @@ class PerplexityTask:
         if limit is not None and limit < 1:
             raise UserError(f"--limit is {limit}; expected a whole number >= 1")
         documents = load_stdlib("heldout") if data is None else local_documents(str(data))
-        blocks = controls.cut(tokenize(documents, tokenizer), size, limit)
+        left_out = LeftOut()
+
+        def with_text() -> Iterator[Document]:
+            for document in documents:
+                if document.text:
+                    left_out.used()
+                    yield document
+                else:
+                    left_out.add(f"document {document.name}", "has no text")
+
+        blocks = controls.cut(tokenize(with_text(), tokenizer), size, limit)
         if not blocks:
             raise UserError(f"data file {data} has fewer than two tokens; expected text")
         return [{"ids": block} for block in blocks]
