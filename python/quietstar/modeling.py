@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .attention import check_reopens, check_supported, implementation_name
+from .attention import check_supported, implementation_name
 from .checks import check_baseline, check_ignored, check_meta_tokens, check_text
 from .config import QuietStarConfig
 from .generation import SpokenThought, Thinking, ThinkingGenerationMixin
@@ -26,7 +26,7 @@ from .passes import ThinkingPasses
 from .self_check import check_decoder
 from .sharding import output_layer_gathered
 from .talk import MixingHead, check_labels
-from .text_part import text_body, text_config_of
+from .text_part import check_reopens, text_body, text_config_of
 from .think import ThoughtEmbedding
 from .tokens import add_meta_tokens, meta_token_ids
 

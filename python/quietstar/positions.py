@@ -56,7 +56,9 @@ def learned_positions(decoder: PreTrainedModel) -> int | None:
 def _of_positions(name: str) -> bool:
     """Whether a module's name is that of a text's position table, not of an image's or a recording's."""
     positions = any("position" in part or part in ("wpe", "pos_emb") for part in name.split("."))
-    return positions and not any(other in name for other in ("image", "img", "vision", "audio", "encoder"))
+    return positions and not any(
+        other in name for other in ("image", "img", "vision", "audio", "encoder")
+    )
 
 
 def rope_limits(decoder: PreTrainedModel) -> list[tuple[str, int]]:

@@ -24,7 +24,6 @@ from .parts import WHOLE, BatchPart
 from .positions import check_length
 from .text_part import text_body, text_config_of
 
-
 # What others divide their logits by (``logits_scaling``), these multiply them with.
 _MULTIPLIES_LOGITS = ("hyperclovax",)
 
