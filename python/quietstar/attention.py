@@ -19,12 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AttentionInterface,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from quietstar_ext import thought_attention
@@ -399,27 +394,6 @@ def check_supported(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{kind} has no output embeddings; expected a causal language model")
-
-
-def check_reopens(model: PreTrainedModel) -> None:
-    """Refuse a decoder that a saved Quiet-STaR model could not be opened with.
-
-    Raises:
-        ValueError: transformers' Auto classes do not lead from its configuration to its class.
-    """
-    config = model.config
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and (
-        CONFIG_MAPPING[config.model_type] is type(config)
-        if config.model_type in CONFIG_MAPPING
-        else False
-    )
-    if not known:
-        raise ValueError(
-            f"{type(model).__name__} could not be opened again after saving: AutoConfig and"
-            f" AutoModelForCausalLM do not know its {type(config).__name__} (model type"
-            f" {config.model_type!r}); expected a decoder of transformers, or one that was"
-            " registered with both"
-        )
 
 
 def implementation_name(model: PreTrainedModel) -> str:
