@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .attention import check_supported, implementation_name
+from .attention import implementation_name
 from .caching import CACHE_NAME, check_alone, check_grows, one_cache
 from .checks import check_baseline, check_ignored, check_meta_tokens, check_text
 from .config import QuietStarConfig, check_fields
@@ -28,8 +28,9 @@ from .parts import WHOLE, BatchPart
 from .passes import ThinkingPasses
 from .self_check import check_decoder
 from .sharding import output_layer_gathered
+from .supported import check_reopens, check_supported
 from .talk import MixingHead, check_labels, target_labels
-from .text_part import check_reopens, text_body, text_config_of
+from .text_part import text_body, text_config_of
 from .think import ThoughtEmbedding
 from .thinking import SpokenThought, Thinking
 from .tokens import add_meta_tokens, meta_token_ids
