@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from quietstar.config import QuietStarConfig
-from quietstar.errors import UserError
+from quietstar.errors import UserError, blaming
 from quietstar.layers import is_plain_linear
+from quietstar.paths import is_folder
 from quietstar.text_part import text_body
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def settle_new_rows(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 def is_adapter(name: str) -> bool:
     """Whether a folder, or a name on the hub, holds an adapter."""
-    if Path(name).is_dir():
+    if is_folder(Path(name)):
         return (Path(name) / CONFIG_FILE).is_file()
     from transformers.utils import cached_file
 
@@ -191,7 +192,7 @@ def load_adapter(name: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
     from quietstar.modeling import QuietStarForCausalLM
 
     peft = import_peft()
-    try:
+    with blaming(f"cannot load the adapter {name}"):
         settings = json.loads(Path(cached_file(name, CONFIG_FILE)).read_text(encoding="utf-8"))
         cached_file(name, WEIGHTS_FILE)  # a pickled adapter is not looked at
         config = QuietStarConfig.from_pretrained(name)
@@ -202,11 +203,6 @@ def load_adapter(name: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
         if rounded:
             options |= {"dtype": config.text_config.dtype, **quantization("4bit", base_name)}
         base = AutoModelForCausalLM.from_pretrained(base_name, **options)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load the adapter {name}: {reason}") from error
     if rounded:
         base = base.dequantize()
     if isinstance(base, QuietStarForCausalLM):
@@ -215,7 +211,8 @@ def load_adapter(name: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
     else:
         settle_new_rows(base, tokenizer)
         base = QuietStarForCausalLM.from_base(base, tokenizer, **thought_fields(config))
-    return peft.PeftModel.from_pretrained(base, name)
+    with blaming(f"cannot load the adapter {name}"):
+        return peft.PeftModel.from_pretrained(base, name)
 
 
 def thought_fields(config: QuietStarConfig) -> dict[str, Any]:
@@ -232,9 +229,15 @@ def merge(model: PeftModel) -> QuietStarForCausalLM:
 
 def main(args: argparse.Namespace) -> int:
     """``quietstar merge``: a model out of an adapter and its decoder."""
-    from quietstar.checkpoint import load_checkpoint
+    from quietstar.checkpoint import folder_of_run, load_checkpoint
     from quietstar.disk import check_writable
 
+    name = folder_of_run(args.model)
+    if is_folder(Path(name)) and not is_adapter(name):
+        raise UserError(
+            f"{args.model} holds no adapter (no {CONFIG_FILE}); expected the folder of a run with an"
+            " adapter section"
+        )
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is there already; expected a new folder")
