@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError
 from quietstar.layers import is_plain_linear
+from quietstar.loading import load_whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -192,7 +194,7 @@ def load_adapter(name: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
     peft = import_peft()
     try:
         settings = json.loads(Path(cached_file(name, CONFIG_FILE)).read_text(encoding="utf-8"))
-        cached_file(name, WEIGHTS_FILE)  # a pickled adapter is not looked at
+        weights = cached_file(name, WEIGHTS_FILE)  # a pickled adapter is not looked at
         config = QuietStarConfig.from_pretrained(name)
         base_name = settings["base_model_name_or_path"]
         # At the top where a model with thoughts was quantized whole.
@@ -200,7 +202,7 @@ def load_adapter(name: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
         options = {"dtype": "auto", "use_safetensors": True}
         if rounded:
             options |= {"dtype": config.text_config.dtype, **quantization("4bit", base_name)}
-        base = AutoModelForCausalLM.from_pretrained(base_name, **options)
+        base, _ = load_whole(AutoModelForCausalLM.from_pretrained, base_name, **options)
     except UserError:
         raise
     except (OSError, ValueError, KeyError) as error:
@@ -214,7 +216,22 @@ def load_adapter(name: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
     else:
         settle_new_rows(base, tokenizer)
         base = QuietStarForCausalLM.from_base(base, tokenizer, **thought_fields(config))
-    return peft.PeftModel.from_pretrained(base, name)
+    try:
+        model = peft.PeftModel.from_pretrained(base, name)
+    except (RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot load the adapter {name}: {reason}") from error
+    # peft leaves random values where something is missing.
+    with safe_open(weights, "pt") as file:
+        missing = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False)) - set(
+            file.keys()
+        )
+    if missing:
+        raise UserError(
+            f"cannot load the adapter {name}: {WEIGHTS_FILE} lacks {sorted(missing)[0]!r}; expected a"
+            " whole one, as quietstar train writes it"
+        )
+    return model
 
 
 def thought_fields(config: QuietStarConfig) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def load_checkpoint(
     else:
         try:
             model = QuietStarForCausalLM.from_pretrained(name)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"cannot load {name}: {_first_line(error)}") from error
     check_tokenizer(words, model.config)
     return model.to(place).eval(), words

@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from .loading import check_model_type
+
 START_TOKEN = "<|startthought|>"
 END_TOKEN = "<|endthought|>"
 
@@ -22,7 +24,8 @@ class QuietStarConfig(PretrainedConfig):
     The defaults suit small models; :meth:`from_reference` gives the constants of the paper's code.
 
     Args:
-        text_config: configuration of the decoder that is wrapped (any causal language model).
+        text_config: configuration of the decoder that is wrapped (any causal language model); None:
+            the settings alone, of which no model can be made.
         thought_length: T, sampled tokens in a thought; the two meta tokens are not counted.
         talk_length: K, true tokens predicted after a thought.
         num_rationales: R, thoughts sampled per position while training.
@@ -90,8 +93,7 @@ class QuietStarConfig(PretrainedConfig):
     ):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        elif text_config is None:
-            text_config = AutoConfig.for_model("llama")
+        # Without one the settings stand alone, and no model is built from them.
         self.text_config = text_config
         self.thought_length = thought_length
         self.talk_length = talk_length
@@ -148,6 +150,16 @@ class QuietStarConfig(PretrainedConfig):
             "mixing_floor": 0.0,
         }
         return cls(**{**preset, **fields})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', from the settings of a Quiet-STaR model alone.
+
+        Raises:
+            ValueError: for those of another kind of model.
+        """
+        check_model_type(config_dict, cls.model_type)
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def num_slots(self) -> int:
