@@ -216,16 +216,18 @@ def load_adapter(name: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
     else:
         settle_new_rows(base, tokenizer)
         base = QuietStarForCausalLM.from_base(base, tokenizer, **thought_fields(config))
+    missing: set[str]
     try:
         model = peft.PeftModel.from_pretrained(base, name)
+        # peft leaves random values where an update is missing,
+        with safe_open(weights, "pt") as file:
+            expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+            missing = set(expected) - set(file.keys())
+    except KeyError as error:  # and gives up over a layer that is saved whole
+        missing = {str(error.args[0])}
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"cannot load the adapter {name}: {reason}") from error
-    # peft leaves random values where something is missing.
-    with safe_open(weights, "pt") as file:
-        missing = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False)) - set(
-            file.keys()
-        )
     if missing:
         raise UserError(
             f"cannot load the adapter {name}: {WEIGHTS_FILE} lacks {sorted(missing)[0]!r}; expected a"
