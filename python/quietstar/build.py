@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quietstar import lookup
-from quietstar.adapters import keep_gradients, quantization, settle_new_rows
+from quietstar.adapters import quantization, settle_new_rows
 from quietstar.config import QuietStarConfig
 from quietstar.corpora import Document
 from quietstar.data import Blocks, StreamedBlocks, TokenBlocks, read_blocks
 from quietstar.decoder_config import decoder_config, random_decoder
 from quietstar.errors import UserError, blaming
+from quietstar.loading import load_whole
 from quietstar.recipe import DataSection, ModelSection, Recipe
 from quietstar.schedule import longest_talk
 from quietstar.sources import STDLIB, expand_files, open_documents
@@ -58,7 +59,6 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStar
         decoder = _random_decoder(section, tokenizer)
     else:
         decoder = _load(section, recipe.adapter.quantize)
-        keep_gradients(decoder)
     thoughts = dict(recipe.thoughts)
     if isinstance(decoder, QuietStarForCausalLM):
         check_tokenizer(tokenizer, _thoughts_of(decoder))
@@ -204,11 +204,13 @@ def _load(section: ModelSection, quantize: str) -> PreTrainedModel:
     }
     with blaming(f"cannot load model {section.name}"):
         options |= quantization(quantize, section.name, section.revision)
-        return AutoModelForCausalLM.from_pretrained(
+        decoder, _ = load_whole(
+            AutoModelForCausalLM.from_pretrained,
             section.name,
             use_safetensors=True,
             **{key: value for key, value in options.items() if value is not None},
         )
+        return decoder
 
 
 def _random_decoder(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
