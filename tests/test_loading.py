@@ -80,14 +80,14 @@ def test_a_weights_file_that_is_cut_short(folder: Path):
         with pytest.raises(ValueError, match=r"model: a file of its weights is cut short or damaged"):
             opener(folder)
     build_tokenizer().save_pretrained(folder)
-    with pytest.raises(UserError, match=r"cannot load .*model: .* cut short or damaged"):
+    with pytest.raises(UserError, match=r"model: .* cut short or damaged"):
         load_checkpoint(str(folder))
 
 
 def test_a_whole_folder_tells_as_transformers_does(folder: Path):
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert isinstance(model, QuietStarForCausalLM) and not info["missing_keys"]
-    assert loss(model) == loss(thinking())
+    assert loss(model) == pytest.approx(loss(thinking()), rel=1e-5)
 
 
 class TestOtherFolders:

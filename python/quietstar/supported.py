@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
+from .layers import embedding_rows
 from .text_part import text_body, text_config_of
 
 # Layer types that are ordinary softmax attention over a prefix or a window of it.
@@ -46,7 +47,7 @@ def check_supported(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has no body apart from its output layer (base_model); this model"
             " family cannot be used with thoughts"
         )
-    if not hasattr(model.get_input_embeddings(), "num_embeddings"):
+    if embedding_rows(model.get_input_embeddings()) is None:
         raise ValueError(
             f"{type(model).__name__} does not embed its tokens by one table; expected a decoder of text"
         )
