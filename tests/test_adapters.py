@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import tiny_decoder
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from quietstar import QuietStarForCausalLM, add_meta_tokens, cli
@@ -130,6 +130,23 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(decoder_folder: Path
     whole, parts = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_an_adapter_that_is_not_whole(decoder_folder: Path, tmp_path: Path):
+    """Neither a random mixing head nor half a file."""
+    run_recipe(recipe(decoder_folder, training={"max_steps": 2}), tmp_path / "run", progress=False)
+    path = tmp_path / "run" / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    weights = load_file(path)
+    for part in ("mixing_head", "lora_B"):
+        save_file({n: t for n, t in weights.items() if part not in n}, path)
+        with pytest.raises(UserError, match=rf"adapter_model.safetensors lacks '.*{part}.*whole one"):
+            load_checkpoint(str(tmp_path / "run"))
+    path.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match=r"cannot load the adapter .*run: .*"):
+        load_checkpoint(str(tmp_path / "run"))
+    path.write_bytes(whole)
+    load_checkpoint(str(tmp_path / "run"))
 
 
 def test_new_rows_are_the_same_at_every_loading():

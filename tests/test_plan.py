@@ -183,7 +183,7 @@ def test_what_is_shared_and_what_is_saved():
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("24G", 24e9), ("24GB", 24e9), ("80gib", 80 * 2**30), ("1e9", 1e9)]
+    ("text", "size"), [("24G", 24e9), ("24GB", 24e9), ("24", 24e9), ("80gib", 80 * 2**30), ("1e9", 1e9)]
 )
 def test_sizes_are_read(text: str, size: float):
     assert parse_bytes(text) == size

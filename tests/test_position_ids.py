@@ -13,6 +13,7 @@ from transformers import DataCollatorWithFlattening, DynamicCache
 
 from quietstar.batches import count_what_counts
 from quietstar.documents import batch_ranges
+from quietstar.parts import WHOLE
 
 LENGTHS = (5, 8, 3)
 POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]
@@ -65,7 +66,7 @@ def test_they_are_the_documents_alone():
 def test_whoever_counts_sees_the_same_documents():
     model, batch = small_model(), flattened()
     other = {"input_ids": batch["input_ids"], "labels": batch["labels"], "document_ids": NUMBERS}
-    found, expected = (count_what_counts(model.config, b) for b in (batch, other))
+    found, expected = (count_what_counts(model.config, b, WHOLE) for b in (batch, other))
     assert found is not None and expected is not None
     assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in expected.items()}
 

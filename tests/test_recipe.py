@@ -8,7 +8,7 @@ from quietstar import recipe as recipe_module
 from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError
 from quietstar.recipe import Recipe, known_keys, load_recipe, parse_recipe, shipped_recipes
-from quietstar.rundir import RUN_FILE, last_checkpoint, open_run, start_run, write_json
+from quietstar.rundir import METRICS_FILE, last_checkpoint, open_run, start_run, write_json
 from quietstar.values import load_yaml
 
 MINIMAL = {"model": {"name": "some/model"}, "data": {"files": "a.txt"}}
@@ -207,8 +207,14 @@ class TestOutputFolder:
         assert "belongs to another run (training.learning_rate is 0.001 there and 0.0005 here)" in str(
             error.value
         )
-        assert open_run(tmp_path / "run", other, overwrite=True).checkpoint is None
-        assert not (tmp_path / "run" / RUN_FILE).exists()
+        write_json(tmp_path / "run" / METRICS_FILE, {"steps": 1})
+        folder = open_run(tmp_path / "run", other, overwrite=True)
+        assert folder.checkpoint is None and folder.metrics is None
+        # Nothing is lost before the new run starts.
+        assert (tmp_path / "run" / METRICS_FILE).exists()
+        start_run(folder, other)
+        assert not (tmp_path / "run" / METRICS_FILE).exists()
+        assert load_recipe(str(tmp_path / "run" / "recipe.yaml")) == other
 
     def test_somebody_elses_files_are_never_overwritten(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.txt").write_text("chapter one")

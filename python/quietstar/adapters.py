@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from quietstar.config import QuietStarConfig
-from quietstar.errors import UserError
+from quietstar.errors import UserError, blaming
 from quietstar.layers import is_plain_linear
+from quietstar.loading import load_whole
+from quietstar.paths import is_folder
 from quietstar.text_part import text_body
 
 if TYPE_CHECKING:
@@ -165,7 +168,7 @@ def settle_new_rows(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 
 def is_adapter(name: str) -> bool:
     """Whether a folder, or a name on the hub, holds an adapter."""
-    if Path(name).is_dir():
+    if is_folder(Path(name)):
         return (Path(name) / CONFIG_FILE).is_file()
     from transformers.utils import cached_file
 
@@ -191,9 +194,9 @@ def load_adapter(name: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
     from quietstar.modeling import QuietStarForCausalLM
 
     peft = import_peft()
-    try:
+    with blaming(f"cannot load the adapter {name}"):
         settings = json.loads(Path(cached_file(name, CONFIG_FILE)).read_text(encoding="utf-8"))
-        cached_file(name, WEIGHTS_FILE)  # a pickled adapter is not looked at
+        weights = cached_file(name, WEIGHTS_FILE)  # a pickled adapter is not looked at
         config = QuietStarConfig.from_pretrained(name)
         base_name = settings["base_model_name_or_path"]
         # At the top where a model with thoughts was quantized whole.
@@ -201,12 +204,7 @@ def load_adapter(name: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
         options = {"dtype": "auto", "use_safetensors": True}
         if rounded:
             options |= {"dtype": config.text_config.dtype, **quantization("4bit", base_name)}
-        base = AutoModelForCausalLM.from_pretrained(base_name, **options)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load the adapter {name}: {reason}") from error
+        base, _ = load_whole(AutoModelForCausalLM.from_pretrained, base_name, **options)
     if rounded:
         base = base.dequantize()
     if isinstance(base, QuietStarForCausalLM):
@@ -215,7 +213,24 @@ def load_adapter(name: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
     else:
         settle_new_rows(base, tokenizer)
         base = QuietStarForCausalLM.from_base(base, tokenizer, **thought_fields(config))
-    return peft.PeftModel.from_pretrained(base, name)
+    missing: set[str]
+    try:
+        with blaming(f"cannot load the adapter {name}"):
+            model = peft.PeftModel.from_pretrained(base, name)
+        # peft leaves random values where an update is missing,
+        with safe_open(weights, "pt") as file:
+            expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+            missing = set(expected) - set(file.keys())
+    except UserError as error:
+        if not isinstance(error.__cause__, KeyError):
+            raise
+        missing = {str(error.__cause__.args[0])}  # and gives up over a layer that is saved whole
+    if missing:
+        raise UserError(
+            f"cannot load the adapter {name}: {WEIGHTS_FILE} lacks {sorted(missing)[0]!r}; expected a"
+            " whole one, as quietstar train writes it"
+        )
+    return model
 
 
 def thought_fields(config: QuietStarConfig) -> dict[str, Any]:
@@ -232,9 +247,15 @@ def merge(model: PeftModel) -> QuietStarForCausalLM:
 
 def main(args: argparse.Namespace) -> int:
     """``quietstar merge``: a model out of an adapter and its decoder."""
-    from quietstar.checkpoint import load_checkpoint
+    from quietstar.checkpoint import folder_of_run, load_checkpoint
     from quietstar.disk import check_writable
 
+    name = folder_of_run(args.model)
+    if is_folder(Path(name)) and not is_adapter(name):
+        raise UserError(
+            f"{args.model} holds no adapter (no {CONFIG_FILE}); expected the folder of a run with an"
+            " adapter section"
+        )
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is there already; expected a new folder")

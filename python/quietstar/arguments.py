@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .errors import UserError
 from .values import Mismatch, coerce, describe
 
 
@@ -55,16 +56,16 @@ class QuietStarArguments(TrainingArguments):
             try:
                 setattr(self, name, coerce(getattr(self, name), kind))
             except Mismatch:
-                raise ValueError(
+                raise UserError(
                     f"{name} is {getattr(self, name)!r}; expected {describe(kind)}"
                 ) from None
         norm = self.policy_max_grad_norm
         if norm is not None and not norm > 0:
-            raise ValueError(f"policy_max_grad_norm is {norm!r}; expected a number > 0, or null")
+            raise UserError(f"policy_max_grad_norm is {norm!r}; expected a number > 0, or null")
         if self.max_skipped_steps < 0:
-            raise ValueError(f"max_skipped_steps is {self.max_skipped_steps!r}; expected 0 or more")
+            raise UserError(f"max_skipped_steps is {self.max_skipped_steps!r}; expected 0 or more")
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay!r}; expected a number from 0 to below 1")
+            raise UserError(f"ema_decay is {self.ema_decay!r}; expected a number from 0 to below 1")
         schedule = self.thought_schedule if isinstance(self.thought_schedule, list) else []
         stages = [stage for stage in schedule if isinstance(stage, dict)]
         plain = any(stage.get("thought_kind") == "none" for stage in stages)
@@ -83,4 +84,4 @@ def _read_json(name: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{name} is {text!r}; expected JSON: {error}") from None
+        raise UserError(f"{name} is {text!r}; expected JSON: {error}") from None

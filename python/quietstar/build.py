@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import typing
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -10,18 +9,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quietstar import lookup
-from quietstar.adapters import keep_gradients, quantization, settle_new_rows
+from quietstar.adapters import quantization, settle_new_rows
 from quietstar.config import QuietStarConfig
 from quietstar.corpora import Document
 from quietstar.data import Blocks, StreamedBlocks, TokenBlocks, read_blocks
-from quietstar.errors import UserError
+from quietstar.decoder_config import decoder_config, random_decoder
+from quietstar.errors import UserError, blaming
+from quietstar.loading import load_whole
 from quietstar.recipe import DataSection, ModelSection, Recipe
 from quietstar.schedule import longest_talk
 from quietstar.sources import STDLIB, expand_files, open_documents
 from quietstar.values import Mismatch, coerce, describe
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from quietstar.modeling import QuietStarForCausalLM
 
@@ -41,11 +42,8 @@ def build_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     source = section.tokenizer or section.name
     assert source is not None  # checked with the recipe
     revision = section.revision if section.tokenizer is None else None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the tokenizer of {source}: {_first_line(error)}") from error
-    return tokenizer
+    with blaming(f"cannot load the tokenizer of {source}"):
+        return AutoTokenizer.from_pretrained(source, revision=revision)
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStarForCausalLM:
@@ -61,7 +59,6 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStar
         decoder = _random_decoder(section, tokenizer)
     else:
         decoder = _load(section, recipe.adapter.quantize)
-        keep_gradients(decoder)
     thoughts = dict(recipe.thoughts)
     if isinstance(decoder, QuietStarForCausalLM):
         check_tokenizer(tokenizer, _thoughts_of(decoder))
@@ -205,70 +202,24 @@ def _load(section: ModelSection, quantize: str) -> PreTrainedModel:
         "attn_implementation": section.attn_implementation,
         "revision": section.revision,
     }
-    try:
+    with blaming(f"cannot load model {section.name}"):
         options |= quantization(quantize, section.name, section.revision)
-        return AutoModelForCausalLM.from_pretrained(
+        decoder, _ = load_whole(
+            AutoModelForCausalLM.from_pretrained,
             section.name,
             use_safetensors=True,
             **{key: value for key, value in options.items() if value is not None},
         )
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load model {section.name}: {_first_line(error)}") from error
+        return decoder
 
 
 def _random_decoder(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A decoder with random weights for ``model.config``, sized to the tokenizer."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    fields = dict(section.config or {})
-    model_type = fields.pop("model_type")
-    try:
-        known = AutoConfig.for_model(model_type)
-    except ValueError as error:
-        raise UserError(
-            f"model.config.model_type is {model_type!r}, which this transformers does not know"
-        ) from error
-    _check_keys(fields, known, "model.config")
-    text = known.get_text_config(decoder=True)
-    of_text = fields
-    for name in known.sub_configs:
-        if getattr(known, name, None) is text:  # a model for several modalities
-            of_text = fields[name] = dict(fields.get(name) or {})
-            _check_keys(of_text, text, f"model.config.{name}")
-    size = int(of_text.get("vocab_size", len(tokenizer)))
-    if size < len(tokenizer):
-        raise UserError(
-            f"model.config.vocab_size is {size} but the tokenizer has {len(tokenizer)} tokens; leave "
-            "it out to take the tokenizer's"
-        )
-    ids = {
-        "vocab_size": size,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    of_text.update({**ids, **of_text})
-    config = AutoConfig.for_model(model_type, **fields)
+    ids = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    config = decoder_config(section.config or {}, len(tokenizer), ids)
     options: dict[str, Any] = {}
     if section.dtype != "auto":
         options["dtype"] = _torch_dtype(section.dtype)
     if section.attn_implementation is not None:
         options["attn_implementation"] = section.attn_implementation
-    return AutoModelForCausalLM.from_config(config, **options)
-
-
-def _check_keys(fields: dict[str, Any], known: PretrainedConfig, where: str) -> None:
-    """Configurations swallow unknown keys, and a misspelt size would go unnoticed."""
-    for key in fields:
-        if not hasattr(known, key):
-            names = [n for n in known.to_dict() if not n.startswith("_")]
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"unknown key {key!r} in {where} ({known.model_type}){hint}")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return random_decoder(config, **options)

@@ -10,7 +10,8 @@ import torch
 
 from quietstar.adapters import is_adapter, load_adapter, merge
 from quietstar.config import QuietStarConfig
-from quietstar.errors import UserError
+from quietstar.errors import UserError, blaming, reason
+from quietstar.paths import is_file, is_folder
 from quietstar.rundir import RUN_FILE, last_checkpoint
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def load_checkpoint(
 
     transformers_logging.disable_progress_bar()
     place = _device(device)
-    name = _folder_of_run(name)
+    name = folder_of_run(name)
     settings = _read_config(name)
     theirs = is_reference_config(settings)
     if not theirs and settings.get("model_type") != QuietStarConfig.model_type:
@@ -51,30 +52,26 @@ def load_checkpoint(
             f"{name} is a model without thoughts ({settings.get('model_type', '?')}); expected"
             " one that quietstar train has made, or a checkpoint of the reference code"
         )
-    try:
+    with blaming(f"cannot load the tokenizer of {tokenizer or name} (--tokenizer names another)"):
         words = AutoTokenizer.from_pretrained(tokenizer or name)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"cannot load the tokenizer of {tokenizer or name}: {_first_line(error)} (--tokenizer names"
-            " another)"
-        ) from error
     if is_adapter(name):
         model = merge(load_adapter(name, words))
     elif theirs:
         add_meta_tokens(words)
         model = from_reference(name, tokenizer=words)
     else:
-        try:
+        with blaming(f"cannot load {name}"):
             model = QuietStarForCausalLM.from_pretrained(name)
-        except OSError as error:
-            raise UserError(f"cannot load {name}: {_first_line(error)}") from error
     check_tokenizer(words, model.config)
     return model.to(place).eval(), words
 
 
-def _folder_of_run(name: str) -> str:
+def folder_of_run(name: str) -> str:
+    """The folder to load: of a run that is not done, its last checkpoint."""
     folder = Path(name)
-    if not folder.is_dir() or (folder / "config.json").is_file():
+    if not name:
+        raise UserError("the model's name is empty; expected a folder or a name on the Hugging Face Hub")
+    if not is_folder(folder) or (folder / "config.json").is_file():
         return name
     checkpoint = last_checkpoint(folder) if (folder / RUN_FILE).is_file() else None
     if checkpoint is None:
@@ -85,14 +82,16 @@ def _folder_of_run(name: str) -> str:
 def _read_config(name: str) -> dict[str, Any]:
     from transformers import PretrainedConfig
 
-    if Path(name).is_file():
+    if is_file(Path(name)):
         raise UserError(f"model {name} is a file; expected a folder or a name on the Hugging Face Hub")
     try:
         settings, _ = PretrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:
+        if is_folder(Path(name)):
+            raise UserError(f"model {name} has no readable config.json: {reason(error)}") from error
         raise UserError(
             f"model {name} is neither a folder nor a name on the Hugging Face Hub that can be had:"
-            f" {_first_line(error)}"
+            f" {reason(error)}"
         ) from error
     if not isinstance(settings, dict) or not settings:
         raise UserError(f"model {name} has no readable config.json: {json.dumps(settings)}")
@@ -101,13 +100,7 @@ def _read_config(name: str) -> dict[str, Any]:
 
 def _device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with blaming(f"--device {name} cannot be used"):
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used: {_first_line(error)}") from error
+        torch.zeros(1, device=device).item()
     return device
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

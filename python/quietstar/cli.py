@@ -7,6 +7,7 @@ Only argparse is imported here; each command imports what it needs when it runs.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -15,6 +16,8 @@ from pathlib import Path
 
 USER_ERROR, INTERRUPTED = 2, 130
 TRACEBACK_VARIABLE = "QUIETSTAR_TRACEBACK"
+# What is done by these is found again.
+CONTINUED = ("train", "eval", "demo")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,7 +67,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
     plan.add_argument("settings", metavar="KEY=VALUE", nargs="*", help="changes to the recipe")
-    plan.add_argument("--gpu-memory", metavar="SIZE", default="24G", help="of a GPU (default: 24G)")
+    plan.add_argument(
+        "--gpu-memory", metavar="SIZE", default="24G", help="of a GPU, e.g. 80G (default: 24G)"
+    )
     plan.set_defaults(run=_plan)
 
     merge = commands.add_parser(
@@ -152,7 +157,7 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--data",
         metavar="[TASK=]FILE",
         action="append",
-        help="a local file instead of the data set: json, jsonl or parquet of the same columns; for"
+        help="a local file instead of the data set: jsonl, json, csv or parquet of the same columns; for"
         " perplexity any text (default there: the standard library's held-out files)",
     )
     add("--limit", metavar="N", type=int, help="the first N items of each task")
@@ -215,20 +220,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.settings += rest  # key=value words after an option, which argparse leaves over
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    # bitsandbytes asks for another package on some CPUs, where nothing here would use it.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_about_something_else)
     try:
-        return int(args.run(args) or 0)
+        status = int(args.run(args) or 0)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
-        _say("interrupted; the same command continues where it stopped")
+        continues = "; the same command continues where it stopped"
+        _say("interrupted" + (continues if args.command in CONTINUED else ""))
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has left, as in `quietstar info | head -1`
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed with the process
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that closing it is quiet
         return 0
     except Exception as error:
-        if not _is_user_error(error) or os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+        message = _users_fault(error)
+        if message is None or os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
             traceback.print_exc()
-            return USER_ERROR if _is_user_error(error) else 1
-        _say("error: " + " ".join(str(error).split()))
+            return 1 if message is None else USER_ERROR
+        _say(f"error: {message}")
         return USER_ERROR
+
+
+def _is_about_something_else(record: logging.LogRecord) -> bool:
+    return "kernels-community" not in record.getMessage()
 
 
 def _say(message: str) -> None:
@@ -237,15 +252,39 @@ def _say(message: str) -> None:
     print(f"{start}quietstar: {message}", file=sys.stderr, flush=True)
 
 
-def _is_user_error(error: Exception) -> bool:
-    """Whether the message alone is enough: bad input and files, not a fault of the program.
+def _users_fault(error: Exception) -> str | None:
+    """What to say where a message alone is enough, bad input, files and devices; None: a fault of ours.
 
     ValueError is how this package, transformers and datasets refuse input.
     """
-    if isinstance(error, ValueError | FileNotFoundError | PermissionError | FileExistsError):
-        return True
+    words = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        place = error.filename if error.filename is not None else "writing"
+        return f"{place}: {error.strerror}"
+    if isinstance(error, ValueError | OSError):
+        return words or None
     trainer = sys.modules.get("quietstar.trainer")
-    return trainer is not None and isinstance(error, trainer.NonFiniteLoss)
+    if trainer is not None and isinstance(error, trainer.NonFiniteLoss):
+        return words
+    if type(error).__name__ == "SafetensorError" and "os error" in words:
+        return f"a file cannot be read or written: {words}"
+    if _is_out_of_memory(error, words):
+        return (
+            f"out of memory ({words}); lower the batch size or the length of rows, or see what fits with"
+            " quietstar plan"
+        )
+    return None
+
+
+def _is_out_of_memory(error: Exception, words: str) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    # The CPU's allocator has no error of its own.
+    return torch is not None and (
+        isinstance(error, torch.OutOfMemoryError)
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in words)
+    )
 
 
 def _info(args: argparse.Namespace) -> int:

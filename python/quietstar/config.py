@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
+from .loading import check_model_type
+
 logger = logging.getLogger("quietstar")
 
 START_TOKEN = "<|startthought|>"
@@ -52,7 +54,8 @@ class QuietStarConfig(PretrainedConfig):
     The defaults suit small models; :meth:`from_reference` gives the constants of the paper's code.
 
     Args:
-        text_config: configuration of the decoder that is wrapped (any causal language model).
+        text_config: configuration of the decoder that is wrapped (any causal language model); None:
+            the settings alone, of which no model can be made.
         thought_length: T, sampled tokens in a thought; the two meta tokens are not counted.
         talk_length: K, true tokens predicted after a thought.
         num_rationales: R, thoughts sampled per position while training.
@@ -130,10 +133,8 @@ class QuietStarConfig(PretrainedConfig):
         check_fields(kwargs)
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        elif text_config is None:
-            text_config = AutoConfig.for_model("llama")
         decoder: Any = text_config
-        for name in DECODER_FIELDS & kwargs.keys():
+        for name in DECODER_FIELDS & kwargs.keys() if decoder is not None else ():
             setattr(decoder.get_text_config(decoder=True), name, kwargs.pop(name))
         self.thought_length = thought_length
         self.talk_length = talk_length
@@ -170,7 +171,7 @@ class QuietStarConfig(PretrainedConfig):
 
     def __getattr__(self, name: str) -> Any:
         """The decoder's own answer to what tools look for (:data:`DECODER_FIELDS`); not stored here."""
-        if name not in DECODER_FIELDS or "text_config" not in self.__dict__:
+        if name not in DECODER_FIELDS or self.__dict__.get("text_config") is None:
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         try:
             return getattr(self.get_text_config(decoder=True).get_text_config(decoder=True), name)
@@ -178,7 +179,7 @@ class QuietStarConfig(PretrainedConfig):
             raise AttributeError(f"{type(self).__name__} has no one {name!r}: {error}") from error
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in DECODER_FIELDS and "text_config" in self.__dict__:
+        if name in DECODER_FIELDS and self.__dict__.get("text_config") is not None:
             setattr(self.get_text_config(decoder=True).get_text_config(decoder=True), name, value)
             return
         # transformers sets what it likes on a configuration; a field misspelt is nobody's.
@@ -192,7 +193,9 @@ class QuietStarConfig(PretrainedConfig):
 
         Raises:
             TypeError: for a keyword that is a field misspelt.
+            ValueError: for the settings of another kind of model.
         """
+        check_model_type(config_dict, cls.model_type)
         for name in kwargs:
             _refuse_misspelt(name)
         newer = {name: value for name, value in config_dict.items() if not _is_known(name)}

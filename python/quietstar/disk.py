@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from quietstar.errors import UserError
+from quietstar.paths import is_folder
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -22,17 +25,37 @@ def check_writable(folder: Path) -> None:
 
     What this makes it removes again.
     """
-    made = [p for p in (folder, *folder.parents) if not p.exists()]
-    probe = folder / f".quietstar-probe-{os.getpid()}"
+    with _removing_what_is_made(folder, f"output folder {folder}", "; choose another folder"):
+        probe = folder / f".quietstar-probe-{os.getpid()}"
+        try:
+            probe.write_bytes(b"?")
+        finally:
+            probe.unlink(missing_ok=True)
+
+
+def check_writable_file(path: Path) -> None:
+    """Raise :class:`UserError` unless the file, which may not be there yet, can be written."""
+    if is_folder(path):
+        raise UserError(f"--output {path} is a folder; expected a file name")
+    with _removing_what_is_made(path.parent, f"--output {path}", ""):
+        there = path.exists()
+        path.open("ab").close()
+        if not there:
+            path.unlink()
+
+
+@contextmanager
+def _removing_what_is_made(folder: Path, what: str, advice: str) -> Iterator[None]:
+    """Within, ``folder`` is there; what goes wrong is said of ``what``."""
+    made: list[Path] = []
     try:
+        made = [p for p in (folder, *folder.parents) if not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"?")
-    except OSError as error:
-        raise UserError(
-            f"output folder {folder} cannot be written to: {error.strerror}; choose another folder"
-        ) from error
+        yield
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{what} cannot be written to: {why}{advice}") from error
     finally:
-        probe.unlink(missing_ok=True) if folder.is_dir() else None
         for path in made:
             if path.is_dir():
                 path.rmdir()

@@ -1,6 +1,13 @@
-"""The error that a user can mend: one sentence, shown without a traceback by the command line."""
+"""Errors that a user can mend: one sentence, shown without a traceback by the command line."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+LONGEST_REASON = 400
 
 
 class UserError(ValueError):
@@ -8,3 +15,63 @@ class UserError(ValueError):
 
     The message is one sentence that names the thing, says what came and what was expected.
     """
+
+
+@contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """Put down to a user's setting or file what other packages raise while they work on it.
+
+    Within, nothing but a user's input is handed to another package; whatever that raises (there is no
+    end of types) becomes a :class:`UserError`. What this package raises is let through: it has its own
+    words, or is a fault of ours and keeps its traceback.
+
+    Args:
+        what: begins the sentence: ``model.config``, ``cannot load model x``.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if _is_ours(error.__traceback__):
+            raise
+        raise UserError(f"{what}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in one line that is not too long."""
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{error.filename}: " if error.filename is not None else ""
+        return f"{name}{error.strerror}"
+    if type(error).__name__.startswith("StrictDataclass") and error.__cause__ is not None:
+        return reason(error.__cause__)  # which class found it is of no interest
+    words = " ".join(str(error).split())
+    if "ignore_mismatched_sizes" in words:
+        words = "its weights have other shapes than its configuration says"
+    if isinstance(error, KeyError | ZeroDivisionError | AttributeError) or not words:
+        words = f"{type(error).__name__} {words}".strip()
+    return words if len(words) <= LONGEST_REASON else f"{words[:LONGEST_REASON]} ..."
+
+
+def _is_ours(traceback: TracebackType | None) -> bool:
+    """Whether an error that has come out of a block was raised by this package's code.
+
+    The last frame decides that is of this package or of another than torch, which does what it is told.
+    """
+    ours, here = False, Path(__file__).parent
+    # The first two frames are this context manager's own and that of the block.
+    below = traceback.tb_next.tb_next if traceback and traceback.tb_next else None
+    while below is not None:
+        file = Path(below.tb_frame.f_code.co_filename)
+        if here in file.parents:
+            ours = True
+        elif "site-packages" in file.parts and "torch" not in file.parts:
+            ours = False
+        below = below.tb_next
+    return ours
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise :class:`UserError` for a ``--seed`` that torch does not take."""
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise UserError(f"--seed is {seed}; expected a whole number of at most 63 bits")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from quietstar.checkpoint import load_checkpoint
-from quietstar.errors import UserError
+from quietstar.errors import UserError, check_seed
+from quietstar.left_out import is_utf8
+from quietstar.paths import read_text
 from quietstar.thinking import Thinking
 
 if TYPE_CHECKING:
@@ -76,22 +79,20 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt is not None:
         text = prompt
     elif file is not None:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise UserError(f"prompt file {file} does not exist") from None
-        except UnicodeDecodeError:
-            raise UserError(f"prompt file {file} is not UTF-8 text") from None
-        except OSError as error:
-            raise UserError(f"prompt file {file} cannot be read: {error.strerror}") from None
+        text = read_text(file, "prompt file")
     elif sys.stdin is None or sys.stdin.isatty():
         raise UserError("there is no prompt; give one, name a file with --file, or pipe a text in")
     else:
-        text = sys.stdin.read()
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError:
+            raise UserError("standard input is not UTF-8 text") from None
     if prompt is None:
         text = text.removesuffix("\n")
     if not text:
         raise UserError("the prompt is empty; give a text to continue")
+    if not is_utf8(text):
+        raise UserError("the prompt is not UTF-8 text")
     return text
 
 
@@ -102,8 +103,9 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.num_beams < 1:
         raise UserError(f"--num-beams is {args.num_beams}; expected a whole number >= 1")
     temperature = args.temperature
-    if temperature is not None and temperature < 0:
+    if temperature is not None and not 0 <= temperature < math.inf:
         raise UserError(f"--temperature is {temperature}; expected a number >= 0 (0: the most likely)")
+    check_seed(args.seed)
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top-p is {args.top_p}; expected a number above 0 and up to 1")
     if args.top_k is not None and args.top_k < 1:

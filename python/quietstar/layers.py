@@ -34,6 +34,14 @@ def _gathers_weights(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
 
 
+def embedding_rows(layer: nn.Module) -> int | None:
+    """How many tokens an embedding table has, an adapter's around it or not; None if it is no table."""
+    while hasattr(layer, "get_base_layer"):
+        layer = layer.get_base_layer()  # type: ignore[operator]
+    rows = getattr(layer, "num_embeddings", None)
+    return None if rows is None else int(rows)
+
+
 def input_dtype(layer: nn.Module) -> torch.dtype | None:
     """The floating dtype that a linear layer takes; None where it takes any (its weight is packed)."""
     inner = layer

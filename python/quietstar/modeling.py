@@ -15,19 +15,22 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .attention import check_reopens, check_supported, implementation_name
+from .adapters import keep_gradients
+from .attention import implementation_name
 from .caching import CACHE_NAME, check_alone, check_grows, one_cache
 from .checks import check_baseline, check_ignored, check_meta_tokens, check_text
 from .config import QuietStarConfig, check_fields
 from .decoding import check_kept, check_outputs, inherited_settings
 from .documents import DESCRIPTIONS, batch_ranges, check_new_positions
 from .generation import ThinkingGenerationMixin
+from .loading import check_folder, load_whole
 from .noise import settle_noise
 from .output import QuietStarOutput
 from .parts import WHOLE, BatchPart
 from .passes import ThinkingPasses
 from .self_check import check_decoder
 from .sharding import output_layer_gathered
+from .supported import check_reopens, check_supported
 from .talk import MixingHead, check_labels, target_labels
 from .text_part import text_body, text_config_of
 from .think import ThoughtEmbedding
@@ -51,6 +54,13 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
     _keep_in_fp32_modules = ["mixing_head"]
 
     def __init__(self, config: QuietStarConfig, base: PreTrainedModel | None = None):
+        if not isinstance(config, QuietStarConfig):
+            raise TypeError(f"config is a {type(config).__name__}; expected a QuietStarConfig")
+        if base is None and config.text_config is None:
+            raise ValueError(
+                "the configuration has no text_config; expected that of a decoder, or a decoder itself"
+                " (QuietStarForCausalLM.from_base)"
+            )
         super().__init__(config)
         if base is None:
             base = AutoModelForCausalLM.from_config(config.text_config)
@@ -81,7 +91,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
     @classmethod
     def from_base(
         cls,
-        base: PreTrainedModel | str,
+        base: PreTrainedModel | str | Path,
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         init_embedding_from: str = "---",
@@ -99,11 +109,14 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
 
         Raises:
             ValueError: for a model family that cannot think or could not be opened again after saving,
-                or meta tokens that are nowhere to be had.
+                meta tokens that are nowhere to be had, or a folder that lacks weights.
+            TypeError: if base is no model of transformers.
         """
         check_fields(fields)
-        if isinstance(base, str):
-            base = AutoModelForCausalLM.from_pretrained(base, use_safetensors=True)
+        if isinstance(base, str | Path):
+            base, _ = load_whole(AutoModelForCausalLM.from_pretrained, base, use_safetensors=True)
+        _check_base(base)
+        keep_gradients(base)
         check_supported(base)
         check_reopens(base)
         if tokenizer is not None:
@@ -118,13 +131,14 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         for module in base.modules():
             # Its weights are set: transformers must not initialise them again under the wrapper.
             module._is_hf_initialized = True
-        model = cls(QuietStarConfig(text_config=base.config, **fields), base=base)
         # The layer is asked, not its weight, which a wrapper or a quantiser may have put elsewhere.
-        embed = base.get_input_embeddings()
+        embed, device = base.get_input_embeddings(), _input_device(base)
         with torch.no_grad():
-            like = embed(torch.zeros(1, 1, dtype=torch.int64, device=base.device))
-        model.thought_embedding.to(device=like.device, dtype=like.dtype)
-        model.mixing_head.to(device=like.device, dtype=like.dtype)
+            like = embed(torch.zeros(1, 1, dtype=torch.int64, device=device))
+        with torch.device(like.device):  # whatever device a block around this call names
+            model = cls(QuietStarConfig(text_config=base.config, **fields), base=base)
+        model.thought_embedding.to(like.dtype)
+        model.mixing_head.to(like.dtype)
         if tokenizer is not None:
             ids = tokenizer(init_embedding_from, add_special_tokens=False)["input_ids"]
             if not ids:
@@ -132,7 +146,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
                     f"init_embedding_from is {init_embedding_from!r}; expected text with a token"
                 )
             with torch.no_grad():
-                words = embed(torch.tensor([ids], device=base.device))[0]
+                words = embed(torch.tensor([ids], device=device))[0]
                 mean = words.mean(0) / model.config.embedding_scale
                 model.thought_embedding.start.copy_(mean)
                 model.thought_embedding.end.copy_(mean)
@@ -140,8 +154,19 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *args: Any, **options: Any) -> QuietStarForCausalLM:
-        """As transformers', from safetensors alone: nothing that was downloaded is unpickled."""
-        return super().from_pretrained(name, *args, **{"use_safetensors": True, **options})
+        """As transformers', from safetensors alone: nothing that was downloaded is unpickled.
+
+        Raises:
+            ValueError: for a checkpoint of another kind of model, one that lacks weights or has them in
+                other sizes, or an adapter's folder.
+            OSError: if there is no checkpoint, or its weights file is damaged.
+        """
+        check_folder(name)
+        wants_info = options.pop("output_loading_info", False)
+        options.setdefault("use_safetensors", True)
+        model, info = load_whole(super().from_pretrained, name, *args, **options)
+        keep_gradients(model)
+        return (model, info) if wants_info else model  # type: ignore[return-value]
 
     @classmethod
     def from_reference(cls, name: str | Path, **options: Any) -> QuietStarForCausalLM:
@@ -316,6 +341,28 @@ def _freeze_other_parts(base: PreTrainedModel) -> None:
     for parameter in base.parameters():
         if id(parameter) not in reached:
             parameter.requires_grad_(False)
+
+
+def _check_base(base: Any) -> None:
+    """Refuse what is no decoder of transformers without thoughts."""
+    if isinstance(base, QuietStarForCausalLM):
+        raise ValueError("base has thoughts already; expected a decoder without (its own is model.base)")
+    if isinstance(base, PreTrainedModel):
+        return
+    kind = type(base).__name__
+    if hasattr(base, "peft_config"):
+        raise TypeError(
+            f"base is a {kind}, a decoder inside an adapter; expected base.merge_and_unload(), or give"
+            " adapters to the model with thoughts instead"
+        )
+    raise TypeError(f"base is a {kind}; expected a causal language model of transformers, or its name")
+
+
+def _input_device(base: PreTrainedModel) -> torch.device:
+    """Where a decoder takes its tokens; weights that accelerate has put away lie nowhere."""
+    hook = getattr(base.get_input_embeddings(), "_hf_hook", None)
+    place = getattr(hook, "execution_device", None)
+    return base.device if place is None else torch.device(place)
 
 
 AutoConfig.register("quietstar", QuietStarConfig, exist_ok=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
 from quietstar.config import QuietStarConfig
-from quietstar.errors import UserError
+from quietstar.decoder_config import decoder_config
+from quietstar.errors import UserError, blaming
 from quietstar.plan import (
     CONTEXT_BYTES,
     GAPS,
@@ -27,20 +29,30 @@ from quietstar.recipe import Recipe, load_recipe
 from quietstar.text_part import text_config_of
 
 GB = 1e9
+# Numbers without a unit up to this are gigabytes, as anybody would mean them.
+PLAIN_GIGABYTES = 10_000
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
 
 def parse_bytes(text: str) -> float:
-    """``24G``, ``24GB`` or ``80e9`` as bytes (G is 10^9, as GPUs are sold); Gi is 2^30."""
+    """``24G``, ``24GB``, ``24`` or ``80e9`` as bytes (G is 10^9, as GPUs are sold); Gi is 2^30."""
     match = re.fullmatch(r"\s*([0-9.]+(?:[eE][0-9]+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     try:
         number = float(match.group(1)) if match else 0.0
     except ValueError:
         number = 0.0
-    if match is None or number <= 0:
+    if match is None or number <= 0 or math.isinf(number):
         raise UserError(f"--gpu-memory is {text!r}; expected a size, e.g. 24G")
-    power = "KMGT".index(match.group(2).upper()) + 1 if match.group(2) else 0
-    return number * (1024.0**power if match.group(3) else _UNITS[match.group(2).upper()])
+    unit, binary = match.group(2).upper(), bool(match.group(3))
+    if not unit and not binary and number <= PLAIN_GIGABYTES:
+        unit = "G"
+    power = "KMGT".index(unit) + 1 if unit else 0
+    size = number * (1024.0**power if binary else _UNITS[unit])
+    if size < CONTEXT_BYTES:
+        raise UserError(
+            f"--gpu-memory is {text!r}, {size / GB:.3g} GB; expected the size of a GPU, e.g. 24G"
+        )
+    return size
 
 
 def ways(step: Step, processes: int) -> Iterator[tuple[str, Step]]:
@@ -66,16 +78,12 @@ def recipe_sizes(recipe: Recipe) -> tuple[QuietStarConfig, Sizes]:
 
     section = recipe.model
     if section.config is not None:
-        fields = dict(section.config)
-        if "vocab_size" not in fields:
-            fields["vocab_size"] = len(build_tokenizer(section)) + 2
-        decoder = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        known = section.config.get("vocab_size") is not None
+        # The two tokens that the tokenizer may lack.
+        decoder = decoder_config(section.config, 1 if known else len(build_tokenizer(section)) + 2, {})
     else:
-        try:
+        with blaming(f"cannot load the configuration of {section.name}"):
             decoder = AutoConfig.from_pretrained(section.name, revision=section.revision)
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"cannot load the configuration of {section.name}: {reason}") from error
         decoder = text_config_of(decoder)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if not hasattr(decoder, name):
@@ -83,7 +91,9 @@ def recipe_sizes(recipe: Recipe) -> tuple[QuietStarConfig, Sizes]:
                 f"model type {decoder.model_type!r} has no {name}; the plan counts decoders with RMSNorm"
                 " and a gated MLP (Llama, Mistral, Qwen, ...)"
             )
-    return QuietStarConfig(text_config=decoder, **recipe.thoughts), decoder_sizes(decoder)
+    with blaming("model.config" if section.config else f"cannot plan {section.name}"):
+        sizes = decoder_sizes(decoder)
+    return QuietStarConfig(text_config=decoder, **recipe.thoughts), sizes
 
 
 def main(args: argparse.Namespace) -> int:

@@ -33,6 +33,7 @@ import yaml
 
 from quietstar.errors import UserError
 from quietstar.paths import is_file, is_folder
+from quietstar.ranges import check_training
 from quietstar.recipe_sections import AdapterSection, DataSection, ModelSection
 from quietstar.values import Mismatch, coerce, describe, load_word, load_yaml
 
@@ -343,6 +344,12 @@ def _check_together(recipe: Recipe, where: str) -> None:
             f"{where}: data.eval_blocks is {data.eval_blocks} and data.max_train_blocks "
             f"{data.max_train_blocks}; expected 0 or more, and 1 or more"
         )
+    try:
+        check_training(recipe.training)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if data.shuffle_buffer < 0:
+        raise UserError(f"{where}: data.shuffle_buffer is {data.shuffle_buffer}; expected 0 or more")
     if data.streaming and recipe.training.get("max_steps", -1) < 1:
         raise UserError(
             f"{where}: data.streaming has no known length; set training.max_steps to the steps to train"

@@ -49,7 +49,8 @@ class DataSection:
             :class:`quietstar.lookup.TextMix`.
         config_name: configuration of a hub data set.
         revision: branch, tag or commit of a hub data set.
-        files: instead of ``name``, local files or globs: txt, jsonl, parquet (txt, jsonl also .gz).
+        files: instead of ``name``, local files or globs: jsonl, json, csv, tsv, parquet, anything else
+            as plain text (all but parquet also as .gz).
         split, eval_split: which splits to train on and to evaluate on.
         eval_files: local files to evaluate on.
         text_column: the column that holds the text.

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quietstar.errors import UserError
+from quietstar.errors import UserError, check_seed
+from quietstar.paths import is_folder, read_text
 from quietstar.report_data import SeenToken, look, split_rows
 from quietstar.report_svg import curves_figure, deciles_figure
 from quietstar.rundir import last_checkpoint, read_json
@@ -43,6 +44,7 @@ def main(args: argparse.Namespace) -> int:
     from transformers.utils import logging as transformers_logging
 
     from quietstar.checkpoint import load_checkpoint
+    from quietstar.disk import check_writable_file
 
     limits = (
         ("--tokens", args.tokens, 2),
@@ -54,8 +56,10 @@ def main(args: argparse.Namespace) -> int:
             raise UserError(f"{name} is {value}; expected a whole number >= {least}")
     text = _read_text(args.file)
     output = args.output or Path(args.file.stem + ".html")
-    if output.is_dir() or not output.resolve().parent.is_dir():
+    check_seed(args.seed)
+    if is_folder(output) or not is_folder(output.resolve().parent):
         raise UserError(f"--output {output} cannot be written; expected a file in a folder that exists")
+    check_writable_file(output)
     if output.exists() and args.file.exists() and output.samefile(args.file):
         raise UserError(f"the page would overwrite {args.file}; choose another --output")
     transformers_logging.set_verbosity_error()
@@ -323,14 +327,7 @@ def _trained_length(name: str) -> int | None:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"text file {path} does not exist") from None
-    except UnicodeDecodeError:
-        raise UserError(f"text file {path} is not UTF-8 text") from None
-    except OSError as error:
-        raise UserError(f"text file {path} cannot be read: {error.strerror}") from None
+    text = read_text(path, "text file")
     if not text.strip():
         raise UserError(f"text file {path} is empty")
     return text

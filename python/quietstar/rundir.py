@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from quietstar.errors import UserError
+from quietstar.paths import is_file, is_folder
 from quietstar.recipe import HARMLESS_PREFIXES, Recipe, load_recipe
 
 INCOMPLETE = "incomplete-"
@@ -28,33 +29,34 @@ RUN_FILE, RECIPE_FILE, METRICS_FILE = "run.json", "recipe.yaml", "metrics.json"
 class RunFolder:
     """An output folder that belongs to this run.
 
-    ``checkpoint`` is the last complete one, or None; ``metrics`` those of a run that is done.
+    ``checkpoint`` is the last complete one, or None; ``metrics`` those of a run that is done. With
+    ``replaced`` it holds a run that makes place for this one when this one starts.
     """
 
     path: Path
     checkpoint: Path | None = None
     metrics: dict[str, Any] | None = None
+    replaced: bool = False
 
 
 def open_run(path: Path, recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
-    """Look at an output folder without changing it, unless ``overwrite``.
+    """Look at an output folder without changing it.
 
     The same recipe continues where it stopped. Raises :class:`UserError` if the folder belongs to
     another run or holds other files, and with ``resume`` if there is nothing to continue.
     """
-    if path.exists() and not path.is_dir():
+    if not is_folder(path) and is_file(path):
         raise UserError(f"output folder {path} is a file; expected a folder or a new name")
     # Killed before its first file was whole, a run leaves a scratch file and no more.
     scratch = _scratch(path / RUN_FILE).name
-    has_files = path.is_dir() and any(entry.name != scratch for entry in path.iterdir())
+    has_files = is_folder(path) and any(entry.name != scratch for entry in path.iterdir())
     if has_files and not (path / RUN_FILE).is_file():
         raise UserError(
             f"output folder {path} holds files but no {RUN_FILE}, so it belongs to something else; "
             "choose another folder"
         )
     if has_files and overwrite:
-        _clear(path)
-        has_files = False
+        return RunFolder(path, replaced=True)
     if not has_files:
         if resume:
             raise UserError(f"output folder {path} holds no run to resume")
@@ -77,6 +79,8 @@ def start_run(folder: RunFolder, recipe: Recipe) -> None:
     from quietstar.versions import package_versions
 
     folder.path.mkdir(parents=True, exist_ok=True)
+    if folder.replaced:
+        _clear(folder.path)
     # This file first: a folder without it belongs to something else.
     write_json(
         folder.path / RUN_FILE,
@@ -126,11 +130,11 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 def _clear(path: Path) -> None:
-    """Remove what says that a run is there; model files are overwritten by the new run."""
+    """Remove what a run has come to; its model files and run.json are overwritten by the new run."""
     for entry in path.iterdir():
         if re.fullmatch(r"checkpoint-\d+", entry.name) and entry.is_dir():
             shutil.rmtree(entry)
-        elif entry.name in (RUN_FILE, RECIPE_FILE, METRICS_FILE):
+        elif entry.name in (RECIPE_FILE, METRICS_FILE):
             entry.unlink()
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +209,8 @@ class SafeCheckpoints(Trainer):
         self._save(output_dir, state_dict=weights)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with _without_embeddings(self.model):
+            super()._save(output_dir, state_dict)
         if self.args.should_save:
             inside = self.accelerator.unwrap_model(self.model)
             if hasattr(inside, "peft_config"):
@@ -335,3 +338,20 @@ def _copy_weights(folder: Path, model: nn.Module, names: dict[nn.Parameter, str]
                     target.copy_(value)
                 found.add(names[target] if isinstance(target, nn.Parameter) else name)
     return found
+
+
+@contextmanager
+def _without_embeddings(model: Any) -> Iterator[None]:
+    """Within, an adapter is saved without the tables of its decoder; loading makes their new rows again.
+
+    peft would save them whole, and look for the number of tokens in the decoder's own configuration as
+    if it were one of a model with thoughts.
+    """
+    if not hasattr(model, "peft_config"):
+        yield
+        return
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained

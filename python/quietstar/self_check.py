@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .layers import embedding_rows
 from .layout import ThoughtLayout, text_ranges
 from .noise import evaluation_mode
 from .positions import check_length
@@ -151,7 +152,7 @@ def _is_rounded(decoder: PreTrainedModel, hidden: Tensor) -> bool:
 def _ordinary_tokens(decoder: PreTrainedModel, count: int) -> Tensor:
     """[count] int64 ids all over the vocabulary, other than those with a meaning for the decoder."""
     config = text_config_of(decoder.config)
-    rows = decoder.get_input_embeddings().num_embeddings
+    rows = embedding_rows(decoder.get_input_embeddings()) or 1
     size = min(getattr(config, "vocab_size", rows), rows)
     special = {i for part in (config, decoder.config) for i in _special_ids(part)}
     ordinary = list(islice((i for i in _spread(size) if i not in special), count)) or [0]

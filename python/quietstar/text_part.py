@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 
 def text_config_of(config: PretrainedConfig) -> PretrainedConfig:

@@ -45,8 +45,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: QuietStarConfig)
                 " the tokenizer that the model was built with"
             )
     decoder: Any = text_config_of(config)
-    rows = decoder.vocab_size
-    if len(tokenizer) > rows:
+    rows = getattr(decoder, "vocab_size", None)
+    if rows is not None and len(tokenizer) > rows:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens and the model's vocabulary {rows}; expected a"
             " vocabulary that holds them all"

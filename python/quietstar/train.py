@@ -15,7 +15,8 @@ from quietstar.adapters import add_adapters
 from quietstar.build import build_data, build_model, build_tokenizer, check_files
 from quietstar.data import collator_for
 from quietstar.disk import check_room, check_writable, checkpoint_bytes
-from quietstar.errors import UserError
+from quietstar.errors import UserError, blaming
+from quietstar.packages import check_packages
 from quietstar.recipe import Recipe
 from quietstar.rundir import INCOMPLETE, METRICS_FILE, open_run, start_run, write_json
 from quietstar.versions import package_versions
@@ -62,8 +63,6 @@ def run_recipe(
     arguments = training_arguments(recipe, Path(output), progress=progress)
     check_options(arguments, {})
     with arguments.main_process_first(desc="looking at the output folder"):
-        # The first process has cleared the folder before the others look.
-        overwrite = overwrite and arguments.process_index == 0
         folder = open_run(Path(output), recipe, resume=resume, overwrite=overwrite)
         if arguments.process_index == 0 and folder.metrics is None:
             check_writable(folder.path)
@@ -175,10 +174,12 @@ def training_arguments(recipe: Recipe, output: Path, *, progress: bool) -> Train
             f"training.eval_strategy is {settings['eval_strategy']!r} but data.eval_blocks is 0; set "
             "the number of rows to evaluate on"
         )
-    try:
-        return QuietStarArguments(output_dir=str(output), remove_unused_columns=False, **settings)
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"training: {' '.join(str(error).split())}") from error
+    with blaming("training"):
+        arguments = QuietStarArguments(output_dir=str(output), remove_unused_columns=False, **settings)
+    with blaming(f"training.log_level is {arguments.log_level!r}"):
+        arguments.get_process_log_level()
+    check_packages(arguments)
+    return arguments
 
 
 def main(recipe: Recipe, output: Path, args: argparse.Namespace) -> int:

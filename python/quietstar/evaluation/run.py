@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quietstar.checkpoint import load_checkpoint
-from quietstar.errors import UserError
+from quietstar.disk import check_writable_file
+from quietstar.errors import UserError, check_seed
 from quietstar.evaluation.chains import ChainSettings
 from quietstar.evaluation.journal import Journal
 from quietstar.evaluation.table import render
@@ -37,6 +38,9 @@ def main(args: argparse.Namespace) -> int:
     own, foreign = [n for n in names if n in OWN], [n for n in names if n not in OWN]
     manager = check_foreign(foreign, args.include_path)
     files = assign_files(args.data or [], own)
+    check_seed(args.seed)
+    if args.output is not None:
+        check_writable_file(args.output)
     state = PartialState(cpu=not torch.cuda.is_available() or args.device == "cpu")
     if foreign and state.num_processes > 1:
         raise UserError(
@@ -53,8 +57,7 @@ def main(args: argparse.Namespace) -> int:
         args.output
         or Path("quietstar-runs/eval") / f"{Path(args.model).resolve().name}-{identity[:8]}.json"
     )
-    if output.is_dir():
-        raise UserError(f"--output {output} is a folder; expected a file name")
+    check_writable_file(output)
     journal = Journal(output, state.process_index)
     results: dict[str, Any] = {}
     for task, rows in zip(tasks, items, strict=True):
