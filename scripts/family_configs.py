@@ -332,7 +332,7 @@ def switched_on(decoder: PreTrainedModel) -> str:
         " and ".join(types).replace("_attention", "") + " layers" if len(types) > 1 else "",
         f"window {window}" if window and (not types or any("sliding" in t for t in types)) else "",
         f"{experts} experts, {chosen} per token" if experts and chosen else "",
-        f"{shared} shared experts" if experts and shared else "",
+        f"{shared} shared by all tokens" if experts and shared else "",
         "latent attention" if first("kv_lora_rank") else "",
         "grouped keys" if heads and groups and groups < heads else "",
         f"rotary type {', '.join(sorted(kinds))}" if kinds else "",

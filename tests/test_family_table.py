@@ -37,13 +37,23 @@ def llama(checker):
     return checker.tiny_decoder(checker.tiny_config("llama"))
 
 
-# A window within a thought, experts, latent attention, sinks, soft-caps, and a part of a whole.
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "gemma3"])
-def test_a_right_family_is_exact(checker, family: str):
+# Windows within a thought, soft-caps, sinks and experts, latent attention, a part of a whole, and embeddings
+# that the decoder scales in place.
+@pytest.mark.parametrize(
+    ("family", "feature"),
+    [
+        ("llama", "grouped keys"),
+        ("gemma2", "soft-cap on attention"),
+        ("gpt_oss", "attention sinks"),
+        ("deepseek_v3", "latent attention"),
+        ("gemma3", "window 4"),
+        ("ctrl", ""),
+    ],
+)
+def test_a_right_family_is_exact(checker, family: str, feature: str):
     verdict = checker.check(family)
     assert verdict.kind == checker.EXACT, verdict
-    assert 0 < verdict.difference < 2e-5
-    assert family == "llama" or any(word in verdict.features for word in ("window", "latent"))
+    assert 0 < verdict.difference < 2e-5 and feature in verdict.features
 
 
 @pytest.mark.parametrize(("family", "words"), [("falcon", "interface"), ("mamba", "linear_attention")])

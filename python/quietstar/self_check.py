@@ -108,7 +108,7 @@ def _check_columns(decoder: PreTrainedModel, ids: Tensor) -> None:
     own = text_body(decoder)(input_ids=torch.stack(texts), use_cache=False).last_hidden_state
     behind = [row[anchor + 1 :][:_SLOTS] for row, anchor in zip(own, _ANCHORS, strict=True)]
     wanted = (own[-1, :_TEXT], torch.cat(behind))
-    found = packed(embeds)
+    found = packed(embeds.clone())  # some decoders scale it in place
     rounded = _is_rounded(decoder, own)
     nudge = (
         1

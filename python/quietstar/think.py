@@ -49,7 +49,8 @@ def run_decoder(
     # A 4-D mask is handed through untouched, so that nothing of size L x L is ever built.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
     hidden = text_body(decoder)(
-        inputs_embeds=embeds,
+        # In memory of its own: some decoders scale it in place, which an expanded tensor cannot be.
+        inputs_embeds=embeds.contiguous(),
         attention_mask=mask,
         position_ids=positions,
         use_cache=False,
