@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer
-from quietstar.collate import LeftOut, PaddingCollator
+from quietstar.collate import PaddingCollator
 
 
 def uneven(count: int = 8, **more: Any) -> list[dict[str, Any]]:
@@ -160,7 +159,7 @@ def test_thoughts_that_do_not_fit_their_rows():
         PaddingCollator()(rows)
 
 
-def test_rows_without_a_target_are_counted_and_change_nothing(caplog: pytest.LogCaptureFixture):
+def test_rows_without_a_target_change_nothing(caplog: pytest.LogCaptureFixture):
     whole = {"input_ids": [3, 4, 5, 6, 7], "labels": [3, 4, 5, 6, 7]}
     useless = [
         {"input_ids": [], "labels": []},
@@ -169,26 +168,11 @@ def test_rows_without_a_target_are_counted_and_change_nothing(caplog: pytest.Log
     ]
     model = small_model().eval()
     collate = PaddingCollator()
-    with caplog.at_level(logging.WARNING, logger="quietstar"):
-        batch = collate([useless[0], whole, *useless[1:]])
-    assert [r.message for r in caplog.records] == ["a row without a target counts nowhere: 0 tokens []"]
-    assert collate.without_target.count == 3
+    batch = collate([useless[0], whole, *useless[1:]])
+    assert not caplog.records  # the Trainer counts them, once
     expected, found = model(**collate([whole])), model(**batch)
     torch.testing.assert_close(found.nll_loss, expected.nll_loss)
     torch.testing.assert_close(found.base_losses[1], expected.base_losses[0])
-
-
-def test_a_count_is_said_at_every_tenfold(caplog: pytest.LogCaptureFixture):
-    tally = LeftOut("a row is odd")
-    with caplog.at_level(logging.WARNING, logger="quietstar"):
-        for number in range(120):
-            tally.note(f"row {number}")
-    said = [
-        "a row is odd: row 0",
-        "a row is odd (10 so far): row 9",
-        "a row is odd (100 so far): row 99",
-    ]
-    assert [r.message for r in caplog.records] == said
 
 
 def test_batches_of_short_rows_only(tmp_path: Path):

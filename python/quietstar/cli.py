@@ -157,8 +157,8 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "--data",
         metavar="[TASK=]FILE",
         action="append",
-        help="a local file instead of the data set: jsonl, json, csv or parquet of the same columns; for"
-        " perplexity any text (default there: the standard library's held-out files)",
+        help="a local file instead of the data set: jsonl, json, csv, tsv or parquet of the same"
+        " columns; for perplexity any text (default there: the standard library's held-out files)",
     )
     add("--limit", metavar="N", type=int, help="the first N items of each task")
     add("--output", metavar="FILE", type=Path, help="default: quietstar-runs/eval/MODEL-....json")

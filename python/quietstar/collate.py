@@ -1,10 +1,9 @@
-"""Rows of a data set, as one batch: padded to the longest, and what cannot be used is counted."""
+"""Rows of a data set, as one batch: padded to the longest."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,8 +14,6 @@ from quietstar.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-logger = logging.getLogger("quietstar")
-
 IGNORED = -100
 # Columns with an entry for each token. Padding is told by the mask, so that documents may have any
 # number there.
@@ -24,21 +21,6 @@ _PER_TOKEN = ("input_ids", "attention_mask", "labels", "document_ids", "position
 _COLUMNS = (*_PER_TOKEN, "thought_ids", "anchors", "baseline_losses")
 # What tokenizers and samplers have beside them, which the model has no use for.
 _LEFT_OUT = ("token_type_ids", "special_tokens_mask", "length")
-
-
-class LeftOut:
-    """Counts what cannot be used; says so the first time and at every tenfold after."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.count = 0
-
-    def note(self, which: str) -> None:
-        """Count one more."""
-        self.count += 1
-        if self.count == 10 ** (len(str(self.count)) - 1):
-            so_far = f" ({self.count} so far)" if self.count > 1 else ""
-            logger.warning("%s%s: %s", self.what, so_far, which)
 
 
 @dataclass
@@ -53,7 +35,7 @@ class PaddingCollator:
     Returns ``input_ids``, ``attention_mask`` (1 at text), ``labels`` (-100 at pads, and at a first
     token that only pads precede) and the others, each [B, longest] int64 or with that many tokens.
     The mask alone says what is padding: ``pad_id`` may equal the end-of-text id. A row without a target
-    stays in the batch, where it counts nowhere, and is counted in a warning.
+    stays in the batch, where it counts nowhere.
 
     Args:
         min_length: batches have at least so many tokens per row.
@@ -65,13 +47,10 @@ class PaddingCollator:
     pad_id: int = 0
     padding_side: str = "right"
     min_length: int = 1
-    without_target: LeftOut = field(
-        default_factory=lambda: LeftOut("a row without a target counts nowhere"), repr=False
-    )
 
     def __post_init__(self) -> None:
         if self.padding_side not in ("left", "right"):
-            raise UserError(f"data.padding_side is {self.padding_side!r}; expected left or right")
+            raise UserError(f"padding_side is {self.padding_side!r}; expected left or right")
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         checked = [_checked(row, number) for number, row in enumerate(rows)]
@@ -83,7 +62,6 @@ class PaddingCollator:
                         f"row {number} of a batch has no {name}, which others have; expected the same"
                         " columns in every row"
                     )
-            self._count(row)
         longest = max(self.min_length, *(len(row["input_ids"]) for row in checked))
         padded = [self._padded(row, number, longest) for number, row in enumerate(checked)]
         for number, row in enumerate(padded):
@@ -124,16 +102,6 @@ class PaddingCollator:
             # Only a pad stands before a row's first token, and it has seen no text.
             made["labels"][before] = IGNORED
         return made
-
-    def _count(self, row: dict[str, Tensor]) -> None:
-        is_text = row["attention_mask"] != 0
-        targets = is_text[1:] & is_text[:-1]
-        if "labels" in row:
-            targets = targets & (row["labels"][1:] != IGNORED)
-        if not bool(targets.any()):
-            ids = row["input_ids"].tolist()
-            shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-            self.without_target.note(f"{len(ids)} tokens [{shown}]")
 
 
 def collator_for(

@@ -28,11 +28,11 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from quietstar.collate import IGNORED as IGNORED
-from quietstar.collate import LeftOut
 from quietstar.collate import PaddingCollator as PaddingCollator
 from quietstar.collate import collator_for as collator_for
 from quietstar.corpora import Document
 from quietstar.errors import UserError
+from quietstar.left_out import LeftOut
 from quietstar.streams import Position, Track
 
 if TYPE_CHECKING:
@@ -75,34 +75,35 @@ class Blocks:
                 "(talk_length + 2)"
             )
 
-
-class Unusable(LeftOut):
-    """Counts the documents that are left out, and says where they stand."""
-
-    def __init__(self, blocks: Blocks) -> None:
-        self.shortest = blocks.min_tokens if blocks.packing == "document" else 1
-        short = f"of fewer than {self.shortest} tokens (talk_length + 2)"
-        super().__init__(f"a document {'without text' if self.shortest == 1 else short} is left out")
-
-    def look(self, document: Document, ids: list[int]) -> None:
-        """Count a document if nothing can be made of its tokens."""
-        if len(ids) < self.shortest:
-            self.note(document.name)
+    def why_no_row(self, ids: list[int]) -> str | None:
+        """Why nothing can be made of a document with these tokens; None if something can."""
+        if self.packing == "document" and len(ids) < self.min_tokens:
+            return f"has fewer than {self.min_tokens} tokens (talk_length + 2)"
+        return None if ids else "has no text"
 
 
-def tokenize(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, unusable: Unusable | None = None
-) -> Iterator[list[int]]:
+def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Yield the token ids of each document, closed by the end-of-text token where there is one.
 
     What the tokenizer adds by itself (a begin-of-text token, say) is kept. Documents without text give
     nothing.
     """
     for document, ids in _tokenized_one_by_one(documents, tokenizer):
-        if unusable is not None:
-            unusable.look(document, ids)
         if document.text:
             yield ids
+
+
+def _counted(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, blocks: Blocks, left_out: LeftOut
+) -> Iterator[list[int]]:
+    """The token ids of each document; those that give no row are counted."""
+    for document, ids in _tokenized_one_by_one(documents, tokenizer):
+        why = blocks.why_no_row(ids)
+        if why is None:
+            left_out.used()
+        else:
+            left_out.add(f"document {document.name}", why)
+        yield ids
 
 
 def _tokenized_one_by_one(
@@ -260,7 +261,7 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
         self.skip = skip
         self.max_blocks = max_blocks
         self.repeat = repeat
-        self.unusable = Unusable(blocks)
+        self.left_out = LeftOut()
         self._track = Track(open_source, skip)
         self._start: Position | None = None
 
@@ -292,7 +293,7 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
 
         while True:
             for batch in self._track.batches(start, TOKENIZER_BATCH, about):
-                for ids in tokenize(batch, self.tokenizer, self.unusable):
+                for ids in _counted(batch, self.tokenizer, self.blocks, self.left_out):
                     for row in self._cut(cutter, ids):
                         if self.max_blocks is None or rows - begun < self.max_blocks:
                             rows += 1
@@ -319,8 +320,8 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
         if limit is not None:
             limit = (limit - first + step - 1) // step
         documents = islice(self.open_source(), self.skip + first, None, step)
-        rows = cut_blocks(tokenize(documents, self.tokenizer, self.unusable), self.blocks)
-        for row in islice(rows, limit):
+        tokens = _counted(documents, self.tokenizer, self.blocks, self.left_out)
+        for row in islice(cut_blocks(tokens, self.blocks), limit):
             yield _as_item(row)
 
 
@@ -345,15 +346,14 @@ def read_blocks(
     """
     from transformers.utils.logging import tqdm
 
-    seen, unusable = {"documents": skip, "tokens": 0}, Unusable(blocks)
+    seen, left_out = {"documents": skip, "tokens": 0}, LeftOut()
 
     def counted() -> Iterator[list[int]]:
         # Documents are tokenized one batch ahead of the rows; counting here, one by one, tells how
         # many were used when max_blocks stops the reading.
         texts = (d for d in islice(open_source(), skip, None))
         with tqdm(desc=f"tokenizing {what}", unit=" tokens", disable=not progress) as bar:
-            for document, ids in _tokenized_one_by_one(texts, tokenizer):
-                unusable.look(document, ids)
+            for ids in _counted(texts, tokenizer, blocks, left_out):
                 seen["documents"] += 1
                 seen["tokens"] += len(ids)
                 bar.update(len(ids))

@@ -13,7 +13,7 @@ NAMED = 3
 
 
 class LeftOut:
-    """Counts rows and files that cannot be used, and warns.
+    """Counts rows, files and documents that cannot be used, and warns.
 
     One for a source, however often it is read: what was said in a first pass is not said again. Nothing
     is said before something could be used; where nothing can, the error says it.
@@ -26,7 +26,7 @@ class LeftOut:
 
     @property
     def count(self) -> int:
-        """How many different rows and files were left out."""
+        """How many different ones were left out."""
         return len(self._seen)
 
     @property

@@ -22,10 +22,11 @@ from quietstar.tables import (
     TABLE_SUFFIXES,
     Place,
     check_columns,
-    check_suffix,
     open_text,
     suffix_of,
     table_rows,
+    why_no_column,
+    why_unreadable,
 )
 
 STDLIB = "stdlib"
@@ -57,7 +58,7 @@ def local_documents(
             f"data.txt_documents is {txt_documents!r}; expected one of {', '.join(TXT_DOCUMENTS)}"
         )
     left_out = LeftOut() if left_out is None else left_out
-    paths = expand_files(patterns)
+    paths = expand_files(patterns, left_out)
     for path in paths:
         if path.stat().st_size == 0:
             left_out.add(f"data file {path}", "is empty; expected text")
@@ -76,11 +77,12 @@ def local_documents(
     left_out.check(f"data file {paths[0]}")
 
 
-def expand_files(patterns: str | Iterable[str]) -> list[Path]:
+def expand_files(patterns: str | Iterable[str], left_out: LeftOut | None = None) -> list[Path]:
     """The files that ``patterns`` (paths or globs) name, sorted within each pattern, each once.
 
-    Raises :class:`UserError` for a pattern that matches nothing, a folder, a file that is neither text
-    nor a table, and where all files are empty.
+    What a glob matches and is neither text nor a table (a picture) is left out, and counted in
+    ``left_out``. Raises :class:`UserError` for a pattern that matches nothing to be read, a folder, such
+    a file given by its name, and where all files are empty.
     """
     found: dict[Path, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else list(patterns):
@@ -88,7 +90,8 @@ def expand_files(patterns: str | Iterable[str]) -> list[Path]:
         path = Path(expanded)
         if path.is_dir():
             raise UserError(f"{pattern} is a folder; name its files, e.g. {pattern}/*.txt")
-        if path.exists():
+        named = path.exists()
+        if named:
             matches = [path]
         else:
             matches = [Path(m) for m in sorted(glob.glob(expanded, recursive=True))]
@@ -96,9 +99,15 @@ def expand_files(patterns: str | Iterable[str]) -> list[Path]:
             if not matches:
                 kind = "pattern matches no file" if glob.has_magic(pattern) else "does not exist"
                 raise UserError(f"data file {pattern} {kind} (looked from {Path.cwd()})")
+        unreadable = {match: why for match in matches if (why := why_unreadable(match)) is not None}
+        if named or len(unreadable) == len(matches):
+            for match, why in unreadable.items():
+                raise UserError(f"data file {match} {why}")
         for match in matches:
-            check_suffix(match)
-            found[match] = None
+            if match not in unreadable:
+                found[match] = None
+            elif left_out is not None:
+                left_out.add(f"data file {match}", unreadable[match])
     if not found:
         raise UserError("data.files names no file")
     if all(match.stat().st_size == 0 for match in found):
@@ -145,10 +154,13 @@ def hub_documents(
         where = f"data set {name}, row {number}"
         if unusable.nothing_used and unusable.count >= ROWS_TO_TELL:
             check_columns(row, [text_column], where)
-        why = why_no_text(row.get(text_column), text_column)
+        if text_column not in row:
+            unusable.add(where, why_no_column(row, text_column))
+            return None
+        why = why_no_text(row[text_column], text_column)
         if why is None:
             unusable.used()
-            return text_or_nothing(row.get(text_column))
+            return text_or_nothing(row[text_column])
         unusable.add(where, why)
         return None
 

@@ -59,14 +59,14 @@ def suffix_of(path: Path) -> str:
     return next((s.lower() for s in reversed(path.suffixes) if s.lower() != ".gz"), "")
 
 
-def check_suffix(path: Path) -> None:
-    """Raise :class:`UserError` for a file that is known to be neither text nor a table."""
+def why_unreadable(path: Path) -> str | None:
+    """Why a file is known, by its suffix, to be neither text nor a table; None if it may be either."""
     suffix = suffix_of(path)
     if suffix in BINARY_SUFFIXES or (suffix == ".parquet" and path.suffix.lower() == ".gz"):
-        raise UserError(
-            f"data file {path} cannot be read; expected plain text, jsonl, json, csv or tsv (each also"
-            " as .gz), or parquet"
+        return (
+            "cannot be read; expected plain text, jsonl, json, csv or tsv (each also as .gz), or parquet"
         )
+    return None
 
 
 def table_rows(
@@ -76,7 +76,8 @@ def table_rows(
 
     Args:
         path: ``.csv``, ``.tsv`` and ``.parquet`` are read as such, anything else as JSON: an object per
-            line, or a list.
+            line, or a list. Quotes in a ``.tsv`` are characters like any other, unless the whole file is
+            properly quoted (each field that begins with a quote ends with one).
         left_out: takes the rows that lack a column, and what cannot be read.
         kind: what a column is called in a message.
 
@@ -101,7 +102,7 @@ def table_rows(
             break
         if found:
             for place, name, other in lacking:
-                left_out.add(place, _no_column(other, name, kind))
+                left_out.add(place, why_no_column(other, name, kind))
             lacking.clear()
         if missing is None:
             yield where, row
@@ -120,10 +121,11 @@ def check_columns(
     for name in wanted:
         if name not in have:
             hint = " (set data.text_column)" if kind == "text column" else ""
-            raise UserError(f"{where} {_no_column(have, name, kind)}{hint}")
+            raise UserError(f"{where} {why_no_column(have, name, kind)}{hint}")
 
 
-def _no_column(columns: Iterable[str], name: str, kind: str) -> str:
+def why_no_column(columns: Iterable[str], name: str, kind: str = "text column") -> str:
+    """What to say of a row or table that has ``columns`` and lacks one."""
     listed = ", ".join(sorted(map(str, columns))) or "none"
     return f"has no {kind} {name!r}; its columns are: {listed}"
 
@@ -192,18 +194,19 @@ def _parse(text: str, where: object, left_out: LeftOut) -> Iterator[Any]:
 
 def _csv(path: Path, columns: list[str], left_out: LeftOut, kind: str) -> Found:
     csv.field_size_limit(LONGEST_FIELD)
+    quoting = csv.QUOTE_MINIMAL if _is_quoted(path, left_out) else csv.QUOTE_NONE
     with open_text(path, left_out) as file:
-        reader = csv.reader(file, delimiter=CSV_SUFFIXES[suffix_of(path)])
+        reader = csv.reader(file, delimiter=CSV_SUFFIXES[suffix_of(path)], quoting=quoting)
         names: list[str] | None = None
         while True:
+            where = Place(path, "line", reader.line_num + 1)  # a quoted field may have several lines
             try:
                 fields = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                left_out.add(Place(path, "line", reader.line_num), f"cannot be read ({error})")
+                left_out.add(where, f"cannot be read ({error})")
                 continue
-            where = Place(path, "line", reader.line_num)
             if names is None:
                 names = fields
                 check_columns(names, columns, where, kind)
@@ -215,6 +218,23 @@ def _csv(path: Path, columns: list[str], left_out: LeftOut, kind: str) -> Found:
                     yield where, row
                 else:
                     left_out.add(where, "is not UTF-8 text")
+
+
+def _is_quoted(path: Path, left_out: LeftOut) -> bool:
+    """Whether quotes enclose fields: always in a csv; in a tsv if all that begin a field do.
+
+    Programs differ in how they write a tsv. One quote that is never closed would swallow all lines after
+    it, so that the file is read once before its rows are.
+    """
+    if suffix_of(path) != ".tsv":
+        return True
+    try:
+        with open_text(path, left_out) as file:
+            for _ in csv.reader(file, delimiter="\t", strict=True):
+                pass
+    except csv.Error:
+        return False
+    return True
 
 
 def _parquet(path: Path, columns: list[str], left_out: LeftOut, kind: str) -> Found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -150,6 +151,30 @@ def test_a_long_item_keeps_its_answer(splitting: PreTrainedTokenizerFast):
 @pytest.mark.parametrize(
     "change, message",
     [
+        ({"question": None}, "question is None; expected text"),
+        ({"answer": None}, "answer is None; expected text or a number"),
+        ({"answer": ["#### 3"]}, "answer is \\['#### 3'\\]; expected text or a number"),
+        ({"answer": "#### ²"}, "answer '#### ²' has no number"),
+        ({"answer": "#### ①"}, "answer '#### ①' has no number"),
+    ],
+)
+@pytest.mark.parametrize("name", ["gsm8k", "gsm8k-cot"])
+def test_wrong_answers(tmp_path, merging, caplog, name: str, change: dict, message: str):
+    path = tmp_path / "gsm.jsonl"
+    rows = [{**GSM_ROWS[0], **change}, GSM_ROWS[1], {"question": "One?", "answer": 1}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert OWN[name](name, Settings(data=path)).items(merging) == rows[1:]
+    (record,) = caplog.records
+    assert re.search(f"line 1 cannot be used: {message}.*left out \\(1 so far\\)", record.getMessage())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"question": 3}, "question is 3; expected text"),
+        ({"choices": {"label": [1, 2], "text": ["a", "b"]}}, "choices is .* lists of text"),
+        ({"choices": {"label": ["A", "B"], "text": ["a", None]}}, "choices is .* lists of text"),
+        ({"choices": {"label": ["A", "B"], "text": "ab"}}, "choices is .* lists of text"),
         ({"answerKey": ""}, "answerKey is ''; expected one of A, B, C, D, E"),
         ({"choices": ["a", "b"]}, "choices is"),
         ({"choices": {"label": ["1", "2"], "text": ["a", "b"]}}, "labelled"),

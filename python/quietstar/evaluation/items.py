@@ -9,7 +9,7 @@ from typing import Any
 
 from quietstar.errors import UserError
 from quietstar.left_out import LeftOut, is_utf8
-from quietstar.tables import check_columns, check_suffix, table_rows
+from quietstar.tables import check_columns, table_rows, why_unreadable
 
 Row = dict[str, Any]
 
@@ -45,7 +45,8 @@ def load_rows(
         where = f"data file {data}"
         if not data.is_file():
             raise UserError(f"data file {data} does not exist")
-        check_suffix(data)
+        if (why := why_unreadable(data)) is not None:
+            raise UserError(f"{where} {why}")
         found = table_rows(data, wanted, left_out, kind="column")
     rows: list[Row] = []
     for place, row in found:

@@ -33,12 +33,16 @@ def gsm8k_text(row: dict[str, Any]) -> tuple[str, str]:
     """(prompt, answer) of a GSM8K row: columns ``question`` and ``answer`` (``... #### 18``).
 
     Raises:
-        UserError: for an answer without a number behind its last ``####``.
+        UserError: for a question that is not text, and an answer without a number (in the digits 0 to 9,
+            whose tokens are scored) behind its last ``####``.
     """
-    answer = str(row["answer"]).rsplit("####", 1)[-1].strip()
-    if not any(character.isdigit() for character in answer):
-        raise UserError(f"answer {row['answer']!r:.80} has no number; expected one behind '####'")
-    return f"Q: {row['question']}{ANSWER_MARK}", f" {answer}\n"
+    given = row["answer"]
+    if isinstance(given, bool) or not isinstance(given, str | int | float):
+        raise UserError(f"answer is {_shown(given)}; expected text or a number")
+    answer = str(given).rsplit("####", 1)[-1].strip()
+    if not any(digit in answer for digit in "0123456789"):
+        raise UserError(f"answer {_shown(given)} has no number; expected one behind '####'")
+    return f"Q: {_question(row)}{ANSWER_MARK}", f" {answer}\n"
 
 
 def csqa_text(row: dict[str, Any]) -> tuple[str, str]:
@@ -47,15 +51,16 @@ def csqa_text(row: dict[str, Any]) -> tuple[str, str]:
     The choices stand one per line, ``(A) text``.
 
     Raises:
-        UserError: for choices that are not labelled with A to E, or a key that is none of them.
+        UserError: for a question or choices that are not text, choices not labelled with A to E, or
+            a key that is none of them.
     """
     choices, key = row["choices"], row["answerKey"]
-    try:
-        labels, texts = list(choices["label"]), list(choices["text"])
-    except (TypeError, KeyError):
+    found = [choices.get(name) if isinstance(choices, dict) else None for name in ("label", "text")]
+    if not all(isinstance(part, list) and all(isinstance(x, str) for x in part) for part in found):
         raise UserError(
-            f"choices is {choices!r:.80}; expected {{'label': [...], 'text': [...]}}"
-        ) from None
+            f"choices is {_shown(choices)}; expected {{'label': [...], 'text': [...]}}, lists of text"
+        )
+    labels, texts = found
     if not labels or len(labels) != len(texts) or "".join(labels) != LETTERS[: len(labels)]:
         raise UserError(
             f"choices are labelled {labels}; expected up to five, A to E, and a text for each"
@@ -63,7 +68,18 @@ def csqa_text(row: dict[str, Any]) -> tuple[str, str]:
     if key not in labels:
         raise UserError(f"answerKey is {key!r}; expected one of {', '.join(labels)}")
     lines = [f"({label}) {text}" for label, text in zip(labels, texts, strict=True)]
-    return "\n".join([f"Q: {row['question']}", *lines]) + ANSWER_MARK, f" {key}\n"
+    return "\n".join([f"Q: {_question(row)}", *lines]) + ANSWER_MARK, f" {key}\n"
+
+
+def _question(row: dict[str, Any]) -> str:
+    question = row["question"]
+    if not isinstance(question, str):
+        raise UserError(f"question is {_shown(question)}; expected text")
+    return question
+
+
+def _shown(value: object) -> str:
+    return f"{value!r:.80}"
 
 
 # ---- tokens -------------------------------------------------------------------------------------

@@ -134,15 +134,14 @@ class ChainTask:
 
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
         data, limit = self.settings.data, self.settings.limit
-        return load_rows(data=data, limit=limit, check=reasoning.gsm8k_text, **GSM8K)
+        return load_rows(data=data, limit=limit, check=_gold, **GSM8K)
 
     def score(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
     ) -> list[Record]:
         records = []
         for item in items:
-            gold = chains.find_number(reasoning.gsm8k_text(item)[1])
-            assert gold is not None  # items() looked
+            gold = _gold(item)
             settings = self.settings.chains
             # From the item, so that a resumed run samples what an uninterrupted one would.
             seed = int(digest([settings.seed, item])[:12], 16)
@@ -160,6 +159,15 @@ class ChainTask:
             "without_number": sum(n is None for r in records for n in r["numbers"])
             / sum(len(r["numbers"]) for r in records),
         }
+
+
+def _gold(item: Item) -> float:
+    """The number that a chain should come to."""
+    answer = reasoning.gsm8k_text(item)[1]
+    number = chains.find_number(answer)
+    if number is None:
+        raise UserError(f"answer {answer.strip()!r:.80} has no number; expected one behind '####'")
+    return number
 
 
 @dataclass
