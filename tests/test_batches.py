@@ -218,3 +218,95 @@ def test_short_rows_alone_in_a_batch_are_trained_on(tmp_path):
     entries = [e for e in run.state.log_history if "loss" in e]
     assert [e["steps_without_targets"] for e in entries] == [0, 1, 1, 1]
     assert all(e["base_loss"] > 0 for n, e in enumerate(entries) if n != 1)
+
+
+@pytest.mark.parametrize("first", [{3}, {0, 1}], ids=["later", "before"])
+def test_a_resumed_run_has_perhaps_learnt_before(tmp_path, first: set[int]):
+    """The steps of one call are not the whole training, nor is the last log entry its last step."""
+    settings = {"per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 1}
+    settings |= {"reward": "information-gain"} if 0 in first else {}
+    reward = settings.pop("reward", "mixture-gain")
+    ends = []
+    for folder, stops in (("whole", (4,)), ("parts", (1 if 0 in first else 3, 4))):
+        for steps in stops:
+            model = small_model(reward=reward)
+            run = trainer(
+                tmp_path / folder,
+                model,
+                texts(4, first),
+                max_steps=steps,
+                logging_steps=3 if steps < 4 else 4,
+                **settings,
+            )
+            run.__class__ = InOrder
+            if steps == 1:
+                # Killed after its first checkpoint, not at an end.
+                run.add_callback(Kill())
+                with pytest.raises(KeyboardInterrupt):
+                    run.train()
+                continue
+            run.train(resume_from_checkpoint=steps == 4 and folder == "parts")
+        ends.append(dict(run.without_targets))
+    assert ends[0] == ends[1] == {n: len(first) for n in ends[0]}
+
+
+class Kill(TrainerCallback):
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_mean_losses_are_over_steps_with_a_target(tmp_path):
+    run = trainer(
+        tmp_path,
+        small_model(thought_kind="none"),
+        texts(4, {1, 2, 3}),
+        per_device_train_batch_size=1,
+        logging_steps=2,
+    )
+    run.__class__ = InOrder
+    result = run.train()
+    first, second = [e for e in run.state.log_history if "loss" in e]
+    assert first["loss"] == pytest.approx(first["base_loss"], rel=1e-4)
+    assert second["loss"] == first["loss"] and "base_loss" not in second
+    assert result.training_loss == pytest.approx(first["base_loss"], rel=1e-4)
+    assert result.metrics["train_loss"] == result.training_loss
+
+
+def test_a_gradient_scaler_without_clipping_meets_a_step_without_a_target(tmp_path):
+    run = trainer(
+        tmp_path,
+        small_model(),
+        texts(3, {1}),
+        per_device_train_batch_size=1,
+        max_grad_norm=0.0,
+        max_steps=3,
+    )
+    run.__class__ = InOrder
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    accelerator = run.accelerator
+    accelerator.scaler, accelerator.native_amp = scaler, True
+    accelerator.state._mixed_precision = "fp16"
+    after = Weights(run)
+    run.add_callback(after)
+    try:
+        run.train()
+    finally:
+        accelerator.state._mixed_precision = "no"
+    same = [torch.equal(a, b) for a, b in zip(after.steps[0], after.steps[1], strict=True)]
+    assert all(same) and run.without_targets["steps_without_targets"] == 1
+
+
+def test_predictions_need_no_target(tmp_path):
+    made = texts(2, {0, 1})
+    run = trainer(tmp_path, small_model(), made)
+    found = run.predict(made)
+    assert len(found.predictions) == 2 and "test_loss" not in found.metrics
+    with pytest.raises(ValueError, match="the evaluation data have no target"):
+        run.evaluate(made)
+
+
+def test_rows_with_losses_to_measure_against_are_refused(tmp_path):
+    made = [{**row, "baseline_losses": torch.zeros(9)} for row in texts(4, set())]
+    run = trainer(tmp_path, small_model(reward="information-gain"), made)
+    with pytest.raises(ValueError, match="the batch has baseline_losses, but QuietStarTrainer"):
+        run.train()

@@ -199,7 +199,7 @@ def test_training_needs_rows(tmp_path: Path):
 def test_a_logger_that_is_not_installed(tmp_path: Path, name: str):
     if importlib.util.find_spec(name) is not None:
         pytest.skip(f"{name} is installed")
-    with pytest.raises(ValueError, match=f"report_to names '{name}', which is not installed"):
+    with pytest.raises(ValueError, match=f"report_to is '{name}', which is not installed: pip install"):
         build(tmp_path, fields={"report_to": name})
 
 

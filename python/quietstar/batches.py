@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from .anchors import choose_anchors
 from .checks import check_text
@@ -28,6 +29,7 @@ from .documents import DESCRIPTIONS, batch_ranges
 from .layout import TextRanges
 from .learn import which_count
 from .parts import BatchPart, MeanCount
+from .saving import saved_count
 from .talk import IGNORE, count_targets, talk_targets, target_labels
 from .trainer_options import check_batch
 
@@ -86,7 +88,9 @@ class WholeBatches(Trainer):
         self._targets: list[int] = []
         # Of the training so far, over all processes, as the log has them.
         self.without_targets = {"steps_without_targets": 0, "rows_without_targets": 0}
-        self._steps_looked_at = 0
+        # Of this call of train, and since the last log entry: steps, and those without a target.
+        self._in_training, self._since_log = [0, 0], [0, 0]
+        self._last_loss: float | None = None
         self._check_parallelism()
         self.add_callback(_CountsTargets(self))
 
@@ -144,6 +148,33 @@ class WholeBatches(Trainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns += [n for n in DESCRIPTIONS if n not in self._signature_columns]
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers'; the mean loss is over the steps that have a target."""
+        result = super().train(*args, **kwargs)
+        if isinstance(result, TrainOutput):
+            return result._replace(training_loss=result.metrics["train_loss"])
+        return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As transformers', whose mean losses count a step without a target as one with the loss 0.
+
+        An entry on such steps alone repeats the loss of the one before; if there is none, it has none.
+        """
+        if "loss" in logs:
+            steps, empty = self._since_log
+            self._since_log = [0, 0]
+            if steps > empty:
+                logs["loss"] *= steps / (steps - empty)
+                self._last_loss = logs["loss"]
+            elif steps and self._last_loss is not None:
+                logs["loss"] = self._last_loss
+            elif steps:
+                del logs["loss"]
+        if "train_loss" in logs:
+            steps, empty = self._in_training
+            logs["train_loss"] *= steps / (steps - empty) if steps > empty else 1.0
+        super().log(logs, start_time)
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
@@ -184,7 +215,9 @@ class WholeBatches(Trainer):
                 self.state.global_step + 1,
             )
         self._has_target = any(self._targets)
-        self._steps_looked_at += 1
+        for counted in (self._in_training, self._since_log):
+            counted[0] += 1
+            counted[1] += not self._has_target
         self.without_targets["rows_without_targets"] += without
         self.without_targets["steps_without_targets"] += not self._has_target
 
@@ -237,24 +270,25 @@ class WholeBatches(Trainer):
 
 
 class _CountsTargets(TrainerCallback):
-    """Keeps the counts of a resumed run, and ends one that has nothing to learn from."""
+    """Begins the counts, and ends a run that has nothing to learn from."""
 
     def __init__(self, trainer: WholeBatches):
         self._trainer = trainer
-        self._before = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        counts = self._trainer.without_targets
-        for name in counts:
-            logged = [entry[name] for entry in state.log_history if name in entry]
-            counts[name] = int(logged[-1]) if logged else 0
-        self._trainer._steps_looked_at, self._before = 0, counts["steps_without_targets"]
+        trainer = self._trainer
+        for name in trainer.without_targets:
+            trainer.without_targets[name] = saved_count(state, name)
+        trainer._in_training, trainer._since_log = [0, 0], [0, 0]
+        logged = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        trainer._last_loss = logged[-1] if logged else None
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        looked = self._trainer._steps_looked_at
-        if looked and looked == self._trainer.without_targets["steps_without_targets"] - self._before:
+        # Of the whole training: a resumed run has perhaps learnt before.
+        steps = state.global_step
+        if steps and steps == self._trainer.without_targets["steps_without_targets"]:
             raise ValueError(
-                f"none of the rows of {looked} steps has a target (labels are all -100 or padding);"
+                f"none of the rows of {steps} steps has a target (labels are all -100 or padding);"
                 " expected training data with tokens to predict"
             )
 

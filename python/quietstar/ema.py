@@ -1,8 +1,8 @@
 """EMA: a copy of the model that follows slowly, for the reward ``information-gain``.
 
-RLP (Hatamizadeh et al. 2025, arXiv 2510.01265, section 2.1): the copy starts as the model at its first
-batch and after every optimiser step becomes ``decay * copy + (1 - decay) * model``. What it is asked for
-is the base loss of every token, without thoughts; so the mixing head and the thought embeddings have
+RLP (Hatamizadeh et al. 2025, arXiv 2510.01265, section 2.1): the copy starts as the model before
+training and after every optimiser step becomes ``decay * copy + (1 - decay) * model``. What it is asked
+for is the base loss of every token, without thoughts; so the mixing head and the thought embeddings have
 no copy, nor has anything that is not trained (of a model with adapters only the adapters have one).
 
 The copy is kept in fp32, at least: in bf16 a step of (1 - 0.999) of a difference is rounded away. It has

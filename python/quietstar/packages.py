@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,23 +20,26 @@ PIP_NAMES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "fly
 
 def check_packages(args: TrainingArguments) -> None:
     """Raise :class:`UserError` for a logger, optimizer or scheduler that is not to be had here."""
-    _check_loggers(args)
+    check_loggers(args.report_to, "training.report_to")
     _check_optimizer(args)
 
 
-def _check_loggers(args: TrainingArguments) -> None:
+def check_loggers(names: Iterable[str], argument: str = "report_to") -> None:
+    """Raise :class:`UserError` for a logger that is unknown or not installed.
+
+    Args:
+        argument: what to call the names in the error.
+    """
     from transformers.integrations import integration_utils
 
     known = integration_utils.INTEGRATION_TO_CALLBACK
-    for name in args.report_to:
+    for name in names:
         if name not in known:
-            raise UserError(
-                f"training.report_to is {name!r}; expected one of {', '.join(sorted(known))}"
-            )
+            raise UserError(f"{argument} is {name!r}; expected one of {', '.join(sorted(known))}")
         is_there = getattr(integration_utils, f"is_{ASKED_AS.get(name, name)}_available", None)
         if is_there is not None and not is_there():
             raise UserError(
-                f"training.report_to is {name!r}, which is not installed: pip install"
+                f"{argument} is {name!r}, which is not installed: pip install"
                 f" {PIP_NAMES.get(name, name)}"
             )
 

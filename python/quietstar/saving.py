@@ -50,6 +50,8 @@ logger = logging.getLogger("quietstar")
 DATA_FILE = "data_position.json"
 SCHEDULER_FILE, SCALER_FILE = "scheduler.json", "scaler.json"
 RNG_FILE, STATE_FILE = "rng_state.json", "trainer_state.json"
+# Where the state of the training has what :meth:`SafeCheckpoints.counts_to_save` counts.
+COUNTS = "QuietStarTrainer"
 # Failed saves in a row that are put up with; the pauses between them double, in steps: 1, 2, 4, 8.
 SAVE_ATTEMPTS = 5
 _WRITING_FAILED = (OSError, SafetensorError)
@@ -149,8 +151,20 @@ class SafeCheckpoints(Trainer):
                     known.append(callback.state())
                 else:
                     self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        self.state.stateful_callbacks[COUNTS] = {"attributes": self.counts_to_save()}
         self.state.save_to_json(str(scratch / STATE_FILE))
         publish(scratch, final)
+
+    def counts_to_save(self) -> dict[str, int]:
+        """What has been counted since the training began and goes on in a resumed run, by name."""
+        return {}
+
+    def _load_callback_state(self) -> None:
+        """As transformers', which would look for a callback of the counts' name."""
+        counts = self.state.stateful_callbacks.pop(COUNTS, None)
+        super()._load_callback_state()
+        if counts is not None:
+            self.state.stateful_callbacks[COUNTS] = counts
 
     def _note_best(self, run: Path, final: Path) -> None:
         if self.state.best_global_step:
@@ -302,6 +316,15 @@ class SafeCheckpoints(Trainer):
         inside = self.accelerator.unwrap_model(self.model)
         put_shards_back(inside)
         return parameter_names(inside)
+
+
+def saved_count(state: Any, name: str) -> int:
+    """A count of the training so far; of a checkpoint that has none, the last in the log, or 0."""
+    counts = state.stateful_callbacks.get(COUNTS, {}).get("attributes", {})
+    if name in counts:
+        return int(counts[name])
+    logged = [entry[name] for entry in state.log_history if name in entry]
+    return int(logged[-1]) if logged else 0
 
 
 class _SaveAgain(TrainerCallback):

@@ -102,6 +102,11 @@ class QuietStarTrainer(ObjectiveTrainer, WholeBatches, SafeCheckpoints):
             parameter.grad = None
         return True
 
+    def counts_to_save(self) -> dict[str, int]:
+        """Counts that a resumed run takes up."""
+        skips = {"skipped_steps": self.guard.skipped, "skipped_in_a_row": self.guard.in_a_row}
+        return {**self.without_targets, **skips}
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what thinking did since the last entry."""
         if "loss" in logs:
@@ -142,6 +147,9 @@ class QuietStarTrainer(ObjectiveTrainer, WholeBatches, SafeCheckpoints):
             # The mean over all targets, not over batches that have different numbers of them, or none.
             found["loss"] = language_model_loss(self._thought_config(), found)
         elif looked and math.isfinite(result.metrics[f"{metric_key_prefix}_loss"]):
+            if not self._evaluates:
+                del result.metrics[f"{metric_key_prefix}_loss"]
+                return result
             raise ValueError(
                 "the evaluation data have no target (labels are all -100 or padding); expected at least"
                 " one token to predict"

@@ -21,6 +21,7 @@ from .clipping import PolicyGradient, average_over_processes
 from .ema import EmaCopy
 from .guard import NonFiniteGuard
 from .noise import refusal_of_neftune
+from .saving import saved_count
 from .schedule import Schedule
 from .sharding import put_shards_back
 
@@ -58,6 +59,13 @@ class ObjectiveTrainer(Trainer):
         config = self._thought_config()
         return config.reward == "information-gain" and config.thought_kind == "sampled"
 
+    def _averages_at_some_stage(self) -> bool:
+        """Whether any step of the training asks for the averaged copy."""
+        config = self._thought_config()
+        stages = [{}] if self.schedule is None else self.schedule.settings
+        kinds = [stage.get("thought_kind", config.thought_kind) for stage in stages]
+        return config.reward == "information-gain" and "sampled" in kinds
+
     def _check_strategy(self) -> None:
         """Refuse what cannot work, before training."""
         alpha = self.args.neftune_noise_alpha
@@ -76,7 +84,7 @@ class ObjectiveTrainer(Trainer):
                 f"policy_max_grad_norm is {self._policy_gradient.max_norm} with {owner}, which handles"
                 " gradients itself; expected null"
             )
-        if deepspeed and self._averages_a_copy():
+        if deepspeed and self._averages_at_some_stage():
             raise ValueError(
                 "reward is 'information-gain' with DeepSpeed, which hides the parameters that the"
                 " averaged copy follows; expected another reward, DDP or FSDP"
@@ -85,12 +93,19 @@ class ObjectiveTrainer(Trainer):
     # ---- one micro-batch ------------------------------------------------------------------------
 
     def run_model(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        """The model's output, given the averaged copy's losses if the reward wants them."""
+        """The model's output, given the averaged copy's losses if the reward wants them.
+
+        Raises:
+            ValueError: if the rows bring such losses themselves.
+        """
+        if inputs.get("baseline_losses") is not None:
+            raise ValueError(
+                "the batch has baseline_losses, but QuietStarTrainer measures against the losses of the"
+                " copy that it averages itself; expected rows without that column"
+            )
         if self._averages_a_copy():
             inside = self.accelerator.unwrap_model(self.model)
-            if self.ema is None and model.training:
-                self.ema = EmaCopy(inside, argument(self.args, "ema_decay"))
-            # Before the first step the copy is the model itself, which the model knows to use.
+            # Before training the copy is the model itself, which the model knows to use.
             if self.ema is not None:
                 losses = self.ema.base_losses(model, inside, inputs)
                 inputs = {**inputs, "baseline_losses": losses}
@@ -143,6 +158,12 @@ class ObjectiveTrainer(Trainer):
         """What the optimiser moves."""
         return [p for p in self.model_wrapped.parameters() if p.requires_grad]
 
+    def unscale_gradients(self) -> None:
+        """Let a gradient scaler see the gradients, which may be dropped next; clipping has."""
+        scaled = getattr(self.accelerator, "scaler", None) is not None and not self.is_deepspeed_enabled
+        if scaled and not self.args.max_grad_norm:
+            self.accelerator.unscale_gradients()
+
     def settle_gradients(self) -> bool:
         """Put the two clipped gradients together; True if the step has to be skipped."""
         scaler = getattr(self.accelerator, "scaler", None)
@@ -181,7 +202,7 @@ class ObjectiveTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self._thought_config().reward == "information-gain":
+        if checkpoint is not None and self._averages_at_some_stage():
             inside = self.accelerator.unwrap_model(self.model)
             self.ema = EmaCopy(inside, argument(self.args, "ema_decay"))
             self.ema.load(checkpoint)
@@ -195,11 +216,15 @@ class _AroundTheStep(TrainerCallback):
         self._skipped = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A resumed run counts on from the last log entry."""
+        """A resumed run counts on; the copy begins with the training, whatever its first step is."""
+        trainer = self._trainer
         if state.is_hyper_param_search:
-            self._trainer.read_arguments()
-        counts = [entry["skipped_steps"] for entry in state.log_history if "skipped_steps" in entry]
-        self._trainer.guard.skipped = int(counts[-1]) if counts else 0
+            trainer.read_arguments()
+        trainer.guard.skipped = saved_count(state, "skipped_steps")
+        trainer.guard.in_a_row = saved_count(state, "skipped_in_a_row")
+        if trainer.ema is None and trainer._averages_at_some_stage():
+            inside = trainer.accelerator.unwrap_model(trainer.model)
+            trainer.ema = EmaCopy(inside, argument(args, "ema_decay"))
         self._say_stage(state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -212,6 +237,7 @@ class _AroundTheStep(TrainerCallback):
             logger.info(self._trainer.schedule.describe(step))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.unscale_gradients()
         self._skipped = self._trainer.settle_gradients()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

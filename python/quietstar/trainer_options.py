@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from .config import QuietStarConfig
+from .packages import check_loggers
 
 _OWN_LOSS = "the loss is the thoughts' own (QuietStarConfig sets its terms and weights)"
 # Arguments of TrainingArguments: the values that are taken, and why no others.
@@ -26,8 +25,6 @@ _ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 # Parameters of Trainer itself.
 _PARAMETERS = {"compute_loss_func": _OWN_LOSS}
-# Loggers whose presence transformers does not tell.
-_UNTOLD_LOGGERS = ("azure_ml", "flyte")
 
 
 def check_model(model: Any) -> None:
@@ -63,21 +60,11 @@ def check_options(args: TrainingArguments | None, given: Mapping[str, Any]) -> N
         value = getattr(args, name, taken[0])
         if value not in taken:
             raise ValueError(f"{name} is {value!r}, which has no effect: {why}; expected {taken[0]!r}")
-    _check_loggers(getattr(args, "report_to", None))
+    check_loggers(getattr(args, "report_to", None) or [])
     _check_rows("train_dataset", given.get("train_dataset"))
     evaluation = given.get("eval_dataset")
     for part in evaluation.values() if isinstance(evaluation, dict) else [evaluation]:
         _check_rows("eval_dataset", part)
-
-
-def _check_loggers(report_to: Any) -> None:
-    names = [report_to] if isinstance(report_to, str) else report_to or []
-    available = [*get_available_reporting_integrations(), *_UNTOLD_LOGGERS]
-    for name in names:
-        if name in INTEGRATION_TO_CALLBACK and name not in available:
-            raise ValueError(
-                f"report_to names {name!r}, which is not installed; expected a logger that is, or 'none'"
-            )
 
 
 def _check_rows(name: str, rows: Any) -> None:
