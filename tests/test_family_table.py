@@ -37,8 +37,8 @@ def llama(checker):
     return checker.tiny_decoder(checker.tiny_config("llama"))
 
 
-# Windows within a thought, soft-caps, sinks and experts, latent attention, a part of a whole, and embeddings
-# that the decoder scales in place.
+# Windows within a thought, soft-caps, sinks and experts, latent attention, a part of a whole, and
+# embeddings that the decoder scales in place.
 @pytest.mark.parametrize(
     ("family", "feature"),
     [

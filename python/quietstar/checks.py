@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from quietstar_ext.checks import check_index_range
 
 from .config import QuietStarConfig
 from .documents import DESCRIPTIONS
+from .layers import embedding_rows
 
 # What generation and the Trainer hand over and this model has no use for.
 _IGNORABLE = {
@@ -83,3 +86,15 @@ def check_baseline(
             f"baseline_losses has shape {list(baseline_losses.shape)}; expected {shape}, one for every"
             " token but each row's first"
         )
+
+
+def check_tokens(input_ids: Tensor, embedding: nn.Module) -> None:
+    """Refuse tokens that a decoder has no embedding for, where looking does not wait for a device."""
+    weight = getattr(embedding, "weight", None)
+    # A shard, or weights that accelerate moves, lie elsewhere than where they are used.
+    plain = type(weight) in (nn.Parameter, Tensor) and not hasattr(embedding, "_hf_hook")
+    if isinstance(weight, Tensor) and plain and weight.device != input_ids.device:
+        raise ValueError(f"input_ids is on {input_ids.device}; expected {weight.device} like the model")
+    rows = embedding_rows(embedding)
+    if rows is not None:
+        check_index_range("input_ids", input_ids, rows)

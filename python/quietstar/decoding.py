@@ -139,12 +139,15 @@ def check_kept(logits_to_keep: Any, most: int, why: str = "") -> None:
         raise ValueError(f"logits_to_keep is {logits_to_keep}; expected 0 to {most}{why}")
 
 
-def text_before_the_end(attention_mask: Tensor, past: int, new: int) -> tuple[Tensor, Tensor]:
+def text_before_the_end(
+    attention_mask: Tensor, past: int, new: int, look: bool = True
+) -> tuple[Tensor, Tensor]:
     """Which columns are text, [B, N] bool, and each row's first one, [B] int64.
 
     Args:
         attention_mask: [B, N], nonzero for text.
         past, new: tokens in the cache and in this call, N in all.
+        look: at the values, for which the host waits for the device.
 
     Raises:
         ValueError: for another number of columns, or padding anywhere but at the left.
@@ -157,6 +160,8 @@ def text_before_the_end(attention_mask: Tensor, past: int, new: int) -> tuple[Te
         )
     is_text = attention_mask != 0
     first = is_text.int().argmax(1)
+    if not look:
+        return is_text, first
     columns = torch.arange(total, device=is_text.device)
     wrong = (is_text != (columns >= first[:, None])).any(1) | ~is_text[:, -1]
     if wrong.any():

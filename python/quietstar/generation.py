@@ -68,7 +68,7 @@ def next_token_logits(
     if attention_mask is None:
         attention_mask = input_ids.new_ones(input_ids.shape[0], total)
     check_length(model.base, total)
-    is_text, first = text_before_the_end(attention_mask, past, new)
+    is_text, first = text_before_the_end(attention_mask, past, new, look=thinking.step == 0)
     hidden, handed = read_text(model, input_ids, is_text, cache, thinking.prefill_chunk_size)
     head = output_head(model.base)
     logits = head.logits(hidden)
@@ -230,7 +230,11 @@ class ThinkingGenerationMixin(GenerationMixin):
         kwargs = with_installed_name(kwargs)
         thinking.taken = True
         self.thoughts = thinking.thoughts  # grows as they come, for streamers to look at
-        made = super().generate(*args, thinking=thinking, **kwargs)
+        try:
+            made = super().generate(*args, thinking=thinking, **kwargs)
+        except BaseException:
+            thinking.taken = thinking.step > 0  # what was refused has used nothing
+            raise
         if isinstance(made, ModelOutput):
             made.thoughts = thinking.thoughts
         return made

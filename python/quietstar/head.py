@@ -228,10 +228,18 @@ class CalledHead(Head):
     def _rows_per_chunk(self, hidden: Tensor) -> int:
         return max(1, CHUNK_BYTES // (self.vocabulary * compute_dtype(hidden.dtype).itemsize))
 
+    def _zeros(self, hidden: Tensor) -> Tensor:
+        return hidden.new_zeros(len(hidden), dtype=compute_dtype(hidden.dtype))
+
     def _over_rows(self, function: Any, live: Tensor, hidden: Tensor, *more: Tensor) -> Tensor:
         """``function`` of the live rows' tensors, [rows], 0 for the other rows."""
-        if not len(live):  # a zero that can be differentiated all the same
-            return hidden.new_zeros(len(hidden), dtype=compute_dtype(hidden.dtype)) + hidden[:0].sum()
+        if not len(live) and len(hidden) and torch.is_grad_enabled():
+            # Nothing counts here, but another process may wait for the layer's gradients: zeros.
+            rows = [tensor[:1] for tensor in (hidden, *more)]
+            rows[1:] = [tensor.clamp(min=0) for tensor in rows[1:]]
+            return function(*rows).nan_to_num(0, 0, 0).sum() * 0 + self._zeros(hidden)
+        if not len(live):
+            return self._zeros(hidden)
         found = []
         for index in live.split(self._rows_per_chunk(hidden)):
             rows = [tensor[index] for tensor in (hidden, *more)]

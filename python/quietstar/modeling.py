@@ -18,7 +18,7 @@ from transformers import (
 from .adapters import keep_gradients
 from .attention import implementation_name
 from .caching import CACHE_NAME, check_alone, check_grows, one_cache
-from .checks import check_baseline, check_ignored, check_meta_tokens, check_text
+from .checks import check_baseline, check_ignored, check_meta_tokens, check_text, check_tokens
 from .config import QuietStarConfig, check_fields
 from .decoding import check_kept, check_outputs, inherited_settings
 from .documents import DESCRIPTIONS, batch_ranges, check_new_positions
@@ -267,6 +267,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         # A part of a larger batch may have nothing to learn from; the others have.
         alone = batch_part is WHOLE
         check_text(config, input_ids, labels, alone)
+        check_tokens(input_ids, self.get_input_embeddings())
         check_baseline(config, baseline_losses, input_ids, labels is not None and self.training)
         check_outputs(ignored)
         name, past = one_cache(past_key_values, cache)
@@ -289,7 +290,8 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             check_kept(
                 logits_to_keep, 1, f" with {name}, since only the end of the text is predicted from"
             )
-            check_new_positions(ignored.get("position_ids"), attention_mask, input_ids, past)
+            if thinking is None or thinking.step == 0:  # to look at them waits for the device
+                check_new_positions(ignored.get("position_ids"), attention_mask, input_ids, past)
             return self._next(input_ids, attention_mask, past, use_cache, thinking, thought_temperature)
         text = {"input_ids": input_ids, "attention_mask": attention_mask, "document_ids": document_ids}
         ranges = batch_ranges({**ignored, **text})

@@ -15,7 +15,6 @@ thoughts.
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("quietstar")
 
-_PROBABILITY = re.compile("drop")
-_JITTER = re.compile("jitter")
 # A Trainer's hook puts noise of this size on the embeddings.
 _NEFTUNE = "neftune_noise_alpha"
 _PROBE_TOKENS = 16
@@ -56,10 +53,11 @@ def find_probabilities(model: nn.Module) -> Iterator[NoiseSource]:
     for module in model.modules():
         values = vars(module)
         # torch's own dropout modules, and those of others that are named like them.
-        named = "drop" in type(module).__name__.lower()
-        for name, value in list(values.items()):
-            if not (_PROBABILITY.search(name) or (named and name == "p")):
-                continue
+        found = [name for name in values if "drop" in name]
+        if "p" in values and "drop" in type(module).__name__.lower():
+            found.append("p")
+        for name in found:
+            value = values[name]
             if _is_positive(value):
                 yield NoiseSource(module, name, values, name)
             elif isinstance(value, dict):  # peft: a probability for every adapter
@@ -71,7 +69,7 @@ def find_probabilities(model: nn.Module) -> Iterator[NoiseSource]:
 def find_jitter(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     """Every module that has a setting for jitter, with that setting, or "" where it is 0."""
     for module in model.modules():
-        settings = {name: value for name, value in vars(module).items() if _JITTER.search(name)}
+        settings = {name: value for name, value in vars(module).items() if "jitter" in name}
         if settings:
             on = [f"{name} = {value:g}" for name, value in settings.items() if _is_positive(value)]
             yield module, f"{type(module).__name__}.{on[0]}" if on else ""
@@ -88,7 +86,7 @@ def settle_noise(model: QuietStarForCausalLM, input_ids: Tensor) -> None:
     """
     config = model.config
     for module in model.modules():
-        alpha = getattr(module, _NEFTUNE, None)
+        alpha = vars(module).get(_NEFTUNE)
         if alpha and config.thinks:
             raise ValueError(refusal_of_neftune(alpha))
     if not config.disable_dropout and not config.thinks:

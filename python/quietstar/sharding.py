@@ -75,11 +75,13 @@ def decoder_gathered(decoder: PreTrainedModel) -> Iterator[None]:
     order = groups[0].comm_ctx.post_forward_order if groups else []
     before = len(order)
     head = set(_units([decoder.get_input_embeddings(), decoder.get_output_embeddings()]))
-    with _gathered([unit for unit in units if unit not in head]):
-        yield
-    del order[before:]
-    for group in groups:
-        group._post_forward_indices = [i for i in group._post_forward_indices if i < before]
+    try:
+        with _gathered([unit for unit in units if unit not in head]):
+            yield
+    finally:
+        del order[before:]
+        for group in groups:
+            group._post_forward_indices = [i for i in group._post_forward_indices if i < before]
 
 
 def output_layer_gathered(forward: Callable[..., Any]) -> Callable[..., Any]:

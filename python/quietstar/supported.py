@@ -73,6 +73,13 @@ def check_reopens(model: PreTrainedModel) -> None:
         if config.model_type in CONFIG_MAPPING
         else False
     )
+    if known:
+        opened = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        opened = opened if isinstance(opened, tuple | list) else (opened,)
+        # FSDP2 puts a class of its own, without code of the model's, in front of a module's.
+        kinds = [kind for kind in type(model).__mro__ if not kind.__module__.startswith("torch.")]
+        own = next((kind for kind in kinds if not kind.__name__.startswith("FSDP")), type(model))
+        known = own in opened
     if not known:
         raise ValueError(
             f"{type(model).__name__} could not be opened again after saving: AutoConfig and"

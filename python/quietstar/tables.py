@@ -194,7 +194,7 @@ def _parse(text: str, where: object, left_out: LeftOut) -> Iterator[Any]:
 
 def _csv(path: Path, columns: list[str], left_out: LeftOut, kind: str) -> Found:
     csv.field_size_limit(LONGEST_FIELD)
-    quoting = csv.QUOTE_MINIMAL if _is_quoted(path, left_out) else csv.QUOTE_NONE
+    quoting: Any = csv.QUOTE_MINIMAL if _is_quoted(path, left_out) else csv.QUOTE_NONE
     with open_text(path, left_out) as file:
         reader = csv.reader(file, delimiter=CSV_SUFFIXES[suffix_of(path)], quoting=quoting)
         names: list[str] | None = None

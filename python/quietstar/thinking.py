@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,9 +26,11 @@ class SpokenThought:
     mixing_weight: float
 
 
-@dataclass
 class Thinking:
     """When a generating model thinks, and what it thought: the state of one call of ``generate``.
+
+    Not a dataclass on purpose: FSDP rebuilds dataclass arguments when it casts inputs, and a rebuilt
+    state would not be the caller's.
 
     Args:
         rule: ``"always"``, ``"never"``, ``"every:k"`` (at every k-th new token) or ``"entropy:x"``
@@ -41,18 +43,16 @@ class Thinking:
         thoughts: in the order in which they came.
     """
 
-    rule: str = "always"
-    budget: int | None = None
-    step: int = 0
-    spent: Tensor | None = None
-    thoughts: list[SpokenThought] = field(default_factory=list)
-    chosen: Tensor | None = field(default=None, init=False, repr=False)
-    # So many tokens of a prompt go through the decoder at a time; None: all.
-    prefill_chunk_size: int | None = field(default=None, init=False, repr=False)
-    # A call has taken it; another would mix its thoughts into that one's.
-    taken: bool = field(default=False, init=False, repr=False)
-
-    def __post_init__(self) -> None:
+    def __init__(self, rule: str = "always", budget: int | None = None) -> None:
+        self.rule, self.budget = rule, budget
+        self.step = 0
+        self.spent: Tensor | None = None
+        self.chosen: Tensor | None = None
+        self.thoughts: list[SpokenThought] = []
+        # So many tokens of a prompt go through the decoder at a time; None: all.
+        self.prefill_chunk_size: int | None = None
+        # A call has taken it; another would mix its thoughts into that one's.
+        self.taken = False
         name, _, number = str(self.rule).partition(":")
         try:
             self._value = float(number) if number else 0.0

@@ -55,7 +55,9 @@ def csqa_text(row: dict[str, Any]) -> tuple[str, str]:
             a key that is none of them.
     """
     choices, key = row["choices"], row["answerKey"]
-    found = [choices.get(name) if isinstance(choices, dict) else None for name in ("label", "text")]
+    found: list[Any] = [
+        choices.get(name) if isinstance(choices, dict) else None for name in ("label", "text")
+    ]
     if not all(isinstance(part, list) and all(isinstance(x, str) for x in part) for part in found):
         raise UserError(
             f"choices is {_shown(choices)}; expected {{'label': [...], 'text': [...]}}, lists of text"
