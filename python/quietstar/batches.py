@@ -172,7 +172,10 @@ class WholeBatches(Trainer):
                 del logs["loss"]
         if "train_loss" in logs:
             steps, empty = self._in_training
-            logs["train_loss"] *= steps / (steps - empty) if steps > empty else 1.0
+            if steps > empty:
+                logs["train_loss"] *= steps / (steps - empty)
+            elif steps and self._last_loss is not None:
+                logs["train_loss"] = self._last_loss
         super().log(logs, start_time)
 
     def get_batch_samples(

@@ -158,12 +158,6 @@ class ObjectiveTrainer(Trainer):
         """What the optimiser moves."""
         return [p for p in self.model_wrapped.parameters() if p.requires_grad]
 
-    def unscale_gradients(self) -> None:
-        """Let a gradient scaler see the gradients, which may be dropped next; clipping has."""
-        scaled = getattr(self.accelerator, "scaler", None) is not None and not self.is_deepspeed_enabled
-        if scaled and not self.args.max_grad_norm:
-            self.accelerator.unscale_gradients()
-
     def settle_gradients(self) -> bool:
         """Put the two clipped gradients together; True if the step has to be skipped."""
         scaler = getattr(self.accelerator, "scaler", None)
@@ -237,7 +231,6 @@ class _AroundTheStep(TrainerCallback):
             logger.info(self._trainer.schedule.describe(step))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._trainer.unscale_gradients()
         self._skipped = self._trainer.settle_gradients()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
