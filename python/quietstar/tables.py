@@ -194,9 +194,13 @@ def _parse(text: str, where: object, left_out: LeftOut) -> Iterator[Any]:
 
 def _csv(path: Path, columns: list[str], left_out: LeftOut, kind: str) -> Found:
     csv.field_size_limit(LONGEST_FIELD)
-    quoting: Any = csv.QUOTE_MINIMAL if _is_quoted(path, left_out) else csv.QUOTE_NONE
+    quoted = _is_quoted(path, left_out)
     with open_text(path, left_out) as file:
-        reader = csv.reader(file, delimiter=CSV_SUFFIXES[suffix_of(path)], quoting=quoting)
+        reader = csv.reader(
+            file,
+            delimiter=CSV_SUFFIXES[suffix_of(path)],
+            quoting=csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE,
+        )
         names: list[str] | None = None
         while True:
             where = Place(path, "line", reader.line_num + 1)  # a quoted field may have several lines

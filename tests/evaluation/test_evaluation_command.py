@@ -210,3 +210,9 @@ def test_two_processes_share_the_items(folder: str, gsm_file: Path, tmp_path: Pa
     )
     for name in ("base", "mixed", "gain"):
         assert both["probability"][name] == pytest.approx(one["probability"][name], rel=1e-3)
+
+
+def test_the_help_lists_every_format(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "--help"])
+    assert "jsonl, json, csv, tsv or parquet" in " ".join(capsys.readouterr().out.split())
