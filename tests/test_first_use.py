@@ -71,3 +71,77 @@ def test_a_part_without_a_target_has_every_gradient(family: str):
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+class Around(torch.nn.Module):
+    """A wrapper that is no linear layer, and may draw at random."""
+
+    def __init__(self, inner: torch.nn.Module, probability: float = 0.0):
+        super().__init__()
+        self.inner, self.probability = inner, probability
+
+    def forward(self, *args, **kwargs):
+        return torch.nn.functional.dropout(
+            self.inner(*args, **kwargs), self.probability, self.training and self.probability > 0
+        )
+
+
+@pytest.mark.parametrize("place", ["a layer", "the output layer", "the mixing head"])
+@pytest.mark.parametrize("before", [0, 1])
+def test_noise_is_looked_for_wherever_and_whenever_it_comes(place: str, before: int):
+    model = thinking_model().train()
+    ids = torch.randint(3, 90, (1, 8), generator=torch.Generator().manual_seed(2))
+    for _ in range(before):
+        model(ids, labels=ids)
+    if place == "a layer":
+        layer = model.base.model.layers[0]
+        layer.mlp = Around(layer.mlp, 0.5)
+    elif place == "the output layer":
+        model.base.lm_head = Around(model.base.lm_head, 0.5)
+    else:
+        torch.nn.init.normal_(model.mixing_head.fc3.weight)
+        model.mixing_head.fc2.register_forward_hook(
+            lambda module, given, result: torch.nn.functional.dropout(result, 0.5, module.training)
+        )
+    with pytest.raises(ValueError, match="draws at random in training mode"):
+        model(ids, labels=ids)
+
+
+def test_a_wrapper_in_the_mixing_head_is_called():
+    model, ids = thinking_model().eval(), torch.randint(3, 90, (1, 8))
+    torch.nn.init.normal_(model.mixing_head.fc3.weight)
+    want = model(ids).logits
+    model.mixing_head.fc1 = Around(model.mixing_head.fc1)
+    torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_of_the_whole_prompt_is_refused():
+    model, ids = thinking_model().eval(), torch.randint(3, 90, (1, 6))
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="holds 6 tokens and the prompt has 6"):
+        model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"clamp_advantage": "false"}, "clamp_advantage is 'false'; expected True or False"),
+        ({"disable_dropout": 0}, "disable_dropout is 0; expected True or False"),
+        ({"entropy_bonus": float("inf")}, "entropy_bonus is inf; expected a finite number"),
+        ({"start_token_id": True}, "start_token_id is True; expected the number of a token"),
+        ({"start_token_id": "94"}, "start_token_id is '94'; expected the number of a token"),
+        ({"start_token_id": 95}, "start_token_id and end_token_id are both 95"),
+        ({"text_config": {"hidden_size": 8}}, "text_config has no model_type"),
+    ],
+)
+def test_fields_that_cannot_be_meant(fields: dict, message: str):
+    from quietstar import QuietStarConfig
+
+    settings = {"text_config": tiny_decoder("llama").config, "start_token_id": 94, "end_token_id": 95}
+    with pytest.raises(ValueError, match=message):
+        QuietStarForCausalLM(QuietStarConfig(**{**settings, **fields}))
+
+
+def test_a_name_is_no_tokenizer():
+    with pytest.raises(TypeError, match="tokenizer is 'gpt2'; expected a tokenizer"):
+        QuietStarForCausalLM.from_base(tiny_decoder("llama"), "gpt2")

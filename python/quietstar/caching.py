@@ -75,6 +75,21 @@ def check_grows(name: str, cache: Any) -> None:
         )
 
 
+def check_prompt_is_longer(cache: Any, prompt: Any) -> None:
+    """Refuse a cache that leaves nothing of a prompt to read: generate would read all of it again.
+
+    Raises:
+        ValueError: says how many tokens either has.
+    """
+    if cache is None or prompt is None or cache.get_seq_length() == 0:
+        return
+    if cache.get_seq_length() >= prompt.shape[1]:
+        raise ValueError(
+            f"{CACHE_NAME} holds {cache.get_seq_length()} tokens and the prompt has {prompt.shape[1]};"
+            " expected a cache of fewer, as the prompt's last token is read again"
+        )
+
+
 def check_alone(name: str, **others: Any) -> None:
     """Refuse arguments that mean nothing together with the cache argument ``name``.
 

@@ -38,10 +38,18 @@ def check_ignored(ignored: dict[str, Any]) -> None:
 def check_meta_tokens(config: QuietStarConfig, vocabulary: int) -> None:
     for name in ("start_token_id", "end_token_id"):
         token = getattr(config, name)
-        if token is not None and not 0 <= token < vocabulary:
+        if token is None:
+            continue
+        if not isinstance(token, int) or isinstance(token, bool):
+            raise ValueError(f"{name} is {token!r}; expected the number of a token")
+        if not 0 <= token < vocabulary:
             raise ValueError(
                 f"{name} is {token}; expected a token of the vocabulary, 0 to {vocabulary - 1}"
             )
+    if config.start_token_id is not None and config.start_token_id == config.end_token_id:
+        raise ValueError(
+            f"start_token_id and end_token_id are both {config.start_token_id}; expected two tokens"
+        )
 
 
 def check_text(

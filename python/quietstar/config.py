@@ -7,6 +7,7 @@ import difflib
 import functools
 import inspect
 import logging
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -132,6 +133,8 @@ class QuietStarConfig(PretrainedConfig):
     ):
         check_fields(kwargs)
         if isinstance(text_config, dict):
+            if "model_type" not in text_config:
+                raise ValueError("text_config has no model_type; expected that of a decoder")
             text_config = AutoConfig.for_model(**text_config)
         decoder: Any = text_config
         for name in DECODER_FIELDS & kwargs.keys() if decoder is not None else ():
@@ -285,8 +288,8 @@ class QuietStarConfig(PretrainedConfig):
                 raise ValueError(f"{name} is {value!r}; expected a number > 0")
         for name in ("thought_temperature", "policy_weight", "nll_weight", "entropy_bonus"):
             value = getattr(self, name)
-            if not value >= 0:
-                raise ValueError(f"{name} is {value!r}; expected a number >= 0")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} is {value!r}; expected a finite number >= 0")
         for name in ("base_loss_weight", "mixing_floor"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
@@ -301,8 +304,9 @@ class QuietStarConfig(PretrainedConfig):
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; expected one of {known}")
-        if not isinstance(self.self_check, bool):
-            raise ValueError(f"self_check is {self.self_check!r}; expected True or False")
+        for name in ("clamp_advantage", "disable_dropout", "self_check"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name} is {value!r}; expected True or False")
         if self.mixing_floor and self.mixing_activation != "sigmoid":
             raise ValueError(
                 f"mixing_floor is {self.mixing_floor!r} and mixing_activation"

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from .attention import check_layers, layer_keys
-from .caching import CACHE_NAME, cache_argument, with_installed_name
+from .caching import CACHE_NAME, cache_argument, check_prompt_is_longer, with_installed_name
 from .config import QuietStarConfig
 from .decoding import check_generation_config, check_loop, text_before_the_end
 from .graphs import run_slots, without_checkpointing
@@ -228,6 +228,8 @@ class ThinkingGenerationMixin(GenerationMixin):
         bound = inspect.signature(GenerationMixin.generate).bind_partial(self, *args, **kwargs).arguments
         check_loop({**bound, **bound.get("kwargs", {})})
         kwargs = with_installed_name(kwargs)
+        prompt = bound.get("inputs", kwargs.get("input_ids"))
+        check_prompt_is_longer(kwargs.get(CACHE_NAME), prompt)
         thinking.taken = True
         self.thoughts = thinking.thoughts  # grows as they come, for streamers to look at
         try:

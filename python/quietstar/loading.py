@@ -37,6 +37,8 @@ def load_whole(
         model, info = load(name, *args, **options)
     except SafetensorError as error:
         raise UserError(f"{name}: a file of its weights is cut short or damaged ({error})") from error
+    except FileNotFoundError as error:
+        raise UserError(f"{name}: a file of its weights is missing ({error})") from error
     _check_whole(name or "state_dict", model, info)
     return model, info
 
@@ -78,6 +80,8 @@ def check_model_type(settings: Mapping[str, Any], expected: str) -> None:
     Raises:
         UserError: says what opens a model of that kind.
     """
+    if not isinstance(settings, Mapping):
+        raise UserError(f"the configuration is a {type(settings).__name__}; expected a JSON object")
     found = settings.get("model_type", expected)
     if found == expected:
         return

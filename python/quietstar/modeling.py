@@ -79,7 +79,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         self.thought_embedding = ThoughtEmbedding(width)
         self.mixing_head = MixingHead(width)
         self._checked: set[str] = set()
-        self._noise_probed = False
+        self._noise_probed = 0
         self._routers_reported = 0
         self.post_init()
         if base.generation_config is not None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .head import output_head
 from .sharding import decoder_gathered
 from .text_part import text_body
 
@@ -115,9 +116,16 @@ def settle_noise(model: QuietStarForCausalLM, input_ids: Tensor) -> None:
                 len(new),
                 _count(new),
             )
-    if config.thinks and not model._noise_probed:
+    if config.thinks and model._noise_probed != (seen := _fingerprint(model)):
         _probe(model, input_ids[:1, :_PROBE_TOKENS])
-        model._noise_probed = True
+        model._noise_probed = seen
+
+
+def _fingerprint(model: nn.Module) -> int:
+    """Changes with every module and hook that is put into a model or taken out of it."""
+    return hash(
+        tuple((id(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules())
+    )
 
 
 @contextmanager
@@ -149,8 +157,11 @@ def _probe(model: QuietStarForCausalLM, input_ids: Tensor) -> None:
     with torch.random.fork_rng(devices), decoder_gathered(decoder):
         passes, states = [], [_states(input_ids.device)]
         for _ in range(2):
-            # As check_head does, the decoder's ordinary pass.
-            passes.append(text_body(decoder)(input_ids=input_ids, use_cache=False).last_hidden_state)
+            # As check_head does, the decoder's ordinary pass; then what thoughts do with its result.
+            hidden = text_body(decoder)(input_ids=input_ids, use_cache=False).last_hidden_state[0]
+            _, weight = model.mixing_head(hidden, hidden, model.config.mixing_activation)
+            logits = output_head(decoder).logits(hidden)
+            passes.append(torch.cat([hidden.float(), weight.float(), logits.float()], dim=1))
             states.append(_states(input_ids.device))
             if len(passes) == 1 and all(map(torch.equal, *states)):
                 return

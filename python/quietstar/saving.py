@@ -73,6 +73,11 @@ class SafeCheckpoints(Trainer):
             sweep(Path(self.args.output_dir))
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir) or True
+        elif resume_from_checkpoint and not Path(resume_from_checkpoint).is_dir():
+            raise UserError(
+                f"resume_from_checkpoint is {str(resume_from_checkpoint)!r}, which is no folder;"
+                " expected a checkpoint"
+            )
         seeks = self._seek_data(resume_from_checkpoint)
         skips, self.args.ignore_data_skip = (
             self.args.ignore_data_skip,

@@ -74,8 +74,10 @@ class MixingHead(nn.Module):
         return mixed, weight
 
     def _is_its_weights(self) -> bool:
+        if not all(map(is_plain_linear, self.children())):
+            return False
         biases = [layer.bias is not None for layer in (self.fc1, self.fc2, self.fc3)]
-        return biases == [True, True, False] and all(map(is_plain_linear, self.children()))
+        return biases == [True, True, False]
 
     def _called(
         self, base: Tensor, thought: Tensor, activation: str, base_index: Tensor | None

@@ -12,6 +12,11 @@ from .text_part import text_config_of
 
 def add_meta_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     """Add ``<|startthought|>`` and ``<|endthought|>`` to a tokenizer that lacks them."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"tokenizer is {tokenizer!r}; expected a tokenizer, such as AutoTokenizer.from_pretrained"
+            " gives"
+        )
     missing = [t for t in (START_TOKEN, END_TOKEN) if t not in tokenizer.get_vocab()]
     if missing:
         tokenizer.add_special_tokens({"additional_special_tokens": missing})
