@@ -127,7 +127,7 @@ def test_a_cache_of_the_whole_prompt_is_refused():
     [
         ({"clamp_advantage": "false"}, "clamp_advantage is 'false'; expected True or False"),
         ({"disable_dropout": 0}, "disable_dropout is 0; expected True or False"),
-        ({"entropy_bonus": float("inf")}, "entropy_bonus is inf; expected a finite number"),
+        ({"entropy_bonus": float("inf")}, "entropy_bonus is inf; expected a number >= 0"),
         ({"start_token_id": True}, "start_token_id is True; expected the number of a token"),
         ({"start_token_id": "94"}, "start_token_id is '94'; expected the number of a token"),
         ({"start_token_id": 95}, "start_token_id and end_token_id are both 95"),

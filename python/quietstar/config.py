@@ -289,7 +289,7 @@ class QuietStarConfig(PretrainedConfig):
         for name in ("thought_temperature", "policy_weight", "nll_weight", "entropy_bonus"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value!r}; expected a finite number >= 0")
+                raise ValueError(f"{name} is {value!r}; expected a number >= 0, not infinite")
         for name in ("base_loss_weight", "mixing_floor"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
