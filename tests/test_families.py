@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, VOCABULARY, tiny_decoder
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from quietstar import QuietStarForCausalLM
 from quietstar.layout import text_positions, text_ranges
@@ -380,24 +380,3 @@ def test_what_attention_would_ignore_is_refused(more: dict, message: str | None)
     else:
         with pytest.raises(ValueError, match=message):
             model(inputs("none")[0])
-
-
-def test_a_decoder_that_could_not_be_opened_again_is_refused():
-    class OwnConfig(LlamaConfig):
-        model_type = "own"
-
-    class OwnDecoder(LlamaForCausalLM):
-        config_class = OwnConfig
-
-    own = OwnDecoder(
-        OwnConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    )
-    with pytest.raises(ValueError, match="OwnDecoder could not be opened again.*OwnConfig"):
-        QuietStarForCausalLM.from_base(own, start_token_id=94, end_token_id=95)

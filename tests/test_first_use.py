@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import tiny_decoder
 from torch.distributed.utils import _apply_to_tensors
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from quietstar import QuietStarForCausalLM
 from quietstar.generation import Thinking
@@ -43,6 +43,27 @@ def test_a_decoder_whose_class_would_not_be_opened_again():
         QuietStarForCausalLM.from_base(
             Louder(tiny_decoder("llama").config), start_token_id=94, end_token_id=95
         )
+
+
+def test_a_decoder_that_with_a_configuration_of_its_own():
+    class OwnConfig(LlamaConfig):
+        model_type = "own"
+
+    class OwnDecoder(LlamaForCausalLM):
+        config_class = OwnConfig
+
+    own = OwnDecoder(
+        OwnConfig(
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+    )
+    with pytest.raises(ValueError, match="OwnDecoder could not be opened again.*OwnConfig"):
+        QuietStarForCausalLM.from_base(own, start_token_id=94, end_token_id=95)
 
 
 def test_the_state_of_a_generation_passes_through_a_cast_of_inputs():
