@@ -244,7 +244,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
             past_key_values, cache: two names of one argument, the text's keys from an earlier call
                 (``use_cache=True``); then ``input_ids`` holds the new tokens only, and the last of them
                 alone is predicted from. Padding at the left.
-            use_cache: without labels, hand the text's keys back.
+            use_cache: without labels, hand the text's keys back (the text is read once more for them).
             thought_temperature: default: the configuration's while training, 0 (the most likely
                 thought, one rationale) in evaluation mode.
             document_ids: [B, N], several documents in a row: between neighbours with different numbers
