@@ -176,6 +176,9 @@ def train(
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=case.get("accumulate", 1),
         learning_rate=1e-2,
+        # Near zero Adam's step is the gradient's sign, so the last bit of a gradient that nearly cancels
+        # would decide it; with this much in the denominator a step is about linear in the gradient.
+        adam_epsilon=1e-2,
         lr_scheduler_type="constant",
         report_to=[],
         disable_tqdm=True,
