@@ -79,7 +79,7 @@ class QuietStarConfig(PretrainedConfig):
             ``"rewarded"`` (those of text positions with at least one token to be rewarded for: padding
             changes nothing) or ``"paper"`` (the paper's code: all N - 1 - talk_length positions of a
             row, zeros and padding included; a thought with fewer than talk_length tokens ahead of it
-            earns nothing).
+            earns nothing), which a folder saved before there was this field keeps.
         entropy_bonus: weight of the mean entropy (nats) of the distributions that thought tokens are
             sampled from, taken off the loss.
         embedding_scale: the start and end embeddings are stored divided by this, so that Adam moves
@@ -208,7 +208,10 @@ class QuietStarConfig(PretrainedConfig):
                 " use of",
                 ", ".join(newer),
             )
-        made = super().from_dict({k: v for k, v in config_dict.items() if k not in newer}, **kwargs)
+        known = {k: v for k, v in config_dict.items() if k not in newer}
+        # Version 0.1.0 had no such field, and counted every thought; its folders give the same losses.
+        known.setdefault("policy_mean", "paper")
+        made = super().from_dict(known, **kwargs)
         (made[0] if isinstance(made, tuple) else made).__dict__.update(newer)
         return made
 

@@ -1,0 +1,50 @@
+"""Folders that version 0.1.0 saved open and give what they gave then; tests/saved holds two.
+
+They were trained for 30 steps (seed 42) by the commit 865a120: ``full`` a whole model, ``adapter`` LoRA
+of rank 2 on ``decoder``. The JSON files hold an input and what that commit made of it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from quietstar.checkpoint import load_checkpoint
+
+SAVED = Path(__file__).parent / "saved"
+
+
+@pytest.mark.parametrize("name", ["full", "adapter"])
+def test_a_folder_gives_what_it_gave(name: str, monkeypatch: pytest.MonkeyPatch):
+    if name == "adapter":
+        pytest.importorskip("peft")
+    monkeypatch.chdir(SAVED)  # the adapter names its decoder by a relative path
+    model, _ = load_checkpoint(name, device="cpu")
+    model.eval()
+    expected = json.loads((SAVED / f"{name}.json").read_text())
+    ids, thoughts = (torch.tensor(expected[key]) for key in ("input_ids", "thought_ids"))
+    with torch.no_grad():
+        output = model(input_ids=ids, labels=ids, thought_ids=thoughts)
+        generated = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+        )
+    for loss in ("loss", "language_loss", "policy_loss"):
+        assert float(output[loss]) == pytest.approx(expected[loss], rel=2e-5), loss
+    assert generated.tolist() == expected["generated"]
+
+
+def test_import_of_the_package_alone_teaches_transformers_the_type():
+    code = (
+        "import sys, quietstar\n"
+        "from transformers import AutoModelForCausalLM\n"
+        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(SAVED / "full")], capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["QuietStarForCausalLM"], done.stderr[-2000:]
