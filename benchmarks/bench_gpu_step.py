@@ -25,11 +25,11 @@ from benchmarks.device import DEVICE
 from benchmarks.flops import training_step_flops
 from benchmarks.sequential import sequential_step
 from quietstar import QuietStarForCausalLM
-from quietstar.caching import cache_argument
-from quietstar.graphs import forget, run_slots, use_graphs
-from quietstar.layout import LayerKeys, ThoughtLayout
-from quietstar.plan import decoder_sizes
-from quietstar.think import depth_of_end, output_head, slot_steps
+from quietstar.modeling.text_cache import cache_argument
+from quietstar.plan.costs import decoder_sizes
+from quietstar.thinking.cuda_graphs import forget, run_slots, use_graphs
+from quietstar.thinking.layout import LayerKeys, ThoughtLayout
+from quietstar.thinking.think import depth_of_end, output_head, slot_steps
 
 pytestmark = pytest.mark.device
 

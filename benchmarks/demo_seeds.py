@@ -35,7 +35,7 @@ def over_seeds(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     """Run what is not done yet and write the results."""
-    from quietstar.demo import run_arms
+    from quietstar.demos.lookup import run_arms
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("seeds", type=int, nargs="*")

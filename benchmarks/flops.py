@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from quietstar.config import QuietStarConfig
-from quietstar.plan import Rows, Sizes, Step, step_flops
+from quietstar.plan.costs import Rows, Sizes, Step, step_flops
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def training_step_flops(
         mixing      6 d² (B N + 2 B M K)     the base half once per position, the rest per talk token
 
     Args:
-        sizes: of the decoder (:func:`quietstar.plan.decoder_sizes`).
+        sizes: of the decoder (:func:`quietstar.plan.costs.decoder_sizes`).
         rewarded: the share of thoughts with a positive advantage; the others need no gradient.
     """
     rows = Rows.of(config, Step(batch, length))

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from quietstar import QuietStarForCausalLM
-from quietstar.caching import cache_argument
+from quietstar.modeling.text_cache import cache_argument
 
 
 def sequential_step(

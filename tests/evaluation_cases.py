@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from quietstar import cli
+from quietstar.cli.app import main as cli
 
 GSM_ROWS = [
     {

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
-import quietstar.saving
-import quietstar.train  # noqa: F401 - paid before the forks
-import quietstar.trainer  # noqa: F401
-from quietstar import cli, plain_state
+import quietstar.checkpoints.save
+import quietstar.recipes.run  # noqa: F401 - paid before the forks
+import quietstar.training.trainer  # noqa: F401
+from quietstar.checkpoints import state as plain_state
+from quietstar.cli import main as cli
 
 RECIPE = {
     "name": "killed",
@@ -107,15 +108,15 @@ POINTS: dict[str, Callable[[], None]] = {
     "before recipe.yaml is there": at(os, "replace", 2),
     "in the second step": at(torch.optim.AdamW, "step", 2),
     "in the fifth step": at(torch.optim.AdamW, "step", 5),
-    "before the first optimiser file": at(quietstar.saving, "write_tensors", 1),
+    "before the first optimiser file": at(quietstar.checkpoints.save, "write_tensors", 1),
     "in the second optimiser file": half_written(2),
-    "before the first checkpoint has its name": at(quietstar.saving, "publish", 1),
-    "before the second checkpoint has its name": at(quietstar.saving, "publish", 2),
-    "when the second has its name": at(quietstar.saving, "publish", 2, after=True),
+    "before the first checkpoint has its name": at(quietstar.checkpoints.save, "publish", 1),
+    "before the second checkpoint has its name": at(quietstar.checkpoints.save, "publish", 2),
+    "when the second has its name": at(quietstar.checkpoints.save, "publish", 2, after=True),
     "when an old checkpoint is being deleted": at(shutil, "rmtree", 3),
     "before the model's first file is there": at(os, "replace", 3),
     "before the model's second file is there": at(os, "replace", 4),
-    "before the metrics are there": at(quietstar.train, "write_json", 1),
+    "before the metrics are there": at(quietstar.recipes.run, "write_json", 1),
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from families import tiny_decoder
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer
-from quietstar.arguments import QuietStarArguments
+from quietstar.training.arguments import QuietStarArguments
 
 LENGTH, THOUGHT = 10, 2
 

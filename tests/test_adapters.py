@@ -13,20 +13,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from quietstar import QuietStarForCausalLM, add_meta_tokens, cli
-from quietstar.adapters import (
-    add_adapters,
-    keep_gradients,
-    quantization,
-    settle_new_rows,
-    target_pattern,
-)
-from quietstar.build import build_model
-from quietstar.checkpoint import load_checkpoint
-from quietstar.corpora import train_tokenizer
+from quietstar.checkpoints.adapters import add_adapters, quantization, settle_new_rows, target_pattern
+from quietstar.checkpoints.load import load_checkpoint
+from quietstar.data.lookup import build_tokenizer
+from quietstar.data.stdlib import train_tokenizer
 from quietstar.errors import UserError
-from quietstar.lookup import build_tokenizer
-from quietstar.recipe import AdapterSection, Recipe, load_recipe, parse_recipe
-from quietstar.train import run_recipe
+from quietstar.modeling.loading import keep_gradients
+from quietstar.recipes.build import build_model
+from quietstar.recipes.recipe import AdapterSection, Recipe, load_recipe, parse_recipe
+from quietstar.recipes.run import run_recipe
 
 pytest.importorskip("peft")
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog lets it. "

@@ -7,9 +7,9 @@ import torch
 from test_learn import Row, build, lay, rows
 from torch import Tensor
 
-from quietstar.anchors import choose_anchors
-from quietstar.layout import text_ranges
-from quietstar.parts import BatchPart
+from quietstar.thinking.anchors import choose_anchors
+from quietstar.thinking.batch_share import BatchPart
+from quietstar.thinking.layout import text_ranges
 
 LAYOUTS: dict[str, dict] = {
     "right": {},

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from quietstar import QuietStarTrainer
-from quietstar.arguments import QuietStarArguments
+from quietstar.training.arguments import QuietStarArguments
 
 
 def data(layout: str) -> list[list[Row]]:

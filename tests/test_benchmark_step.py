@@ -13,7 +13,7 @@ import pytest
 from transformers import LlamaConfig
 
 from quietstar import QuietStarConfig
-from quietstar.plan import decoder_sizes
+from quietstar.plan.costs import decoder_sizes
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,15 +21,15 @@ from transformers import (
 
 import quietstar
 from quietstar import QuietStarConfig, QuietStarForCausalLM, cli
-from quietstar.build import build_data, build_model, build_tokenizer
-from quietstar.data import TokenBlocks
+from quietstar.data.blocks import TokenBlocks
+from quietstar.data.lookup import LookupLanguage, TextMix
 from quietstar.errors import UserError
 from quietstar.evaluation.perplexity import Estimate, deciles, estimate, summarize, token_losses
-from quietstar.lookup import LookupLanguage, TextMix
-from quietstar.recipe import Recipe, parse_recipe
-from quietstar.rundir import read_json
-from quietstar.train import run_recipe
-from quietstar.trainer import NonFiniteLoss
+from quietstar.files import read_json
+from quietstar.recipes.build import build_data, build_model, build_tokenizer
+from quietstar.recipes.recipe import Recipe, parse_recipe
+from quietstar.recipes.run import run_recipe
+from quietstar.training.trainer import NonFiniteLoss
 
 TEXT = "the quick brown fox jumps over the lazy dog. "
 TINY_LLAMA = {

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer
-from quietstar.collate import PaddingCollator
+from quietstar.data.collator import PaddingCollator
 
 
 def uneven(count: int = 8, **more: Any) -> list[dict[str, Any]]:

@@ -8,9 +8,9 @@ from families import VOCABULARY, tiny_decoder, tiny_gemma3
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quietstar import QuietStarForCausalLM
-from quietstar.adapters import target_pattern
-from quietstar.plan import decoder_sizes
-from quietstar.text_part import text_body, text_config_of
+from quietstar.checkpoints.adapters import target_pattern
+from quietstar.plan.costs import decoder_sizes
+from quietstar.thinking.text_part import text_body, text_config_of
 
 FIELDS = {"start_token_id": 94, "end_token_id": 95, "thought_length": 3, "talk_length": 2}
 IDS = torch.randint(3, 89, (2, 14), generator=torch.Generator().manual_seed(1))

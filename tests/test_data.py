@@ -7,23 +7,15 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from quietstar.corpora import (
+from quietstar.data.blocks import Blocks, StreamedBlocks, TokenBlocks, cut_blocks, read_blocks, tokenize
+from quietstar.data.collator import PaddingCollator, collator_for
+from quietstar.data.stdlib import (
     SPECIAL_TOKENS,
     Document,
     in_split,
     load_stdlib,
     stdlib_files,
     train_tokenizer,
-)
-from quietstar.data import (
-    Blocks,
-    PaddingCollator,
-    StreamedBlocks,
-    TokenBlocks,
-    collator_for,
-    cut_blocks,
-    read_blocks,
-    tokenize,
 )
 from quietstar.errors import UserError
 

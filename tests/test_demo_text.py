@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from quietstar import QuietStarForCausalLM, demo_text
 from quietstar.evaluation.perplexity import Estimate
-from quietstar.rundir import read_json
+from quietstar.files import read_json
 
 
 def test_the_control_differs_in_the_thoughts_alone() -> None:
@@ -73,7 +73,7 @@ def test_whole_demo_and_its_continuation(
 
 def record_batches(monkeypatch: pytest.MonkeyPatch, seen: list[torch.Tensor]) -> None:
     """Record the rows of every training batch."""
-    from quietstar import train
+    from quietstar.recipes import run as train
 
     build = train.collator_for
 

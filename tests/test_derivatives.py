@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jvp, vmap
 
-from quietstar.entropy import linear_entropy_sum
 from quietstar_ext import (
     linear_cross_entropy,
     linear_cross_entropy_sum,
@@ -19,6 +18,7 @@ from quietstar_ext import (
     sample_tokens,
     thought_attention,
 )
+from quietstar_ext.linear_entropy import linear_entropy_sum
 
 ROWS, WIDTH, VOCABULARY = 6, 8, 20
 

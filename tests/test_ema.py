@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer
-from quietstar.ema import EmaCopy
+from quietstar.training.ema import EmaCopy
 
 
 def test_the_copy_follows_and_predicts_without_thoughts():

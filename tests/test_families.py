@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quietstar import QuietStarForCausalLM
-from quietstar.layout import text_positions, text_ranges
-from quietstar.think import packed_pass
+from quietstar.thinking.layout import text_positions, text_ranges
+from quietstar.thinking.think import packed_pass
 
 ROWS, LENGTH, THOUGHT, TALK = 2, 14, 3, 2
 

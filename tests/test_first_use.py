@@ -9,9 +9,9 @@ from torch.distributed.utils import _apply_to_tensors
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quietstar import QuietStarForCausalLM
-from quietstar.generation import Thinking
-from quietstar.head import CalledHead, output_head
-from quietstar.parts import BatchPart
+from quietstar.modeling.generation import Thinking
+from quietstar.thinking.batch_share import BatchPart
+from quietstar.thinking.output_layer import CalledHead, output_head
 
 
 def thinking_model(family: str = "llama", **fields) -> QuietStarForCausalLM:

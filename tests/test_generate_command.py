@@ -12,7 +12,7 @@ from families import tiny_decoder
 from test_reference import dash_tokenizer, write_checkpoint
 
 from quietstar import QuietStarForCausalLM, cli
-from quietstar.lookup import build_tokenizer
+from quietstar.data.lookup import build_tokenizer
 
 PROMPT = "A u v w x ?"
 
@@ -107,7 +107,7 @@ def test_thoughts_beside_their_tokens(folder: str, capsys: pytest.CaptureFixture
 def test_thoughts_are_dimmed_on_a_terminal(folder: str):
     from rich.console import Console
 
-    from quietstar.generate import ThoughtStreamer
+    from quietstar.cli.generate import ThoughtStreamer
 
     model = QuietStarForCausalLM.from_pretrained(folder).eval()
     tokenizer = build_tokenizer()

@@ -8,8 +8,8 @@ from families import FAMILIES, VOCABULARY, tiny_decoder
 from transformers import StaticCache, TextStreamer, pipeline
 
 from quietstar import QuietStarForCausalLM
-from quietstar.generation import Thinking
-from quietstar.lookup import build_tokenizer
+from quietstar.data.lookup import build_tokenizer
+from quietstar.modeling.generation import Thinking
 
 NEW = 6
 

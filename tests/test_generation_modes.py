@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
-from quietstar.caching import CACHE_NAME, cache_argument
-from quietstar.generation import Thinking
+from quietstar.modeling.generation import Thinking
+from quietstar.modeling.text_cache import CACHE_NAME, cache_argument
 
 NEW = 5
 NAMES = ("past_key_values", "cache")

@@ -17,8 +17,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from quietstar import QuietStarForCausalLM
-from quietstar.generation import SpokenThought, Thinking
-from quietstar.graphs import use_graphs
+from quietstar.modeling.generation import SpokenThought, Thinking
+from quietstar.thinking.cuda_graphs import use_graphs
 
 NEW = 5
 META = [39, 40]

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import quietstar
-from quietstar.layout import text_ranges
-from quietstar.learn import thought_logprobs
-from quietstar.reference import reference_names
-from quietstar.think import output_head, packed_pass
+from quietstar.checkpoints.upstream import reference_names
+from quietstar.losses.policy import thought_logprobs
+from quietstar.thinking.layout import text_ranges
+from quietstar.thinking.think import output_head, packed_pass
 
 FOLDER = Path(os.environ.get("QUIETSTAR_GOLDEN", Path(__file__).parent / "data" / "golden"))
 CASES = sorted(path.parent.name for path in FOLDER.glob("*/meta.json"))

@@ -11,7 +11,7 @@ import torch
 from families import tiny_decoder
 
 from quietstar import QuietStarForCausalLM, graphs
-from quietstar.graphs import use_graphs
+from quietstar.thinking.cuda_graphs import use_graphs
 
 # What runs instead of kernel by kernel: on the CPU the buffers alone, on a GPU the graph.
 WAYS = [

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer
-from quietstar.arguments import QuietStarArguments
 from quietstar.errors import UserError
-from quietstar.guard import NonFiniteGuard, NonFiniteLoss
-from quietstar.recipe import load_recipe
+from quietstar.recipes.recipe import load_recipe
+from quietstar.training.arguments import QuietStarArguments
+from quietstar.training.guard import NonFiniteGuard, NonFiniteLoss
 
 
 class Poison:
@@ -214,7 +214,7 @@ def test_clipping_apart_is_refused_where_it_cannot_work(tmp_path):
     ],
 )
 def test_refused_arguments(tmp_path, settings: dict, words: str):
-    from quietstar.train import training_arguments
+    from quietstar.recipes.run import training_arguments
 
     with pytest.raises(ValueError) as error:
         QuietStarArguments(output_dir=str(tmp_path), **settings)

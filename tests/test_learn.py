@@ -10,11 +10,11 @@ from families import tiny_decoder
 from torch import Tensor
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
-from quietstar.layout import text_ranges
-from quietstar.learn import which_count
-from quietstar.metrics import Average, describe
-from quietstar.parts import BatchPart
-from quietstar.talk import talk_targets, target_labels
+from quietstar.losses.language_model import talk_targets, target_labels
+from quietstar.losses.policy import which_count
+from quietstar.thinking.batch_share import BatchPart
+from quietstar.thinking.layout import text_ranges
+from quietstar.training.metrics import Average, describe
 
 THOUGHT, TALK, RATIONALES = 2, 3, 2
 LENGTHS = (6, 13, 2, 9)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from quietstar.corpora import Document, stdlib_tokenizer
-from quietstar.data import Blocks, StreamedBlocks, read_blocks
+from quietstar.data.blocks import Blocks, StreamedBlocks, read_blocks
+from quietstar.data.sources import open_documents
+from quietstar.data.stdlib import Document, stdlib_tokenizer
 from quietstar.errors import UserError
-from quietstar.sources import open_documents
 
 TEXTS = ("", "a text that is long enough to think in", "b", "", "another one of the same kind", "c")
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
-from quietstar.checkpoint import load_checkpoint
+from quietstar.checkpoints.load import load_checkpoint
+from quietstar.data.lookup import build_tokenizer
 from quietstar.errors import UserError
-from quietstar.lookup import build_tokenizer
 
 IDS = torch.arange(3, 15)[None]
 TOKENS = {"start_token_id": 94, "end_token_id": 95}

@@ -12,12 +12,12 @@ import torch
 from families import tiny_decoder
 
 from quietstar import QuietStarForCausalLM, lookup
-from quietstar.demo import derivation_nll, evaluate, run_arms, stage_recipes
-from quietstar.demo_report import verdict
+from quietstar.data.lookup import LookupLanguage, TextMix, corpus_mix
+from quietstar.demos.lookup import derivation_nll, evaluate, run_arms, stage_recipes
+from quietstar.demos.lookup_report import verdict
 from quietstar.errors import UserError
 from quietstar.evaluation.scores import same_token_partners, token_scores
-from quietstar.lookup import LookupLanguage, TextMix, corpus_mix
-from quietstar.recipe import load_recipe
+from quietstar.recipes.recipe import load_recipe
 
 
 def problems(tokens: np.ndarray) -> list[tuple[np.ndarray, int]]:

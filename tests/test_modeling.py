@@ -15,7 +15,7 @@ from quietstar import (
     add_meta_tokens,
     check_tokenizer,
 )
-from quietstar.lookup import build_tokenizer
+from quietstar.data.lookup import build_tokenizer
 
 IDS = torch.arange(3, 15).view(2, 6)
 

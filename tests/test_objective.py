@@ -11,10 +11,10 @@ from families import VOCABULARY, tiny_decoder
 from test_step import Watch
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
-from quietstar.entropy import linear_entropy_sum
-from quietstar.layout import text_ranges
-from quietstar.objective import add_up, advantage_of
-from quietstar.think import packed_pass
+from quietstar.losses.rewards import add_up, advantage_of
+from quietstar.thinking.layout import text_ranges
+from quietstar.thinking.think import packed_pass
+from quietstar_ext.linear_entropy import linear_entropy_sum
 
 ROWS, LENGTH, THOUGHT, TALK, RATIONALES = 2, 11, 3, 2, 3
 BANNED = (94, 95)
@@ -252,7 +252,7 @@ def test_linear_entropy_skips_what_has_no_weight():
 
 
 def test_the_entropy_never_holds_rows_x_vocabulary(monkeypatch):
-    monkeypatch.setattr("quietstar.entropy.WORKSPACE_BYTES", 1 << 20)
+    monkeypatch.setattr("quietstar_ext.linear_entropy.WORKSPACE_BYTES", 1 << 20)
     rows, vocabulary = 1024, 4096
     hidden = torch.randn(rows, 8, requires_grad=True)
     weight = torch.randn(vocabulary, 8, requires_grad=True)
@@ -264,7 +264,7 @@ def test_the_entropy_never_holds_rows_x_vocabulary(monkeypatch):
 
 
 def test_a_step_with_everything_holds_nothing_of_size_rows_x_vocabulary(monkeypatch):
-    monkeypatch.setattr("quietstar.entropy.WORKSPACE_BYTES", 1 << 20)
+    monkeypatch.setattr("quietstar_ext.linear_entropy.WORKSPACE_BYTES", 1 << 20)
     vocabulary, length = 4096, 64
     model = QuietStarForCausalLM.from_base(
         tiny_decoder("llama", vocab_size=vocabulary),

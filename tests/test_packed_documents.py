@@ -10,8 +10,8 @@ from families import tiny_decoder
 from torch import Tensor
 
 from quietstar import QuietStarForCausalLM
-from quietstar.layout import text_positions, text_ranges
-from quietstar.parts import BatchPart
+from quietstar.thinking.batch_share import BatchPart
+from quietstar.thinking.layout import text_positions, text_ranges
 
 THOUGHT, TALK, RATIONALES = 3, 2, 2
 # Documents of one token have no place for a thought that could be rewarded, and short ones none for a
@@ -74,7 +74,7 @@ def alone(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 @pytest.fixture(autouse=True)
 def any_length(monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents too short to think in are refused as rows; here they have to run."""
-    monkeypatch.setattr("quietstar.modeling.check_text", lambda *arguments: None)
+    monkeypatch.setattr("quietstar.modeling.model.check_text", lambda *arguments: None)
 
 
 def run(

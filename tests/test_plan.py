@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quietstar import QuietStarForCausalLM, cli, plan
 from quietstar.errors import UserError
-from quietstar.plan_table import parse_bytes
-from quietstar.recipe import AdapterSection
+from quietstar.plan.table import parse_bytes
+from quietstar.recipes.recipe import AdapterSection
 
 RANK = 4
 
@@ -35,7 +35,7 @@ def build(mode: str, checkpointing: bool, decoder: dict[str, Any], **thoughts: A
     if mode == "bfloat16":
         model = model.bfloat16()
     if mode == "adapters":
-        from quietstar.adapters import add_adapters
+        from quietstar.checkpoints.adapters import add_adapters
 
         pytest.importorskip("peft")
         model = add_adapters(model, AdapterSection(rank=RANK), "nowhere")

@@ -11,9 +11,9 @@ from small_training import small_model, trainer
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, DynamicCache
 
-from quietstar.batches import count_what_counts
-from quietstar.documents import batch_ranges
-from quietstar.parts import WHOLE
+from quietstar.thinking.batch_share import WHOLE
+from quietstar.thinking.documents import batch_ranges
+from quietstar.training.global_batch import count_what_counts
 
 LENGTHS = (5, 8, 3)
 POSITIONS = torch.cat([torch.arange(n) for n in LENGTHS])[None]

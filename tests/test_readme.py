@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from families import tiny_decoder
 
-from quietstar.lookup import LookupLanguage, TextMix, build_tokenizer
+from quietstar.data.lookup import LookupLanguage, TextMix, build_tokenizer
 
 README = Path(__file__).parent.parent / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
@@ -52,7 +52,7 @@ def test_training(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", ["quietstar train", "quietstar info", "quietstar demo text"])
 def test_commands_in_the_readme_exist(command: str):
-    from quietstar.cli import build_parser
+    from quietstar.cli.app import build_parser
 
     assert command in README.read_text(encoding="utf-8")
     words = command.split()[1:] + (["tiny"] if command.endswith("train") else [])
@@ -60,7 +60,7 @@ def test_commands_in_the_readme_exist(command: str):
 
 
 def test_recipes_in_the_readme_are_shipped():
-    from quietstar.recipe import shipped_recipes
+    from quietstar.recipes.recipe import shipped_recipes
 
     text = README.read_text(encoding="utf-8")
     for name in ("qwen2.5-0.5b", "llama-3.2-1b", "mistral-7b-paper"):
@@ -73,8 +73,8 @@ METHODS = re.findall(r"^\| ([^|]+) \| (`(?:thoughts|training): .*`) \|$", README
 @pytest.mark.parametrize(("method", "cell"), METHODS, ids=[m.partition(" (")[0] for m, _ in METHODS])
 def test_recipe_lines_of_the_methods(method: str, cell: str, tmp_path):
     from quietstar.config import QuietStarConfig
-    from quietstar.recipe import load_recipe
-    from quietstar.train import training_arguments
+    from quietstar.recipes.recipe import load_recipe
+    from quietstar.recipes.run import training_arguments
     from quietstar.values import load_yaml
 
     lines: dict = {}

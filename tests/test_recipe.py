@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from quietstar import recipe as recipe_module
 from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError
-from quietstar.recipe import Recipe, known_keys, load_recipe, parse_recipe, shipped_recipes
-from quietstar.rundir import METRICS_FILE, last_checkpoint, open_run, start_run, write_json
+from quietstar.files import METRICS_FILE, last_checkpoint, write_json
+from quietstar.recipes import recipe as recipe_module
+from quietstar.recipes.recipe import Recipe, known_keys, load_recipe, parse_recipe, shipped_recipes
+from quietstar.recipes.run_folder import open_run, start_run
 from quietstar.values import load_yaml
 
 MINIMAL = {"model": {"name": "some/model"}, "data": {"files": "a.txt"}}

@@ -18,12 +18,12 @@ import torch
 from families import tiny_decoder
 
 from quietstar import QuietStarForCausalLM, cli, demo
-from quietstar.corpora import stdlib_tokenizer
+from quietstar.data.lookup import LookupLanguage, build_tokenizer
+from quietstar.data.stdlib import stdlib_tokenizer
 from quietstar.errors import UserError
-from quietstar.lookup import LookupLanguage, build_tokenizer
-from quietstar.report import _json_in_html, colour, read_curves, render_page, write_page
-from quietstar.report_data import SeenThought, SeenToken, look, spell, split_rows
-from quietstar.report_svg import curves_figure, deciles_figure, nice_ticks
+from quietstar.inspect.data import SeenThought, SeenToken, look, spell, split_rows
+from quietstar.inspect.figures import curves_figure, deciles_figure, nice_ticks
+from quietstar.inspect.page import _json_in_html, colour, read_curves, render_page, write_page
 
 TEXT = (
     "def f(x):\n\treturn x < 1 & x > 0  # </script><script>document.title='broken'</script>\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from quietstar.checkpoint import load_checkpoint
+from quietstar.checkpoints.load import load_checkpoint
 
 SAVED = Path(__file__).parent / "saved"
 

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer, disk
-from quietstar.errors import UserError
-from quietstar.plain_state import (
+from quietstar.checkpoints.save import refuse_pickles, rotate, sweep
+from quietstar.checkpoints.state import (
     load_optimizer_state,
     optimizer_state,
     parameter_names,
@@ -28,7 +28,7 @@ from quietstar.plain_state import (
     set_random_state,
     write_tensors,
 )
-from quietstar.saving import refuse_pickles, rotate, sweep
+from quietstar.errors import UserError
 
 
 def small_model(**fields: Any) -> QuietStarForCausalLM:

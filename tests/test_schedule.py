@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
 from quietstar.errors import UserError
-from quietstar.recipe import load_recipe
-from quietstar.schedule import Schedule
+from quietstar.recipes.recipe import load_recipe
+from quietstar.training.schedule import Schedule
 
 STAGES = [
     {"steps": 2, "thought_length": 4, "talk_length": 3, "thought_kind": "sampled"},

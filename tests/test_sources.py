@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from quietstar.data.sources import hub_documents, local_documents, open_documents
 from quietstar.errors import UserError
-from quietstar.sources import hub_documents, local_documents, open_documents
 
 TEXTS = [f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (i + 1) for i in range(9)]
 

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from quietstar.corpora import Document, train_tokenizer
-from quietstar.data import TOKENIZER_BATCH, Blocks, StreamedBlocks
+from quietstar.data.blocks import TOKENIZER_BATCH, Blocks, StreamedBlocks
+from quietstar.data.sources import open_documents
+from quietstar.data.stdlib import Document, train_tokenizer
 from quietstar.errors import UserError
-from quietstar.recipe import parse_recipe
-from quietstar.sources import open_documents
-from quietstar.train import run_recipe
+from quietstar.recipes.recipe import parse_recipe
+from quietstar.recipes.run import run_recipe
 
 TEXTS = [f"{i} " + "the quick brown fox jumps over the lazy dog " * (1 + i * 7 % 5) for i in range(300)]
 Source = Callable[[], Iterator[Document]]

@@ -7,8 +7,8 @@ import torch
 from families import VOCABULARY, tiny_decoder
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
-from quietstar.layout import text_ranges
-from quietstar.think import packed_pass, rollout, run_decoder_plain, text_positions
+from quietstar.thinking.layout import text_ranges
+from quietstar.thinking.think import packed_pass, rollout, run_decoder_plain, text_positions
 
 ROWS, LENGTH = 2, 12
 
@@ -61,8 +61,8 @@ def test_sampled_logprobs_are_those_of_the_packed_pass():
     output = model(ids, labels=ids)
     assert output.thought_ids.shape == (ROWS, 2, LENGTH, 3)
     assert not torch.isin(output.thought_ids, torch.tensor([94, 95])).any()
-    from quietstar.learn import thought_logprobs
-    from quietstar.think import output_head
+    from quietstar.losses.policy import thought_logprobs
+    from quietstar.thinking.think import output_head
 
     meta = model.thought_embedding(100.0)
     columns = output.anchors.repeat_interleave(2, 1)

@@ -10,10 +10,10 @@ from families import tiny_decoder
 from transformers import TrainerCallback, TrainingArguments
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer
-from quietstar.arguments import QuietStarArguments
-from quietstar.lookup import build_tokenizer
-from quietstar.metrics import Watch
-from quietstar.trainer import NonFiniteLoss
+from quietstar.data.lookup import build_tokenizer
+from quietstar.training.arguments import QuietStarArguments
+from quietstar.training.metrics import Watch
+from quietstar.training.trainer import NonFiniteLoss
 
 
 def small_model(**fields) -> QuietStarForCausalLM:

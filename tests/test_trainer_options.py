@@ -15,8 +15,8 @@ from torch.utils.data import IterableDataset
 from transformers import DataCollatorForLanguageModeling, HfArgumentParser, TrainingArguments
 
 from quietstar import QuietStarArguments, QuietStarTrainer
-from quietstar.lookup import build_tokenizer
-from quietstar.trainer_options import _ARGUMENTS, check_options
+from quietstar.data.lookup import build_tokenizer
+from quietstar.training.options import _ARGUMENTS, check_options
 
 
 def arguments(folder: Path, **fields: Any) -> QuietStarArguments:

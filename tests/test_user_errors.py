@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from quietstar import QuietStarForCausalLM, cli
-from quietstar.corpora import train_tokenizer
+from quietstar.data.stdlib import train_tokenizer
 from quietstar.errors import UserError, blaming
-from quietstar.rundir import RUN_FILE
+from quietstar.files import RUN_FILE
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 40
 SIZES = {
@@ -299,7 +299,7 @@ def test_a_fault_of_ours_is_not_put_down_to_the_user():
     """Other packages' errors become a sentence; those that our code raises stay what they are."""
     with pytest.raises(UserError, match="model.config: IndexError"), blaming("model.config"):
         raise IndexError
-    from quietstar.layout import text_ranges
+    from quietstar.thinking.layout import text_ranges
 
     with pytest.raises(AttributeError), blaming("model.config"):
         text_ranges(None, "no tensor")  # type: ignore[arg-type]

@@ -8,8 +8,8 @@ from families import VOCABULARY, tiny_decoder
 from torch import Tensor
 
 from quietstar import QuietStarForCausalLM
-from quietstar.layout import text_ranges
-from quietstar.think import packed_pass, rollout
+from quietstar.thinking.layout import text_ranges
+from quietstar.thinking.think import packed_pass, rollout
 
 LENGTH, THOUGHT, TALK = 9, 6, 3
 SLOTS = THOUGHT + 2 + TALK - 1

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from quietstar import QuietStarForCausalLM
-from quietstar.adapters import settle_new_rows
+from quietstar.checkpoints.adapters import settle_new_rows
+from quietstar.data.lookup import build_tokenizer
 from quietstar.errors import UserError
-from quietstar.head import CalledHead, Head, output_head
-from quietstar.layers import is_plain_linear
-from quietstar.lookup import build_tokenizer
-from quietstar.talk import MixingHead
+from quietstar.losses.language_model import MixingHead
+from quietstar.thinking.linear_layers import is_plain_linear
+from quietstar.thinking.output_layer import CalledHead, Head, output_head
 
 LENGTH, THOUGHT, ROWS = 12, 2, 2
 IDS = torch.randint(3, 90, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -206,7 +206,7 @@ class TestCalledHead:
         torch.manual_seed(8)
         layer = nn.Linear(16, 40, bias=False)
         other = copy.deepcopy(layer)
-        monkeypatch.setattr("quietstar.head.CHUNK_BYTES", 3 * 40 * 4)
+        monkeypatch.setattr("quietstar.thinking.output_layer.CHUNK_BYTES", 3 * 40 * 4)
         return CalledHead(layer, 40, 5.0, 0.7), Head(other.weight, 5.0, 0.7)
 
     def compare(self, heads: tuple[Head, Head], call: Callable[[Head, Tensor], Any]) -> None:
@@ -262,7 +262,7 @@ class TestCalledHead:
         rows, vocabulary = 64, 500
         layer = nn.Linear(4, vocabulary, bias=False)
         head = CalledHead(layer, vocabulary, None, 1.0)
-        monkeypatch.setattr("quietstar.head.CHUNK_BYTES", 4 * vocabulary * 4)
+        monkeypatch.setattr("quietstar.thinking.output_layer.CHUNK_BYTES", 4 * vocabulary * 4)
         kept: list[int] = []
 
         def keep(tensor: Tensor) -> Tensor:

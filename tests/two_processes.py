@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer
-from quietstar.arguments import QuietStarArguments
+from quietstar.training.arguments import QuietStarArguments
 
 ROWS, LENGTH = 16, 11
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}

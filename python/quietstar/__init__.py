@@ -1,25 +1,24 @@
 """quietstar: language models that think before they speak (Quiet-STaR, arXiv 2403.09629).
 
-config       QuietStarConfig: how a model thinks, talks and learns
-modeling     QuietStarForCausalLM: a Hugging Face decoder with thoughts
-layout       ThoughtLayout: which rows of a pass are text, which are slots, and what they see
-attention    the attention function that lets an unmodified decoder think
-think        rollout (sampling) and packed pass
-talk         mixing head and losses
-learn        reward and policy term
-objective    rewards, advantages and the terms of the loss
-arguments    QuietStarArguments: what training with thoughts adds to TrainingArguments
-trainer      QuietStarTrainer on transformers.Trainer
-reference    models from the reference implementation's state dicts
+thinking      layout, attention, rollout and packed pass: the method up to the thoughts
+losses        language-model losses, rewards, policy term
+modeling      QuietStarForCausalLM: a Hugging Face decoder with thoughts; forward and generate
+data          from text to rows of tokens
+checkpoints   folders: saved whole, opened, adapters, the reference implementation's
+training      QuietStarTrainer and its arguments
+evaluation    what thoughts are worth: perplexity, questions, controls
+recipes       a run as YAML, built and run
+inspect, plan, demos, cli    what the commands show
 """
 
-from .arguments import QuietStarArguments
-from .config import END_TOKEN, START_TOKEN, QuietStarConfig
-from .layout import ThoughtLayout
-from .modeling import QuietStarForCausalLM, QuietStarOutput
-from .reference import load_reference
-from .tokens import add_meta_tokens, check_tokenizer
-from .trainer import QuietStarTrainer
+from quietstar import moved
+from quietstar.checkpoints.upstream import load_reference
+from quietstar.config import END_TOKEN, START_TOKEN, QuietStarConfig
+from quietstar.modeling.meta_tokens import add_meta_tokens, check_tokenizer
+from quietstar.modeling.model import QuietStarForCausalLM, QuietStarOutput
+from quietstar.thinking.layout import ThoughtLayout
+from quietstar.training.arguments import QuietStarArguments
+from quietstar.training.trainer import QuietStarTrainer
 
 __all__ = [
     "END_TOKEN",
@@ -34,3 +33,5 @@ __all__ = [
     "check_tokenizer",
     "load_reference",
 ]
+
+moved.install()

@@ -2,6 +2,6 @@
 
 import sys
 
-from quietstar.cli import main
+from quietstar.cli.app import main
 
 sys.exit(main())

@@ -8,12 +8,12 @@ import functools
 import inspect
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
-from .loading import check_model_type
+from quietstar.errors import UserError
 
 logger = logging.getLogger("quietstar")
 
@@ -93,9 +93,9 @@ class QuietStarConfig(PretrainedConfig):
         thought_kind: ``"sampled"``; ``"pause"`` (a control: the start embedding stands in every thought
             slot, nothing is sampled); ``"none"`` (a control: plain language modelling).
         disable_dropout: switch off, in training mode, what the decoder and its adapters draw at random
-            (dropout, layer drop, a router's jitter; :mod:`quietstar.noise`), because a thought has to be
-            scored by the network that sampled it. With False, only ``thought_kind="none"`` can be
-            trained while there is such noise.
+            (dropout, layer drop, a router's jitter; :mod:`quietstar.thinking.noise`), because a thought
+            has to be scored by the network that sampled it. With False, only ``thought_kind="none"``
+            can be trained while there is such noise.
         start_token_id, end_token_id: the meta tokens' ids; they are never sampled.
         self_check: before the first thoughts, compare a few tokens of a thought with the decoder's own
             run of them, and refuse a decoder whose thoughts would be wrong.
@@ -369,3 +369,21 @@ def _refuse_misspelt(name: str) -> None:
     """As :func:`check_fields`, where others' names may come, too: only what is all but a field."""
     if not _is_known(name) and difflib.get_close_matches(name, _fields(), n=1, cutoff=0.85):
         check_fields([name])
+
+
+def check_model_type(settings: Mapping[str, Any], expected: str) -> None:
+    """Refuse the configuration of another kind of model, before anything is built from it.
+
+    Raises:
+        UserError: says what opens a model of that kind.
+    """
+    if not isinstance(settings, Mapping):
+        raise UserError(f"the configuration is a {type(settings).__name__}; expected a JSON object")
+    found = settings.get("model_type", expected)
+    if found == expected:
+        return
+    if "max_thoughts" in settings:
+        remedy = "QuietStarForCausalLM.from_reference opens checkpoints of the reference code"
+    else:
+        remedy = "QuietStarForCausalLM.from_base gives thoughts to a decoder without"
+    raise UserError(f"model_type is {found!r}; expected {expected!r} ({remedy})")

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from quietstar import QuietStarForCausalLM
-from quietstar.corpora import train_tokenizer
-from quietstar.tokens import add_meta_tokens
+from quietstar.data.stdlib import train_tokenizer
+from quietstar.modeling.meta_tokens import add_meta_tokens
 
 
 @pytest.fixture(autouse=True)

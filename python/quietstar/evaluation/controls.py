@@ -19,15 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quietstar.data import PaddingCollator
+from quietstar.data.collator import PaddingCollator
 from quietstar.evaluation.perplexity import TokenLosses, by_decile, deciles, estimate
-from quietstar.head import Head, output_head
-from quietstar.layout import text_ranges
-from quietstar.talk import mix_talk_steps
-from quietstar.think import depth_of_end, packed_pass, rollout
+from quietstar.losses.language_model import mix_talk_steps
+from quietstar.thinking.layout import text_ranges
+from quietstar.thinking.output_layer import Head, output_head
+from quietstar.thinking.think import depth_of_end, packed_pass, rollout
 
 if TYPE_CHECKING:
-    from quietstar.modeling import QuietStarForCausalLM
+    from quietstar.modeling.model import QuietStarForCausalLM
 
 PREDICTIONS = ("base", "mixed", "thought", "shuffled", "pause")
 

@@ -15,8 +15,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 # Registers the architecture with transformers, so that the harness can load it by name.
-from quietstar.modeling import QuietStarForCausalLM
-from quietstar.think import depth_of_end
+from quietstar.modeling.model import QuietStarForCausalLM
+from quietstar.thinking.think import depth_of_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

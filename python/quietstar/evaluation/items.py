@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from quietstar.data.left_out import LeftOut, is_utf8
+from quietstar.data.tables import check_columns, table_rows, why_unreadable
 from quietstar.errors import UserError
-from quietstar.left_out import LeftOut, is_utf8
-from quietstar.tables import check_columns, table_rows, why_unreadable
 
 Row = dict[str, Any]
 

@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from quietstar.data import PaddingCollator
+from quietstar.data.collator import PaddingCollator
 from quietstar.errors import UserError
-from quietstar.parts import BatchPart
+from quietstar.thinking.batch_share import BatchPart
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from quietstar.modeling import QuietStarForCausalLM
+    from quietstar.modeling.model import QuietStarForCausalLM
 
     Array = npt.NDArray[np.float64]
 
@@ -67,7 +67,7 @@ def token_losses(
     progress: bool = True,
     description: str = "evaluating",
 ) -> TokenLosses:
-    """Losses of every token of ``blocks`` (items as :class:`~quietstar.data.TokenBlocks` gives).
+    """Losses of every token of ``blocks`` (items as :class:`~quietstar.data.blocks.TokenBlocks` gives).
 
     The model thinks at every position, whatever its ``think_at``; thoughts are the most likely
     ones, so the result does not depend on ``seed`` but for models that draw at random in

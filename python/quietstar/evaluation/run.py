@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quietstar.checkpoint import load_checkpoint
-from quietstar.disk import check_writable_file
+from quietstar.checkpoints.load import load_checkpoint
+from quietstar.data.sources import expand_files
 from quietstar.errors import UserError, check_seed
 from quietstar.evaluation.chains import ChainSettings
 from quietstar.evaluation.journal import Journal
 from quietstar.evaluation.table import render
 from quietstar.evaluation.tasks import OWN, Record, Settings, Task, digest
-from quietstar.rundir import write_json
-from quietstar.sources import expand_files
+from quietstar.files import check_writable_file, write_json
 from quietstar.versions import package_versions
 
 if TYPE_CHECKING:

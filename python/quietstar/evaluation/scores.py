@@ -18,7 +18,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from quietstar.modeling import QuietStarForCausalLM
+    from quietstar.modeling.model import QuietStarForCausalLM
 
 Thoughts = Literal["own", "none", "shuffled"]
 

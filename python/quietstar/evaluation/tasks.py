@@ -181,10 +181,10 @@ class PerplexityTask:
         return {}
 
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
-        from quietstar.corpora import Document, load_stdlib
-        from quietstar.data import tokenize
-        from quietstar.left_out import LeftOut
-        from quietstar.sources import local_documents
+        from quietstar.data.blocks import tokenize
+        from quietstar.data.left_out import LeftOut
+        from quietstar.data.sources import local_documents
+        from quietstar.data.stdlib import Document, load_stdlib
 
         size, limit, data = self.settings.block_size, self.settings.limit, self.settings.data
         if size < 2:

@@ -1,0 +1,1 @@
+"""Everything that writes or opens a folder of a model."""

@@ -1,0 +1,105 @@
+"""A trained model and its tokenizer, by folder or name: what the commands that use one begin with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quietstar.checkpoints.adapters import is_adapter, load_adapter, merge
+from quietstar.config import QuietStarConfig
+from quietstar.errors import UserError, blaming, reason
+from quietstar.files import RUN_FILE, is_file, is_folder, last_checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from quietstar.modeling.model import QuietStarForCausalLM
+
+
+def load_checkpoint(
+    name: str, *, device: str | None = None, tokenizer: str | None = None
+) -> tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]:
+    """Load a model with thoughts, in evaluation mode.
+
+    Args:
+        name: a folder that ``quietstar train`` or ``save_pretrained`` wrote (of a run that is not done,
+            the last checkpoint is taken; adapters are merged), a checkpoint of the reference code, or
+            the name of either on the Hugging Face Hub.
+        device: default: ``cuda`` where there is one, otherwise ``cpu``.
+        tokenizer: folder or name of another tokenizer than the checkpoint's own.
+
+    Raises:
+        UserError: if there is no such model, it has no thoughts, or the tokenizer is not its own.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    from quietstar.checkpoints.upstream import from_reference, is_reference_config
+    from quietstar.modeling.meta_tokens import add_meta_tokens, check_tokenizer
+    from quietstar.modeling.model import QuietStarForCausalLM
+
+    transformers_logging.disable_progress_bar()
+    place = _device(device)
+    name = folder_of_run(name)
+    settings = _read_config(name)
+    theirs = is_reference_config(settings)
+    if not theirs and settings.get("model_type") != QuietStarConfig.model_type:
+        raise UserError(
+            f"{name} is a model without thoughts ({settings.get('model_type', '?')}); expected"
+            " one that quietstar train has made, or a checkpoint of the reference code"
+        )
+    with blaming(f"cannot load the tokenizer of {tokenizer or name} (--tokenizer names another)"):
+        words = AutoTokenizer.from_pretrained(tokenizer or name)
+    if is_adapter(name):
+        model = merge(load_adapter(name, words))
+    elif theirs:
+        add_meta_tokens(words)
+        model = from_reference(name, tokenizer=words)
+    else:
+        with blaming(f"cannot load {name}"):
+            model = QuietStarForCausalLM.from_pretrained(name)
+    check_tokenizer(words, model.config)
+    return model.to(place).eval(), words
+
+
+def folder_of_run(name: str) -> str:
+    """The folder to load: of a run that is not done, its last checkpoint."""
+    folder = Path(name)
+    if not name:
+        raise UserError("the model's name is empty; expected a folder or a name on the Hugging Face Hub")
+    if not is_folder(folder) or (folder / "config.json").is_file():
+        return name
+    checkpoint = last_checkpoint(folder) if (folder / RUN_FILE).is_file() else None
+    if checkpoint is None:
+        raise UserError(f"{name} holds no model (no config.json)")
+    return str(checkpoint)
+
+
+def _read_config(name: str) -> dict[str, Any]:
+    from transformers import PretrainedConfig
+
+    if is_file(Path(name)):
+        raise UserError(f"model {name} is a file; expected a folder or a name on the Hugging Face Hub")
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(name)
+    except (OSError, ValueError) as error:
+        if is_folder(Path(name)):
+            raise UserError(f"model {name} has no readable config.json: {reason(error)}") from error
+        raise UserError(
+            f"model {name} is neither a folder nor a name on the Hugging Face Hub that can be had:"
+            f" {reason(error)}"
+        ) from error
+    if not isinstance(settings, dict) or not settings:
+        raise UserError(f"model {name} has no readable config.json: {json.dumps(settings)}")
+    return settings
+
+
+def _device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    with blaming(f"--device {name} cannot be used"):
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    return device

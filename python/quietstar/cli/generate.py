@@ -1,0 +1,183 @@
+"""``quietstar generate``: continue a text, thinking before its tokens; the text streams as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TextStreamer
+from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging as transformers_logging
+
+from quietstar.checkpoints.load import load_checkpoint
+from quietstar.data.left_out import is_utf8
+from quietstar.errors import UserError, check_seed
+from quietstar.files import read_text
+from quietstar.modeling.generation_state import Thinking
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
+
+    from quietstar.modeling.model import QuietStarForCausalLM
+
+INTERRUPTED = 130
+TOKEN_COLUMN = 18
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command; returns the exit status. Raises :class:`UserError` before a model is loaded."""
+    options = sampling_options(args)
+    Thinking(args.thinking, args.thinking_budget)  # refuses a rule that is none
+    prompt = read_prompt(args.prompt, args.file)
+    transformers_logging.set_verbosity_error()
+    model, tokenizer = load_checkpoint(args.model, device=args.device, tokenizer=args.tokenizer)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    if ids.shape[1] == 0:
+        raise UserError("the prompt has no tokens; give a text to continue")
+    known = model.generation_config.eos_token_id
+    end = tokenizer.eos_token_id if known is None else known
+    padding = tokenizer.pad_token_id
+    if padding is None:
+        padding = end[0] if isinstance(end, list) else (end or 0)
+    streamer = None
+    if args.show_thoughts:
+        streamer = ThoughtStreamer(model, tokenizer)
+    elif args.num_beams == 1:
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    try:
+        made = model.generate(
+            ids.to(model.device),
+            attention_mask=torch.ones_like(ids).to(model.device),
+            max_new_tokens=args.max_new_tokens,
+            streamer=streamer,
+            eos_token_id=end,
+            pad_token_id=padding,
+            thinking=args.thinking,
+            thinking_budget=args.thinking_budget,
+            **options,
+        )
+    except KeyboardInterrupt:  # what was said so far stays on the screen
+        print(flush=True)
+        return INTERRUPTED
+    if streamer is None:
+        print(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True), flush=True)
+    return 0
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """The text to continue: the argument, a file, or standard input (less one final line end)."""
+    if prompt is not None and file is not None:
+        raise UserError("PROMPT and --file were both given; expected one of them")
+    if prompt is not None:
+        text = prompt
+    elif file is not None:
+        text = read_text(file, "prompt file")
+    elif sys.stdin is None or sys.stdin.isatty():
+        raise UserError("there is no prompt; give one, name a file with --file, or pipe a text in")
+    else:
+        try:
+            text = sys.stdin.read()
+        except UnicodeDecodeError:
+            raise UserError("standard input is not UTF-8 text") from None
+    if prompt is None:
+        text = text.removesuffix("\n")
+    if not text:
+        raise UserError("the prompt is empty; give a text to continue")
+    if not is_utf8(text):
+        raise UserError("the prompt is not UTF-8 text")
+    return text
+
+
+def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What ``generate`` takes for greedy decoding, sampling or beams; refuses contradictions."""
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens is {args.max_new_tokens}; expected a whole number >= 1")
+    if args.num_beams < 1:
+        raise UserError(f"--num-beams is {args.num_beams}; expected a whole number >= 1")
+    temperature = args.temperature
+    if temperature is not None and not 0 <= temperature < math.inf:
+        raise UserError(f"--temperature is {temperature}; expected a number >= 0 (0: the most likely)")
+    check_seed(args.seed)
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise UserError(f"--top-p is {args.top_p}; expected a number above 0 and up to 1")
+    if args.top_k is not None and args.top_k < 1:
+        raise UserError(f"--top-k is {args.top_k}; expected a whole number >= 1")
+    narrowed = args.top_p is not None or args.top_k is not None
+    if temperature == 0 and narrowed:
+        raise UserError("--temperature 0 takes the most likely token, so --top-p and --top-k do nothing")
+    if args.num_beams > 1 and args.show_thoughts:
+        raise UserError(
+            "--show-thoughts was given with --num-beams; beams swap rows, so expected one beam"
+        )
+    if args.num_beams > 1 and args.thinking_budget is not None:
+        raise UserError("--thinking-budget was given with --num-beams; expected one beam")
+    if not (temperature or narrowed):
+        return {
+            "do_sample": False,
+            "num_beams": args.num_beams,
+            "temperature": None,
+            "top_p": None,
+            "top_k": None,
+        }
+    return {
+        "do_sample": True,
+        "num_beams": args.num_beams,
+        "temperature": 1.0 if temperature is None else temperature,
+        "top_p": 1.0 if args.top_p is None else args.top_p,
+        "top_k": 0 if args.top_k is None else args.top_k,
+    }
+
+
+class ThoughtStreamer(BaseStreamer):
+    """A line per token: the token, and dimmed beside it the thought that it came after."""
+
+    def __init__(
+        self,
+        model: QuietStarForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        console: Console | None = None,
+    ) -> None:
+        from rich.console import Console
+
+        self._model, self._tokenizer = model, tokenizer
+        self._console = console or Console(highlight=False, soft_wrap=True)
+        self._prompt = True
+        self._ids: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt first, then one token [1] at a time."""
+        if self._prompt:
+            self._prompt = False
+            return
+        from rich.text import Text
+
+        step = len(self._ids)
+        before = self._tokenizer.decode(self._ids)
+        self._ids += value.flatten().tolist()
+        whole = self._tokenizer.decode(self._ids)
+        # A token may be a part of a character, or change how the ones before it are spelt.
+        piece = whole.removeprefix(before) if whole.startswith(before) else ""
+        piece = piece or self._tokenizer.convert_ids_to_tokens(self._ids[-1])
+        line = Text(_visible(piece).ljust(TOKEN_COLUMN))
+        thoughts = [t for t in self._model.thoughts[-1:] if t.step == step]
+        if thoughts:
+            words = _visible(self._tokenizer.decode(thoughts[0].ids))
+            line.append(f"  {words}  ({thoughts[0].mixing_weight:+.2f})", style="dim")
+        self._console.print(line)
+
+    def end(self) -> None:
+        """The text in one piece."""
+        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        self._console.print("\n" + text, markup=False)
+
+
+def _visible(text: str) -> str:
+    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")

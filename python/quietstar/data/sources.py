@@ -1,0 +1,242 @@
+"""Where text comes from: local files, a data set of the Hugging Face hub, or the standard library.
+
+Every source yields :class:`~quietstar.data.stdlib.Document` one after the other and holds no more than
+one file (txt, a JSON list) or one batch of rows (jsonl, csv, parquet, hub) in memory. What is wrong with
+a source is said before training starts, in one sentence; single rows and files that cannot be used are
+left out with a warning (:mod:`quietstar.data.left_out`).
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from quietstar.data.left_out import LeftOut, is_utf8, text_or_nothing, why_no_text
+from quietstar.data.stdlib import Document, load_stdlib
+from quietstar.data.streams import HubStream
+from quietstar.data.tables import (
+    ROWS_TO_TELL,
+    TABLE_SUFFIXES,
+    Place,
+    check_columns,
+    open_text,
+    suffix_of,
+    table_rows,
+    why_no_column,
+    why_unreadable,
+)
+from quietstar.errors import UserError
+
+STDLIB = "stdlib"
+TXT_DOCUMENTS = ("file", "paragraph", "line")
+
+
+def local_documents(
+    patterns: str | Iterable[str],
+    *,
+    text_column: str = "text",
+    txt_documents: str = "file",
+    left_out: LeftOut | None = None,
+) -> Iterator[Document]:
+    """Yield the documents of local files: tables (parquet, jsonl, json, csv, tsv), else plain text.
+
+    Args:
+        patterns: paths or globs (``**`` works). Files ending in ``.gz`` are decompressed (not parquet).
+        text_column: a row of a table is a document, and this its text.
+        txt_documents: what a document is in a text file: the ``file``, a ``paragraph`` (blank lines
+            between) or a ``line``.
+        left_out: counts the rows and files that cannot be used (not UTF-8, not JSON, ...). A row without
+            text is a document without text.
+
+    Raises:
+        UserError: for a missing file or column, and where nothing at all can be used.
+    """
+    if txt_documents not in TXT_DOCUMENTS:
+        raise UserError(
+            f"data.txt_documents is {txt_documents!r}; expected one of {', '.join(TXT_DOCUMENTS)}"
+        )
+    left_out = LeftOut() if left_out is None else left_out
+    paths = expand_files(patterns, left_out)
+    for path in paths:
+        if path.stat().st_size == 0:
+            left_out.add(f"data file {path}", "is empty; expected text")
+        elif suffix_of(path) in TABLE_SUFFIXES:
+            for where, row in table_rows(path, [text_column], left_out):
+                why = why_no_text(row[text_column], text_column)
+                if why is None:
+                    left_out.used()
+                    yield Document(f"{path}:{where.number}", text_or_nothing(row[text_column]))
+                else:
+                    left_out.add(where, why)
+        else:
+            for document in _txt(path, txt_documents, left_out):
+                left_out.used()
+                yield document
+    left_out.check(f"data file {paths[0]}")
+
+
+def expand_files(patterns: str | Iterable[str], left_out: LeftOut | None = None) -> list[Path]:
+    """The files that ``patterns`` (paths or globs) name, sorted within each pattern, each once.
+
+    What a glob matches and is neither text nor a table (a picture) is left out, and counted in
+    ``left_out``. Raises :class:`UserError` for a pattern that matches nothing to be read, a folder, such
+    a file given by its name, and where all files are empty.
+    """
+    found: dict[Path, None] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else list(patterns):
+        expanded = str(Path(pattern).expanduser())
+        path = Path(expanded)
+        if path.is_dir():
+            raise UserError(f"{pattern} is a folder; name its files, e.g. {pattern}/*.txt")
+        named = path.exists()
+        if named:
+            matches = [path]
+        else:
+            matches = [Path(m) for m in sorted(glob.glob(expanded, recursive=True))]
+            matches = [m for m in matches if m.is_file()]
+            if not matches:
+                kind = "pattern matches no file" if glob.has_magic(pattern) else "does not exist"
+                raise UserError(f"data file {pattern} {kind} (looked from {Path.cwd()})")
+        unreadable = {match: why for match in matches if (why := why_unreadable(match)) is not None}
+        if named or len(unreadable) == len(matches):
+            for match, why in unreadable.items():
+                raise UserError(f"data file {match} {why}")
+        for match in matches:
+            if match not in unreadable:
+                found[match] = None
+            elif left_out is not None:
+                left_out.add(f"data file {match}", unreadable[match])
+    if not found:
+        raise UserError("data.files names no file")
+    if all(match.stat().st_size == 0 for match in found):
+        more = f" (as are the {len(found) - 1} others)" if len(found) > 1 else ""
+        raise UserError(f"data file {next(iter(found))} is empty; expected text{more}")
+    return list(found)
+
+
+def hub_documents(
+    name: str,
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    streaming: bool = False,
+    shuffle_buffer: int = 0,
+    seed: int = 0,
+    revision: str | None = None,
+    left_out: LeftOut | None = None,
+) -> Iterator[Document]:
+    """Yield the rows of a data set by its name on the hub (or a folder that `datasets` can load).
+
+    With ``streaming`` nothing is stored, and ``shuffle_buffer`` > 0 shuffles within a buffer of
+    that many rows; ``left_out`` counts those that cannot be used. Raises :class:`UserError` where the
+    data set, split or column cannot be had, and where no row can be used.
+    """
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            name, config_name, split=split, streaming=streaming, revision=revision
+        )
+    except Exception as error:  # `datasets` raises its own, HTTP, OS and value errors alike
+        detail = " ".join(str(error).split())
+        where = f"{name} (config {config_name})" if config_name else name
+        raise UserError(f"cannot load split {split!r} of data set {where}: {detail[:400]}") from error
+    columns: list[str] | None = rows.column_names
+    if columns is not None:
+        check_columns(columns, [text_column], f"data set {name}")
+        rows = rows.select_columns([text_column])
+    unusable = LeftOut() if left_out is None else left_out
+
+    def text_of(row: dict[str, Any], number: int) -> str | None:
+        where = f"data set {name}, row {number}"
+        if unusable.nothing_used and unusable.count >= ROWS_TO_TELL:
+            check_columns(row, [text_column], where)
+        if text_column not in row:
+            unusable.add(where, why_no_column(row, text_column))
+            return None
+        why = why_no_text(row[text_column], text_column)
+        if why is None:
+            unusable.used()
+            return text_or_nothing(row[text_column])
+        unusable.add(where, why)
+        return None
+
+    if not streaming:
+        return _in_order(rows, name, text_of, unusable)
+    if shuffle_buffer > 0:
+        # The order of the shards alone; rows are shuffled by a buffer that a position can hold.
+        rows = rows.shuffle(seed=seed, buffer_size=1)
+    return HubStream(rows, name, text_of, shuffle_buffer, seed, unusable)
+
+
+def _in_order(
+    rows: Iterable[Any], name: str, text_of: Callable[[Any, int], str | None], left_out: LeftOut
+) -> Iterator[Document]:
+    for number, row in enumerate(rows):
+        text = text_of(row, number)
+        if text is not None:
+            yield Document(f"{name}:{number}", text)
+    left_out.check(f"data set {name}")
+
+
+def open_documents(
+    *, name: str | None, files: list[str] | None, split: str, **options: Any
+) -> Callable[[], Iterator[Document]]:
+    """A function that starts reading the source from its beginning (so that it can be read again).
+
+    Exactly one of ``name`` (hub name or ``stdlib``) and ``files`` is given; ``options`` are the
+    other arguments of :func:`hub_documents` and :func:`local_documents`.
+    """
+    if (name is None) == (not files):
+        raise UserError(
+            "data needs exactly one of name (a data set) and files (local files); "
+            + ("both are given" if name else "neither is given")
+        )
+    left_out = LeftOut()
+    if files:
+        kept = {k: options[k] for k in ("text_column", "txt_documents") if k in options}
+        expand_files(files)  # a missing file is found now, not when reading starts
+        return lambda: local_documents(files, left_out=left_out, **kept)
+    assert name is not None
+    if name == STDLIB:
+        part = "heldout" if split in ("heldout", "test", "validation") else split
+        return lambda: load_stdlib(part)
+    options.pop("txt_documents", None)
+    return lambda: hub_documents(name, split=split, left_out=left_out, **options)
+
+
+def _txt(path: Path, txt_documents: str, left_out: LeftOut) -> Iterator[Document]:
+    any_text = False
+    with open_text(path, left_out) as file:
+        for number, text in _cut(file, txt_documents):
+            if text.strip():
+                any_text, whole = True, txt_documents == "file"
+                if is_utf8(text):
+                    yield Document(str(path) if whole else f"{path}:{number}", text)
+                else:
+                    where = f"data file {path}" if whole else Place(path, "line", number)
+                    left_out.add(where, "is not UTF-8 text")
+    if not any_text:
+        left_out.add(f"data file {path}", "holds nothing but white space; expected text")
+
+
+def _cut(file: IO[str], txt_documents: str) -> Iterator[tuple[int, str]]:
+    """The documents of a text file, and the number of the line that each begins in."""
+    if txt_documents == "file":
+        yield 1, file.read()
+    elif txt_documents == "line":
+        for number, line in enumerate(file, start=1):
+            yield number, line.rstrip("\n")
+    else:
+        lines: list[str] = []
+        number = 0
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                lines.append(line)
+            elif lines:
+                yield number - len(lines), "".join(lines)
+                lines = []
+        yield number - len(lines) + 1, "".join(lines)

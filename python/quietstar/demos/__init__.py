@@ -1,0 +1,1 @@
+"""``quietstar demo``: thoughts learned on this machine."""

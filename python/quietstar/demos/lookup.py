@@ -1,0 +1,363 @@
+"""``quietstar demo``: Quiet-STaR learns to reason where nothing else does, in minutes on two cores.
+
+The task is in :mod:`quietstar.data.lookup`. Stages, each an ordinary recipe run in a folder of its own,
+so that a second call continues where one stopped:
+
+1. ``skill``: a small Llama is trained on the corpus, in which derivations are frequent;
+2. ``base``: it is trained on, a little, on the same corpus with few derivations: now it seldom reasons;
+3. the arms, all from that base, same steps, same data in the same order, on text without derivations:
+   ``full`` Quiet-STaR; no thoughts; and (without ``--quick``) pause tokens in the slots, and thoughts
+   without REINFORCE;
+4. every arm on held-out problems, and the full one also with shuffled thoughts and with none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from quietstar.data import lookup
+from quietstar.data.lookup import LookupLanguage, TextMix
+from quietstar.errors import UserError
+from quietstar.evaluation.perplexity import Estimate, estimate
+from quietstar.evaluation.scores import Thoughts, TokenScores, token_scores
+from quietstar.files import METRICS_FILE, read_json, write_json
+from quietstar.recipes.recipe import Recipe, load_recipe
+from quietstar.versions import package_versions
+
+if TYPE_CHECKING:
+    from quietstar.modeling.model import QuietStarForCausalLM
+
+logger = logging.getLogger("quietstar")
+
+# A derivation step's loss on held-out problems that shows that the skill is there; chance is 1.79.
+SKILL_NLL = 0.05
+SWEEP = (1, 2, 3, 5, 6)
+# Evaluation text: held-out problems, without asides.
+EVAL_MIX, EVAL_SEED, EVAL_ROWS, EVAL_LENGTH = TextMix(held_out=True), 10_000, 96, 48
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A row of the table: a run, and with which thoughts it is evaluated."""
+
+    label: str
+    run: str
+    thoughts: Thoughts = "own"
+    quick: bool = False
+
+
+ARMS = (
+    Arm("full Quiet-STaR", "full", quick=True),
+    Arm("no thoughts", "no-thoughts", quick=True),
+    Arm("pause tokens in the slots", "pause"),
+    Arm("thoughts, no REINFORCE", "no-reinforce"),
+    Arm("full, thoughts of another position", "full", "shuffled", quick=True),
+    Arm("full, thoughts switched off", "full", "none", quick=True),
+)
+_ARM_SETTINGS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "no-thoughts": {"thought_kind": "none"},
+    "pause": {"thought_kind": "pause"},
+    "no-reinforce": {"policy_weight": 0.0},
+}
+
+
+def stage_recipes(output: Path, seed: int) -> dict[str, Recipe]:
+    """The recipe of every run, by the name of its folder."""
+    skill = load_recipe("lookup-base")
+    corpus = {**(skill.data.lookup or {}), "language": seed}
+    skill = skill.changed(data={"lookup": corpus}, training={"seed": seed})
+    base = skill.changed(
+        name="lookup-base-seldom",
+        model={"name": str(output / "skill"), "config": None, "tokenizer": None},
+        data={"lookup": {**corpus, "work": 0.03, "seed": 2}, "max_train_blocks": 6400},
+        training={"max_steps": 100, "learning_rate": 1e-3, "warmup_steps": 0},
+    )
+    full = load_recipe("lookup")
+    full = full.changed(
+        model={"name": str(output / "base"), "base_only": True},
+        data={"lookup": {**(full.data.lookup or {}), "language": seed}},
+        training={"seed": seed},
+    )
+    arms = {
+        name: full.changed(name=f"lookup-{name}", thoughts=settings)
+        for name, settings in _ARM_SETTINGS.items()
+    }
+    lengths = {
+        f"length-{length}": full.changed(
+            name=f"lookup-length-{length}", thoughts={"thought_length": length}
+        )
+        for length in SWEEP
+        if length != full.thoughts["thought_length"]
+    }
+    return {"skill": skill, "base": base, **arms, **lengths}
+
+
+class SkillCheck(TrainerCallback):
+    """Stops pre-training once held-out derivations are predicted nearly surely, and not before."""
+
+    def __init__(self, language: LookupLanguage, first: int = 600, every: int = 50) -> None:
+        self.rows = torch.from_numpy(language.derivations(256, EVAL_SEED))
+        self.first, self.every = first, every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self.first and state.global_step % self.every == 0:
+            loss = derivation_nll(kwargs["model"], self.rows)
+            logger.info("step %d: derivation steps on held-out problems %.3f", state.global_step, loss)
+            if loss < SKILL_NLL:
+                control.should_training_stop = True
+
+
+def derivation_nll(model: QuietStarForCausalLM, rows: torch.Tensor) -> float:
+    """Mean loss of the four derived states in :meth:`LookupLanguage.derivations` rows."""
+    scores = token_scores(model, rows.to(model.device), thoughts="none", batch_size=64)
+    # Tokens 0-6 are the problem, `?` and the dash, 7 repeats s0, 8-11 are s1-s4.
+    return float(scores.nll[:, 7:11].mean())
+
+
+class Progress(TrainerCallback):
+    """Accuracy on a few held-out problems while training, for the figure."""
+
+    def __init__(self, language: LookupLanguage, every: int = 10) -> None:
+        self.rows = torch.from_numpy(language.blocks(32, EVAL_LENGTH, EVAL_MIX, EVAL_SEED + 1))
+        self.every = every
+        self.curve: list[tuple[int, float]] = []
+
+    def _look(self, step: int, model: QuietStarForCausalLM) -> None:
+        scores = token_scores(model, self.rows.to(model.device), batch_size=32)
+        hard = lookup.is_answer(self.rows.numpy())[:, 1:]
+        self.curve.append((step, float(scores.correct[hard].mean())))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self._look(0, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0:
+            self._look(state.global_step, kwargs["model"])
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One row of the table, as measured on held-out problems."""
+
+    hard_nll: Estimate
+    accuracy: Estimate
+    easy_nll: Estimate
+    chains: float | None
+    weight_hard: float
+    weight_easy: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "hard_nll": self.hard_nll.to_dict(),
+            "accuracy": self.accuracy.to_dict(),
+            "easy_nll": self.easy_nll.to_dict(),
+            "correct_chains": self.chains,
+            "mixing_weight_at_question": self.weight_hard,
+            "mixing_weight_elsewhere": self.weight_easy,
+        }
+
+
+def evaluate(
+    model: QuietStarForCausalLM, language: LookupLanguage, thoughts: Thoughts = "own"
+) -> ArmResult:
+    """Score a model on held-out problems."""
+    rows = language.blocks(EVAL_ROWS, EVAL_LENGTH, EVAL_MIX, EVAL_SEED)
+    scores = token_scores(model, torch.from_numpy(rows).to(model.device), thoughts=thoughts)
+    hard = lookup.is_answer(rows)[:, 1:]
+    easy = ~lookup.behind_question(rows)[:, 1:]
+    return ArmResult(
+        hard_nll=estimate(scores.nll, hard),
+        accuracy=estimate(scores.correct.astype(float), hard),
+        easy_nll=estimate(scores.nll, easy),
+        chains=_correct_chains(language, rows, scores),
+        weight_hard=float(scores.mixing_weight[hard].mean()),
+        weight_easy=float(scores.mixing_weight[easy].mean()),
+    )
+
+
+def _correct_chains(language: LookupLanguage, rows: lookup.Ints, scores: TokenScores) -> float | None:
+    """Share of questions whose thought is exactly the derivation s0 .. s4."""
+    if scores.thought_ids is None or scores.thought_ids.shape[2] < lookup.STEPS + 1:
+        return None
+    place = np.argwhere(lookup.is_answer(rows)[:, 1:])
+    row, at = place[:, 0], place[:, 1]  # `?` stands at `at`
+    operators = np.stack(
+        [rows[row, at - lookup.STEPS + t] - lookup.FIRST_OPERATOR for t in range(lookup.STEPS)], 1
+    )
+    trace = language.derive(rows[row, at - lookup.STEPS - 1], operators)
+    thought = scores.thought_ids[row, at][:, : lookup.STEPS + 1]
+    return float((thought == trace).all(1).mean())
+
+
+def run_arms(
+    output: Path,
+    *,
+    seed: int = 4,
+    quick: bool = False,
+    sweep: bool = False,
+    fresh: bool = False,
+    progress: bool = True,
+    show: Any = None,
+) -> dict[str, Any]:
+    """Run what is not done yet and evaluate it; the content of ``metrics.json``.
+
+    Args:
+        show: called with the metrics so far whenever a row of the table is there.
+    """
+    from quietstar.modeling.model import QuietStarForCausalLM
+    from quietstar.recipes.run import run_recipe
+
+    recipes = stage_recipes(output, seed)
+    language = LookupLanguage(seed)
+    curves: dict[str, list[tuple[int, float]]] = {}
+
+    finished: set[str] = set()
+
+    def run(name: str) -> Path:
+        folder = output / name
+        if name in finished:
+            return folder
+        finished.add(name)
+        watch = Progress(language)
+        callbacks: list[TrainerCallback] = [watch]
+        if name in ("skill", "base"):
+            callbacks = [SkillCheck(language)] if name == "skill" else []
+        if (folder / METRICS_FILE).is_file() and not fresh:
+            logger.info("%s: done before", name)
+        else:
+            logger.info("%s: training, %d steps at most", name, recipes[name].training["max_steps"])
+        result = run_recipe(
+            recipes[name],
+            folder,
+            overwrite=fresh and folder.is_dir(),
+            progress=progress,
+            log_lines=False,
+            callbacks=callbacks,
+        )
+        kept = folder / "curve.json"
+        if watch.curve and not result.continued:
+            write_json(kept, {"accuracy_by_step": watch.curve})
+        if kept.is_file():
+            curves[name] = read_json(kept)["accuracy_by_step"]
+        return folder
+
+    run("skill")
+    run("base")
+    metrics: dict[str, Any] = {"seed": seed, "arms": {}, "by_thought_length": {}}
+    start = QuietStarForCausalLM.from_pretrained(output / "base")
+    rows = torch.from_numpy(language.derivations(256, EVAL_SEED))
+    metrics["skill_nll"] = derivation_nll(start, rows)
+    if metrics["skill_nll"] > 4 * SKILL_NLL:
+        raise UserError(
+            f"the base model did not learn the derivations (loss {metrics['skill_nll']:.2f} per step on"
+            f" held-out problems, expected below {4 * SKILL_NLL}); try another --seed"
+        )
+    for arm in ARMS:
+        if quick and not arm.quick:
+            continue
+        model = QuietStarForCausalLM.from_pretrained(run(arm.run))
+        metrics["arms"][arm.label] = evaluate(model, language, arm.thoughts).to_dict()
+        if arm.run == "full" and "thoughts" not in metrics:
+            metrics["thoughts"] = some_thoughts(model, language)
+        if show is not None:
+            show(metrics)
+    if sweep:
+        for length in SWEEP:
+            name = f"length-{length}" if f"length-{length}" in recipes else "full"
+            model = QuietStarForCausalLM.from_pretrained(run(name))
+            metrics["by_thought_length"][length] = evaluate(model, language).to_dict()
+    metrics["accuracy_by_step"] = curves
+    metrics["versions"] = package_versions()
+    write_json(output / METRICS_FILE, metrics)
+    return metrics
+
+
+def some_thoughts(
+    model: QuietStarForCausalLM, language: LookupLanguage, count: int = 5
+) -> list[dict[str, Any]]:
+    """What the model thinks at a few held-out questions, as text."""
+    rows = language.blocks(8, EVAL_LENGTH, EVAL_MIX, EVAL_SEED + 2)
+    scores = token_scores(model, torch.from_numpy(rows).to(model.device))
+    assert scores.thought_ids is not None
+    tokenizer = lookup.build_tokenizer()
+    found: list[dict[str, Any]] = []
+    for row, at in np.argwhere(lookup.is_answer(rows)[:, 1:]):
+        if len(found) == count:
+            break
+        found.append(
+            {
+                "question": tokenizer.decode(rows[row, at - lookup.STEPS - 1 : at + 1]),
+                "thought": tokenizer.decode(scores.thought_ids[row, at]),
+                "answer": tokenizer.decode(rows[row, at + 1 : at + 2]),
+                "correct": bool(scores.correct[row, at]),
+                "mixing_weight": float(scores.mixing_weight[row, at]),
+            }
+        )
+    return found
+
+
+def save_page(output: Path, language: LookupLanguage) -> Path:
+    """The thoughts of the full arm at held-out problems, as ``thoughts.html``."""
+    from quietstar.inspect.page import write_page
+    from quietstar.modeling.model import QuietStarForCausalLM
+
+    return write_page(
+        QuietStarForCausalLM.from_pretrained(output / "full"),
+        lookup.build_tokenizer(),
+        language.blocks(6, EVAL_LENGTH, EVAL_MIX, EVAL_SEED + 2).tolist(),
+        output / "thoughts.html",
+        title="Look-up problems: what thinking gained",
+        source="held-out rows of the demo; full Quiet-STaR",
+        run_folder=output / "full",
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run, print the table as it fills, say what came out."""
+    from rich.console import Console
+
+    from quietstar.demos.lookup_report import print_row, print_summary, save_figure
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    transformers_logging.disable_progress_bar()  # its bars for loading files; the Trainer's stays
+    console = Console(highlight=False, soft_wrap=True)
+    output: Path = args.output or Path("quietstar-demo")
+    console.print(
+        "Problems like [b]A u x w z ?[/b] need four look-ups in a row; a model of two layers cannot do"
+        " them in one step.\nIt has seen such derivations in its corpus, seldom; the text that it"
+        " now trains on has none."
+    )
+    shown: set[str] = set()
+
+    def show(metrics: dict[str, Any]) -> None:
+        print_row(console, metrics, shown)
+
+    metrics = run_arms(
+        output,
+        seed=args.seed,
+        quick=args.quick,
+        sweep=args.sweep,
+        fresh=args.fresh,
+        show=show,
+    )
+    figure = save_figure(metrics, output)
+    print_summary(console, metrics)
+    page = save_page(output, LookupLanguage(args.seed))
+    console.print(f"\nmetrics: {output / METRICS_FILE}\nfigure:  {figure}\npage:    {page}")
+    console.print(
+        f'model:   AutoModelForCausalLM.from_pretrained("{output / "full"}") after import quietstar',
+        soft_wrap=True,
+    )
+    return 0

@@ -1,0 +1,1 @@
+"""``quietstar inspect``: a page that shows what a model thinks."""

@@ -1,0 +1,331 @@
+"""The next token, thought about first: the text's cache is kept, the thought's keys are dropped.
+
+Each new token costs one ordinary decoding step and, if its row thinks, one step per slot of the thought
+(start, T sampled tokens, end) over the thinking rows alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+from transformers.utils import ModelOutput
+
+from quietstar.config import QuietStarConfig
+from quietstar.modeling.generation_checks import check_generation_config, check_loop, text_before_the_end
+from quietstar.modeling.generation_state import FollowingThinking, SpokenThought, Thinking
+from quietstar.modeling.output import QuietStarOutput
+from quietstar.modeling.text_cache import (
+    CACHE_NAME,
+    cache_argument,
+    check_prompt_is_longer,
+    with_installed_name,
+)
+from quietstar.thinking.attention import check_layers, layer_keys
+from quietstar.thinking.cuda_graphs import run_slots, without_checkpointing
+from quietstar.thinking.layout import HandedKeys, LayerKeys, ThoughtLayout
+from quietstar.thinking.positions import check_length
+from quietstar.thinking.text_part import text_body
+from quietstar.thinking.think import banned_ids, depth_of_end, output_head, slot_steps
+
+if TYPE_CHECKING:
+    from quietstar.modeling.model import QuietStarForCausalLM
+
+__all__ = ["SpokenThought", "Thinking", "ThinkingGenerationMixin", "next_token_logits"]
+
+
+@torch.no_grad()
+def next_token_logits(
+    model: QuietStarForCausalLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    cache: Cache,
+    thinking: Thinking,
+    temperature: float,
+) -> Tensor:
+    """Logits of the token behind the text, [B, V]; meta tokens are impossible.
+
+    Args:
+        input_ids: [B, new], the tokens that the cache does not hold yet.
+        attention_mask: [B, past + new], nonzero for text; padding at the left.
+        cache: of the text; grows by ``new``, thoughts leave nothing in it.
+        thinking: decides which rows think, once for this token; keeps count.
+        temperature: of the thought's tokens; 0 takes the most likely.
+
+    Raises:
+        ValueError: for a mask that does not fit, or has padding anywhere but at the left.
+    """
+    past, new = cache.get_seq_length(), input_ids.shape[1]
+    total = past + new
+    if attention_mask is None:
+        attention_mask = input_ids.new_ones(input_ids.shape[0], total)
+    check_length(model.base, total)
+    is_text, first = text_before_the_end(attention_mask, past, new, look=thinking.step == 0)
+    hidden, handed = read_text(model, input_ids, is_text, cache, thinking.prefill_chunk_size)
+    head = output_head(model.base)
+    logits = head.logits(hidden)
+    banned = banned_ids(model.config, logits.device)
+    logits[:, banned] = -torch.inf
+    step = thinking.step
+    rows = (thinking.decide(logits) & model.config.thinks).nonzero()[:, 0]
+    if len(rows):
+        check_layers(handed, model.base)
+        mixed, weight, ids = _think(
+            model, handed, rows, first[rows], total, hidden[rows], temperature, seed=step
+        )
+        thought_logits = head.logits(mixed)
+        thought_logits[:, banned] = -torch.inf
+        logits[rows] = thought_logits
+        if ids is not None:
+            for row, chain, share in zip(rows.tolist(), ids.tolist(), weight.tolist(), strict=True):
+                thinking.thoughts.append(SpokenThought(row, step, tuple(chain), share))
+    return logits
+
+
+def read_text(
+    model: QuietStarForCausalLM,
+    input_ids: Tensor,
+    is_text: Tensor,
+    cache: Cache,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, HandedKeys]:
+    """Run the decoder over new text, which the cache keeps; final hidden states [B, d] of its end, and
+    the keys and values of all text, as its layers were handed them.
+
+    Args:
+        input_ids: [B, new]; is_text: [B, past + new] bool.
+        chunk_size: so many tokens at a time; None: all at once.
+    """
+    new = input_ids.shape[1]
+    past = is_text.shape[1] - new
+    positions = (is_text.long().cumsum(1) - 1).clamp(min=0)
+    decoder, size = text_body(model.base), chunk_size or new
+    for start in range(0, new, size):
+        stop = min(start + size, new)
+        handed = HandedKeys()
+        hidden = decoder(
+            input_ids=input_ids[:, start:stop],
+            attention_mask=is_text[:, : past + stop].long(),
+            position_ids=positions[:, past + start : past + stop],
+            use_cache=True,
+            thought_layout=handed,
+            **cache_argument(decoder, cache),
+        ).last_hidden_state[:, -1]
+    return hidden, handed
+
+
+def _think(
+    model: QuietStarForCausalLM,
+    handed: HandedKeys,
+    rows: Tensor,
+    first: Tensor,
+    total: int,
+    base_hidden: Tensor,
+    temperature: float,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One thought per chosen row at the end of its text.
+
+    Args:
+        handed: the text's keys and values, as the layers handed them to their attention.
+        rows: [r] rows of the batch; first: [r] their first text token; total: text length with padding.
+        base_hidden: [r, d].
+
+    Returns:
+        mixed hidden states [r, d], mixing weights [r], tokens [r, T] or None for pause tokens.
+    """
+    config, count = model.config, len(rows)
+    slots = depth_of_end(config)
+    check_length(model.base, total, slots)
+    # The text as one range per row: the layout needs no more of it than the last position.
+    layout = ThoughtLayout(
+        first[:, None].to(torch.int32),
+        torch.full_like(first[:, None], total, dtype=torch.int32),
+        torch.zeros(count, 1, dtype=torch.int64, device=rows.device),
+        slots,
+        phase="slot",
+    )
+    layout.keys = chosen_keys(handed, rows, total)
+    if temperature:
+        seed = int(torch.randint(2**62, ()))
+    ids, _, kept = run_slots(
+        slot_steps,
+        model.base,
+        config,
+        model.thought_embedding(config.embedding_scale),
+        rows[:, None],  # no talk slot is run, so no text is needed
+        layout,
+        temperature=temperature,
+        seed=seed,
+        last=slots,
+    )
+    mixed, weight = model.mixing_head(
+        base_hidden, kept[-1][:, 0], config.mixing_activation, floor=config.mixing_floor
+    )
+    return mixed, weight[:, 0].float(), None if ids is None else ids[:, 0]
+
+
+def chosen_keys(handed: HandedKeys, rows: Tensor, total: int) -> dict[int, LayerKeys]:
+    """Every layer's keys and values of the chosen rows, without a copy where all rows are chosen.
+
+    A sliding-window cache holds only the tail of the text.
+    """
+    found = {}
+    for index, (keys, values) in handed.keys.items():
+        if len(rows) < keys.shape[0]:
+            keys, values = keys.index_select(0, rows), values.index_select(0, rows)
+        found[index] = layer_keys(keys, values, offset=total - keys.shape[2])
+    return found
+
+
+class ThinkingGenerationMixin(GenerationMixin):
+    """transformers' generation for a model that thinks before it speaks."""
+
+    config: QuietStarConfig
+    thoughts: list[SpokenThought]
+
+    def generate(
+        self,
+        *args: Any,
+        thinking: str | Thinking = "always",
+        thinking_budget: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' ``generate``, thinking before the tokens that ``thinking`` says.
+
+        The text's cache is kept and the thought's keys are dropped; meta tokens are never emitted.
+        Greedy decoding, sampling and beam search, from prompts that are padded at the left.
+
+        The state of a call is its own, so that several threads may generate from one model.
+        ``self.thoughts`` holds every thought so far of the call that started last; with threads, hand
+        over a :class:`Thinking` and look at its ``thoughts``, or at those of the result of
+        ``return_dict_in_generate=True``.
+
+        Args:
+            thinking: ``"always"``, ``"never"``, ``"every:k"``, ``"entropy:x"``, or a :class:`Thinking`
+                of this call's own.
+            thinking_budget: at most so many thoughts per row. Not with beams, which swap rows.
+
+        Raises:
+            ValueError: for a rule that is none, a budget with beam search, or a way of decoding that
+                needs predictions at several positions (see :mod:`quietstar.modeling.generation_checks`).
+        """
+        self.config.check_thoughts()
+        if not isinstance(thinking, Thinking):
+            thinking = Thinking(thinking, thinking_budget)
+        elif thinking_budget is not None:
+            raise ValueError("thinking_budget was given with a Thinking; expected the latter's budget")
+        if thinking.taken:
+            raise ValueError("thinking was used by another call; expected a new Thinking for each")
+        bound = inspect.signature(GenerationMixin.generate).bind_partial(self, *args, **kwargs).arguments
+        check_loop({**bound, **bound.get("kwargs", {})})
+        kwargs = with_installed_name(kwargs)
+        prompt = bound.get("inputs", kwargs.get("input_ids"))
+        check_prompt_is_longer(kwargs.get(CACHE_NAME), prompt)
+        thinking.taken = True
+        self.thoughts = thinking.thoughts  # grows as they come, for streamers to look at
+        try:
+            made = super().generate(*args, thinking=thinking, **kwargs)
+        except BaseException:
+            thinking.taken = thinking.step > 0  # what was refused has used nothing
+            raise
+        if isinstance(made, ModelOutput):
+            made.thoughts = thinking.thoughts
+        return made
+
+    def generate_batch(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused: continuous batching keeps the text's keys in pages that thoughts cannot read."""
+        raise NotImplementedError(
+            "generate_batch (continuous batching) is not supported with thoughts; expected generate,"
+            " which takes a batch of prompts that are padded at the left"
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
+
+    def _prepare_generation_config(
+        self, *args: Any, **kwargs: Any
+    ) -> tuple[GenerationConfig, dict[str, Any]]:
+        """The call's settings in one place: checked, and the prompt's chunks taken over.
+
+        transformers would call the model once for every chunk, and each call predicts a token.
+        """
+        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        check_generation_config(config)
+        thinking = model_kwargs.get("thinking")
+        if thinking is not None:
+            beams = config.num_beams or 1
+            if thinking.budget is not None and beams > 1:
+                raise ValueError(f"thinking_budget was given with num_beams={beams}; expected one beam")
+            thinking.prefill_chunk_size = config.prefill_chunk_size
+            config.prefill_chunk_size = None
+        return config, model_kwargs
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, tokenizer: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers', less the tokenizer of ``stop_strings``, which no forward has a use for."""
+        return dict(super().prepare_inputs_for_generation(*args, **kwargs))
+
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+        """Guidance calls the model beside the generation: those passes think where the latter does."""
+        processors = super()._get_logits_processor(*args, **kwargs)
+        model_kwargs = kwargs.get("model_kwargs") or {}
+        thinking = model_kwargs.get("thinking")
+        made = LogitsProcessorList()
+        for processor in processors:
+            guides = isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor)
+            if not guides or processor.model is not self or thinking is None:
+                made.append(processor)
+                continue
+            processor = copy.copy(processor)
+            processor.model = partial(
+                self,
+                thinking=FollowingThinking(thinking),
+                thought_temperature=model_kwargs.get("thought_temperature"),
+            )
+            # The difference of two impossible tokens' scores is not a number.
+            meta = [self.config.start_token_id, self.config.end_token_id]
+            made.extend([processor, SuppressTokensLogitsProcessor(meta, device=self.device)])
+        return made
+
+    def _next(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        use_cache: bool | None,
+        thinking: Thinking | None,
+        temperature: float | None,
+    ) -> QuietStarOutput:
+        """Logits [B, 1, V] of the next token."""
+        kept = cache if cache is not None else self._new_cache()
+        with without_checkpointing(self.base):
+            logits = next_token_logits(
+                self, input_ids, attention_mask, kept, thinking or Thinking(), temperature or 0.0
+            )
+        return QuietStarOutput(logits=logits[:, None], **({CACHE_NAME: kept} if use_cache else {}))
+
+    @torch.no_grad()
+    def _text_cache(self, input_ids: Tensor, attention_mask: Tensor | None) -> Cache:
+        """The keys of a text, for calls that go on from it."""
+        cache = self._new_cache()
+        is_text = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        with without_checkpointing(self.base):
+            read_text(self, input_ids, is_text != 0, cache)
+        return cache
+
+    def _new_cache(self) -> Cache:
+        return DynamicCache(config=self.base.config)

@@ -1,0 +1,58 @@
+"""The two meta tokens, and whether a tokenizer and a model belong together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from quietstar.config import END_TOKEN, START_TOKEN, QuietStarConfig
+from quietstar.thinking.text_part import text_config_of
+
+
+def add_meta_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add ``<|startthought|>`` and ``<|endthought|>`` to a tokenizer that lacks them."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"tokenizer is {tokenizer!r}; expected a tokenizer, such as AutoTokenizer.from_pretrained"
+            " gives"
+        )
+    missing = [t for t in (START_TOKEN, END_TOKEN) if t not in tokenizer.get_vocab()]
+    if missing:
+        tokenizer.add_special_tokens({"additional_special_tokens": missing})
+
+
+def meta_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The meta tokens' ids as :class:`QuietStarConfig` fields; the tokenizer has to have them.
+
+    Raises:
+        ValueError: names the token that is missing.
+    """
+    vocabulary = tokenizer.get_vocab()
+    ids = {}
+    for token, name in ((START_TOKEN, "start_token_id"), (END_TOKEN, "end_token_id")):
+        if token not in vocabulary:
+            raise ValueError(f"the tokenizer has no {token} token; use quietstar.add_meta_tokens on it")
+        ids[name] = vocabulary[token]
+    return ids
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: QuietStarConfig) -> None:
+    """Require that a tokenizer fits a model: meta tokens at the same ids, no more tokens than rows.
+
+    Raises:
+        ValueError: says which token or size does not match.
+    """
+    for name, index in meta_token_ids(tokenizer).items():
+        if index != getattr(config, name):
+            raise ValueError(
+                f"{name} is {index} in the tokenizer and {getattr(config, name)} in the model; expected"
+                " the tokenizer that the model was built with"
+            )
+    decoder: Any = text_config_of(config)
+    rows = getattr(decoder, "vocab_size", None)
+    if rows is not None and len(tokenizer) > rows:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model's vocabulary {rows}; expected a"
+            " vocabulary that holds them all"
+        )

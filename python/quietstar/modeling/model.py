@@ -1,0 +1,376 @@
+"""The model: a Hugging Face decoder that thinks before it speaks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from quietstar.config import QuietStarConfig, check_fields
+from quietstar.losses.language_model import MixingHead, check_labels, target_labels
+from quietstar.modeling.forward import ThinkingPasses
+from quietstar.modeling.generation import ThinkingGenerationMixin
+from quietstar.modeling.generation_checks import check_kept, check_outputs, inherited_settings
+from quietstar.modeling.generation_state import SpokenThought, Thinking
+from quietstar.modeling.input_checks import (
+    check_baseline,
+    check_ignored,
+    check_meta_tokens,
+    check_text,
+    check_tokens,
+)
+from quietstar.modeling.loading import check_folder, keep_gradients, load_whole
+from quietstar.modeling.meta_tokens import add_meta_tokens, meta_token_ids
+from quietstar.modeling.output import QuietStarOutput
+from quietstar.modeling.text_cache import CACHE_NAME, check_alone, check_grows, one_cache
+from quietstar.thinking.attention import implementation_name
+from quietstar.thinking.batch_share import WHOLE, BatchPart
+from quietstar.thinking.documents import DESCRIPTIONS, batch_ranges, check_new_positions
+from quietstar.thinking.fsdp2 import output_layer_gathered
+from quietstar.thinking.noise import settle_noise
+from quietstar.thinking.self_check import check_decoder
+from quietstar.thinking.supported import check_reopens, check_supported
+from quietstar.thinking.text_part import text_body, text_config_of
+from quietstar.thinking.think import ThoughtEmbedding
+
+
+class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMixin):
+    """Wraps any supported Hugging Face decoder with thoughts (see :class:`QuietStarConfig`).
+
+    The decoder is ``self.base``, unmodified; the model adds ``thought_embedding`` and ``mixing_head``.
+    """
+
+    config_class = QuietStarConfig
+    base_model_prefix = "base"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    # What transformers' quantisers leave as it is, too: a small network that weighs every prediction.
+    _keep_in_fp32_modules = ["mixing_head"]
+
+    def __init__(self, config: QuietStarConfig, base: PreTrainedModel | None = None):
+        if not isinstance(config, QuietStarConfig):
+            raise TypeError(f"config is a {type(config).__name__}; expected a QuietStarConfig")
+        if base is None and config.text_config is None:
+            raise ValueError(
+                "the configuration has no text_config; expected that of a decoder, or a decoder itself"
+                " (QuietStarForCausalLM.from_base)"
+            )
+        super().__init__(config)
+        if base is None:
+            base = AutoModelForCausalLM.from_config(config.text_config)
+        check_supported(base)
+        check_meta_tokens(config, base.get_input_embeddings().num_embeddings)
+        # The layers look their attention up in this very object at every call.
+        base.config._attn_implementation = implementation_name(base)
+        config.text_config = base.config
+        _freeze_other_parts(base)
+        self.base = base
+        tied = getattr(base, "_tied_weights_keys", None)
+        if isinstance(tied, dict):
+            # Under the names that they have here, where peft looks for them.
+            self._tied_weights_keys = {f"base.{name}": f"base.{source}" for name, source in tied.items()}
+        width = base.get_input_embeddings().embedding_dim
+        self.thought_embedding = ThoughtEmbedding(width)
+        self.mixing_head = MixingHead(width)
+        self._checked: set[str] = set()
+        self._noise_probed = 0
+        self._routers_reported = 0
+        self.post_init()
+        if base.generation_config is not None:
+            self.generation_config = inherited_settings(base.generation_config)
+        self.thoughts: list[SpokenThought] = []
+
+    # ---- building -------------------------------------------------------------------------------
+
+    @classmethod
+    def from_base(
+        cls,
+        base: PreTrainedModel | str | Path,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        init_embedding_from: str = "---",
+        **fields: Any,
+    ) -> QuietStarForCausalLM:
+        """Give a decoder thoughts.
+
+        Args:
+            base: a causal language model, or its name or path.
+            tokenizer: gets the two meta tokens if it lacks them, and the embeddings are resized to
+                match. May be left out if ``start_token_id`` and ``end_token_id`` are given.
+            init_embedding_from: the start and end embeddings begin as the mean embedding of this
+                text's tokens (as in the paper); needs a tokenizer.
+            fields: of :class:`QuietStarConfig`.
+
+        Raises:
+            ValueError: for a model family that cannot think or could not be opened again after saving,
+                meta tokens that are nowhere to be had, or a folder that lacks weights.
+            TypeError: if base is no model of transformers.
+        """
+        check_fields(fields)
+        if isinstance(base, str | Path):
+            base, _ = load_whole(AutoModelForCausalLM.from_pretrained, base, use_safetensors=True)
+        _check_base(base)
+        keep_gradients(base)
+        check_supported(base)
+        check_reopens(base)
+        if tokenizer is not None:
+            add_meta_tokens(tokenizer)
+            fields = {**meta_token_ids(tokenizer), **fields}
+            # Vocabularies are often padded beyond the tokenizer; never shrink them.
+            if len(tokenizer) > base.get_input_embeddings().num_embeddings:
+                base.resize_token_embeddings(len(tokenizer))
+        for name in ("start_token_id", "end_token_id"):
+            if fields.get(name) is None:
+                raise ValueError(f"{name} is missing; give it, or a tokenizer to add the meta tokens to")
+        for module in base.modules():
+            # Its weights are set: transformers must not initialise them again under the wrapper.
+            module._is_hf_initialized = True
+        # The layer is asked, not its weight, which a wrapper or a quantiser may have put elsewhere.
+        embed, device = base.get_input_embeddings(), _input_device(base)
+        with torch.no_grad():
+            like = embed(torch.zeros(1, 1, dtype=torch.int64, device=device))
+        with torch.device(like.device):  # whatever device a block around this call names
+            model = cls(QuietStarConfig(text_config=base.config, **fields), base=base)
+        model.thought_embedding.to(like.dtype)
+        model.mixing_head.to(like.dtype)
+        if tokenizer is not None:
+            ids = tokenizer(init_embedding_from, add_special_tokens=False)["input_ids"]
+            if not ids:
+                raise ValueError(
+                    f"init_embedding_from is {init_embedding_from!r}; expected text with a token"
+                )
+            with torch.no_grad():
+                words = embed(torch.tensor([ids], device=device))[0]
+                mean = words.mean(0) / model.config.embedding_scale
+                model.thought_embedding.start.copy_(mean)
+                model.thought_embedding.end.copy_(mean)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *args: Any, **options: Any) -> QuietStarForCausalLM:
+        """As transformers', from safetensors alone: nothing that was downloaded is unpickled.
+
+        Raises:
+            ValueError: for a checkpoint of another kind of model, one that lacks weights or has them in
+                other sizes, or an adapter's folder.
+            OSError: if there is no checkpoint, or its weights file is damaged.
+        """
+        check_folder(name)
+        wants_info = options.pop("output_loading_info", False)
+        options.setdefault("use_safetensors", True)
+        model, info = load_whole(super().from_pretrained, name, *args, **options)
+        keep_gradients(model)
+        return (model, info) if wants_info else model  # type: ignore[return-value]
+
+    @classmethod
+    def from_reference(cls, name: str | Path, **options: Any) -> QuietStarForCausalLM:
+        """Read a checkpoint of the reference code (:mod:`quietstar.checkpoints.upstream`)."""
+        from quietstar.checkpoints.upstream import from_reference
+
+        return from_reference(name, **options)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, MixingHead):
+            module.reset_parameters()
+        elif isinstance(module, ThoughtEmbedding):
+            std = getattr(text_config_of(self.config), "initializer_range", 0.02)
+            for parameter in (module.start, module.end):
+                nn.init.normal_(parameter, std=std / self.config.embedding_scale)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.base.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.base.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self) -> nn.Module:
+        return text_body(self.base)
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Refused: the decoder's attention function is what lets it think."""
+        raise ValueError(
+            f"attn_implementation is {attn_implementation!r}; a Quiet-STaR model keeps its own attention"
+            " function (load it with attn_implementation 'sdpa' or 'eager' to choose its text's)"
+        )
+
+    # ---- thinking -------------------------------------------------------------------------------
+
+    @output_layer_gathered
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        thought_ids: Tensor | None = None,
+        anchors: Tensor | None = None,
+        baseline_losses: Tensor | None = None,
+        logits_to_keep: int = 0,
+        thought_temperature: float | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        document_ids: Tensor | None = None,
+        batch_part: BatchPart = WHOLE,
+        cache: Cache | None = None,
+        thinking: Thinking | None = None,
+        **ignored: Any,
+    ) -> QuietStarOutput:
+        """Think at the anchors, then predict.
+
+        Args:
+            input_ids: [B, N] int64.
+            attention_mask: [B, N], nonzero for text; padding at either end. Position ids follow from it.
+            labels: [B, N] int64, -100 where a token does not count. With labels the result holds the
+                losses; without, ``logits`` of the mixed prediction.
+            thought_ids: [B, R, N, T] or [B, R, A, T] int64, thoughts to use instead of sampling
+                (R = 1 without labels).
+            anchors: [B, A] int64 ascending positions that think; default: ``config.think_at``.
+            baseline_losses: [B, N-1] fp32, the losses that the reward ``information-gain`` measures
+                against; :class:`~quietstar.QuietStarTrainer` takes them from its averaged copy. Required
+                in training mode, where the reward counts; otherwise the model's own stand in.
+            logits_to_keep: without labels, think and predict at the last so many positions only
+                (0: all).
+            past_key_values, cache: two names of one argument, the text's keys from an earlier call
+                (``use_cache=True``); then ``input_ids`` holds the new tokens only, and the last of them
+                alone is predicted from. Padding at the left.
+            use_cache: without labels, hand the text's keys back (the text is read once more for them).
+            thought_temperature: default: the configuration's while training, 0 (the most likely
+                thought, one rationale) in evaluation mode.
+            document_ids: [B, N], several documents in a row: between neighbours with different numbers
+                goes no attention, no talk and no prediction, and position ids start anew. Flattened
+                batches may have ``position_ids``, ``seq_idx`` or ``cu_seq_lens_q`` to the same end
+                (:func:`~quietstar.thinking.documents.batch_ranges`).
+            batch_part: with labels, which part of a larger batch this is
+                (:class:`~quietstar.thinking.batch_share.BatchPart`). Such a part may have no target at
+            all. thinking: the state of a call of ``generate``, which decides here whether to think
+                before the next token.
+
+        Raises:
+            ValueError: names the argument that cannot be used, before anything is computed.
+        """
+        config = self.config
+        config.check_thoughts()
+        check_ignored(ignored)
+        if input_ids is None:
+            raise ValueError("input_ids is missing; expected tokens [rows, tokens]")
+        # A part of a larger batch may have nothing to learn from; the others have.
+        alone = batch_part is WHOLE
+        check_text(config, input_ids, labels, alone)
+        check_tokens(input_ids, self.get_input_embeddings())
+        check_baseline(config, baseline_losses, input_ids, labels is not None and self.training)
+        check_outputs(ignored)
+        name, past = one_cache(past_key_values, cache)
+        if use_cache:
+            check_alone("use_cache", labels=labels, document_ids=document_ids)
+        if self.training:
+            settle_noise(self, input_ids)
+        self._check_once(input_ids.device)
+        if past is not None or thinking is not None:
+            documents = {key: ignored.get(key) for key in DESCRIPTIONS if key != "position_ids"}
+            check_alone(
+                name,
+                labels=labels,
+                document_ids=document_ids,
+                thought_ids=thought_ids,
+                anchors=anchors,
+                **documents,
+            )
+            check_grows(name, past)
+            check_kept(
+                logits_to_keep, 1, f" with {name}, since only the end of the text is predicted from"
+            )
+            if thinking is None or thinking.step == 0:  # to look at them waits for the device
+                check_new_positions(ignored.get("position_ids"), attention_mask, input_ids, past)
+            return self._next(input_ids, attention_mask, past, use_cache, thinking, thought_temperature)
+        text = {"input_ids": input_ids, "attention_mask": attention_mask, "document_ids": document_ids}
+        ranges = batch_ranges({**ignored, **text})
+        if use_cache and ranges.end is not None:
+            raise ValueError("`use_cache` and several documents in a row cannot be combined")
+        if labels is not None:
+            labels = (check_labels if alone else target_labels)(labels, ranges)
+        else:
+            check_kept(logits_to_keep, input_ids.shape[1])
+        temperature = thought_temperature
+        if temperature is None:
+            temperature = config.thought_temperature if self.training else 0.0
+        if not config.thinks:
+            output = self._plain(input_ids, attention_mask, ranges, labels, logits_to_keep, batch_part)
+        elif labels is None:
+            if thought_ids is not None and logits_to_keep:
+                raise ValueError("logits_to_keep was given with thought_ids; expected one of them")
+            output = self._predict(input_ids, ranges, logits_to_keep, temperature, thought_ids, anchors)
+        else:
+            output = self._learn(
+                input_ids,
+                ranges,
+                labels,
+                thought_ids,
+                anchors,
+                temperature,
+                baseline_losses,
+                batch_part,
+            )
+        if use_cache:
+            output[CACHE_NAME] = self._text_cache(input_ids, attention_mask)
+        return output
+
+    def _check_once(self, device: torch.device) -> None:
+        """What is compared before the first pass, and before the first with thoughts."""
+        wanted = {"logits"}
+        if self.config.thinks and self.config.self_check:
+            wanted.add("thoughts")
+        if not wanted <= self._checked:
+            missing = wanted - self._checked
+            check_decoder(self.base, device, logits="logits" in missing, thoughts="thoughts" in missing)
+            self._checked |= wanted
+
+
+def _freeze_other_parts(base: PreTrainedModel) -> None:
+    """Of a model for several modalities no text reaches the others' parts: nothing there could learn."""
+    text = [text_body(base), base.get_input_embeddings(), base.get_output_embeddings()]
+    reached = {id(p) for module in text for p in module.parameters()}
+    for parameter in base.parameters():
+        if id(parameter) not in reached:
+            parameter.requires_grad_(False)
+
+
+def _check_base(base: Any) -> None:
+    """Refuse what is no decoder of transformers without thoughts."""
+    if isinstance(base, QuietStarForCausalLM):
+        raise ValueError("base has thoughts already; expected a decoder without (its own is model.base)")
+    if isinstance(base, PreTrainedModel):
+        return
+    kind = type(base).__name__
+    if hasattr(base, "peft_config"):
+        raise TypeError(
+            f"base is a {kind}, a decoder inside an adapter; expected base.merge_and_unload(), or give"
+            " adapters to the model with thoughts instead"
+        )
+    raise TypeError(f"base is a {kind}; expected a causal language model of transformers, or its name")
+
+
+def _input_device(base: PreTrainedModel) -> torch.device:
+    """Where a decoder takes its tokens; weights that accelerate has put away lie nowhere."""
+    hook = getattr(base.get_input_embeddings(), "_hf_hook", None)
+    place = getattr(hook, "execution_device", None)
+    return base.device if place is None else torch.device(place)
+
+
+AutoConfig.register("quietstar", QuietStarConfig, exist_ok=True)
+AutoModelForCausalLM.register(QuietStarConfig, QuietStarForCausalLM, exist_ok=True)

@@ -1,0 +1,142 @@
+"""Modules of version 0.1.0 by their old names, for this version: importing one warns and gives the new.
+
+The names on the left are those of the flat package; what a module held then is looked up in the modules
+on the right, in their order.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MOVED: dict[str, tuple[str, ...]] = {
+    "adapters": (
+        "checkpoints.adapters",
+        "modeling.loading",
+        "cli.merge",
+    ),
+    "anchors": ("thinking.anchors",),
+    "arguments": ("training.arguments",),
+    "attention": ("thinking.attention",),
+    "batches": ("training.global_batch",),
+    "build": ("recipes.build",),
+    "caching": ("modeling.text_cache",),
+    "checkpoint": ("checkpoints.load",),
+    "checkpoint_folder": ("checkpoints.folder",),
+    "checks": ("modeling.input_checks",),
+    "clipping": ("training.clipping",),
+    "collate": ("data.collator",),
+    "corpora": ("data.stdlib",),
+    "decoder_config": ("recipes.decoder",),
+    "decoding": ("modeling.generation_checks",),
+    "demo": ("demos.lookup",),
+    "demo_report": ("demos.lookup_report",),
+    "demo_text": ("demos.text",),
+    "disk": (
+        "recipes.disk",
+        "files",
+    ),
+    "documents": ("thinking.documents",),
+    "entropy": ("quietstar_ext.linear_entropy",),
+    "ema": ("training.ema",),
+    "generate": ("cli.generate",),
+    "generation": ("modeling.generation",),
+    "graphs": ("thinking.cuda_graphs",),
+    "guard": ("training.guard",),
+    "head": ("thinking.output_layer",),
+    "info": ("cli.info",),
+    "layers": ("thinking.linear_layers",),
+    "layout": ("thinking.layout",),
+    "learn": ("losses.policy",),
+    "left_out": ("data.left_out",),
+    "loading": (
+        "modeling.loading",
+        "config",
+    ),
+    "lookup": ("data.lookup",),
+    "metrics": ("training.metrics",),
+    "noise": ("thinking.noise",),
+    "objective": ("losses.rewards",),
+    "output": ("modeling.output",),
+    "packages": ("optional_packages",),
+    "parts": ("thinking.batch_share",),
+    "passes": ("modeling.forward",),
+    "paths": ("files",),
+    "plain_state": ("checkpoints.state",),
+    "plan_table": ("plan.table",),
+    "positions": ("thinking.positions",),
+    "ranges": ("recipes.ranges",),
+    "recipe": ("recipes.recipe",),
+    "recipe_sections": ("recipes.sections",),
+    "reference": ("checkpoints.upstream",),
+    "report": ("inspect.page",),
+    "report_data": ("inspect.data",),
+    "report_svg": ("inspect.figures",),
+    "rundir": (
+        "recipes.run_folder",
+        "files",
+    ),
+    "saving": ("checkpoints.save",),
+    "schedule": ("training.schedule",),
+    "self_check": ("thinking.self_check",),
+    "sharding": ("thinking.fsdp2",),
+    "sources": ("data.sources",),
+    "streams": ("data.streams",),
+    "supported": ("thinking.supported",),
+    "tables": ("data.tables",),
+    "talk": ("losses.language_model",),
+    "text_part": ("thinking.text_part",),
+    "think": ("thinking.think",),
+    "tokens": ("modeling.meta_tokens",),
+    "train": ("recipes.run",),
+    "trainer": ("training.trainer",),
+    "trainer_objective": ("training.objective",),
+    "trainer_options": ("training.options",),
+}
+
+
+class _Alias(ModuleType):
+    """A module that looks every name up where it has gone."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        for place in MOVED[self.__name__.removeprefix("quietstar.")]:
+            module = importlib.import_module(
+                place if place.startswith("quietstar_ext.") else f"quietstar.{place}"
+            )
+            if hasattr(module, name):
+                return getattr(module, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+class _Finder(MetaPathFinder, Loader):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, name = fullname.rpartition(".")
+        return ModuleSpec(fullname, self) if package == "quietstar" and name in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Alias(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__.removeprefix("quietstar.")
+        warnings.warn(
+            f"{module.__name__} has moved to quietstar.{MOVED[old][0]}; the old name goes with the next"
+            " version",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+
+
+def install() -> None:
+    """Behind Python's own finders, so that a module that is there is never asked for here."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())

@@ -1,0 +1,136 @@
+"""``quietstar plan``: what of a recipe fits GPUs of a given size."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+from quietstar.config import QuietStarConfig
+from quietstar.errors import UserError, blaming
+from quietstar.plan.costs import (
+    CONTEXT_BYTES,
+    GAPS,
+    Rows,
+    Sizes,
+    Step,
+    decoder_sizes,
+    fits,
+    largest_batch,
+    peak_bytes,
+    static_bytes,
+    step_flops,
+    step_of,
+)
+from quietstar.recipes.decoder import decoder_config
+from quietstar.recipes.recipe import Recipe, load_recipe
+from quietstar.thinking.text_part import text_config_of
+
+GB = 1e9
+# Numbers without a unit up to this are gigabytes, as anybody would mean them.
+PLAIN_GIGABYTES = 10_000
+_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+
+
+def parse_bytes(text: str) -> float:
+    """``24G``, ``24GB``, ``24`` or ``80e9`` as bytes (G is 10^9, as GPUs are sold); Gi is 2^30."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][0-9]+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    try:
+        number = float(match.group(1)) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if match is None or number <= 0 or math.isinf(number):
+        raise UserError(f"--gpu-memory is {text!r}; expected a size, e.g. 24G")
+    unit, binary = match.group(2).upper(), bool(match.group(3))
+    if not unit and not binary and number <= PLAIN_GIGABYTES:
+        unit = "G"
+    power = "KMGT".index(unit) + 1 if unit else 0
+    size = number * (1024.0**power if binary else _UNITS[unit])
+    if size < CONTEXT_BYTES:
+        raise UserError(
+            f"--gpu-memory is {text!r}, {size / GB:.3g} GB; expected the size of a GPU, e.g. 24G"
+        )
+    return size
+
+
+def ways(step: Step, processes: int) -> Iterator[tuple[str, Step]]:
+    """The ways to run a recipe that are worth comparing, the recipe's own first."""
+    own = dataclasses.replace(step, processes=processes)
+    yield "as the recipe says", own
+    whole = dataclasses.replace(own, rank=None, quantized=False)
+    if whole.rank != own.rank and whole.precision == "autocast":
+        yield "everything trained, checkpointing", dataclasses.replace(whole, checkpointing=True)
+    if not own.checkpointing:
+        yield "gradient checkpointing", dataclasses.replace(own, checkpointing=True)
+    if own.rank is None:
+        adapted = dataclasses.replace(own, rank=16, precision="autocast", checkpointing=True)
+        yield "adapters (rank 16), checkpointing", adapted
+        yield "the same on 4 bits", dataclasses.replace(adapted, quantized=True)
+
+
+def recipe_sizes(recipe: Recipe) -> tuple[QuietStarConfig, Sizes]:
+    """The thought settings and the decoder's sizes; reads no weights."""
+    from transformers import AutoConfig
+
+    from quietstar.recipes.build import build_tokenizer
+
+    section = recipe.model
+    if section.config is not None:
+        known = section.config.get("vocab_size") is not None
+        # The two tokens that the tokenizer may lack.
+        decoder = decoder_config(section.config, 1 if known else len(build_tokenizer(section)) + 2, {})
+    else:
+        with blaming(f"cannot load the configuration of {section.name}"):
+            decoder = AutoConfig.from_pretrained(section.name, revision=section.revision)
+        decoder = text_config_of(decoder)
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        if not hasattr(decoder, name):
+            raise UserError(
+                f"model type {decoder.model_type!r} has no {name}; the plan counts decoders with RMSNorm"
+                " and a gated MLP (Llama, Mistral, Qwen, ...)"
+            )
+    with blaming("model.config" if section.config else f"cannot plan {section.name}"):
+        sizes = decoder_sizes(decoder)
+    return QuietStarConfig(text_config=decoder, **recipe.thoughts), sizes
+
+
+def main(args: argparse.Namespace) -> int:
+    """Print the step's size and a table of what fits."""
+    from rich.console import Console
+
+    recipe = load_recipe(args.recipe, args.settings)
+    memory = parse_bytes(args.gpu_memory)
+    config, sizes = recipe_sizes(recipe)
+    step = step_of(recipe)
+    rows, flops = Rows.of(config, step), step_flops(config, sizes, step)
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(
+        f"{recipe.name}: {sizes.all / 1e6:.1f} M parameters; batch {step.batch} x {step.length} tokens,"
+        f" {rows.columns} columns of {config.num_slots} slots: {rows.packed} rows"
+    )
+    total = sum(flops.values())
+    parts = ", ".join(f"{name} {value / total:.0%}" for name, value in flops.items())
+    console.print(f"a step: {total / 1e12:.3g} TFLOP ({parts})")
+    verdict = "fits" if fits(config, sizes, step, memory) else "does not fit"
+    console.print(
+        f"memory: {static_bytes(sizes, step) / GB:.2f} GB weights and states, peak"
+        f" {peak_bytes(config, sizes, step) / GB:.2f} GB; with a GPU's own"
+        f" {CONTEXT_BYTES / GB:.1f} GB and {GAPS - 1:.0%} gaps it {verdict} {args.gpu_memory}"
+    )
+    console.print(f"\nlargest batch per GPU of {args.gpu_memory}, on so many GPUs:")
+    runs = [(1, False), *((count, sharded) for count in (2, 4, 8) for sharded in (False, True))]
+    heads = [f"{count}{' FSDP2' if sharded else ' DDP' * (count > 1)}" for count, sharded in runs]
+    names = [name for name, _ in ways(step, 1)]
+    widest = max(map(len, names))
+    console.print(" " * widest + "".join(f"{head:>9}" for head in heads))
+    for number, name in enumerate(names):
+        cells = ""
+        for count, sharded in runs:
+            way = dataclasses.replace(list(ways(step, count))[number][1], sharded=sharded)
+            best = largest_batch(config, sizes, way, memory)
+            # 4-bit weights are not sharded.
+            cells += f"{'-' if sharded and way.quantized else best or 'no':>9}"
+        console.print(f"{name:{widest}}{cells}")
+    return 0

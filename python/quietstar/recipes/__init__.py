@@ -1,0 +1,1 @@
+"""Runs as data: YAML, its sections, what they build, the folder of a run."""

@@ -1,0 +1,104 @@
+"""The sections of a recipe that are not another class's fields: model, data, adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass
+class ModelSection:
+    """Which decoder is wrapped, and its tokenizer.
+
+    Args:
+        name: a model on the hub or a local folder; a Quiet-STaR checkpoint is continued.
+        config: instead of ``name``, a Hugging Face configuration (``model_type`` and its fields):
+            the model starts from random weights. ``vocab_size`` and token ids come from the
+            tokenizer.
+        tokenizer: a tokenizer on the hub, a local folder, or ``stdlib`` (a small byte-level BPE
+            trained on the Python standard library); the model's own where null.
+        vocab_size: size of the ``stdlib`` tokenizer.
+        dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        attn_implementation: attention of ordinary passes and of the text in passes with thoughts:
+            ``sdpa`` or ``eager``; the family's own where null.
+        revision: branch, tag or commit on the hub.
+        base_only: of a Quiet-STaR checkpoint take only the decoder and start the thought parts
+            anew.
+        init_embedding_from: the start and end embeddings begin as the mean embedding of this text.
+    """
+
+    name: str | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    vocab_size: int = 2048
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: Literal["sdpa", "eager"] | None = None
+    revision: str | None = None
+    base_only: bool = False
+    init_embedding_from: str = "---"
+
+
+@dataclass
+class DataSection:
+    """Which text, and how it is cut into rows of tokens.
+
+    Args:
+        name: a data set on the hub, ``stdlib`` (splits ``train``, ``heldout``), or ``lookup`` (a
+            small language of serial look-ups, :mod:`quietstar.data.lookup`; needs ``max_train_blocks``).
+        lookup: of that language: ``language`` (its seed), ``seed`` (of the text), and the shares of
+            :class:`quietstar.data.lookup.TextMix`.
+        config_name: configuration of a hub data set.
+        revision: branch, tag or commit of a hub data set.
+        files: instead of ``name``, local files or globs: jsonl, json, csv, tsv, parquet, anything else
+            as plain text (all but parquet also as .gz).
+        split, eval_split: which splits to train on and to evaluate on.
+        eval_files: local files to evaluate on.
+        text_column: the column that holds the text.
+        txt_documents: what one document is in a text file: ``file``, ``paragraph`` or ``line``.
+        streaming: read while training instead of before it; needs ``training.max_steps``.
+        shuffle_buffer: rows held for shuffling while streaming from the hub.
+        packing: ``concat`` (documents one after another), ``packed`` (the same, kept apart: no
+            attention, no talk from one to the next) or ``document`` (one per row, padded).
+        padding_side: ``right`` or ``left``.
+        block_size: tokens in a row.
+        max_train_blocks: stop reading after so many rows.
+        eval_blocks: rows to evaluate on; without ``eval_split`` or ``eval_files`` they are taken,
+            whole documents at a time, from the front of the training text, which then starts after
+            them.
+            0: no evaluation.
+    """
+
+    name: str | None = None
+    lookup: dict[str, Any] | None = None
+    config_name: str | None = None
+    revision: str | None = None
+    files: list[str] | None = None
+    split: str = "train"
+    eval_split: str | None = None
+    eval_files: list[str] | None = None
+    text_column: str = "text"
+    txt_documents: Literal["file", "paragraph", "line"] = "file"
+    streaming: bool = False
+    shuffle_buffer: int = 1000
+    packing: Literal["concat", "document", "packed"] = "concat"
+    padding_side: Literal["right", "left"] = "right"
+    block_size: int = 256
+    max_train_blocks: int | None = None
+    eval_blocks: int = 0
+
+
+@dataclass
+class AdapterSection:
+    """Train adapters (:mod:`quietstar.checkpoints.adapters`) instead of the whole model.
+
+    Args:
+        rank: of the low-rank updates; null: the whole model is trained.
+        alpha: the updates are scaled by ``alpha / rank``.
+        targets: last parts of the names of the layers to adapt; null: every linear layer of the decoder.
+        quantize: ``4bit``: load the frozen decoder in 4 bits (QLoRA; needs bitsandbytes).
+    """
+
+    rank: int | None = None
+    alpha: int = 32
+    targets: list[str] | None = None
+    quantize: Literal["none", "4bit"] = "none"

@@ -1,0 +1,71 @@
+"""Which positions of a text think."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quietstar.config import QuietStarConfig
+from quietstar.thinking.batch_share import WHOLE, BatchPart
+from quietstar.thinking.layout import TextRanges, text_positions
+
+if TYPE_CHECKING:
+    from quietstar.thinking.output_layer import Head
+
+
+def choose_anchors(
+    config: QuietStarConfig,
+    ranges: TextRanges,
+    hidden: Tensor | None,
+    head: Head | None,
+    part: BatchPart = WHOLE,
+) -> Tensor:
+    """The positions that think, [B, A] int64, ascending.
+
+    What a row's text chooses does not depend on the padding around it. ``stride`` counts within each
+    document; ``random`` and ``entropy`` take a share of a row's text tokens, at least one. A row that
+    chooses fewer than A positions has its last one repeated, of which nothing can be predicted: these
+    columns count nowhere.
+
+    Args:
+        ranges: what each of the B x N text tokens sees.
+        hidden: [B, N, d] of the text, and head: both for the rule ``entropy`` alone.
+        part: the random positions are drawn for every part, and this one's are taken.
+    """
+    batch, length = ranges.start.shape
+    rule, number = config.parse_think_at()
+    everywhere = torch.arange(length, device=ranges.start.device)
+    if rule == "all":
+        return everywhere.expand(batch, -1)
+    is_text = ranges.start < ranges.stop
+    if rule == "stride":
+        thinks = is_text & (text_positions(ranges.start, ranges.stop) % int(number) == 0)
+        # With one document in a row the padding decides nothing about the shape (graphs are kept by it).
+        most = math.ceil(length / number) if ranges.end is None else int(thinks.sum(1).max())
+    else:
+        if rule == "random":
+            drawn = part.uniform(batch, length).to(is_text.device)
+            score = drawn.gather(1, (is_text.cumsum(1) - 1).clamp(min=0))
+        elif hidden is None or head is None:
+            raise ValueError("think_at='entropy:p' needs the text's hidden states")
+        else:
+            score = base_entropy(hidden, head)
+        order = torch.where(is_text, score, -1.0).argsort(dim=1, descending=True, stable=True)
+        share = (is_text.sum(1, keepdim=True).double() * number).round().clamp(min=1)
+        thinks = is_text & (order.argsort(dim=1) < share)
+        most = max(1, round(number * length))
+    return torch.where(thinks, everywhere, length - 1).sort(1).values[:, :most]
+
+
+@torch.no_grad()
+def base_entropy(hidden: Tensor, head: Head, rows_per_chunk: int = 256) -> Tensor:
+    """Entropy in nats of the base prediction, [B, N] fp32, without holding all logits at once."""
+    rows = hidden.flatten(0, 1)
+    parts = []
+    for chunk in rows.split(rows_per_chunk):
+        logp = head.logits(chunk).float().log_softmax(-1)
+        parts.append(-(logp.exp() * logp).sum(-1))
+    return torch.cat(parts).unflatten(0, hidden.shape[:2])

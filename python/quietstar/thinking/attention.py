@@ -1,0 +1,374 @@
+"""The attention function that lets an unmodified Hugging Face decoder think.
+
+It is registered with transformers' AttentionInterface. Without a layout it hands over to the model's
+ordinary attention; with one it splits the rows: text rows are ordinary causal attention, slot rows go
+to :func:`quietstar_ext.thought_attention`, which never sees or builds a mask.
+
+What makes a model silently wrong is refused here: a family that does not hand the layout down, layers
+that are no softmax attention, windows that live in a mask only, masks that a layer makes for itself and
+options that this function does not know. What only a comparison can show is left to
+:mod:`quietstar.thinking.self_check`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+
+from quietstar.thinking.layout import HandedKeys, LayerKeys, ThoughtLayout
+from quietstar.thinking.text_part import text_config_of
+from quietstar_ext import thought_attention
+
+# Neutral names: transformers dispatches on names that contain "sdpa", "flash", "flex" or "paged".
+# "thought_plain" serves families without torch's fused attention, "thought_eager" those that were loaded
+# with attn_implementation="eager": their text rows are plain products as well.
+_FALLBACKS = {"thought": "sdpa", "thought_plain": "eager", "thought_eager": "eager"}
+
+# Options of an attention function that the thoughts' one obeys ...
+_OBEYED = {"sliding_window", "softcap", "s_aux"}
+# ... and those that travel along and change nothing here.
+_HARMLESS = {
+    "cache_position",
+    "deterministic",
+    "is_causal",  # checked by itself
+    "logits_to_keep",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_embeddings",
+    "position_ids",
+    "return_dict",
+    "token_type_ids",
+    "use_cache",
+}
+
+
+def _attention(name: str, fallback: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        thought_layout: ThoughtLayout | HandedKeys | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(thought_layout, HandedKeys):
+            thought_layout.keys[_note_layer(module, thought_layout)] = (key, value)
+            thought_layout = None
+        if thought_layout is None:
+            function = _fallback_function(module, fallback)
+            return function(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        if dropout:
+            raise ValueError(
+                f"attention dropout is {dropout}; expected 0 with thoughts, because a thought has to be"
+                " scored by the network that sampled it, and with several documents in a row"
+                " (disable_dropout: true switches it off)"
+            )
+        _check_call(module, attention_mask, kwargs)
+        plain_products = name == "thought_eager"
+        out = _with_thoughts(module, query, key, value, scaling, thought_layout, kwargs, plain_products)
+        return out, None
+
+    return forward
+
+
+def _fallback_function(module: nn.Module, fallback: str) -> Callable[..., Any]:
+    homes = (sys.modules.get(kind.__module__) for kind in type(module).__mro__)
+    found = (getattr(home, "eager_attention_forward", None) for home in homes)
+    function = AttentionInterface().get_interface(fallback, next(filter(None, found), None))
+    if function is None:
+        raise NotImplementedError(
+            f"attn_implementation is {fallback!r}, and {type(module).__name__} has no function of that"
+            " kind; expected a family that uses transformers' attention interface"
+        )
+    return function
+
+
+def _check_call(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    """Refuse what a layer asks of its attention and a pass with thoughts would leave out."""
+    name = type(module).__name__
+    # The mask of run_decoder is one element; cut or cast it stays one.
+    if mask is not None and (not isinstance(mask, Tensor) or mask.numel() != 1):
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"{name} attends with a mask of its own ({shape}), which would be ignored; this model family"
+            " cannot be used with thoughts"
+        )
+    causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        raise ValueError(f"{name} has is_causal=False; expected a decoder's layer, which is causal")
+    for key, given in kwargs.items():
+        if given is not None and key not in _OBEYED and key not in _HARMLESS:
+            raise ValueError(
+                f"{name} calls its attention with {key}, which would be ignored; this model family"
+                " cannot be used with thoughts"
+            )
+
+
+def _with_thoughts(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    layout: ThoughtLayout,
+    kwargs: dict[str, Any],
+    plain_products: bool,
+) -> Tensor:
+    """query, key [B, Hq or Hkv, L, D], value [B, Hkv, L, E] -> [B, L, Hq, E], L as the phase says."""
+    layer = _note_layer(module, layout)
+    window = kwargs.get("sliding_window")
+    _check_window(module, layer, window)
+    options: dict[str, Any] = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "sliding_window": window,
+        "softcap": kwargs.get("softcap"),
+        "sinks": kwargs.get("s_aux"),
+    }
+    n = layout.text_length
+    if layout.phase == "slot":
+        return _slot_step(layout, layout.keys[layer], query, key, value, options)
+    rows = (query[:, :, :n], key[:, :, :n], value[:, :, :n])
+    if plain_products:
+        text = _text_rows_eager(module, layout, *rows, scaling, window, kwargs)
+    else:
+        text = _text_rows(module, layout, *rows, options)
+    if layout.phase == "text":
+        layout.keys[layer] = layer_keys(key, value)
+        return text
+    columns = (layout.num_slots, layout.num_columns)
+    slots = _attend(
+        query[:, :, n:].unflatten(2, columns),
+        key[:, :, :n],
+        value[:, :, :n],
+        key[:, :, n:].unflatten(2, columns),
+        value[:, :, n:].unflatten(2, columns),
+        layout.text_start,
+        layout.text_stop,
+        every_position=layout.every_position,
+        **options,
+    )
+    slots = slots[..., : value.shape[-1]]
+    return torch.cat([text, slots.flatten(2, 3).transpose(1, 2)], dim=1)
+
+
+def layer_keys(key: Tensor, value: Tensor, offset: int = 0) -> LayerKeys:
+    """Keys and values [B, Hkv, N, D or E] for a rollout, at the one width that the operator takes."""
+    width = max(key.shape[-1], value.shape[-1])
+    return LayerKeys(_widened(key, width), _widened(value, width), offset)
+
+
+def _attend(q: Tensor, k_text: Tensor, v_text: Tensor, *rest: Any, **options: Any) -> Tensor:
+    """:func:`thought_attention` where keys and values (multi-head latent attention) differ in width.
+
+    Zeros behind a key add nothing to its products, and behind a value nothing but columns of zeros,
+    which are left in the result: the caller cuts them off.
+    """
+    k_thought, v_thought, *ranges = rest
+    tensors = (q, k_text, v_text, k_thought, v_thought)
+    width = max(tensor.shape[-1] for tensor in tensors)
+    return thought_attention(*(_widened(tensor, width) for tensor in tensors), *ranges, **options)
+
+
+def _widened(tensor: Tensor, width: int) -> Tensor:
+    missing = width - tensor.shape[-1]
+    return F.pad(tensor, (0, missing)) if missing else tensor
+
+
+def _text_rows(
+    module: nn.Module,
+    layout: ThoughtLayout,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: dict[str, Any],
+) -> Tensor:
+    """Text rows [B, Hq, N, D] -> [B, N, Hq, E]: the stock causal kernel where it is exact and enough."""
+    window = options["sliding_window"]
+    special = options["softcap"] is not None or options["sinks"] is not None
+    if layout.plain_text and not special and (window is None or window >= layout.text_length):
+        out, _ = _fallback_function(module, "sdpa")(
+            module, query, key, value, None, dropout=0.0, scaling=options["scale"], is_causal=True
+        )
+        return out
+    # A text token is a column without slots that ends with itself.
+    batch, heads, _, dim = key.shape
+    nothing = key.new_empty(batch, heads, 0, layout.text_length, dim)
+    out = _attend(
+        query[:, :, None],
+        key,
+        value,
+        nothing,
+        nothing,
+        layout.row_start,
+        layout.row_stop,
+        **options,
+    )
+    return out[:, :, 0, :, : value.shape[-1]].transpose(1, 2)
+
+
+def _text_rows_eager(
+    module: nn.Module,
+    layout: ThoughtLayout,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    window: int | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Text rows by the family's own plain products, as it was loaded to; under a mask [B, 1, N, N]."""
+    position = torch.arange(layout.text_length, device=query.device)
+    seen = position >= layout.row_start[:, :, None]
+    seen &= position < layout.row_stop[:, :, None]
+    if window is not None:
+        seen &= position > position[:, None] - window
+    hidden = torch.finfo(query.dtype).min
+    mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill(~seen, hidden)
+    out, _ = _fallback_function(module, "eager")(
+        module, query, key, value, mask[:, None], dropout=0.0, scaling=scaling, **kwargs
+    )
+    return out
+
+
+def _slot_step(
+    layout: ThoughtLayout,
+    keys: LayerKeys,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    options: dict[str, Any],
+) -> Tensor:
+    """One slot of every column: query [B, Hq, M, D] -> [B, M, Hq, E]; keeps the slot's key and value."""
+    batch, heads, columns, _ = key.shape
+    width, wanted = keys.k_text.shape[-1], value.shape[-1]
+    key, value = _widened(key, width), _widened(value, width)
+    if keys.k_thought is None or keys.v_thought is None:
+        shape = (batch, heads, layout.num_slots, columns, width)
+        keys.k_thought, keys.v_thought = key.new_empty(shape), value.new_empty(shape)
+    keys.k_thought[:, :, layout.slot] = key
+    keys.v_thought[:, :, layout.slot] = value
+    seen = layout.slot + 1
+    start, stop = layout.text_start, layout.text_stop
+    if keys.offset:
+        start, stop = (start - keys.offset).clamp(min=0), (stop - keys.offset).clamp(min=0)
+    out = _attend(
+        query[:, :, None],
+        keys.k_text,
+        keys.v_text,
+        keys.k_thought[:, :, :seen],
+        keys.v_thought[:, :, :seen],
+        start,
+        stop,
+        **options,
+    )
+    return out[:, :, 0, :, :wanted].transpose(1, 2)
+
+
+def _note_layer(module: nn.Module, layout: ThoughtLayout | HandedKeys) -> int:
+    layer = getattr(module, "layer_idx", None)
+    if layer is None:
+        raise ValueError(
+            f"{type(module).__name__} has no layer_idx; this model family cannot be used with thoughts"
+        )
+    layout.layers_seen[layer] = layout.layers_seen.get(layer, 0) + 1
+    return layer
+
+
+def _check_window(module: nn.Module, layer: int, window: int | None) -> None:
+    """Refuse a window that the configuration announces but the layer does not hand over."""
+    config = getattr(module, "config", None)
+    types = getattr(config, "layer_types", None)
+    if types is not None:
+        announced = types[layer] == "sliding_attention"
+    else:
+        announced = getattr(config, "sliding_window", None) is not None
+    if announced and window is None:
+        raise ValueError(
+            f"{type(module).__name__} applies its sliding window in the attention mask only; such a"
+            " model family cannot be used with thoughts (or set sliding_window to None in its"
+            " configuration, if your texts are shorter than the window)"
+        )
+
+
+def check_layers(layout: ThoughtLayout | HandedKeys, decoder: PreTrainedModel) -> None:
+    """After a pass: every layer must have used the layout exactly once, or thoughts were ignored."""
+    config = text_config_of(decoder.config)
+    kind, count = f"model type {config.model_type!r}", config.num_hidden_layers
+    seen, layout.layers_seen = layout.layers_seen, {}
+    missing = sorted(set(range(count)) - set(seen))
+    repeated = sorted(layer for layer, times in seen.items() if times > 1)
+    implementation = config._attn_implementation
+    if missing and implementation not in _FALLBACKS:
+        raise ValueError(
+            f"attn_implementation of the decoder was set to {implementation!r} after it was given"
+            " thoughts, which it would ignore; choose it when loading the decoder"
+        )
+    if len(missing) == count and not repeated:
+        raise ValueError(
+            f"{kind} does not hand the thought layout down to its attention layers; it would silently"
+            " run without thoughts"
+        )
+    if missing:
+        raise ValueError(
+            f"{kind}: {_layers(missing)} of {count} made no use of the thought layout, and would"
+            " silently run without thoughts"
+        )
+    if repeated:
+        raise ValueError(
+            f"{kind}: {_layers(repeated)} of {count} attended more than once in one pass; such a model"
+            " family cannot be used with thoughts"
+        )
+    if len(seen) > count:
+        raise ValueError(
+            f"{kind} attended in {len(seen)} layers and its configuration announces {count}; such a"
+            " model family cannot be used with thoughts"
+        )
+
+
+def _layers(numbers: list[int]) -> str:
+    few = ", ".join(map(str, numbers[:4])) + (", ..." if len(numbers) > 4 else "")
+    return f"layer {few}" if len(numbers) == 1 else f"layers {few}"
+
+
+def implementation_name(model: PreTrainedModel) -> str:
+    """The registered name for a decoder: what it was loaded with serves ordinary passes and text rows.
+
+    Some families lack torch's fused attention, and some releases of transformers let a model with a
+    soft-cap on its attention take it, which leaves the cap out: they get plain products.
+
+    Raises:
+        ValueError: the decoder was loaded with another ``attn_implementation``.
+    """
+    config = text_config_of(model.config)
+    loaded = config._attn_implementation
+    if loaded in _FALLBACKS:
+        return loaded
+    if loaded not in (None, "sdpa", "eager"):
+        raise ValueError(
+            f"attn_implementation is {loaded!r}; expected 'sdpa' or 'eager', which can be combined with"
+            " thoughts (or none: the family's own)"
+        )
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    if not getattr(type(model), "_supports_sdpa", False) or capped:
+        return "thought_plain"
+    return "thought_eager" if loaded == "eager" else "thought"
+
+
+for _name, _fallback in _FALLBACKS.items():
+    AttentionInterface.register(_name, _attention(_name, _fallback))
+    # Without a mask function transformers drops 2-D padding masks silently in ordinary passes.
+    AttentionMaskInterface.register(_name, {"sdpa": sdpa_mask, "eager": eager_mask}[_fallback])
