@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import cuda_sources
 import pytest
+import seeds
 import torch
 
-import quietstar_ext
-from quietstar_ext import native
+ROOT = Path(__file__).resolve().parents[1]
+# `python -m pytest` puts the repository root first on sys.path, where the sources of quietstar_ext would
+# hide the installed package; with the native module built in place they are what is to be tested.
+if not list((ROOT / "quietstar_ext").glob("_native*")):
+    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+
+import quietstar_ext  # noqa: E402
+from quietstar_ext import native  # noqa: E402
 
 SIMD_LEVELS = ("generic", "avx2", "avx512")
 # Cases of a test that run under the sanitizers, which take ten times as long.
@@ -31,6 +40,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         kept |= {of_one[int(i * step)] for i in range(min(len(of_one), MOST_SANITIZED))}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+@pytest.fixture(autouse=True)
+def drawn_values(request: pytest.FixtureRequest) -> None:
+    """Every test draws from a seed of its own."""
+    seeds.begin(request.node.nodeid)
 
 
 @pytest.fixture(params=SIMD_LEVELS)
@@ -98,7 +113,6 @@ def cuda_on_cpu() -> Iterator[ModuleType]:
 def kernel_device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The device of a test's tensors, where the CUDA kernels run: a GPU, or the CPU with the CUDA
     sources compiled for it. That they ran there is asserted."""
-    print(f"torch.manual_seed({torch.seed()})")
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("there is no CUDA device")

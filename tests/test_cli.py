@@ -20,7 +20,8 @@ from transformers import (
 )
 
 import quietstar
-from quietstar import QuietStarConfig, QuietStarForCausalLM, cli
+from quietstar import QuietStarConfig, QuietStarForCausalLM
+from quietstar.cli import app as cli
 from quietstar.data.blocks import TokenBlocks
 from quietstar.data.lookup import LookupLanguage, TextMix
 from quietstar.errors import UserError
@@ -354,11 +355,11 @@ def tiny_model(**fields: str) -> QuietStarForCausalLM:
 
 def test_demo_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[str] = []
-    for name in ("demo", "demo_text"):
+    for name in ("demos.lookup", "demos.text"):
         stand_in = SimpleNamespace(main=lambda args, name=name: called.append(name))
         monkeypatch.setitem(sys.modules, f"quietstar.{name}", stand_in)
     assert cli.main(["demo"]) == 0 and cli.main(["demo", "text", "--quick"]) == 0
-    assert called == ["demo", "demo_text"]
+    assert called == ["demos.lookup", "demos.text"]
 
 
 class TestLookup:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import seeds
 import torch
 from small_training import rows, small_model, trainer
 from transformers import TrainerCallback
@@ -65,7 +66,7 @@ def first_step(tmp_path: Path, model, data: list, **settings: Any) -> tuple[Any,
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_two_gradients_are_clipped_apart(tmp_path, accumulate: int, checkpointing: bool):
-    torch.seed()
+    seeds.reseed()
     data = rows(thoughts=True)
     (run, gradients), (language, thinking) = first_step(
         tmp_path,

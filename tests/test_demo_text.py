@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from quietstar import QuietStarForCausalLM, demo_text
+from quietstar import QuietStarForCausalLM
+from quietstar.demos import text as demo_text
 from quietstar.evaluation.perplexity import Estimate
 from quietstar.files import read_json
 

@@ -6,6 +6,7 @@ import copy
 from typing import Any
 
 import pytest
+import seeds
 import torch
 from safetensors.torch import load_file
 from small_training import LENGTH, rows, small_model, trainer
@@ -17,7 +18,7 @@ from quietstar.training.ema import EmaCopy
 
 
 def test_the_copy_follows_and_predicts_without_thoughts():
-    torch.seed()
+    seeds.reseed()
     model = small_model()
     began = copy.deepcopy(model)
     ema = EmaCopy(model, decay=0.75)
@@ -65,7 +66,7 @@ def test_what_is_not_trained_has_no_copy():
 
 def test_training_measures_against_the_copy(tmp_path):
     """The rewards of three steps, by hand: SGD, the copy after each step, the losses of each batch."""
-    torch.seed()
+    seeds.reseed()
     model, data = small_model(reward="information-gain"), rows(thoughts=True)
     seen: list[tuple[dict, Any]] = []
 
@@ -101,7 +102,7 @@ def test_training_measures_against_the_copy(tmp_path):
 
 @pytest.mark.parametrize("reward", ["information-gain", "base-gain"])
 def test_the_copy_is_saved_and_resumed(tmp_path, reward: str):
-    torch.seed()
+    seeds.reseed()
     data = rows()
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "ema_decay": 0.9}
 

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import seeds
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -198,6 +199,7 @@ def fuzz(name: str, examples: int) -> None:
         deadline=None,
         suppress_health_check=list(HealthCheck),
         database=None,
+        derandomize=not seeds.FRESH,
     )
     @given(calls(name))
     def check(arguments: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ import torch
 from families import tiny_decoder
 from test_reference import dash_tokenizer, write_checkpoint
 
-from quietstar import QuietStarForCausalLM, cli
+from quietstar import QuietStarForCausalLM
+from quietstar.cli import app as cli
 from quietstar.data.lookup import build_tokenizer
 
 PROMPT = "A u v w x ?"

@@ -10,7 +10,8 @@ import pytest
 import torch
 from families import tiny_decoder
 
-from quietstar import QuietStarForCausalLM, graphs
+from quietstar import QuietStarForCausalLM
+from quietstar.thinking import cuda_graphs as graphs
 from quietstar.thinking.cuda_graphs import use_graphs
 
 # What runs instead of kernel by kernel: on the CPU the buffers alone, on a GPU the graph.

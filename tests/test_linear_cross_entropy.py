@@ -33,11 +33,6 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _fresh_inputs():
-    print(f"torch.manual_seed({torch.seed()})")
-
-
 @pytest.fixture(params=IMPLS)
 def impl(request, monkeypatch):
     """Which implementation a test is about."""

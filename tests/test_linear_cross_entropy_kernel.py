@@ -10,12 +10,6 @@ from quietstar_ext import linear_cross_entropy_chunks as chunks
 from quietstar_ext.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
 from quietstar_ext.linear_cross_entropy_softmax import SoftmaxCrossEntropy
 
-
-@pytest.fixture(autouse=True)
-def _fresh_inputs():
-    print(f"torch.manual_seed({torch.seed()})")
-
-
 SHAPES = [(1, 4, 1), (3, 5, 17), (16, 8, 64), (37, 8, 1003), (200, 16, 4100)]
 
 

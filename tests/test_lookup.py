@@ -11,7 +11,8 @@ import pytest
 import torch
 from families import tiny_decoder
 
-from quietstar import QuietStarForCausalLM, lookup
+from quietstar import QuietStarForCausalLM
+from quietstar.data import lookup
 from quietstar.data.lookup import LookupLanguage, TextMix, corpus_mix
 from quietstar.demos.lookup import derivation_nll, evaluate, run_arms, stage_recipes
 from quietstar.demos.lookup_report import verdict

@@ -28,11 +28,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _fresh_inputs():
-    print(f"torch.manual_seed({torch.seed()})")
-
-
 def make(positions, rows, size, indexed, dtype=torch.float64):
     tensors = [
         torch.randn(positions, size),

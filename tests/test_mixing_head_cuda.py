@@ -41,7 +41,6 @@ on_a_gpu = [
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """The device of a test's tensors, on which the CUDA kernels run; that they did is asserted."""
-    print(f"torch.manual_seed({torch.seed()})")
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("there is no CUDA device")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import seeds
 import torch
 import torch.nn.functional as F
 from families import VOCABULARY, tiny_decoder
@@ -33,7 +34,7 @@ def build(**fields) -> QuietStarForCausalLM:
 
 
 def batch() -> dict[str, torch.Tensor]:
-    torch.seed()  # building the model has set it
+    seeds.reseed()  # building the model has set it
     ids = torch.randint(3, 90, (ROWS, LENGTH))
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
@@ -85,7 +86,7 @@ def rewards_by_hand(model, inputs, without: torch.Tensor | None) -> torch.Tensor
 
 @pytest.fixture(autouse=True)
 def fresh_numbers() -> None:
-    print(f"torch.manual_seed({torch.seed()})")
+    print(f"torch.manual_seed({seeds.reseed()})")
 
 
 @pytest.mark.parametrize("reward", ["base-gain", "information-gain"])

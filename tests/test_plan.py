@@ -13,8 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quietstar import QuietStarForCausalLM, cli, plan
+from quietstar import QuietStarForCausalLM
+from quietstar.cli import app as cli
 from quietstar.errors import UserError
+from quietstar.plan import costs as plan
 from quietstar.plan.table import parse_bytes
 from quietstar.recipes.recipe import AdapterSection
 

@@ -18,7 +18,7 @@ from families import tiny_decoder
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from quietstar import QuietStarForCausalLM, QuietStarTrainer, disk
+from quietstar import QuietStarForCausalLM, QuietStarTrainer, files
 from quietstar.checkpoints.save import refuse_pickles, rotate, sweep
 from quietstar.checkpoints.state import (
     load_optimizer_state,
@@ -29,6 +29,7 @@ from quietstar.checkpoints.state import (
     write_tensors,
 )
 from quietstar.errors import UserError
+from quietstar.recipes import disk
 
 
 def small_model(**fields: Any) -> QuietStarForCausalLM:
@@ -222,8 +223,8 @@ def test_old_checkpoints_go_but_not_the_best(tmp_path: Path):
 class TestDisk:
     def test_a_folder_that_cannot_be_written(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"output folder /proc/.* cannot be written to"):
-            disk.check_writable(Path("/proc/quietstar/run"))
-        disk.check_writable(tmp_path / "a" / "b")
+            files.check_writable(Path("/proc/quietstar/run"))
+        files.check_writable(tmp_path / "a" / "b")
         assert list(tmp_path.iterdir()) == []
 
     def test_a_disk_without_room(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

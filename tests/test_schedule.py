@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import pytest
-import torch
+import seeds
 from small_training import rows, small_model, trainer
 from transformers import TrainerCallback
 
@@ -67,7 +67,7 @@ def test_refused_schedules(stages: Any, words: str):
 
 @pytest.mark.parametrize("interrupted_after", [2, 3, 5])
 def test_a_schedule_survives_a_resume(tmp_path, caplog, interrupted_after: int):
-    torch.seed()
+    seeds.reseed()
     data = rows()
     settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "thought_schedule": STAGES}
     lengths: dict[int, tuple[int, int, str]] = {}

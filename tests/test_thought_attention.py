@@ -11,11 +11,6 @@ from attention_cases import DTYPE, IMPLS, SHAPES, TOLERANCE, dense, gradients, m
 from quietstar_ext.thought_attention import thought_attention
 
 
-@pytest.fixture(autouse=True)
-def _fresh_inputs():
-    print(f"torch.manual_seed({torch.seed()})")
-
-
 @pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize("impl", IMPLS)
 def test_equals_row_by_row(impl, case):

@@ -11,7 +11,8 @@ import torch
 from attention_cases import dense, gradients, make
 from families import tiny_decoder
 
-from quietstar import QuietStarForCausalLM, attention
+from quietstar import QuietStarForCausalLM
+from quietstar.thinking import attention
 from quietstar_ext import thought_attention, use_impl
 from quietstar_ext import thought_attention_composed as composed
 from quietstar_ext import thought_attention_stock as stock
@@ -32,7 +33,6 @@ DTYPES = list(ROUNDING)
 )
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU with the CUDA sources on it, and a GPU."""
-    print(f"torch.manual_seed({torch.seed()})")
     if request.param == "cpu":
         request.getfixturevalue("cuda_on_cpu")
     elif not torch.cuda.is_available():

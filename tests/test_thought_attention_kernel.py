@@ -10,11 +10,6 @@ from quietstar_ext.native import native
 from quietstar_ext.thought_attention import thought_attention
 
 
-@pytest.fixture(autouse=True)
-def _fresh_inputs():
-    print(f"torch.manual_seed({torch.seed()})")
-
-
 @pytest.fixture
 def poison():
     """Fills every tensor that torch.empty makes, outputs and workspace, with NaN or 0xFF."""

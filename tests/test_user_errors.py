@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from quietstar import QuietStarForCausalLM, cli
+from quietstar import QuietStarForCausalLM
+from quietstar.cli import app as cli
 from quietstar.data.stdlib import train_tokenizer
 from quietstar.errors import UserError, blaming
 from quietstar.files import RUN_FILE
