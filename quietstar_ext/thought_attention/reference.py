@@ -5,42 +5,30 @@ from __future__ import annotations
 import torch
 
 from quietstar_ext.precision import compute_dtype
+from quietstar_ext.thought_attention.call import ThoughtAttention
 
 
-def thought_attention(
-    q: torch.Tensor,
-    k_text: torch.Tensor,
-    v_text: torch.Tensor,
-    k_thought: torch.Tensor,
-    v_thought: torch.Tensor,
-    text_start: torch.Tensor,
-    text_stop: torch.Tensor,
-    *,
-    scale: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return out [B, Hq, Sq, M, D] and lse [B, Hq, Sq, M]; arguments as in the public function.
+def reference(call: ThoughtAttention) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out [B, Hq, Sq, M, D] and lse [B, Hq, Sq, M].
 
     The text scores are one batched product and the slot scores a product within each column, so the
     memory is that of [B, Hq, Sq, M, N + Sk] scores and never of slots x slots.
     """
+    q, k_text, v_text, k_thought, v_thought, text_start, text_stop, sinks, scale, window, softcap = call
     batch, q_heads, slots, columns, size = q.shape
     heads, groups = k_text.shape[1], q_heads // k_text.shape[1]
     dtype = compute_dtype(q.dtype)
     k_text, v_text, k_thought, v_thought = (t.to(dtype) for t in (k_text, v_text, k_thought, v_thought))
-    rows = q.to(dtype) * (size**-0.5 if scale is None else scale)
-    rows = rows.reshape(batch, heads, groups, slots, columns, size)
+    rows = (q.to(dtype) * scale).reshape(batch, heads, groups, slots, columns, size)
 
     text_scores = rows.flatten(2, 4) @ k_text.transpose(-1, -2)
     text_scores = text_scores.reshape(batch, heads, groups, slots, columns, k_text.shape[2])
     slot_scores = torch.einsum("bhgsmd,bhtmd->bhgsmt", rows, k_thought)
-    if softcap is not None:
+    if softcap:
         text_scores = softcap * torch.tanh(text_scores / softcap)
         slot_scores = softcap * torch.tanh(slot_scores / softcap)
     text_seen, slot_seen = visible(
-        text_start, text_stop, slots, k_thought.shape[2], k_text.shape[2], sliding_window
+        text_start, text_stop, slots, k_thought.shape[2], k_text.shape[2], window
     )
     text_scores = text_scores.masked_fill(~text_seen[:, None, None], -torch.inf)
     slot_scores = slot_scores.masked_fill(~slot_seen, -torch.inf)
@@ -73,20 +61,20 @@ def visible(
     query_slots: int,
     key_slots: int,
     text_length: int,
-    sliding_window: int | None,
+    window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which keys a query sees: text [B, Sq or 1, M, N] and slots [Sq, 1, Sk], as booleans."""
     key = torch.arange(text_length, device=text_start.device)
     slot = torch.arange(key_slots - query_slots, key_slots, device=text_start.device)[:, None]
     start, stop = text_start[:, None, :, None].long(), text_stop[:, None, :, None].long()
     text_seen = (key >= start) & (key < stop)
-    if sliding_window is not None:
+    if window:
         depth = slot[:, :, None] + 1
-        text_seen = text_seen & (key >= stop + depth - sliding_window)
+        text_seen = text_seen & (key >= stop + depth - window)
     key_slot = torch.arange(key_slots, device=text_start.device)
     slot_seen = key_slot <= slot
-    if sliding_window is not None:
-        slot_seen = slot_seen & (slot - key_slot < sliding_window)
+    if window:
+        slot_seen = slot_seen & (slot - key_slot < window)
     return text_seen, slot_seen[:, None]
 
 

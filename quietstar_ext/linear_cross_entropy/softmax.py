@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from quietstar_ext.native import DTYPE_CODES, native, why_not_native
+from quietstar_ext.native import DTYPE_CODES, native, native_unsupported_reason
 from quietstar_ext.precision import compute_dtype
 
 
@@ -31,7 +31,7 @@ class SoftmaxCrossEntropy:
     ):
         self.banned = None if banned is None else banned.contiguous()
         self.temperature, self.softcap, self.logit_scale = temperature, softcap, logit_scale
-        self.fused = why_not_native(hidden) is None
+        self.fused = native_unsupported_reason(hidden) is None
 
     def loss(
         self, logits: torch.Tensor, targets: torch.Tensor
@@ -47,9 +47,8 @@ class SoftmaxCrossEntropy:
         """
         if self.fused:
             nll, largest, total = torch.empty(3, logits.shape[0]).unbind(0)
-            self._call(
-                native().softmax_cross_entropy_loss, logits, targets, 0, largest, total, nll, None
-            )
+            kernel = native().softmax_cross_entropy_loss
+            self._call(kernel, logits, targets, 0, (largest, total), (nll, None))
             return nll, largest, total
         y, _ = self._scaled(logits)
         largest = y.amax(1)
@@ -63,15 +62,16 @@ class SoftmaxCrossEntropy:
         row_weights: torch.Tensor,
         largest: torch.Tensor,
         total: torch.Tensor,
-        first_word: int = 0,
+        first_token: int = 0,
     ) -> None:
         """Overwrite the logits with the gradient of Σ row_weights · nll for the raw products.
 
-        The logits may be those of a part of the vocabulary that begins at ``first_word`` (kernel only).
+        The logits may be those of a part of the vocabulary that begins at ``first_token`` (kernel only).
         """
         if self.fused:
             kernel = native().softmax_cross_entropy_gradient
-            self._call(kernel, logits, targets, first_word, largest, total, None, row_weights)
+            statistics, result = (largest, total), (None, row_weights)
+            self._call(kernel, logits, targets, first_token, statistics, result)
             return
         y, slope = self._scaled(logits)
         # A banned target is a constant (-inf): only the log-sum-exp has a gradient then.
@@ -96,32 +96,20 @@ class SoftmaxCrossEntropy:
         kernel: Any,
         logits: torch.Tensor,
         targets: torch.Tensor,
-        first_word: int,
-        largest: torch.Tensor,
-        total: torch.Tensor,
-        nll: torch.Tensor | None,
-        row_weights: torch.Tensor | None,
+        first_token: int,
+        statistics: tuple[torch.Tensor, torch.Tensor],
+        result: tuple[torch.Tensor | None, torch.Tensor | None],
     ) -> None:
-        rows, words = logits.shape
-        size = native().softmax_cross_entropy_workspace(rows, words)
+        """``statistics``: largest and total. ``result``: nll, or row_weights."""
+        rows, vocab = logits.shape
+        size = native().softmax_cross_entropy_workspace(rows, vocab)
         workspace = torch.empty(size, dtype=torch.uint8)
+        banned = (0, 0) if self.banned is None else (self.banned.data_ptr(), self.banned.numel())
         kernel(
-            logits.data_ptr(),
-            DTYPE_CODES[logits.dtype],
-            rows,
-            words,
-            max(rows, logits.stride(1)),
-            first_word,
-            targets.data_ptr(),
-            0 if self.banned is None else self.banned.data_ptr(),
-            0 if self.banned is None else self.banned.numel(),
-            self.temperature,
-            self.softcap or 0.0,
-            self.logit_scale,
-            largest.data_ptr(),
-            total.data_ptr(),
-            0 if nll is None else nll.data_ptr(),
-            0 if row_weights is None else row_weights.data_ptr(),
-            workspace.data_ptr(),
-            torch.get_num_threads(),
+            *(logits.data_ptr(), DTYPE_CODES[logits.dtype], rows, vocab),
+            *(max(rows, logits.stride(1)), first_token, targets.data_ptr(), *banned),
+            *(self.temperature, self.softcap or 0.0, self.logit_scale),
+            *(tensor.data_ptr() for tensor in statistics),
+            *(0 if tensor is None else tensor.data_ptr() for tensor in result),
+            *(workspace.data_ptr(), torch.get_num_threads()),
         )

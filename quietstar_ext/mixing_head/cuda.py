@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
+from quietstar_ext.mixing_head.call import Mixed, MixingHead, MixingHeadBackward
 from quietstar_ext.native import DTYPE_CODES, cuda_device, cuda_kernels
 
 # The pointers of cuda::MixingHead in csrc/include/quietstar/mixing_head.h, in its order.
@@ -17,10 +16,10 @@ _POINTERS = (
 
 
 @torch.compiler.assume_constant_result
-def most_width(device: torch.device) -> int:
+def max_width(device: torch.device) -> int:
     """Widths beyond it would need more shared memory than a block may have."""
-    most: int = cuda_kernels().cuda_mixing_most_width(device.index or 0, 0)
-    return most
+    width: int = cuda_kernels().cuda_mixing_most_width(device.index or 0, 0)
+    return width
 
 
 def _run(
@@ -34,47 +33,31 @@ def _run(
     getattr(cuda_kernels(), f"cuda_mixing_{step}")(*sizes, addresses, *cuda_device(thought))
 
 
-def forward(
-    base: torch.Tensor,
-    thought: torch.Tensor,
-    w1: torch.Tensor,
-    b1: torch.Tensor,
-    w2: torch.Tensor,
-    b2: torch.Tensor,
-    w3: torch.Tensor,
-    base_index: torch.Tensor | None,
-    sigmoid: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """mixed [rows, d], w [rows, 1], and for the backward pass the gate [rows] in fp32, h1 and h2
-    [rows, d], h2 as it is before relu."""
+def forward(call: MixingHead) -> Mixed:
+    """Whether or not there are rows."""
+    base, thought, w1, b1, w2, b2, w3, index, sigmoid = call.laid_out()
     rows, size = thought.shape
-    index = None if base_index is None else base_index.contiguous()
-    base, thought, b1, w3 = (t.contiguous() for t in (base, thought, b1, w3))
     mixed, w = torch.empty_like(thought), thought.new_empty(rows, 1)
     gate = thought.new_empty(rows, dtype=torch.float32)
     if rows == 0 or size == 0:
         act_of_0 = 0.5 if sigmoid else 0.0
         empty = torch.empty_like(thought), torch.empty_like(thought)
-        return mixed, w.fill_(act_of_0), gate.fill_(act_of_0), *empty
+        return Mixed(mixed, w.fill_(act_of_0), gate.fill_(act_of_0), *empty)
     # Both halves of the first layer stay in fp32 until they are added: rounded before they cancel,
     # they would leave many a relu on its other side.
     product = _product_in_fp32(thought, w1[:, size:].T)
     h1 = product if thought.dtype == torch.float32 else torch.empty_like(thought)
+    from_base = _product_in_fp32(base, w1[:, :size].T)
     tensors: dict[str, torch.Tensor | None] = {
-        "index": index,
-        "base": base,
-        "thought": thought,
-        "from_base": _product_in_fp32(base, w1[:, :size].T),
-        "product": product,
-        "b1": b1,
-        "h1": h1,
+        **{"index": index, "base": base, "thought": thought, "from_base": from_base},
+        **{"product": product, "b1": b1, "h1": h1},
     }
     sizes = (DTYPE_CODES[thought.dtype], rows, base.shape[0], size, sigmoid)
     _run("first", sizes, tensors)
     # The bias is added in the product's own fp32 sum; relu is made where h2 is read.
     h2 = torch.nn.functional.linear(h1, w2, b2)
     _run("tail", sizes, {**tensors, "h2": h2, "w3": w3, "mixed": mixed, "w": w, "gate": gate})
-    return mixed, w, gate, h1, h2
+    return Mixed(mixed, w, gate, h1, h2)
 
 
 def _product_in_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -86,48 +69,24 @@ def _product_in_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def backward(
-    grad_mixed: torch.Tensor,
-    grad_w: torch.Tensor,
-    base: torch.Tensor,
-    thought: torch.Tensor,
-    w1: torch.Tensor,
-    w2: torch.Tensor,
-    w3: torch.Tensor,
-    gate: torch.Tensor,
-    h1: torch.Tensor,
-    h2: torch.Tensor,
-    base_index: torch.Tensor | None,
-    sigmoid: bool,
-    wanted: Sequence[bool],
-) -> list[torch.Tensor | None]:
-    """Gradients of base, thought, w1, b1, w2, b2 and w3, for at least one row and column; None where
-    a product is not wanted."""
-    (rows, size), positions, dtype = thought.shape, base.shape[0], thought.dtype
-    code = DTYPE_CODES[dtype]
-    index = None if base_index is None else base_index.contiguous()
-    base, thought, w3, grad_mixed = (t.contiguous() for t in (base, thought, w3, grad_mixed))
+def backward(call: MixingHeadBackward) -> list[torch.Tensor | None]:
+    """The seven gradients, for at least one row and column; None where a product is not wanted."""
+    base, thought, w1, _, w2, _, w3, index, sigmoid = call.forward.laid_out()
+    _, gate, h1, h2, grad_mixed, grad_w, wanted = call
+    (rows, size), positions = thought.shape, base.shape[0]
+    code, grad_mixed = DTYPE_CODES[thought.dtype], grad_mixed.contiguous()
     grad_thought, grad_h2 = torch.empty_like(thought), torch.empty_like(thought)
     grad_base, grad_from_base = torch.empty_like(base), torch.empty_like(base)
     grad_b1, grad_b2, grad_w3 = (thought.new_empty(size) for _ in range(3))
     workspace = thought.new_empty(
         cuda_kernels().cuda_mixing_workspace(code, rows, positions, size), dtype=torch.float32
     )
+    grad_gate = grad_w.flatten().float().contiguous()
     tensors: dict[str, torch.Tensor | None] = {
-        "index": index,
-        "base": base,
-        "thought": thought,
-        "w3": w3,
-        "gate": gate,
-        "h1": h1,
-        "h2": h2,
-        "grad_mixed": grad_mixed,
-        "grad_gate": grad_w.flatten().float().contiguous(),
-        "grad_thought": grad_thought,
-        "grad_h2": grad_h2,
-        "grad_b2": grad_b2,
-        "grad_w3": grad_w3,
-        "workspace": workspace,
+        **{"index": index, "base": base, "thought": thought, "w3": w3, "gate": gate},
+        **{"h1": h1, "h2": h2, "grad_mixed": grad_mixed, "grad_gate": grad_gate},
+        **{"grad_thought": grad_thought, "grad_h2": grad_h2},
+        **{"grad_b2": grad_b2, "grad_w3": grad_w3, "workspace": workspace},
     }
     sizes = (code, rows, positions, size, sigmoid)
     _run("tail_backward", sizes, tensors)

@@ -13,12 +13,14 @@ from typing import Literal, overload
 import torch
 
 from quietstar_ext import checks
-from quietstar_ext.derivatives import why_not_differentiable
+from quietstar_ext.derivatives import derivatives_unsupported_reason
 from quietstar_ext.dispatch import choose_impl
 from quietstar_ext.precision import autocast_inputs, without_autocast
-from quietstar_ext.reference.thought_attention import thought_attention as _reference
-from quietstar_ext.thought_attention_composed import composed_attention, goes_composed
-from quietstar_ext.thought_attention_fused import fused, why_not_fused
+from quietstar_ext.thought_attention.autograd import attend
+from quietstar_ext.thought_attention.call import ThoughtAttention
+from quietstar_ext.thought_attention.composed import goes_composed
+from quietstar_ext.thought_attention.fused import fused_unsupported_reason
+from quietstar_ext.thought_attention.reference import reference
 
 
 @overload
@@ -112,12 +114,12 @@ def thought_attention(
         sinks: [Hq] float, one more logit in the softmax of every row of that head, which has no
             value and is neither scaled nor capped; or None.
         return_lse: also return the natural logarithm of the softmax denominator.
-        every_position: the caller's word that every position thinks and sees the whole text before it:
+        every_position: Promise (unchecked) that every position thinks and sees the whole text before it:
             M is R·N, text_start 0, and text_stop of column m is ``m // R + 1``. It is not checked (that
             would wait for the device) and changes no result, but allows ``"composed"``.
         impl: ``"auto"``, ``"fused"`` (one kernel), ``"composed"`` (stock attention on the text and
             a kernel for the slots, merged; CUDA only) or ``"reference"``. ``"auto"`` chooses between the
-            two by :func:`quietstar_ext.thought_attention_composed.takes_composed`.
+            two by :func:`quietstar_ext.thought_attention.composed.takes_composed`.
 
     Returns:
         out [B, Hq, Sq, M, D] in q's dtype, and with ``return_lse`` lse [B, Hq, Sq, M] in float32
@@ -134,47 +136,27 @@ def thought_attention(
     Source: Zelikman et al. 2024 (arXiv 2403.09629), section 4.2, parallel generation.
     """
     q, k_text, v_text, k_thought, v_thought = autocast_inputs(q, k_text, v_text, k_thought, v_thought)
-    _check(q, k_text, v_text, k_thought, v_thought, text_start, text_stop)
-    _check_options(q, scale, sliding_window, softcap, sinks)
+    options = 1.0, sliding_window or 0, softcap or 0.0
+    call = ThoughtAttention(
+        *(q, k_text, v_text, k_thought, v_thought, text_start, text_stop, sinks, *options)
+    )
+    _check(call)
+    _check_options(scale, sliding_window, softcap)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    softcap = None if softcap is None else float(softcap)
+    call = ThoughtAttention(*call[:8], scale, call.window, float(call.softcap))
 
-    window, cap = sliding_window or 0, softcap or 0.0
     asked = "fused" if impl == "composed" else impl
-    reason = why_not_fused(q) or why_not_differentiable(q, k_text, v_text, k_thought, v_thought, sinks)
+    reason = fused_unsupported_reason(q) or derivatives_unsupported_reason(*call[:5], sinks)
     if choose_impl("thought_attention", asked, reason) == "fused":
-        tensors = (q, k_text, v_text, k_thought, v_thought, text_start, text_stop, sinks)
-        if goes_composed(impl, q, k_text, k_thought, every_position, window, cap):
-            out, lse = composed_attention(*tensors, scale)
-        else:
-            out, lse = fused(*tensors, scale, window, cap)
-        return (out, lse) if return_lse else out
-    with without_autocast(q):
-        out, lse = _reference(
-            q,
-            k_text,
-            v_text,
-            k_thought,
-            v_thought,
-            text_start,
-            text_stop,
-            scale=scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=sinks,
-        )
+        out, lse = attend(call, goes_composed(impl, call, every_position))
+    else:
+        with without_autocast(q):
+            out, lse = reference(call)
     return (out, lse) if return_lse else out
 
 
-def _check(
-    q: torch.Tensor,
-    k_text: torch.Tensor,
-    v_text: torch.Tensor,
-    k_thought: torch.Tensor,
-    v_thought: torch.Tensor,
-    text_start: torch.Tensor,
-    text_stop: torch.Tensor,
-) -> None:
+def _check(call: ThoughtAttention) -> None:
+    q, k_text, v_text, k_thought, v_thought, text_start, text_stop, sinks, *_ = call
     checks.check_tensor("q", q, ["B", "Hq", "Sq", "M", "D"], checks.FLOAT_DTYPES)
     batch, q_heads, slots, columns, size = q.shape
     same = ([q.dtype], q.device)
@@ -197,20 +179,14 @@ def _check(
             f"k_thought has {key_slots} slots and q has {slots}; "
             "expected at least as many, or none with one query slot"
         )
+    if sinks is not None:
+        checks.check_tensor("sinks", sinks, [q_heads], checks.FLOAT_DTYPES, q.device)
 
 
-def _check_options(
-    q: torch.Tensor,
-    scale: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> None:
+def _check_options(scale: float | None, sliding_window: int | None, softcap: float | None) -> None:
     if scale is not None:
         checks.check_number("scale", scale)
     if sliding_window is not None:
         checks.check_whole("sliding_window", sliding_window, 1)
     if softcap is not None:
         checks.check_positive("softcap", softcap)
-    if sinks is not None:
-        checks.check_tensor("sinks", sinks, [q.shape[1]], checks.FLOAT_DTYPES, q.device)

@@ -2,7 +2,7 @@
 
 Queries [S, Hq, N, D] over keys [S, Hkv, N, D], as many queries as keys, forward and backward. The
 backward takes any ``out`` and ``lse``, also those of a softmax over more keys than these (see
-``thought_attention_composed.py``).
+``composed.py``).
 
 This file holds all private operators of torch that the package uses; ``SCHEMAS`` is what it relies on.
 """
@@ -75,7 +75,7 @@ def declared_otherwise(kernel: str) -> str | None:
 _OTHERWISE = {kernel: declared_otherwise(kernel) for kernel in KERNELS}
 
 
-def why_not_stock(q: torch.Tensor) -> str | None:
+def stock_unsupported_reason(q: torch.Tensor) -> str | None:
     """Half a sentence on why the stock kernel cannot take queries like these, or None where it can."""
     kernel = _kernel.get()
     if q.device.type != "cuda":

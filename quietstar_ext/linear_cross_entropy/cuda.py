@@ -3,7 +3,7 @@
 A chunk of rows is multiplied with the vocabulary layer, one kernel turns the logits [rows, V] in place
 into losses and gradients, and two more products take them before the next chunk has the same memory.
 
-How many rows make a chunk: as many as ``WORKSPACE_BYTES`` holds. For R rows of width d onto V words in
+How many rows make a chunk: as many as ``WORKSPACE_BYTES`` holds. For R rows of width d onto V tokens in
 16 bits, the three products are 6·R·V·d operations. What comes on top, at an H200's measured 790 TFLOP/s
 and 4.3 TB/s and if nothing of it overlaps:
 
@@ -26,7 +26,8 @@ from collections.abc import Iterator
 
 import torch
 
-from quietstar_ext.linear_cross_entropy_softmax import SoftmaxCrossEntropy
+from quietstar_ext.linear_cross_entropy.call import Losses, Products
+from quietstar_ext.linear_cross_entropy.softmax import SoftmaxCrossEntropy
 from quietstar_ext.native import DTYPE_CODES, cuda_device, cuda_kernels
 from quietstar_ext.precision import gradient_dtype
 
@@ -40,28 +41,14 @@ ROW_ALIGNMENT = 64
 WAIT_FOR_FLOP = 1e11
 
 
-def run(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    row_weights: torch.Tensor | None,
-    live: torch.Tensor,
-    softmax: SoftmaxCrossEntropy,
-    want_hidden: bool,
-    want_weight: bool,
-    accumulate: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """nll [rows] and the gradients for hidden and weight (empty if not wanted) of the live rows.
-
-    Args:
-        live: [rows] bool.
-        row_weights: [rows] float32, or None for the loss alone.
-        accumulate: see ``linear_cross_entropy``.
-    """
+def run(products: Products) -> Losses:
+    """The losses, and the gradients that are wanted."""
+    hidden, weight, targets, row_weights, valid_rows, softmax, *_ = products
+    want_hidden, want_weight, accumulate = products[6:]
     if row_weights is None:
         want_hidden = want_weight = False
     gradients = want_hidden or want_weight
-    chunks = _Chunks(hidden, weight, live, 1 + want_hidden + want_weight, want_weight, accumulate)
+    chunks = _Chunks(hidden, weight, valid_rows, 1 + want_hidden + want_weight, want_weight, accumulate)
     kernel = _Kernel(softmax, weight)
     new = hidden.new_empty if chunks.index is None else hidden.new_zeros
     grad_hidden = new(hidden.shape if want_hidden else (0,))
@@ -75,14 +62,14 @@ def run(
         h = chunks.hidden_rows(part)
         logits = chunks.logits(h)
         factors = row_weights[part] if gradients and row_weights is not None else None
-        kernel(logits, targets[part], chunks.dead_or_alive(part), nll[part], factors)
+        kernel(logits, targets[part], chunks.valid_mask(part), nll[part], factors)
         if want_weight:
             grad_weight.add(logits, h)
         if want_hidden:
             chunks.put_product(grad_hidden, part, logits, h)
     if chunks.index is not None:
         nll = nll.new_zeros(hidden.shape[0]).index_copy_(0, chunks.index, nll)
-    return nll, grad_hidden, grad_weight.result(want_weight)
+    return Losses(nll, grad_hidden, grad_weight.result(want_weight))
 
 
 def may_wait(tensor: torch.Tensor, flop: float) -> bool:
@@ -95,8 +82,8 @@ def capturing(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def common_factor(grad: torch.Tensor, live: torch.Tensor, flop: float) -> torch.Tensor | None:
-    """The one value of grad [rows] in all live rows, a scalar on its device, or None where they differ
+def common_factor(grad: torch.Tensor, valid_rows: torch.Tensor, flop: float) -> torch.Tensor | None:
+    """The one value of grad [rows] in all valid rows, a scalar on its device, or None where they differ
     or finding out is not worth the wait; flop is what knowing it saves."""
     if grad.numel() == 0:
         return grad.new_ones(())
@@ -104,8 +91,8 @@ def common_factor(grad: torch.Tensor, live: torch.Tensor, flop: float) -> torch.
         return grad[0]
     if not may_wait(grad, flop):
         return None
-    low = grad.masked_fill(~live, torch.inf).amin()
-    high = grad.masked_fill(~live, -torch.inf).amax()
+    low = grad.masked_fill(~valid_rows, torch.inf).amin()
+    high = grad.masked_fill(~valid_rows, -torch.inf).amax()
     return torch.where(low > high, 1, low) if bool(low >= high) else None
 
 
@@ -127,7 +114,7 @@ class _Chunks:
     """How the work is cut, and the memory that all chunks share.
 
     Attributes:
-        index: [rows] of the live rows, where only these are worked on; None: all.
+        index: [rows] of the valid rows, where only these are worked on; None: all.
         rows: how many are worked on.
         wide: the weight's gradient is summed in fp32 and then rounded to 16 bits.
     """
@@ -136,7 +123,7 @@ class _Chunks:
         self,
         hidden: torch.Tensor,
         weight: torch.Tensor,
-        live: torch.Tensor,
+        valid_rows: torch.Tensor,
         products: int,
         sums: bool,
         accumulate: str,
@@ -145,14 +132,14 @@ class _Chunks:
         self.rows, width = hidden.shape
         vocabulary = weight.shape[0]
         self.index: torch.Tensor | None = None
-        self._live: torch.Tensor | None = live
+        self._valid_rows: torch.Tensor | None = valid_rows
         if may_wait(hidden, 2.0 * self.rows * vocabulary * width * products):
-            index = live.nonzero()[:, 0]
+            index = valid_rows.nonzero()[:, 0]
             self.index = index if index.numel() < self.rows else None
-            self.rows, self._live = index.numel(), None
+            self.rows, self._valid_rows = index.numel(), None
 
         stride = -(-vocabulary // ROW_ALIGNMENT) * ROW_ALIGNMENT
-        copies = self.index is not None or self._live is not None
+        copies = self.index is not None or self._valid_rows is not None
         per_row = (stride + copies * width) * hidden.itemsize
         self.size = self._rows_in(WORKSPACE_BYTES, per_row)
         self.wide = False
@@ -166,11 +153,11 @@ class _Chunks:
 
     def _rows_in(self, room: int, per_row: int) -> int:
         """Rows of a chunk: chunks of equal size, in whole units where there is room for one."""
-        most = max(1, room // per_row)
-        most -= most % ROW_UNIT if most >= ROW_UNIT else 0
-        count = max(1, -(-self.rows // most))
+        max_rows = max(1, room // per_row)
+        max_rows -= max_rows % ROW_UNIT if max_rows >= ROW_UNIT else 0
+        count = max(1, -(-self.rows // max_rows))
         size = max(1, -(-self.rows // count))
-        return min(most, -(-size // ROW_UNIT) * ROW_UNIT)
+        return min(max_rows, -(-size // ROW_UNIT) * ROW_UNIT)
 
     def parts(self) -> Iterator[slice]:
         """Chunks, as slices of the rows that are worked on."""
@@ -181,16 +168,16 @@ class _Chunks:
         """A tensor [all rows] of those that are worked on, contiguous."""
         return tensor.contiguous() if self.index is None else tensor.index_select(0, self.index)
 
-    def dead_or_alive(self, part: slice) -> torch.Tensor | None:
+    def valid_mask(self, part: slice) -> torch.Tensor | None:
         """Which rows of a chunk take part, None: all."""
-        return None if self._live is None else self._live[part]
+        return None if self._valid_rows is None else self._valid_rows[part]
 
     def hidden_rows(self, part: slice) -> torch.Tensor:
         """[rows of the chunk, d]; rows that take no part may hold anything, and are zeros here."""
         if self.index is not None:
             return self._hidden.index_select(0, self.index[part])
         rows = self._hidden[part]
-        return rows if self._live is None else rows.masked_fill(~self._live[part, None], 0)
+        return rows if self._valid_rows is None else rows.masked_fill(~self._valid_rows[part, None], 0)
 
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """[rows of the chunk, V]; those of the next chunk take the same memory."""
@@ -215,12 +202,12 @@ class _Kernel:
         self.softmax = softmax
         self.mask: torch.Tensor | None = None
         if softmax.banned is not None:
-            words = weight.shape[0]
-            self.mask = weight.new_zeros(words // 32 + 2, dtype=torch.int32)
+            vocab = weight.shape[0]
+            self.mask = weight.new_zeros(vocab // 32 + 2, dtype=torch.int32)
             cuda_kernels().cuda_banned_words(
                 softmax.banned.data_ptr(),
                 softmax.banned.numel(),
-                words,
+                vocab,
                 self.mask.data_ptr(),
                 *cuda_device(weight),
             )
@@ -229,7 +216,7 @@ class _Kernel:
         self,
         logits: torch.Tensor,
         targets: torch.Tensor,
-        live: torch.Tensor | None,
+        valid_rows: torch.Tensor | None,
         nll: torch.Tensor,
         row_weights: torch.Tensor | None,
     ) -> None:
@@ -240,7 +227,7 @@ class _Kernel:
             *logits.shape,
             logits.stride(0),
             targets.data_ptr(),
-            0 if live is None else live.data_ptr(),
+            0 if valid_rows is None else valid_rows.data_ptr(),
             0 if self.mask is None else self.mask.data_ptr(),
             self.softmax.temperature,
             self.softmax.softcap or 0.0,

@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from quietstar_ext.sample_tokens.call import Drawn, SampleTokens
+
 _LOW = 0xFFFFFFFF
 
 
@@ -33,20 +35,9 @@ def philox_uniform(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
     return ((c1 << 21) | (c0 >> 11)).double() * 2.0**-53
 
 
-def sample_tokens(
-    logits: torch.Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    banned: torch.Tensor | None,
-    seed: torch.Tensor,
-    offset: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [rows] int64 and log-probabilities [rows] float32 for logits [rows, vocab].
-
-    A row that cannot be sampled gets token -1 and log-probability NaN.
-    """
+def reference(call: SampleTokens) -> Drawn:
+    """A row that cannot be sampled gets token -1 and log-probability NaN."""
+    logits, temperature, _, _, _, banned, seed, offset, _ = call
     rows, vocab = logits.shape
     scores = logits.double()
     if banned is not None:
@@ -59,7 +50,7 @@ def sample_tokens(
         tokens = torch.where(scores == largest, ids, vocab).amin(1)
         logprobs = torch.zeros(rows, dtype=torch.float64, device=logits.device)
     else:
-        floor = _smallest_kept(scores, largest, temperature, top_k, top_p, min_p)
+        floor = _smallest_kept(scores, largest, call)
         scores = torch.where(scores < floor, -math.inf, scores)
         weights = ((scores - largest) / temperature).exp()
         edges = weights.cumsum(1)
@@ -69,21 +60,12 @@ def sample_tokens(
         tokens = torch.searchsorted(edges, target, right=True).squeeze(1).minimum(last)
         chosen = weights.gather(1, tokens[:, None])
         logprobs = (chosen / edges[:, -1:]).log().squeeze(1)
-    return (
-        torch.where(bad, -1, tokens),
-        torch.where(bad, math.nan, logprobs).float(),
-    )
+    return Drawn(torch.where(bad, -1, tokens), torch.where(bad, math.nan, logprobs).float())
 
 
-def _smallest_kept(
-    scores: torch.Tensor,
-    largest: torch.Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-) -> torch.Tensor:
+def _smallest_kept(scores: torch.Tensor, largest: torch.Tensor, call: SampleTokens) -> torch.Tensor:
     """The smallest score [rows, 1] that top_k, then top_p, then min_p keep."""
+    _, temperature, top_k, top_p, min_p, *_ = call
     floor = torch.full_like(largest, -math.inf)
     if 0 < top_k < scores.shape[1]:
         floor = scores.topk(top_k, dim=1).values[:, -1:]
