@@ -1,7 +1,7 @@
 """thought_attention on a GPU: the fused kernel against stock flash attention plus the diagonal kernel.
 
 Both serve a training step in which every position thinks; which of them takes it is decided by the
-length of the text alone (``quietstar_ext.thought_attention_composed.takes_composed``), and the last
+length of the text alone (``quietstar_ext.thought_attention.composed.takes_composed``), and the last
 table says where this device would set ``COMPOSED_FROM_TEXT_LENGTH``: the shortest text from which the
 composed path is ahead, forward and backward together, at every longer length that was tried.
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks import compare, show, write
 from benchmarks.device import DEVICE
 from quietstar_ext import thought_attention
-from quietstar_ext.thought_attention_stock import stock_backward, stock_forward, use_stock
+from quietstar_ext.thought_attention.stock import stock_backward, stock_forward, use_stock
 
 pytestmark = pytest.mark.device
 

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from benchmarks import DEVICE, compare, device, finished, show, write
-from quietstar_ext import linear_cross_entropy, linear_cross_entropy_cuda, linear_cross_entropy_sum
-from quietstar_ext.linear_cross_entropy_softmax import SoftmaxCrossEntropy
+from quietstar_ext import linear_cross_entropy, linear_cross_entropy_sum
+from quietstar_ext.linear_cross_entropy import cuda
+from quietstar_ext.linear_cross_entropy.softmax import SoftmaxCrossEntropy
 
 pytestmark = pytest.mark.device
 
@@ -163,7 +164,7 @@ def bench_workspace(benchmark: Any, shape: tuple[int, int, int], monkeypatch: An
 
     def with_workspace(megabytes: int) -> Callable[[], None]:
         def run() -> None:
-            monkeypatch.setattr(linear_cross_entropy_cuda, "WORKSPACE_BYTES", megabytes * 2**20)
+            monkeypatch.setattr(cuda, "WORKSPACE_BYTES", megabytes * 2**20)
             hidden.grad = weight.grad = None
             loss, _ = linear_cross_entropy_sum(hidden, weight, targets, row_weights, impl="fused")
             loss.backward()
@@ -195,7 +196,7 @@ def bench_softmax_cross_entropy(
     row_weights = torch.full((rows,), float(words), device=DEVICE)
     nll = torch.empty(rows, device=DEVICE)
     softmax = SoftmaxCrossEntropy(logits, None, 1.0, softcap, 1.0)
-    kernel = linear_cross_entropy_cuda._Kernel(softmax, logits.T)
+    kernel = cuda._Kernel(softmax, logits.T)
 
     def in_torch() -> Tensor:
         return torch.softmax(logits.float(), 1).to(logits.dtype)

@@ -13,7 +13,7 @@ import torch
 from torch.autograd import forward_ad
 
 
-def why_not_differentiable(*tensors: object) -> str | None:
+def derivatives_unsupported_reason(*tensors: object) -> str | None:
     """Half a sentence on why no kernel can serve this call, or None where one can."""
     if torch.compiler.is_compiling():
         return None

@@ -65,11 +65,11 @@ def use_impl(impl: str) -> Iterator[None]:
         _default = previous
 
 
-def choose_impl(operator: str, impl: str, why_not_fused: str | None) -> str:
+def choose_impl(operator: str, impl: str, unsupported_reason: str | None) -> str:
     """Return ``"fused"`` or ``"reference"``.
 
-    ``why_not_fused`` is None where the fused kernel can take this call, otherwise half a sentence with
-    the reason. Raises ``ValueError`` for an unknown ``impl`` and ``RuntimeError`` when ``"fused"`` was
+    ``unsupported_reason`` is None where the fused kernel can take this call, otherwise half a sentence.
+    Raises ``ValueError`` for an unknown ``impl`` and ``RuntimeError`` when ``"fused"`` was
     asked for and cannot be had.
     """
     _check(impl)
@@ -78,13 +78,13 @@ def choose_impl(operator: str, impl: str, why_not_fused: str | None) -> str:
         _check(impl)
     if impl == "reference":
         return "reference"
-    if why_not_fused is None:
+    if unsupported_reason is None:
         return "fused"
     if impl == "fused":
-        raise RuntimeError(f"{operator}: impl='fused' cannot be used here: {why_not_fused}")
-    if not torch.compiler.is_compiling() and (operator, why_not_fused) not in _said:
-        _said.add((operator, why_not_fused))
-        logger.warning("%s: using the PyTorch reference: %s", operator, why_not_fused)
+        raise RuntimeError(f"{operator}: impl='fused' cannot be used here: {unsupported_reason}")
+    if not torch.compiler.is_compiling() and (operator, unsupported_reason) not in _said:
+        _said.add((operator, unsupported_reason))
+        logger.warning("%s: using the PyTorch reference: %s", operator, unsupported_reason)
     return "reference"
 
 

@@ -46,12 +46,12 @@ def native() -> ModuleType:
     return _module
 
 
-def why_not_native(tensor: torch.Tensor) -> str | None:
+def native_unsupported_reason(tensor: torch.Tensor) -> str | None:
     """Half a sentence on why no kernel can read this tensor, or None where one can."""
     if _module is None:
         return _missing
     if tensor.device.type == "cuda":
-        reason = _why_not_cuda(tensor.device)
+        reason = _cuda_unsupported_reason(tensor.device)
         if reason is not None:
             return reason
     elif tensor.device.type != "cpu":
@@ -63,12 +63,12 @@ def why_not_native(tensor: torch.Tensor) -> str | None:
 
 
 @torch.compiler.assume_constant_result
-def _why_not_cuda(device: torch.device) -> str | None:
-    return _why_not_on(device)
+def _cuda_unsupported_reason(device: torch.device) -> str | None:
+    return _device_unsupported_reason(device)
 
 
 @functools.cache
-def _why_not_on(device: torch.device) -> str | None:
+def _device_unsupported_reason(device: torch.device) -> str | None:
     assert _module is not None
     archs = _module.build_info()["cuda_archs"]
     if not archs:
@@ -78,10 +78,10 @@ def _why_not_on(device: torch.device) -> str | None:
         )
     capability = torch.cuda.get_device_capability(device)
     driver, runtime = _module.cuda_versions()
-    return why_not_capable(archs, capability, driver, runtime, str(device))
+    return capability_unsupported_reason(archs, capability, driver, runtime, str(device))
 
 
-def why_not_capable(
+def capability_unsupported_reason(
     archs: str, capability: tuple[int, int], driver: int, runtime: int, device: str
 ) -> str | None:
     """Half a sentence on why kernels cannot run on a device, or None where they can.

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Compiles every csrc/cuda/*.cu for sm_80, sm_90 and sm_100 and reads what the compiler says of each
-kernel: registers, spills, shared memory. No GPU is needed.
+"""Compiles every csrc/cuda/*.cu and instance for sm_80, sm_90 and sm_100 and reads what the compiler
+says of each kernel: registers, spills, shared memory. No GPU is needed.
 
     python scripts/compile_check.py [FILE.cu ...] [--archs sm_90,...]
 
@@ -76,6 +76,17 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
+def all_files(folder: Path) -> list[Path]:
+    """Every CUDA source; the instances are written into ``folder`` first."""
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    cmake = shutil.which("cmake", path=places)
+    if cmake is None:
+        raise RuntimeError("cmake was not found; it writes the kernels' instances")
+    script = str(SOURCES / "instances.cmake")
+    subprocess.run([cmake, f"-DINSTANCES={folder}", "-P", script], check=True)
+    return sorted([*SOURCES.glob("*.cu"), *folder.glob("*.cu")])
+
+
 def run_nvcc(nvcc: str, source: Path, options: Iterable[str]) -> str:
     """What nvcc says of a file; ``RuntimeError`` where it does not compile."""
     folders = [f"-I{REPOSITORY / 'csrc' / 'include'}", f"-I{SOURCES}"]
@@ -116,7 +127,7 @@ def reports_of_build(archs: Iterable[str]) -> dict[str, str]:
     pieces = re.split(r"^\[\d+/\d+\] (.*)$", logs[-1].read_text(), flags=re.MULTILINE)[1:]
     found = {}
     for title, text in zip(pieces[::2], pieces[1::2], strict=True):
-        name = re.fullmatch(r"Building CUDA object \S*csrc/cuda/(\w+\.cu)\.o", title)
+        name = re.fullmatch(r"Building CUDA object \S*/cuda(?:_instances)?/(\w+\.cu)\.o", title)
         if name and all(f"' for '{arch}'" in text for arch in archs):
             found[name[1]] = text
     return found
@@ -262,8 +273,13 @@ def main(arguments: list[str] | None = None) -> int:
         print("compile check skipped: nvcc was not found")
         return 0
     archs = options.archs.split(",")
-    files = options.files or sorted(SOURCES.glob("*.cu"))
-    known = {} if options.files else reports_of_build(archs)
+    with tempfile.TemporaryDirectory() as folder:
+        return judge(nvcc, options.files or all_files(Path(folder)), archs, bool(options.files))
+
+
+def judge(nvcc: str, files: list[Path], archs: list[str], chosen: bool) -> int:
+    """Compile and judge the files; ``chosen``: they are not all there are."""
+    known = {} if chosen else reports_of_build(archs)
     rest = [file for file in files if file.name not in known]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reports = [*known.values(), *pool.map(lambda file: compile_file(nvcc, file, archs), rest)]
@@ -271,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = readable(kernel.name for kernel in raw)
     kernels = [Kernel(names[k.name], *list(vars(k).values())[1:]) for k in raw]
     print(table(kernels, archs))
-    patterns = NO_SPILLS if not options.files else ("*",)
+    patterns = NO_SPILLS if not chosen else ("*",)
     spills, narrow = faults(kernels, patterns), narrow_faults(nvcc, files, archs)
     print(f"{len(names)} kernels; {len(rest)} files compiled, {len(known)} read from the build's log")
     print("\n".join(spills) or "no spills where none may be")

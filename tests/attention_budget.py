@@ -8,8 +8,8 @@ import torch
 from attention_cases import gradients, make
 from torch import Tensor
 
-from quietstar_ext.reference.thought_attention import visible
 from quietstar_ext.thought_attention import thought_attention
+from quietstar_ext.thought_attention.reference import visible
 
 NAMES = ["out", "lse", "q", "k_text", "v_text", "k_thought", "v_thought", "sinks"]
 

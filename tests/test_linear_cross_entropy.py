@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from quietstar_ext import linear_cross_entropy_chunks as chunks
+from quietstar_ext.linear_cross_entropy import cpu as chunks
 from quietstar_ext.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
-from quietstar_ext.linear_cross_entropy_softmax import SoftmaxCrossEntropy
+from quietstar_ext.linear_cross_entropy.call import Products
+from quietstar_ext.linear_cross_entropy.softmax import SoftmaxCrossEntropy
 
 # The package exports functions of this module's name, so the module is found by its path.
-module = importlib.import_module("quietstar_ext.linear_cross_entropy")
+module = importlib.import_module("quietstar_ext.linear_cross_entropy.api")
 
 # "chunks" is the fused path with its in-place step in PyTorch, at three sizes of the workspace (in
 # rows of fp64 logits over 13 words). The kernel joins as "fused", with fp32 inputs.
@@ -37,7 +38,7 @@ OPTIONS = {
 def impl(request, monkeypatch):
     """Which implementation a test is about."""
     if request.param.startswith("chunks"):
-        monkeypatch.setattr(module, "_why_not_fused", lambda *tensors: None)
+        monkeypatch.setattr(module, "_fused_unsupported_reason", lambda *tensors: None)
     if request.param in WORKSPACE:
         monkeypatch.setattr(chunks, "WORKSPACE_BYTES", WORKSPACE[request.param])
     return request.param
@@ -327,7 +328,8 @@ def test_chunks_skip_rows_and_keep_to_the_workspace(dtype, softcap, width, monke
     softmax = SoftmaxCrossEntropy(hidden, None, 1.0, softcap, 1.0)
     assert softmax.fused
     with Watch(hidden, weight, targets) as watch:
-        results = chunks._run(hidden, weight, targets, torch.ones(400), live, softmax, True, True)
+        call = Products(hidden, weight, targets, torch.ones(400), live, softmax, True, True)
+        results = chunks.run(call)
     # Besides the results, some numbers per row.
     assert watch.most <= workspace + sum(r.nbytes for r in results) + 400 * 40
     # Products m x k x n: the logits of live rows alone, and the gradient of their hidden states. (The
@@ -347,11 +349,11 @@ def test_opcheck(banned):
     for wanted in [(True, True), (False, True)]:
         units = tuple(u if want else u.new_empty(0) for u, want in zip(units, wanted, strict=True))
         torch.library.opcheck(
-            ops.linear_cross_entropy_backward, (grad, hidden, weight, targets, *units, *options, *wanted)
+            ops.linear_cross_entropy_backward, (hidden, weight, targets, *options, grad, *units, *wanted)
         )
     torch.library.opcheck(
         ops.linear_cross_entropy_forward_and_backward,
-        (hidden, weight, targets, grad, *options, True, True, True),
+        (hidden, weight, targets, *options, grad, True, True, True),
     )
 
 

@@ -9,11 +9,10 @@ import torch
 from test_linear_cross_entropy import OPTIONS, Watch, make, row_by_row
 from torch import Tensor
 
-from quietstar_ext import checks
-from quietstar_ext import linear_cross_entropy_chunks as chunks
-from quietstar_ext import linear_cross_entropy_cuda as cuda
-from quietstar_ext.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
-from quietstar_ext.linear_cross_entropy_softmax import SoftmaxCrossEntropy
+from quietstar_ext import checks, operators
+from quietstar_ext.linear_cross_entropy import cuda, linear_cross_entropy, linear_cross_entropy_sum
+from quietstar_ext.linear_cross_entropy.call import Products
+from quietstar_ext.linear_cross_entropy.softmax import SoftmaxCrossEntropy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
@@ -228,7 +227,7 @@ def products_of(call: Any, hidden: Tensor, weight: Tensor) -> tuple[int, set[str
                 reading.add(name)
             if name.startswith("quietstar::"):  # look inside
                 with self:
-                    return getattr(chunks, name.split("linear_cross_entropy_")[1])(*args)
+                    return operators.implementations[name](*args)
             return super().__torch_dispatch__(func, types, args, kwargs)
 
     with Noted(hidden, weight) as watch:
@@ -301,10 +300,9 @@ def test_workspace(device: str, dtype: torch.dtype, kind: str, monkeypatch: pyte
     softmax = SoftmaxCrossEntropy(hidden, None, 1.0, None, 1.0)
     for accumulate in ("auto", "parameter") if dtype == torch.bfloat16 else ("auto",):
         with Watch(hidden, weight, targets) as watch:
-            results = cuda.run(
-                *(hidden, weight, targets, torch.ones(96, device=device), live, softmax),
-                *(True, True, accumulate),
-            )
+            ones = torch.ones(96, device=device)
+            call = Products(*(hidden, weight, targets, ones, live, softmax), *(True, True, accumulate))
+            results = cuda.run(call)
         wide = dtype == torch.float16 or (dtype == torch.bfloat16 and accumulate == "auto")
         if device == "cuda" or not wide:  # (on the CPU 16-bit operands of an fp32 product are copied)
             assert watch.most <= workspace + sum(r.nbytes for r in results) + 96 * 40
@@ -340,11 +338,11 @@ def test_opcheck(device: str, banned: list[int] | None) -> None:
     for wanted in [(True, True, "auto"), (False, True, "parameter")]:
         units = tuple(u if want else u.new_empty(0) for u, want in zip(units, wanted[:2], strict=True))
         torch.library.opcheck(
-            ops.linear_cross_entropy_backward, (grad, hidden, weight, targets, *units, *options, *wanted)
+            ops.linear_cross_entropy_backward, (hidden, weight, targets, *options, grad, *units, *wanted)
         )
     torch.library.opcheck(
         ops.linear_cross_entropy_forward_and_backward,
-        (hidden, weight, targets, grad, *options, True, True, True, "float32"),
+        (hidden, weight, targets, *options, grad, True, True, True, "float32"),
     )
 
 

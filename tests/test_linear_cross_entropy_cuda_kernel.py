@@ -11,8 +11,8 @@ from test_linear_cross_entropy import OPTIONS, make
 from torch import Tensor
 
 from quietstar_ext.linear_cross_entropy import linear_cross_entropy
-from quietstar_ext.linear_cross_entropy_cuda import _Kernel, scale_
-from quietstar_ext.linear_cross_entropy_softmax import SoftmaxCrossEntropy
+from quietstar_ext.linear_cross_entropy.cuda import _Kernel, scale_
+from quietstar_ext.linear_cross_entropy.softmax import SoftmaxCrossEntropy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN: dict[str, Any] = {"temperature": 1.0, "banned": None, "softcap": None, "logit_scale": 1.0}

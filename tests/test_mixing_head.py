@@ -329,10 +329,11 @@ def test_opcheck(sigmoid):
         forward = torch.ops.quietstar.mixing_head_forward
         torch.library.opcheck(forward, (base, *tensors[1:], each, sigmoid))
         mixed, w, *kept = forward(base, *tensors[1:], each, sigmoid)
-        given = (torch.randn_like(mixed), torch.randn_like(w), base, tensors[1], *tensors[2:7:2])
+        grads = torch.randn_like(mixed), torch.randn_like(w)
         for wanted in ([True] * 7, [False, True] * 3 + [False]):
             torch.library.opcheck(
-                torch.ops.quietstar.mixing_head_backward, (*given, *kept, each, sigmoid, wanted)
+                torch.ops.quietstar.mixing_head_backward,
+                (base, *tensors[1:], each, sigmoid, *kept, *grads, wanted),
             )
 
 

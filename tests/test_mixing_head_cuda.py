@@ -10,7 +10,8 @@ import torch
 from test_mixing_head import NAMES, concatenated, gradients, make, make_clear_of_zero
 from torch import Tensor
 
-from quietstar_ext import mixing_head, mixing_head_cuda
+from quietstar_ext import mixing_head
+from quietstar_ext.mixing_head import cuda as mixing_head_cuda
 from quietstar_ext.native import DTYPE_CODES, cuda_kernels
 from quietstar_ext.precision import compute_dtype
 
@@ -345,7 +346,7 @@ def test_an_index_out_of_range_is_found_by_the_kernel(cuda_on_cpu, wrong) -> Non
 def test_widths_beyond_the_kernels(cuda_on_cpu, kib: int, most: int) -> None:
     """What a block's shared memory can hold, refused before anything is launched."""
     cuda_on_cpu.set_shared_memory_limit(kib * 1024)
-    assert most == mixing_head_cuda.most_width(torch.device("cpu"))
+    assert most == mixing_head_cuda.max_width(torch.device("cpu"))
     steps = Steps(positions=1, rows=1, width=most, dtype=torch.float32, device="cpu")
     for step in ("first", "tail", "tail_backward", "first_backward"):
         steps.run(step)

@@ -137,7 +137,8 @@ class TestOnAGpu:
         forward = torch.ops.quietstar.mixing_head_forward
         torch.library.opcheck(forward, (*tensors, index, True))
         mixed, w, *kept = forward(*tensors, index, True)
-        given = (torch.randn_like(mixed), torch.randn_like(w), *tensors[:2], *tensors[2:7:2])
+        grads = torch.randn_like(mixed), torch.randn_like(w)
         torch.library.opcheck(
-            torch.ops.quietstar.mixing_head_backward, (*given, *kept, index, True, [True] * 7)
+            torch.ops.quietstar.mixing_head_backward,
+            (*tensors, index, True, *kept, *grads, [True] * 7),
         )

@@ -29,7 +29,7 @@ BUILT = "sm_80, sm_90, sm_100"
     ],
 )
 def test_kernels_run(archs: str, capability: tuple[int, int], driver: int, runtime: int) -> None:
-    assert native.why_not_capable(archs, capability, driver, runtime, "cuda:0") is None
+    assert native.capability_unsupported_reason(archs, capability, driver, runtime, "cuda:0") is None
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_kernels_run(archs: str, capability: tuple[int, int], driver: int, runti
 def test_why_kernels_do_not_run(
     archs: str, capability: tuple[int, int], driver: int, runtime: int, reason: str
 ) -> None:
-    found = native.why_not_capable(archs, capability, driver, runtime, "cuda:0")
+    found = native.capability_unsupported_reason(archs, capability, driver, runtime, "cuda:0")
     assert found is not None
     assert found.startswith(reason)
 
@@ -91,16 +91,16 @@ def test_a_device_that_cannot_is_known_in_a_graph(monkeypatch: pytest.MonkeyPatc
     )
     monkeypatch.setattr(native, "_module", module)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
-    native._why_not_on.cache_clear()
+    native._device_unsupported_reason.cache_clear()
     torch.compiler.reset()
     try:
 
         @torch.compile(fullgraph=True, backend="eager")
         def compiled(x: torch.Tensor) -> torch.Tensor:
-            return x + 1 if native._why_not_cuda(x.device) is None else x - 1
+            return x + 1 if native._cuda_unsupported_reason(x.device) is None else x - 1
 
         assert torch.equal(compiled(torch.ones(2)), torch.zeros(2))
-        assert "at most; update the driver" in str(native._why_not_cuda(torch.device("cpu")))
+        assert "at most; update the driver" in str(native._cuda_unsupported_reason(torch.device("cpu")))
         assert len(asked) == 1
     finally:
-        native._why_not_on.cache_clear()
+        native._device_unsupported_reason.cache_clear()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quietstar_ext import build_info, sample_tokens
 from quietstar_ext.native import native
-from quietstar_ext.reference.sample_tokens import philox_uniform
+from quietstar_ext.sample_tokens.reference import philox_uniform
 
 OPTIONS: list[dict[str, Any]] = [
     {},

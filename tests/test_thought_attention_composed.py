@@ -6,6 +6,8 @@ there; on a GPU both are what users get.
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from attention_cases import dense, gradients, make
@@ -14,15 +16,22 @@ from families import tiny_decoder
 from quietstar import QuietStarForCausalLM
 from quietstar.thinking import attention
 from quietstar_ext import thought_attention, use_impl
-from quietstar_ext import thought_attention_composed as composed
-from quietstar_ext import thought_attention_stock as stock
-from quietstar_ext.reference.thought_attention import thought_attention as reference
+from quietstar_ext.thought_attention import composed, stock
+from quietstar_ext.thought_attention.call import ThoughtAttention
+from quietstar_ext.thought_attention.diagonal import (
+    ThoughtDiagonal,
+    ThoughtDiagonalBackward,
+    diagonal_backward,
+    diagonal_forward,
+)
 
 # Three-way error budget: our error may be so many times that of torch's own dense attention in the same
 # dtype, and some rounding of the result on top.
 FACTOR = 2.0
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 DTYPES = list(ROUNDING)
+
+reference = functools.partial(thought_attention, return_lse=True, impl="reference")
 
 
 @pytest.fixture(
@@ -156,11 +165,12 @@ def diagonal(tensors, scale, sinks=None, text=None, shift=0):
 
     q, k, v = (place(t).copy_(t) for t in tensors)
     out, lse = place(q), place(q[..., 0], torch.float32)
-    composed.diagonal_forward(q, k, v, *(text or (None, None)), sinks, out, lse, scale)
+    call = ThoughtDiagonal(q, k, v, *(text or (None, None)), sinks, out, lse, scale)
+    diagonal_forward(call)
     dout = place(q).copy_(torch.randn_like(q))
     results = [place(q), place(k), place(v)]
     delta = place(q[..., 0], torch.float32)
-    composed.diagonal_backward(q, k, v, out, lse, dout, None, *results, delta, scale)
+    diagonal_backward(ThoughtDiagonalBackward(call, dout, None, *results, delta))
     return out, lse, dout, results, delta
 
 
@@ -253,7 +263,8 @@ def test_reasons_against(cuda_on_cpu):
     q, k, kt = torch.empty(1, 2, 3, 8, 16), torch.empty(1, 2, 4, 16), torch.empty(1, 2, 3, 8, 16)
 
     def why(q=q, k=k, every=True, window=0, softcap=0.0):
-        return composed.why_not_composed(q, k, kt, every, window, softcap)
+        call = ThoughtAttention(q, k, k, kt, kt, None, None, None, 1.0, window, softcap)
+        return composed.composed_unsupported_reason(call, every)
 
     assert why() is None and why(window=7) is None
     assert "every_position" in why(every=False)
@@ -301,12 +312,13 @@ def test_operators_are_registered_well(cuda_on_cpu):
     )
     inputs = [t.detach() for t in tensors]
     operators = torch.ops.quietstar
-    checked = ("test_schema", "test_faketensor")
+    checked, rest = ("test_schema", "test_faketensor"), (0.3, 0, 0.0)
     forward = operators.thought_attention_composed
-    torch.library.opcheck(forward, (*inputs, start, stop, sinks.detach(), 0.3), test_utils=checked)
-    out, lse = forward(*inputs, start, stop, None, 0.3)
+    torch.library.opcheck(forward, (*inputs, start, stop, sinks.detach(), *rest), test_utils=checked)
+    out, lse = forward(*inputs, start, stop, None, *rest)
     backward = operators.thought_attention_composed_backward
-    torch.library.opcheck(backward, (*inputs, out, lse, out, 0.3), test_utils=checked)
+    arguments = (*inputs, start, stop, None, *rest, out, lse, out, None)
+    torch.library.opcheck(backward, arguments, test_utils=checked)
 
 
 def test_the_rule_can_be_overruled():

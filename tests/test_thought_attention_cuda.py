@@ -286,7 +286,7 @@ def test_operators_are_registered_well(device: str, name: str) -> None:
     grads = (out, lse, torch.randn_like(out), torch.randn_like(lse))
     torch.library.opcheck(
         operators.thought_attention_backward.default,
-        (*inputs, start, stop, sinks, *grads, *rest),
+        (*inputs, start, stop, sinks, *rest, *grads),
     )
 
 

@@ -155,7 +155,7 @@ def test_operators_are_registered_well(name):
     torch.library.opcheck(operators.thought_attention.default, call)
     out, lse = operators.thought_attention(*call)
     grads = (out, lse, torch.randn_like(out), torch.randn_like(lse))
-    call = (*inputs, start, stop, sinks, *grads, *rest)
+    call = (*inputs, start, stop, sinks, *rest, *grads)
     torch.library.opcheck(operators.thought_attention_backward.default, call)
     # Inputs whose rows do not lie side by side.
     call = (inputs[0].mT.contiguous().mT, *inputs[1:], start, stop, sinks, *rest)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from quietstar_ext import thought_attention_stock as stock
+from quietstar_ext.thought_attention import stock
 
 
 @pytest.mark.parametrize("name", stock.SCHEMAS)
 def test_private_operators_are_declared_as_expected(name):
     declared = str(getattr(torch.ops.aten, name).default._schema)
     assert declared.startswith(f"aten::{name}{stock.SCHEMAS[name]} -> ("), (
-        f"torch {torch.__version__} declares {declared}; look at what thought_attention_stock.py"
+        f"torch {torch.__version__} declares {declared}; look at what thought_attention/stock.py"
         " passes it, then change SCHEMAS"
     )
 
@@ -39,7 +39,7 @@ def test_calls_of_the_gpu_operators_fit(groups, kernel):
         s, heads, n, d = 3, 2, 5, 16
         q = torch.empty(s, n, heads * groups, d, dtype=torch.bfloat16, device="cuda").transpose(1, 2)
         k = torch.empty(heads, n, d, dtype=torch.bfloat16, device="cuda").expand(s, -1, -1, -1)
-        assert stock.why_not_stock(q) is None
+        assert stock.stock_unsupported_reason(q) is None
         out, lse = stock.stock_forward(q, k, k, 0.25)
         assert out.shape == q.shape and lse.shape == (s, heads * groups, n)
         assert lse.dtype == torch.float32
@@ -56,6 +56,6 @@ def test_what_a_stock_kernel_does_not_take():
         ):
             q = torch.empty(1, 2, 3, 8, size, dtype=dtype, device="cuda")
             with stock.use_stock(kernel):
-                assert words in stock.why_not_stock(q)
+                assert words in stock.stock_unsupported_reason(q)
     with pytest.raises(ValueError, match="'other'; expected one of flash, cudnn"):
         stock.use_stock("other").__enter__()

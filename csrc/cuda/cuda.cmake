@@ -57,7 +57,7 @@ enable_language(CUDA)
 list(JOIN archs ", sm_" shown)
 message(STATUS "quietstar: CPU and CUDA build (nvcc ${CMAKE_CUDA_COMPILER_VERSION}, sm_${shown})")
 
-add_library(kernels_cuda OBJECT ${cuda_sources})
+add_library(kernels_cuda OBJECT ${cuda_sources} ${cuda_instances})
 target_include_directories(kernels_cuda PRIVATE csrc/include csrc/cuda)
 set_target_properties(kernels_cuda PROPERTIES CUDA_VISIBILITY_PRESET hidden)
 target_compile_definitions(_native PRIVATE QUIETSTAR_WITH_CUDA QUIETSTAR_CUDA_ARCHS="sm_${shown}")

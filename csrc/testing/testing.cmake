@@ -1,4 +1,4 @@
-# The target cuda_on_cpu: every csrc/cuda/*.cu compiled by the host's C++ compiler against
+# The target cuda_on_cpu: every csrc/cuda/*.cu and instance compiled by the host's C++ compiler against
 # csrc/testing, as the Python module _cuda_on_cpu. Not part of the package; tests build it:
 #   cmake -S . -B build/cuda_on_cpu -DQUIETSTAR_CUDA=off [-DQUIETSTAR_SANITIZE=ON]
 #   cmake --build build/cuda_on_cpu --target cuda_on_cpu
@@ -9,6 +9,7 @@ endif()
 option(QUIETSTAR_SANITIZE "Build cuda_on_cpu with the address and undefined-behaviour sanitizers" OFF)
 
 file(GLOB sources CONFIGURE_DEPENDS csrc/cuda/*.cu csrc/testing/*.cu)
+list(APPEND sources ${cuda_instances})
 set_source_files_properties(${sources} PROPERTIES LANGUAGE CXX)
 pybind11_add_module(cuda_on_cpu NO_EXTRAS EXCLUDE_FROM_ALL csrc/testing/module.cpp
                     csrc/testing/fibers.cpp csrc/testing/operations.cpp csrc/bindings_cuda.cpp

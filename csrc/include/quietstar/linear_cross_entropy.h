@@ -5,7 +5,7 @@
 //   x[v, r]  <- row_weight[r] d nll[r] / d x[v, r]
 // Logits are word-major: the logits of one word for all rows lie side by side. A vector then holds
 // sixteen rows, no sum runs across its lanes, a banned word is left out as a whole, and the matrix
-// products of this layout are the faster ones (see quietstar_ext/linear_cross_entropy_chunks.py).
+// products of this layout are the faster ones (see quietstar_ext/linear_cross_entropy/cpu.py).
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,0 @@
-// The backward kernels of fp32 and head sizes up to 128.
-#include "thought_attention_backward.cuh"
-
-namespace quietstar::cuda::attention {
-
-template void launch_backward<float, 128>(const Arguments&, const Device&);
-
-}  // namespace quietstar::cuda::attention

@@ -1,9 +1,0 @@
-// The forward kernels of 16-bit elements and head sizes up to 96.
-#include "thought_attention_forward.cuh"
-
-namespace quietstar::cuda::attention {
-
-template void launch_forward<BFloat16, 96>(const Arguments&, const Device&);
-template void launch_forward<Float16, 96>(const Arguments&, const Device&);
-
-}  // namespace quietstar::cuda::attention

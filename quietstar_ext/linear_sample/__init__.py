@@ -1,0 +1,1 @@
+from quietstar_ext.linear_sample.api import linear_sample as linear_sample

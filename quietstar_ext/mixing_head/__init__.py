@@ -1,0 +1,1 @@
+from quietstar_ext.mixing_head.api import mixing_head as mixing_head

@@ -1,0 +1,69 @@
+"""Operators of ``torch.library`` whose schemas are the fields of their calls.
+
+A call is one ``NamedTuple``. A call that holds another one, as a backward pass holds its forward pass,
+has that one's fields in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    float | None: "float?",
+    int: "int",
+    bool: "bool",
+    str: "str",
+    tuple[bool, ...]: "bool[]",
+}
+
+# What each operator runs on its devices, by name, for those who look inside.
+implementations: dict[str, Callable[..., Any]] = {}
+
+C = TypeVar("C", bound=tuple[Any, ...])
+
+
+def register(
+    name: str,
+    call: type[C],
+    returns: str,
+    run: Callable[[C], Any],
+    fake: Callable[[C], Any],
+    devices: str | tuple[str, ...] = ("cpu", "cuda"),
+) -> Any:
+    """Make and return ``torch.ops.quietstar.<name>``, which takes the fields of ``call`` one by one.
+
+    Args:
+        returns: in the schema's words, as ``"(Tensor out, Tensor lse)"``.
+        run, fake: the implementation, and the shapes of its results; both take the call.
+    """
+    full = f"quietstar::{name}"
+    build = _builder(call)
+    torch.library.define(full, f"({', '.join(_arguments(call))}) -> {returns}")
+    implementations[full] = lambda *values: run(build(*values))
+    torch.library.impl(full, devices)(implementations[full])
+    torch.library.register_fake(full, lambda *values, **named: fake(build(*values, **named)))
+    return getattr(torch.ops.quietstar, name).default
+
+
+def _arguments(call: type[C]) -> Iterator[str]:
+    for name, kind in get_type_hints(call).items():
+        if hasattr(kind, "_fields"):
+            yield from _arguments(kind)
+        else:
+            default = call._field_defaults.get(name, ...)  # type: ignore[attr-defined]
+            yield f"{_TYPES[kind]} {name}" + ("" if default is ... else f"={default!r}")
+
+
+def _builder(call: type[C]) -> Callable[..., C]:
+    inner = next(iter(get_type_hints(call).values()))
+    if not hasattr(inner, "_fields"):
+        return call
+    count = len(inner._fields)
+    return lambda *values, **named: call(inner(*values[:count]), *values[count:], **named)

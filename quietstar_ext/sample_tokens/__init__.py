@@ -1,0 +1,1 @@
+from quietstar_ext.sample_tokens.api import sample_tokens as sample_tokens

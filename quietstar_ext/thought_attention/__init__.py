@@ -1,0 +1,1 @@
+from quietstar_ext.thought_attention.api import thought_attention as thought_attention

@@ -1,0 +1,58 @@
+"""A call of thought_attention's kernels: what all its implementations take."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ThoughtAttention(NamedTuple):
+    """Arguments of the public function, checked; the fields that are tensors come first."""
+
+    q: Tensor  # [B, Hq, Sq, M, D]
+    k_text: Tensor  # [B, Hkv, N, D]
+    v_text: Tensor  # [B, Hkv, N, D]
+    k_thought: Tensor  # [B, Hkv, Sk, M, D]
+    v_thought: Tensor  # [B, Hkv, Sk, M, D]
+    text_start: Tensor  # [B, M] int32
+    text_stop: Tensor  # [B, M] int32
+    sinks: Tensor | None  # [Hq]
+    scale: float
+    window: int  # 0: none
+    softcap: float  # 0: none
+
+
+TENSORS = 8
+
+
+class ThoughtAttentionBackward(NamedTuple):
+    """Its backward pass."""
+
+    forward: ThoughtAttention
+    out: Tensor  # as q
+    lse: Tensor  # [B, Hq, Sq, M] float32
+    dout: Tensor  # as q
+    dlse: Tensor | None  # as lse
+
+
+RESULTS = "(Tensor out, Tensor lse)"
+GRADIENTS = (
+    "(Tensor dq, Tensor dk_text, Tensor dv_text, Tensor dk_thought, Tensor dv_thought, Tensor delta)"
+)
+
+
+def last_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor, copied only where the elements of a row do not lie side by side."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def new_lse(q: Tensor) -> Tensor:
+    """Uninitialised [B, Hq, Sq, M], one number per query row."""
+    return q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
+    """Address and strides, as the kernels take a tensor."""
+    return tensor.data_ptr(), tensor.stride()

@@ -1,0 +1,215 @@
+"""The composed path of thought_attention: stock attention on the text, an own kernel for the slots.
+
+Where every text position thinks and sees the whole text before it, one slot of one rationale of all
+columns is N queries over N keys under an ordinary causal mask. So the text part of all slots is one
+call of a stock flash kernel per row and rationale, with the slots as its batch and the keys of every
+slot at the same place (stride 0). ``csrc/cuda/thought_diagonal.cu`` adds the slot part and merges the
+two by their log-sum-exps.
+
+Backward, a softmax weight is exp(x - lse) and its gradient needs sum(dout * out) besides: the stock
+backward, given the *merged* out and lse, therefore finds exactly the text's share of the gradients, as
+in ring attention. The slots' share comes from the own kernel.
+
+The stock kernels are in ``stock.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from quietstar_ext.dispatch import Setting
+from quietstar_ext.native import takes_cuda_path
+from quietstar_ext.operators import register
+from quietstar_ext.thought_attention.call import (
+    GRADIENTS,
+    RESULTS,
+    ThoughtAttention,
+    ThoughtAttentionBackward,
+    last_contiguous,
+    new_lse,
+)
+from quietstar_ext.thought_attention.diagonal import (
+    ThoughtDiagonal,
+    ThoughtDiagonalBackward,
+    diagonal_backward,
+    diagonal_forward,
+)
+from quietstar_ext.thought_attention.stock import stock_backward, stock_forward, stock_unsupported_reason
+
+PATHS = ("auto", "fused", "composed")
+
+# From how many text tokens on the composed path is taken. A guess from what the two move and compute,
+# and too long on an H200 for heads of 128 (docs/gpu_paths.md). The composed path writes the text part
+# and reads it again, backward it copies out and its gradient if there are several rationales and sums
+# the text gradients of all slots: work linear in N. The stock kernel's advantage, if it has one, is a
+# share of the quadratic part. benchmarks/bench_attention_paths.py times both and prints the length from
+# which it is ahead.
+COMPOSED_FROM_TEXT_LENGTH = 2048
+
+_MAX_HEAD_SIZE = 256  # in the stock kernel and in ours
+
+_path = Setting("QUIETSTAR_THOUGHT_ATTENTION", PATHS)
+
+
+def use_path(path: str) -> contextlib.AbstractContextManager[None]:
+    """Inside the block, let calls with ``impl="auto"`` take the ``"fused"`` kernel only, or the
+    ``"composed"`` path wherever it applies.
+
+    The environment variable ``QUIETSTAR_THOUGHT_ATTENTION`` sets the same for a process.
+    """
+    return _path.use(path)
+
+
+def takes_composed(text_length: int, reason: str | None) -> bool:
+    """Whether a call goes the composed path: where it applies, by the length of the text alone.
+
+    Columns, slots and heads multiply the work of both paths alike.
+    """
+    path = _path.get()
+    if reason is not None or path == "fused":
+        return False
+    return path == "composed" or text_length >= COMPOSED_FROM_TEXT_LENGTH
+
+
+def goes_composed(impl: str, call: ThoughtAttention, every_position: bool) -> bool:
+    """Whether a call that a kernel can take goes this way; see :func:`composed_unsupported_reason`.
+
+    Raises:
+        RuntimeError: ``impl="composed"`` and it cannot.
+    """
+    if impl == "fused":
+        return False
+    reason = composed_unsupported_reason(call, every_position)
+    if impl != "composed":
+        return takes_composed(call.k_text.shape[2], reason)
+    if reason is not None:
+        raise RuntimeError(f"thought_attention: impl='composed' cannot be used here: {reason}")
+    return True
+
+
+def composed_unsupported_reason(call: ThoughtAttention, every_position: bool) -> str | None:
+    """Half a sentence on why the composed path cannot serve this call, or None where it can.
+
+    ``every_position`` is the caller's promise that M is R·N and column m has the text 0 .. m // R.
+    """
+    columns, size = call.q.shape[3:]
+    length, key_slots = call.k_text.shape[2], call.k_thought.shape[2]
+    if not takes_cuda_path(call.q):
+        return "it is for CUDA devices"
+    if not every_position:
+        return "the columns may be any (every_position is False)"
+    if not length or not columns or columns % length:
+        return f"{columns} columns are no multiple of {length} text tokens"
+    if call.softcap:
+        return "the stock kernel has no soft-cap"
+    if call.window and call.window < length + key_slots:
+        return f"the window of {call.window} hides some of {length} text tokens from some slots"
+    if size > _MAX_HEAD_SIZE:
+        return f"heads of {size} are larger than {_MAX_HEAD_SIZE}"
+    return stock_unsupported_reason(call.q)
+
+
+def _whole_packs(tensor: Tensor) -> Tensor:
+    """The tensor, copied only where its rows do not start at multiples of 16 bytes."""
+    fine = tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        fine = fine and (size == 1 or stride * tensor.itemsize % 16 == 0)
+    return tensor if fine else tensor.contiguous()
+
+
+def _pieces(batch: int, rationales: int) -> Iterator[tuple[int, slice]]:
+    """Batch row and columns of each call: one rationale of all positions."""
+    for row in range(batch):
+        for rationale in range(rationales):
+            yield row, slice(rationale, None, rationales)
+
+
+def _slots_first(tensor: Tensor, row: int, columns: slice) -> Tensor:
+    """[B, H, S, M, ...] -> [S, H, N, ...], a view."""
+    return tensor[row, :, :, columns].transpose(0, 1)
+
+
+def _as_piece(tensor: Tensor) -> Tensor:
+    """[S, H, N, ...] -> [1, H, S, N, ...], a view."""
+    return tensor.transpose(0, 1)[None]
+
+
+def _laid_out(call: ThoughtAttention) -> ThoughtAttention:
+    """The call with its tensors as the two kernels read them."""
+    text = [_whole_packs(t) for t in call[:3]]
+    slots = [last_contiguous(t) for t in call[3:5]]
+    sinks = None if call.sinks is None else call.sinks.float().contiguous()
+    return ThoughtAttention._make([*text, *slots, *call[5:7], sinks, *call[8:]])
+
+
+def _forward(call: ThoughtAttention) -> tuple[Tensor, Tensor]:
+    call = _laid_out(call)
+    q, k_text, v_text, k_thought, v_thought, *_ = call
+    batch, _, slots, columns, _ = q.shape
+    out, lse = _fake(call)
+    for row, piece in _pieces(batch, columns // k_text.shape[2]):
+        text_out, text_lse = stock_forward(
+            _slots_first(q, row, piece),
+            k_text[row].expand(slots, -1, -1, -1),
+            v_text[row].expand(slots, -1, -1, -1),
+            call.scale,
+        )
+        at = (slice(row, row + 1), slice(None), slice(None), piece)
+        text = _as_piece(last_contiguous(text_out)), _as_piece(text_lse)
+        slot = q[at], k_thought[at], v_thought[at]
+        diagonal_forward(ThoughtDiagonal(*slot, *text, call.sinks, out[at], lse[at], call.scale))
+    return out, lse
+
+
+def _backward(call: ThoughtAttentionBackward) -> tuple[Tensor, ...]:
+    """As the fused kernel's, for no gradient of lse."""
+    forward = _laid_out(call.forward)
+    q, k_text, v_text, k_thought, v_thought, *_ = forward
+    scale, lse = forward.scale, call.lse
+    out, dout = _whole_packs(call.out), _whole_packs(call.dout)
+    batch, _, slots, columns, _ = q.shape
+    dq, dk_thought, dv_thought = (torch.empty_like(t) for t in (q, k_thought, v_thought))
+    # Each slot and rationale has its own part; they are added up in fp32.
+    dk_text, dv_text = (torch.zeros_like(t, dtype=torch.float32) for t in (k_text, v_text))
+    delta = torch.empty_like(lse)
+    for row, piece in _pieces(batch, columns // k_text.shape[2]):
+        text_dq, dk, dv = stock_backward(
+            _slots_first(dout, row, piece),
+            _slots_first(q, row, piece),
+            k_text[row].expand(slots, -1, -1, -1),
+            v_text[row].expand(slots, -1, -1, -1),
+            _slots_first(out, row, piece),
+            _slots_first(lse, row, piece),
+            scale,
+        )
+        dk_text[row] += dk.sum(0, dtype=torch.float32)
+        dv_text[row] += dv.sum(0, dtype=torch.float32)
+        at = (slice(row, row + 1), slice(None), slice(None), piece)
+        slot = q[at], k_thought[at], v_thought[at]
+        merged = ThoughtDiagonal(*slot, None, None, None, out[at], lse[at], scale)
+        text_dq = _as_piece(last_contiguous(text_dq))
+        gradients = dq[at], dk_thought[at], dv_thought[at], delta[at]
+        diagonal_backward(ThoughtDiagonalBackward(merged, dout[at], text_dq, *gradients))
+    return dq, dk_text.to(q.dtype), dv_text.to(q.dtype), dk_thought, dv_thought, delta
+
+
+def _fake(call: ThoughtAttention) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(call.q), new_lse(call.q)
+
+
+def _backward_fake(call: ThoughtAttentionBackward) -> tuple[Tensor, ...]:
+    return (*map(torch.empty_like, call.forward[:5]), torch.empty_like(call.lse))
+
+
+register("thought_attention_composed", ThoughtAttention, RESULTS, _forward, _fake)
+register(
+    "thought_attention_composed_backward",
+    ThoughtAttentionBackward,
+    GRADIENTS,
+    _backward,
+    _backward_fake,
+)

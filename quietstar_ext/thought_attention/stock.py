@@ -1,0 +1,141 @@
+"""Torch's own causal attention kernels, with the log-sum-exp: the text half of the composed path.
+
+Queries [S, Hq, N, D] over keys [S, Hkv, N, D], as many queries as keys, forward and backward. The
+backward takes any ``out`` and ``lse``, also those of a softmax over more keys than these (see
+``composed.py``).
+
+This file holds all private operators of torch that the package uses; ``SCHEMAS`` is what it relies on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+
+from quietstar_ext.dispatch import Setting
+
+#: The private operators and how torch 2.11 and 2.13 declare them, returns apart (their names have
+#: changed before). Where the torch that runs declares one otherwise, its kernel is not used.
+SCHEMAS = {
+    "_scaled_dot_product_flash_attention": (
+        "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, "
+        "bool return_debug_mask=False, *, float? scale=None)"
+    ),
+    "_scaled_dot_product_flash_attention_backward": (
+        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
+        "Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, "
+        "bool is_causal, Tensor philox_seed, Tensor philox_offset, *, float? scale=None)"
+    ),
+    "_scaled_dot_product_cudnn_attention": (
+        "(Tensor query, Tensor key, Tensor value, Tensor? attn_bias, bool compute_log_sumexp, "
+        "float dropout_p=0., bool is_causal=False, bool return_debug_mask=False, *, float? scale=None)"
+    ),
+    "_scaled_dot_product_cudnn_attention_backward": (
+        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
+        "Tensor philox_seed, Tensor philox_offset, Tensor attn_bias, Tensor cum_seq_q, "
+        "Tensor cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal, *, "
+        "float? scale=None)"
+    ),
+    "_scaled_dot_product_flash_attention_for_cpu": (
+        "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, *, "
+        "Tensor? attn_mask=None, float? scale=None)"
+    ),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": (
+        "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
+        "float dropout_p, bool is_causal, *, Tensor? attn_mask=None, float? scale=None)"
+    ),
+}
+
+#: ``flash`` is the default until both have been measured. cuDNN's is the faster kernel on sm_90 (Shah et
+#: al. 2024, arXiv 2407.08608), but is given contiguous copies of what it reads here.
+KERNELS = ("flash", "cudnn")
+_kernel = Setting("QUIETSTAR_STOCK_ATTENTION", KERNELS)
+
+
+def use_stock(kernel: str) -> contextlib.AbstractContextManager[None]:
+    """Inside the block, let the composed path use ``"flash"`` or ``"cudnn"`` on a GPU.
+
+    The environment variable ``QUIETSTAR_STOCK_ATTENTION`` sets the same for a process.
+    """
+    return _kernel.use(kernel)
+
+
+def declared_otherwise(kernel: str) -> str | None:
+    """Half a sentence if this torch declares an operator of a kernel in a way not known here."""
+    for name, expected in SCHEMAS.items():
+        if f"_{kernel}_attention" not in name:
+            continue
+        operator = getattr(torch.ops.aten, name, None)
+        if not str(operator and operator.default._schema).startswith(f"aten::{name}{expected} ->"):
+            return f"torch {torch.__version__} declares aten::{name} in another way"
+    return None
+
+
+_OTHERWISE = {kernel: declared_otherwise(kernel) for kernel in KERNELS}
+
+
+def stock_unsupported_reason(q: torch.Tensor) -> str | None:
+    """Half a sentence on why the stock kernel cannot take queries like these, or None where it can."""
+    kernel = _kernel.get()
+    if q.device.type != "cuda":
+        return _OTHERWISE["flash"]
+    if _OTHERWISE[kernel] is not None:
+        return _OTHERWISE[kernel]
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return "the stock kernel takes bfloat16 and float16"
+    if q.shape[-1] % 8:
+        return f"the stock kernel takes heads of a multiple of 8, not {q.shape[-1]}"
+    if kernel == "cudnn" and q.shape[-1] > 128:
+        return f"cuDNN's kernel takes heads of at most 128 in both directions, not {q.shape[-1]}"
+    return None
+
+
+def stock_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [S, Hq, N, D] and lse [S, Hq, N] fp32, any strides."""
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        op = aten._scaled_dot_product_flash_attention_for_cpu
+        return op(q, k, v, 0.0, True, scale=scale)
+    if _kernel.get() == "cudnn":
+        q, k, v = (t.contiguous() for t in (q, k, v))
+        op = aten._scaled_dot_product_cudnn_attention
+        out, lse, *_ = op(q, k, v, None, True, 0.0, True, False, scale=scale)
+        return out, lse.reshape(q.shape[:-1])
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)
+    return out, lse
+
+
+def stock_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of q, k and v, of the share of the softmax that ``lse`` leaves to these keys."""
+    aten = torch.ops.aten
+    if q.device.type == "cpu":
+        # This one reads lse in the order in which its forward leaves it: heads fastest.
+        lse = lse.transpose(1, 2).contiguous().transpose(1, 2)
+        op = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return op(dout, q, k, v, out, lse, 0.0, True, scale=scale)
+    length = q.shape[2]
+    no_numbers = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is not
+    if _kernel.get() == "cudnn":
+        # It takes out to lie as its forward would have left it, and the statistics with a last 1.
+        dout, q, k, v, out = (t.contiguous() for t in (dout, q, k, v, out))
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            *(dout, q, k, v, out, lse.contiguous()[..., None], no_numbers, no_numbers),
+            *(None, None, None, length, length, 0.0, True),
+            scale=scale,
+        )
+    return aten._scaled_dot_product_flash_attention_backward(
+        *(dout, q, k, v, out, lse.contiguous(), None, None, length, length, 0.0, True),
+        *(no_numbers, no_numbers),
+        scale=scale,
+    )
