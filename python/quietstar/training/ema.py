@@ -23,9 +23,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from quietstar.config import QuietStarConfig
 from quietstar.thinking.batch_share import BatchPart
 from quietstar.thinking.documents import TEXT
 from quietstar.thinking.fsdp2 import put_shards_back
+from quietstar.training.schedule import Schedule
 from quietstar_ext.precision import compute_dtype
 
 FILE_NAME = "ema.safetensors"
@@ -119,6 +121,14 @@ class EmaCopy:
             if isinstance(value, DTensor):
                 theirs = distribute_tensor(theirs, value.device_mesh, value.placements)
             value.copy_(theirs)
+
+
+def asks_for_copy(config: QuietStarConfig, schedule: Schedule | None = None) -> bool:
+    """Whether training measures against the copy: now, or with a schedule at any of its stages."""
+    kinds = [config.thought_kind]
+    if schedule is not None:
+        kinds = [stage.get("thought_kind", config.thought_kind) for stage in schedule.settings]
+    return config.reward == "information-gain" and "sampled" in kinds
 
 
 def _copied(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
