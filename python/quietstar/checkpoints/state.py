@@ -3,8 +3,8 @@
 Transformers writes optimiser, schedule and random states with pickle. Here tensors go to safetensors
 under the names of their parameters and plain values to JSON, whole even where the parameters are
 sharded, so that a checkpoint does not depend on how many processes wrote it.
-``torch.distributed.checkpoint.state_dict`` does not serve here: reading an optimiser that has not stepped
-counts a step in it, one without state (SGD) cannot be loaded, and 8-bit states come nested.
+``torch.distributed.checkpoint.state_dict`` does not serve here: reading an optimiser that has not
+stepped counts a step in it, one without state (SGD) cannot be loaded, and 8-bit states come nested.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import base64
 import json
 import random
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +30,17 @@ RNG_FILE, SCALER_FILE, DATA_FILE = "rng_state.json", "scaler.json", "data_positi
 # In a key, between a parameter's name and the name of its state; neither contains it.
 _SEPARATOR = "//"
 _META = "quietstar"
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "module.")
+_WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
 
 Meta = dict[str, Any]
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
     """Every parameter's name, without what wrappers put into it."""
-    names = {}
-    for name, parameter in model.named_parameters():
-        for wrapper in _WRAPPERS[:2]:
-            name = name.replace(wrapper, "")
-        names[parameter] = name.removeprefix(_WRAPPERS[2])
-    return names
+    return {
+        parameter: _WRAPPERS.sub("", name).removeprefix("module.")
+        for name, parameter in model.named_parameters()
+    }
 
 
 def full_on_cpu(tensor: Tensor) -> Tensor:
@@ -48,6 +48,16 @@ def full_on_cpu(tensor: Tensor) -> Tensor:
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.detach().cpu().contiguous()
+
+
+def gathered(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """Full tensors on the CPU, by name; on every process, in the same order.
+
+    Args:
+        keep: False on a process that only takes part in the gathering; its result is empty.
+    """
+    full = ((name, full_on_cpu(tensor)) for name, tensor in tensors)
+    return {name: tensor for name, tensor in full if keep}
 
 
 def sharded_like(value: Tensor, pattern: Tensor) -> Tensor:
@@ -93,27 +103,21 @@ def optimizer_state(
     """Tensors by ``parameter//state`` and everything else as plain data.
 
     Args:
-        keep: False on a process that only takes part in the gathering.
+        keep: as :func:`gathered` has it.
 
     Raises:
         ValueError: for a state that is neither a tensor nor plain data.
     """
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     groups = []
     for group in optimizer.param_groups:
         settings = {key: value for key, value in group.items() if key != "params"}
         groups.append({**settings, "params": [names[p] for p in group["params"]]})
         for parameter in group["params"]:
             for key, value in optimizer.state.get(parameter, {}).items():
-                place = f"{names[parameter]}{_SEPARATOR}{key}"
-                if not isinstance(value, Tensor):
-                    values[place] = value
-                    continue
-                gathered = full_on_cpu(value)
-                if keep:
-                    tensors[place] = gathered
-    meta = {"groups": groups, "values": values}
+                state[f"{names[parameter]}{_SEPARATOR}{key}"] = value
+    tensors = gathered(((k, v) for k, v in state.items() if isinstance(v, Tensor)), keep)
+    meta = {"groups": groups, "values": {k: v for k, v in state.items() if not isinstance(v, Tensor)}}
     check_plain(meta, f"optimizer {type(optimizer).__name__}")
     return tensors, meta
 

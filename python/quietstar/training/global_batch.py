@@ -49,7 +49,7 @@ def ranges_and_labels(config: QuietStarConfig, batch: dict[str, Any]) -> tuple[T
     return ranges, target_labels(batch["labels"], ranges)
 
 
-def count_what_counts(
+def loss_divisors(
     config: QuietStarConfig, batch: dict[str, Any], part: BatchPart
 ) -> dict[str, Tensor] | None:
     """The counts of one batch that the model will divide by, by name; None if they depend on the pass.
@@ -157,7 +157,7 @@ class GlobalBatch:
     def _count(self, config: QuietStarConfig) -> dict[str, Tensor] | None:
         """Mean counts over all processes' micro-batches of this step; None if they cannot be known."""
         found = [
-            count_what_counts(config, batch, self._share(number))
+            loss_divisors(config, batch, self._share(number))
             for number, batch in enumerate(self._micro_batches)
         ]
         known = [counts for counts in found if counts is not None]
