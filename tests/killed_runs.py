@@ -108,7 +108,7 @@ POINTS: dict[str, Callable[[], None]] = {
     "before recipe.yaml is there": at(os, "replace", 2),
     "in the second step": at(torch.optim.AdamW, "step", 2),
     "in the fifth step": at(torch.optim.AdamW, "step", 5),
-    "before the first optimiser file": at(quietstar.checkpoints.save, "write_tensors", 1),
+    "before the first optimiser file": at(plain_state, "write_tensors", 1),
     "in the second optimiser file": half_written(2),
     "before the first checkpoint has its name": at(quietstar.checkpoints.save, "publish", 1),
     "before the second checkpoint has its name": at(quietstar.checkpoints.save, "publish", 2),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from quietstar import QuietStarForCausalLM, add_meta_tokens
-from quietstar.checkpoints.adapters import add_adapters, quantization, settle_new_rows, target_pattern
+from quietstar.checkpoints.adapters import add_adapters, grow_embeddings, quantization, target_pattern
 from quietstar.checkpoints.load import load_checkpoint
 from quietstar.cli import app as cli
 from quietstar.data.lookup import build_tokenizer
@@ -151,7 +151,7 @@ def test_new_rows_are_the_same_at_every_loading():
     for seed in (1, 2):
         decoder = tiny_decoder("llama", vocab_size=len(tokenizer) - 2)
         torch.manual_seed(seed)
-        settle_new_rows(decoder, tokenizer)
+        grow_embeddings(decoder, tokenizer)
         rows.append(decoder.lm_head.weight.detach()[-2:].clone())
     assert torch.equal(*rows)
     assert torch.allclose(rows[0][0], decoder.lm_head.weight[:-2].mean(0), atol=1e-6)
@@ -160,7 +160,7 @@ def test_new_rows_are_the_same_at_every_loading():
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_what_is_adapted(family: str):
     model = QuietStarForCausalLM.from_base(tiny_decoder(family), start_token_id=94, end_token_id=95)
-    wrapped = add_adapters(model, AdapterSection(rank=2), "nowhere")
+    wrapped = add_adapters(model, "nowhere", rank=2, alpha=32)
     adapted = {n.partition(".lora_A")[0] for n, _ in wrapped.named_parameters() if ".lora_A" in n}
     inner = [n.removeprefix("base_model.model.") for n in adapted]
     assert len(inner) >= 2 * 4 and all(n.startswith("base.") for n in inner)

@@ -88,7 +88,7 @@ def test_the_two_gradients_are_clipped_apart(tmp_path, accumulate: int, checkpoi
     assert logged["policy_grad_norm"] == pytest.approx(norm(thinking), rel=1e-3)
     # The logged loss is still the whole one.
     assert logged["loss"] > 1e3
-    assert not run._policy_gradient.gradients
+    assert not run.policy_clipper.gradients
 
 
 def test_small_gradients_are_left_alone(tmp_path):

@@ -18,7 +18,6 @@ from quietstar.cli import app as cli
 from quietstar.errors import UserError
 from quietstar.plan import costs as plan
 from quietstar.plan.table import parse_bytes
-from quietstar.recipes.recipe import AdapterSection
 
 RANK = 4
 
@@ -40,7 +39,7 @@ def build(mode: str, checkpointing: bool, decoder: dict[str, Any], **thoughts: A
         from quietstar.checkpoints.adapters import add_adapters
 
         pytest.importorskip("peft")
-        model = add_adapters(model, AdapterSection(rank=RANK), "nowhere")
+        model = add_adapters(model, "nowhere", rank=RANK, alpha=32)
     if checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()

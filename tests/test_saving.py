@@ -19,7 +19,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer, files
-from quietstar.checkpoints.save import refuse_pickles, rotate, sweep
+from quietstar.checkpoints.folder import refuse_pickles, rotate, sweep
 from quietstar.checkpoints.state import (
     load_optimizer_state,
     optimizer_state,

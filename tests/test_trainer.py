@@ -129,7 +129,7 @@ def test_it_stops_at_a_gradient_that_is_not_finite(tmp_path, clip: float):
 def test_no_graph_stays_alive_in_the_metrics(tmp_path):
     run = trainer(tmp_path, small_model(), steps=2)
     run.compute_loss(run.model.train(), {k: v[None] for k, v in rows(1)[0].items()})
-    for total, count in run._averages[True]._sums.values():
+    for total, count in run.metrics.averages[True]._sums.values():
         assert not total.requires_grad and not count.requires_grad
 
 

@@ -159,12 +159,12 @@ def test_a_model_made_anew_for_every_training(tmp_path: Path):
 
 def test_a_search_for_hyperparameters_sets_what_thoughts_add(tmp_path: Path):
     run = build(tmp_path)
-    assert run._policy_gradient is None
+    assert run.policy_clipper is None
     # As transformers does before every trial.
     run.args.policy_max_grad_norm, run.args.max_skipped_steps = 0.5, 3
     run.state.is_hyper_param_search = True
     run.callback_handler.on_train_begin(run.args, run.state, run.control)
-    assert run._policy_gradient is not None and run._policy_gradient.max_norm == 0.5
+    assert run.policy_clipper is not None and run.policy_clipper.max_norm == 0.5
     assert run.guard.limit == 3
 
 

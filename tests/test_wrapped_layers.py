@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from quietstar import QuietStarForCausalLM
-from quietstar.checkpoints.adapters import settle_new_rows
+from quietstar.checkpoints.adapters import grow_embeddings
 from quietstar.data.lookup import build_tokenizer
 from quietstar.errors import UserError
 from quietstar.losses.language_model import MixingHead
@@ -351,4 +351,4 @@ class TestBitsandbytes:
         tokenizer = build_tokenizer()
         tokenizer.add_tokens([f"<{i}>" for i in range(200)])
         with pytest.raises(UserError, match=r"output layer is a Linear4bit of 96 tokens, which cannot"):
-            settle_new_rows(model.base, tokenizer)
+            grow_embeddings(model.base, tokenizer)

@@ -82,7 +82,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "recipes.run_folder",
         "files",
     ),
-    "saving": ("checkpoints.save",),
+    "saving": ("checkpoints.save", "checkpoints.weights", "checkpoints.folder", "checkpoints.state"),
     "schedule": ("training.schedule",),
     "self_check": ("thinking.self_check",),
     "sharding": ("thinking.fsdp2",),
@@ -96,7 +96,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "tokens": ("modeling.meta_tokens",),
     "train": ("recipes.run",),
     "trainer": ("training.trainer",),
-    "trainer_objective": ("training.objective",),
+    "trainer_objective": ("training.trainer", "training.around_the_step"),
     "trainer_options": ("training.options",),
 }
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from quietstar.modeling.model import QuietStarForCausalLM
-    from quietstar.recipes.recipe import AdapterSection
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 SAVED_WHOLE = ["mixing_head", "thought_embedding"]
@@ -109,20 +108,28 @@ def target_pattern(model: QuietStarForCausalLM, names: list[str] | None) -> str:
     return rf"{prefix}\..*\b(?:{'|'.join(sorted(names or found))})"
 
 
-def add_adapters(model: QuietStarForCausalLM, section: AdapterSection, base_name: str) -> PeftModel:
+def add_adapters(
+    model: QuietStarForCausalLM,
+    base_name: str,
+    *,
+    rank: int,
+    alpha: int,
+    targets: list[str] | None = None,
+) -> PeftModel:
     """Freeze a model and give it adapters to train.
 
     Args:
         base_name: where the decoder can be had again; goes into the adapter's configuration.
+        rank: of the updates, which are scaled by ``alpha / rank``.
+        targets: last parts of the names of the layers to adapt; None: every linear layer of the decoder.
     """
     peft = import_peft()
-    assert section.rank is not None
     config = peft.LoraConfig(
-        r=section.rank,
-        lora_alpha=section.alpha,
+        r=rank,
+        lora_alpha=alpha,
         # Dropout would score a thought by another network than the one that sampled it.
         lora_dropout=0.0,
-        target_modules=target_pattern(model, section.targets),
+        target_modules=target_pattern(model, targets),
         modules_to_save=SAVED_WHOLE,
     )
     wrapped = peft.get_peft_model(model, config)
@@ -134,7 +141,7 @@ def add_adapters(model: QuietStarForCausalLM, section: AdapterSection, base_name
     return wrapped
 
 
-def settle_new_rows(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def grow_embeddings(decoder: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Grow a decoder's embeddings to the tokenizer, the new rows being the mean of the others.
 
     They are frozen and not saved with an adapter, so they must come out the same at every loading.
@@ -199,7 +206,7 @@ def load_adapter(name: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
         for key, value in thought_fields(config).items():
             setattr(base.config, key, value)
     else:
-        settle_new_rows(base, tokenizer)
+        grow_embeddings(base, tokenizer)
         base = QuietStarForCausalLM.from_base(base, tokenizer, **thought_fields(config))
     missing: set[str]
     try:

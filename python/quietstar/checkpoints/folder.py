@@ -43,8 +43,8 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
     """Delete the oldest checkpoints beyond ``limit``, but neither the newest nor the best."""
     if not limit or limit < 1:
         return
-    numbered = [(int(p.name.partition("-")[2]), p) for p in run.glob("checkpoint-*") if _is_numbered(p)]
-    ordered = [path for _, path in sorted(numbered)]
+    steps = {path: path.name.partition("-")[2] for path in run.glob("checkpoint-*")}
+    ordered = sorted((p for p in steps if steps[p].isdecimal()), key=lambda p: int(steps[p]))
     spare = [path for path in ordered[:-1] if best is None or path != Path(best)]
     for path in spare[: max(0, len(ordered) - limit)]:
         doomed = path.with_name(f"{INCOMPLETE}{path.name}")
@@ -57,10 +57,6 @@ def sweep(run: Path) -> None:
     for path in run.glob(f"{INCOMPLETE}*"):
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_numbered(path: Path) -> bool:
-    return re.fullmatch(r"checkpoint-\d+", path.name) is not None
 
 
 def empty_folder(path: Path) -> None:

@@ -3,6 +3,8 @@
 Transformers writes optimiser, schedule and random states with pickle. Here tensors go to safetensors
 under the names of their parameters and plain values to JSON, whole even where the parameters are
 sharded, so that a checkpoint does not depend on how many processes wrote it.
+``torch.distributed.checkpoint.state_dict`` does not serve here: reading an optimiser that has not
+stepped counts a step in it, one without state (SGD) cannot be loaded, and 8-bit states come nested.
 """
 
 from __future__ import annotations
@@ -10,48 +12,89 @@ from __future__ import annotations
 import base64
 import json
 import random
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-OPTIMIZER_FILE = "optimizer.safetensors"
+OPTIMIZER_FILE, SCHEDULER_FILE = "optimizer.safetensors", "scheduler.json"
+RNG_FILE, SCALER_FILE, DATA_FILE = "rng_state.json", "scaler.json", "data_position.json"
 # In a key, between a parameter's name and the name of its state; neither contains it.
 _SEPARATOR = "//"
 _META = "quietstar"
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "module.")
+_WRAPPERS = re.compile(r"_orig_mod\.|_checkpoint_wrapped_module\.")
 
 Meta = dict[str, Any]
 
 
 def parameter_names(model: nn.Module) -> dict[nn.Parameter, str]:
     """Every parameter's name, without what wrappers put into it."""
-    names = {}
-    for name, parameter in model.named_parameters():
-        for wrapper in _WRAPPERS[:2]:
-            name = name.replace(wrapper, "")
-        names[parameter] = name.removeprefix(_WRAPPERS[2])
-    return names
+    return {
+        parameter: _WRAPPERS.sub("", name).removeprefix("module.")
+        for name, parameter in model.named_parameters()
+    }
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_on_cpu(tensor: Tensor) -> Tensor:
     """A tensor on the CPU, gathered if it is sharded (all processes have to call then)."""
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
     return tensor.detach().cpu().contiguous()
 
 
-def like(value: Tensor, pattern: Tensor) -> Tensor:
+def gathered(tensors: Iterable[tuple[str, Tensor]], keep: bool) -> dict[str, Tensor]:
+    """Full tensors on the CPU, by name; on every process, in the same order.
+
+    Args:
+        keep: False on a process that only takes part in the gathering; its result is empty.
+    """
+    full = ((name, full_on_cpu(tensor)) for name, tensor in tensors)
+    return {name: tensor for name, tensor in full if keep}
+
+
+def sharded_like(value: Tensor, pattern: Tensor) -> Tensor:
     """A whole tensor, sharded as ``pattern`` is if it has its shape; no communication."""
     if isinstance(pattern, DTensor) and value.shape == pattern.shape:
         value = value.to(pattern.device)
         return distribute_tensor(value, pattern.device_mesh, pattern.placements, src_data_rank=None)
     return value
+
+
+def save_optimizer(
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    names: dict[nn.Parameter, str],
+    writes: bool,
+) -> None:
+    """Write the states of optimiser and learning-rate schedule; every process calls, one ``writes``.
+
+    Raises:
+        ValueError: for a state that is neither a tensor nor plain data.
+    """
+    tensors, meta = optimizer_state(optimizer, names, keep=writes)
+    if writes:
+        write_tensors(tensors, meta, folder / OPTIMIZER_FILE)
+        schedule = scheduler.state_dict()
+        check_plain(schedule, f"lr_scheduler {type(scheduler).__name__}")
+        write_plain(folder / SCHEDULER_FILE, schedule)
+
+
+def load_optimizer(
+    folder: Path, optimizer: torch.optim.Optimizer, scheduler: Any, names: dict[nn.Parameter, str]
+) -> None:
+    """Read what :func:`save_optimizer` wrote; without it (save_only_model) both stay fresh."""
+    if (folder / OPTIMIZER_FILE).is_file():
+        load_optimizer_state(optimizer, names, folder / OPTIMIZER_FILE)
+        scheduler.load_state_dict(read_plain(folder / SCHEDULER_FILE))
 
 
 def optimizer_state(
@@ -60,27 +103,21 @@ def optimizer_state(
     """Tensors by ``parameter//state`` and everything else as plain data.
 
     Args:
-        keep: False on a process that only takes part in the gathering.
+        keep: as :func:`gathered` has it.
 
     Raises:
         ValueError: for a state that is neither a tensor nor plain data.
     """
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     groups = []
     for group in optimizer.param_groups:
         settings = {key: value for key, value in group.items() if key != "params"}
         groups.append({**settings, "params": [names[p] for p in group["params"]]})
         for parameter in group["params"]:
             for key, value in optimizer.state.get(parameter, {}).items():
-                place = f"{names[parameter]}{_SEPARATOR}{key}"
-                if not isinstance(value, Tensor):
-                    values[place] = value
-                    continue
-                gathered = whole(value)
-                if keep:
-                    tensors[place] = gathered
-    meta = {"groups": groups, "values": values}
+                state[f"{names[parameter]}{_SEPARATOR}{key}"] = value
+    tensors = gathered(((k, v) for k, v in state.items() if isinstance(v, Tensor)), keep)
+    meta = {"groups": groups, "values": {k: v for k, v in state.items() if not isinstance(v, Tensor)}}
     check_plain(meta, f"optimizer {type(optimizer).__name__}")
     return tensors, meta
 
@@ -107,12 +144,27 @@ def load_optimizer_state(
         for place in file.keys():  # noqa: SIM118 - not a mapping
             name, key = place.split(_SEPARATOR)
             number, parameter = index[name]
-            state.setdefault(number, {})[key] = like(file.get_tensor(place), parameter)
+            state.setdefault(number, {})[key] = sharded_like(file.get_tensor(place), parameter)
     for place, value in meta["values"].items():
         name, key = place.split(_SEPARATOR)
         state.setdefault(index[name][0], {})[key] = value
     groups = [{**group, "params": [index[n][0] for n in group["params"]]} for group in meta["groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def save_random_states(folder: Path, writes: bool) -> None:
+    """Write the random states of all processes; every process calls, one ``writes``."""
+    states = gather_object([random_state(cuda=torch.cuda.is_available())])
+    if writes:
+        write_plain(folder / RNG_FILE, states)
+
+
+def load_random_state(folder: Path, process: int) -> None:
+    """Read this process's random state, if the checkpoint has any."""
+    if (folder / RNG_FILE).is_file():
+        states = read_plain(folder / RNG_FILE)
+        # The processes draw the same numbers, so one that was not there takes the first's.
+        set_random_state(states[process if process < len(states) else 0])
 
 
 def random_state(cuda: bool) -> Meta:
@@ -145,6 +197,48 @@ def _to_text(state: Tensor) -> str:
 
 def _from_text(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+def save_scaler(folder: Path, scaler: Any) -> None:
+    """Write the state of a gradient scaler, if there is one."""
+    if scaler is not None:
+        write_plain(folder / SCALER_FILE, scaler.state_dict())
+
+
+def load_scaler(folder: Path, scaler: Any) -> None:
+    """Read what :func:`save_scaler` wrote, if anything."""
+    if (folder / SCALER_FILE).is_file():
+        scaler.load_state_dict(read_plain(folder / SCALER_FILE))
+
+
+def save_data_position(folder: Path, data: Any, rows: int, workers: int) -> None:
+    """Where a streamed data set is behind so many ``rows``, if it can tell; nothing of another one.
+
+    With ``workers``, which have streams of their own, a resumed run skips what was trained on.
+    """
+    if hasattr(data, "position_at") and not workers:
+        write_plain(folder / DATA_FILE, data.position_at(rows))
+
+
+def seek_data(checkpoint: Any, data: Any, workers: int) -> bool:
+    """Set a streamed data set to a checkpoint's place; False if a resumed run has to skip rows."""
+    if not isinstance(checkpoint, str | Path) or not hasattr(data, "seek") or workers:
+        return False
+    path = Path(checkpoint) / DATA_FILE
+    if not path.is_file():
+        return False
+    data.seek(read_plain(path))
+    return True
+
+
+def read_plain(path: Path) -> Any:
+    """Plain data of a checkpoint."""
+    return json.loads(path.read_text())
+
+
+def write_plain(path: Path, value: Any) -> None:
+    """Plain data of a checkpoint, which is flushed to the disk as a whole."""
+    path.write_text(json.dumps(value))
 
 
 def write_tensors(tensors: dict[str, Tensor], meta: Any, path: Path) -> None:

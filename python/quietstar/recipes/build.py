@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quietstar.checkpoints.adapters import quantization, settle_new_rows
+from quietstar.checkpoints.adapters import grow_embeddings, quantization
 from quietstar.config import QuietStarConfig
 from quietstar.data import lookup
 from quietstar.data.blocks import Blocks, StreamedBlocks, TokenBlocks, read_blocks
@@ -77,7 +77,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStar
         )
     if recipe.adapter.rank is not None:
         add_meta_tokens(tokenizer)
-        settle_new_rows(decoder, tokenizer)
+        grow_embeddings(decoder, tokenizer)
     return QuietStarForCausalLM.from_base(
         decoder, tokenizer, init_embedding_from=section.init_embedding_from, **thoughts
     )

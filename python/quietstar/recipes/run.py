@@ -79,9 +79,12 @@ def run_recipe(
     set_seed(arguments.seed)
     tokenizer = build_tokenizer(recipe.model)
     model: Any = build_model(recipe, tokenizer)
-    if recipe.adapter.rank is not None:
-        assert recipe.model.name is not None  # checked with the recipe
-        model = add_adapters(model, recipe.adapter, recipe.model.name)
+    name, adapter = recipe.model.name, recipe.adapter
+    if adapter.rank is not None:
+        assert name is not None  # checked with the recipe
+        model = add_adapters(
+            model, name, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets
+        )
     copied = model.config.reward == "information-gain"
     check_room(folder.path, arguments, *checkpoint_bytes(model, str(arguments.optim), copied))
     train_data, eval_data = build_data(recipe, tokenizer, progress=progress)

@@ -13,13 +13,17 @@ is held until the optimiser's step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
+
+from quietstar.thinking.fsdp2 import put_shards_back
 
 
 def total_norm(tensors: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
@@ -45,7 +49,7 @@ def average_over_processes(tensors: Iterable[Tensor]) -> None:
         tensor.div_(dist.get_world_size())
 
 
-class PolicyGradient:
+class PolicyClipper:
     """The gradient of the thinking loss, kept apart until both parts are clipped.
 
     Args:
@@ -55,27 +59,63 @@ class PolicyGradient:
     def __init__(self, max_norm: float):
         self.max_norm = max_norm
         self.gradients: dict[nn.Parameter, Tensor] = {}
+        self._parameters: list[nn.Parameter] = []
+        self._loss: Tensor | None = None
+        self._norms: list[Tensor] = []
 
-    def add(self, parameters: Iterable[nn.Parameter], backward: Callable[[], None]) -> None:
-        """Run a backward pass whose gradients are added up here and not in ``parameter.grad``."""
-        parameters = list(parameters)
-        others = [p.grad for p in parameters]
-        for parameter in parameters:
+    @contextlib.contextmanager
+    def micro_batch(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Surrounds forward and backward of a micro-batch; behind the ``last`` of a step both gradients
+        are averaged over the processes.
+
+        DDP would average the gradients of one backward pass only.
+        """
+        # Between forward and backward FSDP2 shows gathered parameters, which get no gradient.
+        put_shards_back(model)
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._loss = None
+        if not isinstance(model, DistributedDataParallel):
+            yield
+            return
+        with model.no_sync():
+            yield
+        if last:
+            own = [p.grad for p in model.parameters() if p.grad is not None]
+            average_over_processes([*own, *self.gradients.values()])
+
+    def backward(self, loss: Tensor, run: Callable[[Tensor], None]) -> None:
+        """Let ``run`` send the thinking loss back; its gradients are added up here and not in
+        ``parameter.grad``."""
+        self._loss = loss.detach()
+        others = [p.grad for p in self._parameters]
+        for parameter in self._parameters:
             parameter.grad = self.gradients.pop(parameter, None)
         try:
-            backward()
+            with torch.autocast(loss.device.type, enabled=False):
+                run(loss)
         finally:
-            for parameter, other in zip(parameters, others, strict=True):
+            for parameter, other in zip(self._parameters, others, strict=True):
                 if parameter.grad is not None:
                     self.gradients[parameter] = parameter.grad
                 parameter.grad = other
 
-    def merge(self) -> Tensor:
-        """Clip, add to ``parameter.grad`` and forget; returns the norm before clipping, a scalar."""
+    def whole_loss(self, language_loss: Tensor) -> Tensor:
+        """The micro-batch's loss with the part that was sent back here."""
+        return language_loss if self._loss is None else language_loss + self._loss
+
+    def merge(self) -> None:
+        """Clip, add to ``parameter.grad`` and forget; the norm before clipping goes to the log."""
+        if not self.gradients:
+            return
         gradients, self.gradients = self.gradients, {}
         norm = total_norm(gradients.values())
         factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         for parameter, gradient in gradients.items():
             gradient.mul_(factor.to(gradient.device))
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        return norm
+        self._norms.append(norm)
+
+    def logs(self) -> dict[str, float]:
+        """The mean norm since the last call."""
+        norms, self._norms = self._norms, []
+        return {"policy_grad_norm": float(torch.stack(norms).mean())} if norms else {}

@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
+from quietstar.checkpoints.state import gathered, sharded_like
+from quietstar.config import QuietStarConfig
 from quietstar.thinking.batch_share import BatchPart
 from quietstar.thinking.documents import TEXT
 from quietstar.thinking.fsdp2 import put_shards_back
+from quietstar.training.schedule import Schedule
 from quietstar_ext.precision import compute_dtype
 
 FILE_NAME = "ema.safetensors"
@@ -92,12 +94,9 @@ class EmaCopy:
 
     def save(self, folder: str | Path, *, write: bool = True) -> None:
         """Put the copy into a checkpoint; every process calls, one has ``write``."""
-        whole = {
-            name: value.full_tensor() if isinstance(value, DTensor) else value
-            for name, value in self.values.items()
-        }
+        full = gathered(self.values.items(), keep=write)
         if write:
-            save_file({n: v.contiguous().cpu() for n, v in whole.items()}, Path(folder) / FILE_NAME)
+            save_file(full, Path(folder) / FILE_NAME)
 
     def load(self, folder: str | Path) -> None:
         """Take the copy from a checkpoint.
@@ -115,10 +114,15 @@ class EmaCopy:
         for name, value in self.values.items():
             if name not in found or found[name].shape != value.shape:
                 raise ValueError(f"{path} has nothing that fits {name!r}; it is of another model")
-            theirs = found[name].to(device=value.device, dtype=value.dtype)
-            if isinstance(value, DTensor):
-                theirs = distribute_tensor(theirs, value.device_mesh, value.placements)
-            value.copy_(theirs)
+            value.copy_(sharded_like(found[name].to(value.dtype), value))
+
+
+def asks_for_copy(config: QuietStarConfig, schedule: Schedule | None = None) -> bool:
+    """Whether training measures against the copy: now, or with a schedule at any of its stages."""
+    kinds = [config.thought_kind]
+    if schedule is not None:
+        kinds = [stage.get("thought_kind", config.thought_kind) for stage in schedule.settings]
+    return config.reward == "information-gain" and "sampled" in kinds
 
 
 def _copied(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,6 +119,66 @@ class Average:
         means = zip(names, (totals / counts).tolist(), counts.tolist(), strict=True)
         # What nothing counted for has no mean.
         return {name: mean for name, mean, count in means if count}
+
+
+class ThoughtMetrics:
+    """What thinking did since the last log entry, and in an evaluation.
+
+    Args:
+        reduce: sums a tensor over processes.
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor]):
+        self._reduce = reduce
+        # Of training (True) and of evaluation.
+        self.averages = {True: Average(), False: Average()}
+        self._tokens: Tensor | int = 0
+        self._last_log = time.perf_counter()
+
+    def add(self, output: QuietStarOutput, training: bool) -> None:
+        """Add what one batch gave."""
+        self.averages[training].add(describe(output))
+
+    def count_tokens(self, inputs: Mapping[str, Any]) -> None:
+        """Count the tokens of a batch, padding left out."""
+        mask = inputs.get("attention_mask")
+        self._tokens += inputs["input_ids"].numel() if mask is None else (mask != 0).sum()
+
+    def of_training(self) -> dict[str, float]:
+        """The means, and the speed of this process, since the last call."""
+        means = self.averages[True].pop(self._reduce)
+        now = time.perf_counter()
+        means["tokens_per_second"] = int(self._tokens) / max(now - self._last_log, 1e-9)
+        self._tokens, self._last_log = 0, now
+        return means
+
+    def begin_evaluation(self) -> None:
+        """Forget an evaluation that was broken off."""
+        self.averages[False].pop(self._reduce)
+
+    def add_to_evaluation(
+        self, metrics: dict[str, float], prefix: str, config: QuietStarConfig, needs_targets: bool
+    ) -> None:
+        """Add the means to an evaluation's result, and take the loss from them.
+
+        Raises:
+            ValueError: if no batch has a target, unless that is allowed; the result then has no loss.
+        """
+        looked = len(self.averages[False]) > 0
+        found = self.averages[False].pop(self._reduce)
+        if "base_loss" in found:
+            # The mean over all targets, not over batches that have different numbers of them, or none.
+            found["loss"] = language_model_loss(config, found)
+        elif looked and math.isfinite(metrics[f"{prefix}_loss"]):
+            if needs_targets:
+                raise ValueError(
+                    "the evaluation data have no target (labels are all -100 or padding); expected at"
+                    " least one token to predict"
+                )
+            del metrics[f"{prefix}_loss"]
+            return
+        for name, value in found.items():
+            metrics[f"{prefix}_{name}"] = value
 
 
 class Watch:

@@ -1,8 +1,8 @@
 """What QuietStarTrainer refuses before training: a model, an option or a data set that it cannot use.
 
 Every option of transformers' Trainer either has its effect on training with thoughts or stands in the
-tables here. (What cannot be told before the devices are known is in
-:mod:`quietstar.training.global_batch`.)
+tables here, or is checked once the devices are known (:func:`check_parallelism`,
+:func:`check_gradients`).
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from quietstar.config import QuietStarConfig
 from quietstar.optional_packages import check_loggers
+from quietstar.thinking.noise import refusal_of_neftune
+from quietstar.training.arguments import argument
 
 _OWN_LOSS = "the loss is the thoughts' own (QuietStarConfig sets its terms and weights)"
 # Arguments of TrainingArguments: the values that are taken, and why no others.
@@ -81,7 +83,7 @@ def _check_rows(name: str, rows: Any) -> None:
 
 
 def check_batch(batch: Mapping[str, Any]) -> None:
-    """Refuse a batch that nothing can be learnt from.
+    """Refuse a batch that nothing can be learnt from, or that says what the reward is measured against.
 
     Raises:
         ValueError: names what is missing, and what there is.
@@ -93,3 +95,93 @@ def check_batch(batch: Mapping[str, Any]) -> None:
                 f"the batch has no {name}, only {found or 'nothing'}; expected input_ids and labels (for"
                 " plain text a copy of input_ids, -100 where a token does not count)"
             )
+    if batch.get("baseline_losses") is not None:
+        raise ValueError(
+            "the batch has baseline_losses, but QuietStarTrainer measures against the losses of the"
+            " copy that it averages itself; expected rows without that column"
+        )
+
+
+def check_parallelism(trainer: Trainer) -> None:
+    """Refuse kinds of parallelism that thoughts do not support.
+
+    Raises:
+        ValueError: names the kind, and what is supported.
+    """
+    args, state = trainer.args, trainer.accelerator.state
+    if args.fsdp and not trainer.is_fsdp_enabled:
+        raise ValueError(
+            f"fsdp is {args.fsdp!r} on {args.device.type}, where accelerate would run DDP"
+            " instead; expected an accelerator, or fsdp left out"
+        )
+    if trainer.is_fsdp_enabled and state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError(
+            f"fsdp_config version is {state.fsdp_plugin.fsdp_version}; expected 2 (a rollout needs"
+            " the output layer's own weight, which FSDP1 flattens)"
+        )
+    if trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
+        raise ValueError(
+            "DeepSpeed zero_stage is 3; expected 0 to 2, or FSDP2, which shards the same (a rollout"
+            " would gather every layer at every slot)"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process would run {args.n_gpu} GPUs (torch's DataParallel), which thoughts do"
+            " not support; expected a process for each (torchrun, accelerate launch), or one GPU"
+        )
+    if trainer.accelerator.num_processes > 1:
+        _check_several_processes(args)
+    sizes = {
+        "tensor": trainer.get_tp_size(),
+        "context": trainer.get_cp_size(),
+        "sequence": trainer.get_sp_size(),
+    }
+    for kind, size in sizes.items():
+        if size > 1:
+            raise ValueError(
+                f"{kind} parallelism over {size} processes is not supported with thoughts; expected"
+                " data parallelism (DDP, FSDP2)"
+            )
+
+
+def _check_several_processes(args: TrainingArguments) -> None:
+    if not args.average_tokens_across_devices:
+        raise ValueError(
+            "average_tokens_across_devices is False; expected True, every mean is over the whole batch"
+        )
+    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+        raise ValueError(
+            "train_sampling_strategy is 'batch_rebalance', which gives processes different numbers"
+            " of rows; expected another"
+        )
+
+
+def check_gradients(trainer: Trainer, keeps_copy: bool) -> None:
+    """Refuse what handles gradients or weights in a way that training with thoughts cannot follow.
+
+    Args:
+        keeps_copy: whether an averaged copy is needed.
+
+    Raises:
+        ValueError: names the option.
+    """
+    alpha = trainer.args.neftune_noise_alpha
+    if alpha:
+        raise ValueError(refusal_of_neftune(alpha))
+    deepspeed = trainer.is_deepspeed_enabled
+    policy_max_norm = argument(trainer.args, "policy_max_grad_norm")
+    optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    owner = "DeepSpeed" if deepspeed else optim if "lomo" in optim else None
+    if trainer.args.fp16:
+        # The scaler looks at one gradient, and would not lower its scale for the other.
+        owner = "fp16 (bf16 works)"
+    if owner is not None and policy_max_norm is not None:
+        raise ValueError(
+            f"policy_max_grad_norm is {policy_max_norm} with {owner}, which handles"
+            " gradients itself; expected null"
+        )
+    if deepspeed and keeps_copy:
+        raise ValueError(
+            "reward is 'information-gain' with DeepSpeed, which hides the parameters that the"
+            " averaged copy follows; expected another reward, DDP or FSDP"
+        )
