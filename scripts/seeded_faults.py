@@ -1,0 +1,92 @@
+"""Seed faults, one at a time, into a copy of the sources, and show which tests catch each.
+
+    python scripts/seeded_faults.py            # all, some minutes each
+    python scripts/seeded_faults.py advantage  # those whose name contains a word
+    python scripts/seeded_faults.py --list
+
+A fault that no test catches is a hole in the tests: the exit code is then 1. The native module has to be
+built in place (``python setup.py build_ext --inplace``); a fault in csrc/cuda is seeded into the sources
+that the tests compile for the CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("python", "quietstar_ext", "csrc")
+COPIED = (*SOURCES, "tests", "scripts", "benchmarks", "docs", "pyproject.toml", "setup.py", "README.md")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``before`` occurs once in the file and is replaced by ``after``; ``tests`` are expected to notice."""
+
+    name: str
+    file: str
+    before: str
+    after: str
+    tests: str
+
+
+FAULTS: tuple[Fault, ...] = ()
+
+
+def seed(copy: Path, fault: Fault) -> None:
+    path = copy / fault.file
+    text = path.read_text()
+    if text.count(fault.before) != 1:
+        raise SystemExit(f"{fault.name}: {fault.before!r} occurs {text.count(fault.before)} times in {fault.file}")
+    path.write_text(text.replace(fault.before, fault.after))
+
+
+def caught_by(fault: Fault) -> list[str]:
+    """The tests that fail with the fault."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, copy / name)
+        seed(copy, fault)
+        command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu"]
+        done = subprocess.run(
+            [*command, "--maxfail=3", *fault.tests.split()],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": f"{copy / 'python'}:{copy}"},
+            capture_output=True,
+            text=True,
+        )
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"{fault.name}: pytest ended with {done.returncode}\n{done.stdout[-3000:]}")
+    return re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.M)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("words", nargs="*", help="parts of names; default: all faults")
+    parser.add_argument("--list", action="store_true", help="show the faults and stop")
+    options = parser.parse_args()
+    chosen = [f for f in FAULTS if not options.words or any(w in f.name for w in options.words)]
+    missed = 0
+    for fault in chosen:
+        if options.list:
+            print(f"{fault.name}: {fault.file}")
+            continue
+        tests = caught_by(fault)
+        missed += not tests
+        print(f"{fault.name}: {', '.join(tests) if tests else 'NOT CAUGHT'}", flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
