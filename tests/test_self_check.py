@@ -10,7 +10,8 @@ import torch
 from families import FAMILIES, VOCABULARY, tiny_decoder
 from torch import nn
 
-from quietstar import QuietStarForCausalLM, self_check
+from quietstar import QuietStarForCausalLM
+from quietstar.thinking import self_check
 
 IDS = torch.randint(3, VOCABULARY - 2, (2, 9), generator=torch.Generator().manual_seed(0))
 

@@ -38,8 +38,8 @@ from quietstar.thinking.attention import check_layers, layer_keys
 from quietstar.thinking.cuda_graphs import run_slots, without_checkpointing
 from quietstar.thinking.layout import HandedKeys, LayerKeys, ThoughtLayout
 from quietstar.thinking.positions import check_length
+from quietstar.thinking.slots import SlotRun, banned_ids, depth_of_end
 from quietstar.thinking.text_part import text_body
-from quietstar.thinking.think import banned_ids, depth_of_end, output_head, slot_steps
 
 if TYPE_CHECKING:
     from quietstar.modeling.model import QuietStarForCausalLM
@@ -75,8 +75,8 @@ def next_token_logits(
     check_length(model.base, total)
     is_text, first = text_before_the_end(attention_mask, past, new, look=thinking.step == 0)
     hidden, handed = read_text(model, input_ids, is_text, cache, thinking.prefill_chunk_size)
-    head = output_head(model.base)
-    logits = head.logits(hidden)
+    output = model.thought_decoder.output
+    logits = output.logits(hidden)
     banned = banned_ids(model.config, logits.device)
     logits[:, banned] = -torch.inf
     step = thinking.step
@@ -86,7 +86,7 @@ def next_token_logits(
         mixed, weight, ids = _think(
             model, handed, rows, first[rows], total, hidden[rows], temperature, seed=step
         )
-        thought_logits = head.logits(mixed)
+        thought_logits = output.logits(mixed)
         thought_logits[:, banned] = -torch.inf
         logits[rows] = thought_logits
         if ids is not None:
@@ -161,21 +161,14 @@ def _think(
     layout.keys = chosen_keys(handed, rows, total)
     if temperature:
         seed = int(torch.randint(2**62, ()))
-    ids, _, kept = run_slots(
-        slot_steps,
-        model.base,
-        config,
-        model.thought_embedding(config.embedding_scale),
-        rows[:, None],  # no talk slot is run, so no text is needed
-        layout,
-        temperature=temperature,
-        seed=seed,
-        last=slots,
+    td = model.thought_decoder
+    no_text = rows[:, None]  # no talk slot is run, so none is needed
+    run = SlotRun(td.start_end_embeddings(), no_text, layout, slots, temperature, seed)
+    made = run_slots(td.decoder, config, run)
+    mixed, weight = td.mixing_head(
+        base_hidden, made.hidden[-1][:, 0], config.mixing_activation, floor=config.mixing_floor
     )
-    mixed, weight = model.mixing_head(
-        base_hidden, kept[-1][:, 0], config.mixing_activation, floor=config.mixing_floor
-    )
-    return mixed, weight[:, 0].float(), None if ids is None else ids[:, 0]
+    return mixed, weight[:, 0].float(), None if made.ids is None else made.ids[:, 0]
 
 
 def chosen_keys(handed: HandedKeys, rows: Tensor, total: int) -> dict[int, LayerKeys]:

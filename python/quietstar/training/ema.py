@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from quietstar.thinking.batch_share import BatchPart
+from quietstar.thinking.batch_share import BatchShard
 from quietstar.thinking.documents import TEXT
 from quietstar.thinking.fsdp2 import put_shards_back
 from quietstar_ext.precision import compute_dtype
@@ -69,7 +69,7 @@ class EmaCopy:
                 model.eval()
                 text = {key: inputs[key] for key in _TEXT if inputs.get(key) is not None}
                 # Perhaps one part of several, and without a target; its means are not asked for.
-                output = model(**text, batch_part=BatchPart())
+                output = model(**text, batch_part=BatchShard())
             finally:
                 model.train(training)
                 config.thought_kind = kind

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from quietstar.checkpoints.save import SafeCheckpoints
 from quietstar.data.collator import PaddingCollator, collator_for
 from quietstar.modeling.meta_tokens import check_tokenizer
-from quietstar.thinking.batch_share import BatchPart
+from quietstar.thinking.batch_share import BatchShard
 from quietstar.training.arguments import argument
 from quietstar.training.global_batch import WholeBatches
 from quietstar.training.guard import NonFiniteLoss
@@ -84,7 +84,7 @@ class QuietStarTrainer(ObjectiveTrainer, WholeBatches, SafeCheckpoints):
         """The model's loss while training; its language-model part alone in evaluation."""
         check_batch(inputs)
         config = self._thought_config()
-        part = self.next_batch_part(config) if model.training else BatchPart()
+        part = self.next_batch_part(config) if model.training else BatchShard()
         output = self.run_model(model, {**inputs, "batch_part": part})
         if not model.training or self._has_target:
             self._averages[model.training].add(describe(output))
