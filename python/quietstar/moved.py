@@ -46,7 +46,10 @@ MOVED: dict[str, tuple[str, ...]] = {
     "entropy": ("quietstar_ext.linear_entropy",),
     "ema": ("training.ema",),
     "generate": ("cli.generate",),
-    "generation": ("modeling.generation",),
+    "generation": (
+        "modeling.generation",
+        "thinking.next_token",
+    ),
     "graphs": ("thinking.cuda_graphs",),
     "guard": ("training.guard",),
     "head": ("thinking.output_layer",),
@@ -110,12 +113,25 @@ MOVED: dict[str, tuple[str, ...]] = {
         "thinking.slots",
         "thinking.text_pass",
         "thinking.self_check",
+        "thinking.output_layer",
     ),
     "tokens": ("modeling.meta_tokens",),
     "train": ("recipes.run",),
     "trainer": ("training.trainer",),
     "trainer_objective": ("training.objective",),
     "trainer_options": ("training.options",),
+}
+
+# Names that are others now, in any of those modules.
+RENAMED = {
+    "BatchPart": "BatchShard",
+    "WHOLE": "WHOLE_BATCH",
+    "Head": "OutputLayer",
+    "CalledHead": "CalledOutputLayer",
+    "output_head": "output_layer",
+    "check_head": "check_logits",
+    "Objective": "LossTerms",
+    "add_up": "total_loss",
 }
 
 
@@ -131,6 +147,8 @@ class _Alias(ModuleType):
             )
             if hasattr(module, name):
                 return getattr(module, name)
+        if name in RENAMED:
+            return getattr(self, RENAMED[name])
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 

@@ -13,6 +13,7 @@ from quietstar.config import QuietStarConfig
 from quietstar.thinking.anchors import choose_anchors
 from quietstar.thinking.fsdp2 import decoder_gathered
 from quietstar.thinking.layout import text_positions
+from quietstar.thinking.next_token import EndOfText, think_at_the_end
 from quietstar.thinking.output_layer import OutputLayer, output_layer
 from quietstar.thinking.packed import packed_pass
 from quietstar.thinking.rollout import Thoughts, rollout
@@ -79,6 +80,12 @@ class ThoughtDecoder:
     ) -> tuple[Tensor, Tensor]:
         """Text and thoughts in one pass (:func:`quietstar.thinking.packed.packed_pass`)."""
         return packed_pass(self, batch, thoughts, num_slots)
+
+    def next_token(
+        self, end: EndOfText, temperature: float, seed: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Think before a text's next token (:func:`quietstar.thinking.next_token.think_at_the_end`)."""
+        return think_at_the_end(self, end, temperature, seed)
 
     def talk_hidden(self, slots: Tensor, steps: int) -> Tensor:
         """The slots [B, S, M, d] that the first talk steps read, [K, B, M, d]."""
