@@ -132,6 +132,7 @@ RENAMED = {
     "check_head": "check_logits",
     "Objective": "LossTerms",
     "add_up": "total_loss",
+    "keep_gradients": "keep_4bit_differentiable",
 }
 
 

@@ -32,7 +32,7 @@ from quietstar.modeling.input_checks import (
     check_text,
     check_tokens,
 )
-from quietstar.modeling.loading import check_folder, keep_gradients, load_whole
+from quietstar.modeling.loading import check_folder, keep_4bit_differentiable, load_whole
 from quietstar.modeling.meta_tokens import add_meta_tokens, meta_token_ids
 from quietstar.modeling.output import QuietStarOutput
 from quietstar.modeling.text_cache import CACHE_NAME, check_alone, check_grows, one_cache
@@ -127,7 +127,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
         if isinstance(base, str | Path):
             base, _ = load_whole(AutoModelForCausalLM.from_pretrained, base, use_safetensors=True)
         _check_base(base)
-        keep_gradients(base)
+        keep_4bit_differentiable(base)
         check_supported(base)
         check_reopens(base)
         if tokenizer is not None:
@@ -176,7 +176,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
         wants_info = options.pop("output_loading_info", False)
         options.setdefault("use_safetensors", True)
         model, info = load_whole(super().from_pretrained, name, *args, **options)
-        keep_gradients(model)
+        keep_4bit_differentiable(model)
         return (model, info) if wants_info else model  # type: ignore[return-value]
 
     @classmethod
