@@ -29,7 +29,7 @@ from quietstar.modeling.text_cache import cache_argument
 from quietstar.plan.costs import decoder_sizes
 from quietstar.thinking.cuda_graphs import forget, run_slots, use_graphs
 from quietstar.thinking.layout import LayerKeys, ThoughtLayout
-from quietstar.thinking.think import depth_of_end, output_head, slot_steps
+from quietstar.thinking.slots import SlotRun, depth_of_end
 
 pytestmark = pytest.mark.device
 
@@ -204,9 +204,7 @@ def slot_chain(
 
     def chain() -> object:
         with use_graphs("auto"):
-            return run_slots(
-                slot_steps, model.base, config, meta, anchors, steps, temperature=1.0, seed=1, last=slots
-            )
+            return run_slots(model.base, config, SlotRun(meta, anchors, steps, slots, 1.0, 1))
 
     return chain, slots
 
@@ -254,7 +252,7 @@ def next_tokens(
     hidden = decoder(
         input_ids=ids, position_ids=positions, use_cache=True, **cache_argument(decoder, cache)
     ).last_hidden_state
-    return output_head(model.base).logits(hidden[:, -1]).argmax(-1)
+    return model.thought_decoder.output.logits(hidden[:, -1]).argmax(-1)
 
 
 def random_keys(config: Any, batch: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -44,7 +44,9 @@ def seed(copy: Path, fault: Fault) -> None:
     path = copy / fault.file
     text = path.read_text()
     if text.count(fault.before) != 1:
-        raise SystemExit(f"{fault.name}: {fault.before!r} occurs {text.count(fault.before)} times in {fault.file}")
+        raise SystemExit(
+            f"{fault.name}: {fault.before!r} occurs {text.count(fault.before)} times in {fault.file}"
+        )
     path.write_text(text.replace(fault.before, fault.after))
 
 

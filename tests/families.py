@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from quietstar.thinking.layout import TextRanges
+from quietstar.thinking.rollout import Thoughts
+from quietstar.thinking.text_batch import TextBatch
 
 VOCABULARY = 96
 
@@ -135,3 +142,9 @@ def tiny_decoder(family: str, seed: int = 0, **changes) -> PreTrainedModel:
             elif "sinks" in name:
                 parameter.normal_(0, 1.0)
     return model
+
+
+def packed_pass(model: Any, ids: Tensor, ranges: TextRanges, anchors: Tensor, thoughts: Tensor | None):
+    """Hidden states of text [B, N, d] and slots [B, S, M, d]; anchors [B, M], thoughts [B, M, T]."""
+    batch = TextBatch(model.config, ids, ranges, anchors=anchors)
+    return model.thought_decoder.packed(batch, Thoughts(anchors, thoughts))

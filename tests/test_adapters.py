@@ -19,7 +19,7 @@ from quietstar.cli import app as cli
 from quietstar.data.lookup import build_tokenizer
 from quietstar.data.stdlib import train_tokenizer
 from quietstar.errors import UserError
-from quietstar.modeling.loading import keep_gradients
+from quietstar.modeling.loading import keep_4bit_differentiable
 from quietstar.recipes.build import build_model
 from quietstar.recipes.recipe import AdapterSection, Recipe, load_recipe, parse_recipe
 from quietstar.recipes.run import run_recipe
@@ -218,7 +218,7 @@ def test_gradients_through_4_bits(decoder_folder: Path, monkeypatch: pytest.Monk
     for rounded in (True, False):
         options = {"dtype": torch.bfloat16, **quantization("4bit", str(decoder_folder))}
         decoder = AutoModelForCausalLM.from_pretrained(decoder_folder, **options)
-        keep_gradients(decoder)
+        keep_4bit_differentiable(decoder)
         if not rounded:
             decoder = decoder.dequantize()
         embeds = torch.linspace(-1, 1, 12 * 64).view(1, 12, 64).bfloat16()

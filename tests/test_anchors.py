@@ -8,7 +8,7 @@ from test_learn import Row, build, lay, rows
 from torch import Tensor
 
 from quietstar.thinking.anchors import choose_anchors
-from quietstar.thinking.batch_share import BatchPart
+from quietstar.thinking.batch_share import BatchShard
 from quietstar.thinking.layout import text_ranges
 
 LAYOUTS: dict[str, dict] = {
@@ -22,7 +22,7 @@ def anchors_of(model, batch: Row) -> list[list[int]]:
     """For each row, the places in its text that think."""
     mask = batch["attention_mask"]
     with torch.no_grad():
-        part = BatchPart(seed=11)
+        part = BatchShard(seed=11)
         output = model(batch["input_ids"], attention_mask=mask, labels=batch["labels"], batch_part=part)
     found = []
     for chosen, text, counts in zip(output.anchors, mask.bool(), output.rewarded, strict=True):
@@ -53,7 +53,7 @@ def test_pads_move_no_anchor(rule: str):
             assert wanted - 1 <= len(places) <= wanted
 
 
-def chosen(rule: str, documents: Tensor, part: BatchPart) -> Tensor:
+def chosen(rule: str, documents: Tensor, part: BatchShard) -> Tensor:
     model = build(think_at=rule)
     ranges = text_ranges((documents != 0).long(), documents, documents)
     return choose_anchors(model.config, ranges, None, None, part)
@@ -61,10 +61,10 @@ def chosen(rule: str, documents: Tensor, part: BatchPart) -> Tensor:
 
 def test_a_stride_begins_anew_in_every_document():
     documents = torch.tensor([[0, 1, 1, 1, 2, 2, 3, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
-    found = chosen("stride:2", documents, BatchPart())
+    found = chosen("stride:2", documents, BatchShard())
     # The rows choose 4 places each: 1, 3 | 4 | 6, and 0, 2, 4, 6.
     assert found.tolist() == [[1, 3, 4, 6], [0, 2, 4, 6]]
-    short = chosen("stride:2", torch.tensor([[1, 1, 2, 3, 4, 4], [1, 1, 1, 1, 0, 0]]), BatchPart())
+    short = chosen("stride:2", torch.tensor([[1, 1, 2, 3, 4, 4], [1, 1, 1, 1, 0, 0]]), BatchShard())
     assert short.tolist() == [[0, 2, 3, 4], [0, 2, 5, 5]]
 
 
@@ -73,10 +73,10 @@ def test_random_places_are_those_of_the_larger_batch():
     documents = (torch.rand(4, 12, generator=torch.Generator().manual_seed(0)) < 2).long()
     documents[1, 8:] = 0
     documents[3, :5] = 0
-    whole = chosen("random:0.5", documents, BatchPart(seed=5))
+    whole = chosen("random:0.5", documents, BatchShard(seed=5))
     for index in (0, 1):
         rows_ = slice(2 * index, 2 * index + 2)
-        part = BatchPart(index, 2, seed=5)
+        part = BatchShard(index, 2, seed=5)
         assert torch.equal(chosen("random:0.5", documents[rows_], part), whole[rows_])
         wider = torch.nn.functional.pad(documents[rows_], (3, 0))
         found = chosen("random:0.5", wider, part) - 3

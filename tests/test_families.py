@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, tiny_decoder
+from families import FAMILIES, VOCABULARY, packed_pass, tiny_decoder
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quietstar import QuietStarForCausalLM
 from quietstar.thinking.layout import text_positions, text_ranges
-from quietstar.thinking.think import packed_pass
 
 ROWS, LENGTH, THOUGHT, TALK = 2, 14, 3, 2
 
@@ -116,7 +115,6 @@ def test_packed_pass_equals_a_dense_mask(family: str, padding: str):
     with torch.no_grad():
         model.thought_embedding.start.normal_(0, 0.003)
         model.thought_embedding.end.normal_(0, 0.003)
-    meta = model.thought_embedding(config.embedding_scale)
     real = mask.bool()
     keep = torch.cat([real, real.gather(1, anchors).repeat(1, config.num_slots)], 1)
     torch.manual_seed(5)
@@ -127,7 +125,7 @@ def test_packed_pass_equals_a_dense_mask(family: str, padding: str):
         (hidden * direction).sum().backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    text, slots = packed_pass(model.base, config, meta, ids, text_ranges(mask, ids), anchors, thoughts)
+    text, slots = packed_pass(model, ids, text_ranges(mask, ids), anchors, thoughts)
     packed = torch.cat([text, slots.flatten(1, 2)], 1)
     ours = gradients(packed)
     dense = dense_run(model, ids, mask, anchors, thoughts)
@@ -147,12 +145,11 @@ def test_a_wrong_layout_would_be_noticed(family: str):
     ids, mask = inputs("none")
     anchors = torch.arange(LENGTH).expand(ROWS, -1)
     thoughts = torch.randint(3, VOCABULARY - 2, (ROWS, LENGTH, THOUGHT))
-    meta = model.thought_embedding(model.config.embedding_scale)
     ranges = text_ranges(mask, ids)
     with torch.no_grad():
-        _, slots = packed_pass(model.base, model.config, meta, ids, ranges, anchors, thoughts)
+        _, slots = packed_pass(model, ids, ranges, anchors, thoughts)
         moved = (anchors + 1).clamp(max=LENGTH - 1)
-        _, wrong = packed_pass(model.base, model.config, meta, ids, ranges, moved, thoughts)
+        _, wrong = packed_pass(model, ids, ranges, moved, thoughts)
     assert (slots - wrong).abs().max() / slots.abs().max() > 0.02
 
 

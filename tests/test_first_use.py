@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quietstar import QuietStarForCausalLM
 from quietstar.modeling.generation import Thinking
-from quietstar.thinking.batch_share import BatchPart
-from quietstar.thinking.output_layer import CalledHead, output_head
+from quietstar.thinking.batch_share import BatchShard
+from quietstar.thinking.output_layer import CalledOutputLayer, output_layer
 
 
 def thinking_model(family: str = "llama", **fields) -> QuietStarForCausalLM:
@@ -85,10 +85,10 @@ def test_a_refused_call_leaves_its_state_unused():
 def test_a_part_without_a_target_has_every_gradient(family: str):
     """Other processes wait for them: zeros, not nothing, also where the output layer is called."""
     model = thinking_model(family).train()
-    assert isinstance(output_head(model.base), CalledHead) == (family == "phi")
+    assert isinstance(output_layer(model.base), CalledOutputLayer) == (family == "phi")
     ids = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(1))
     labels = torch.full_like(ids, -100)
-    model(ids, labels=labels, batch_part=BatchPart(0, 2, seed=1)).loss.backward()
+    model(ids, labels=labels, batch_part=BatchShard(0, 2, seed=1)).loss.backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

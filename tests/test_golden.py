@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import packed_pass
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,7 +21,6 @@ import quietstar
 from quietstar.checkpoints.upstream import reference_names
 from quietstar.losses.policy import thought_logprobs
 from quietstar.thinking.layout import text_ranges
-from quietstar.thinking.think import output_head, packed_pass
 
 FOLDER = Path(os.environ.get("QUIETSTAR_GOLDEN", Path(__file__).parent / "data" / "golden"))
 CASES = sorted(path.parent.name for path in FOLDER.glob("*/meta.json"))
@@ -138,10 +138,9 @@ def test_action_logprobs(case: Case):
     n = data["input_ids"].shape[1]
     anchors = torch.arange(n).repeat_interleave(case.rationales).expand(len(data["input_ids"]), -1)
     ids = case.thought_ids.transpose(1, 2).flatten(1, 2)
-    meta = case.model.thought_embedding(config.embedding_scale)
     with torch.no_grad():
-        text, slots = packed_pass(case.model.base, config, meta, data["input_ids"], ranges, anchors, ids)
-        logp = thought_logprobs(config, output_head(case.model.base), slots, ids)
+        text, slots = packed_pass(case.model, data["input_ids"], ranges, anchors, ids)
+        logp = thought_logprobs(case.model.thought_decoder, slots, ids)
     by_row = logp.unflatten(1, (n, case.rationales)).transpose(1, 2).flatten(0, 1)
     real = data["attention_mask"].bool().repeat_interleave(case.rationales, 0)
     for t in range(1, config.thought_length + 1):

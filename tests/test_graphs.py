@@ -146,19 +146,19 @@ def test_the_loop_runs_over_buffers(way):
             model(ids, labels=ids)
     (chain,) = graphs._chains[model.base].values()
     assert isinstance(chain, graphs.Chain)
-    assert all(keys.k_thought is not None for keys in chain._steps.keys.values())
+    assert all(keys.k_thought is not None for keys in chain._run.layout.keys.values())
     assert (chain._graph is not None) == (mode == "auto")
 
 
 def test_no_more_chains_than_that():
     model = build()
     with use_graphs("buffers"), torch.no_grad():
-        for length in range(4, 5 + graphs.MOST_CHAINS):
+        for length in range(4, 5 + graphs.MAX_CHAINS):
             ids = torch.randint(3, 38, (1, length))
             model(ids, labels=ids)
     chains = graphs._chains[model.base]
-    assert len(chains) == graphs.MOST_CHAINS
-    assert next(reversed(chains.values()))._input_ids.shape == (1, 4 + graphs.MOST_CHAINS)
+    assert len(chains) == graphs.MAX_CHAINS
+    assert next(reversed(chains.values()))._run.input_ids.shape == (1, 4 + graphs.MAX_CHAINS)
     graphs.forget(model.base)
     assert model.base not in graphs._chains
 
@@ -195,7 +195,7 @@ def test_weights_that_moved_get_a_chain_of_their_own():
 def test_length_dependent_rotary_embeddings_are_left_alone(caplog):
     model = build()
     model.base.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    assert "dynamic" in graphs._why_not(model.base)
+    assert "dynamic" in graphs._unsupported_reason(model.base)
     ids = torch.randint(3, 38, (1, 5))
     with caplog.at_level(logging.WARNING), use_graphs("buffers"), torch.no_grad():
         model(ids, labels=ids)

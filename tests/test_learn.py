@@ -10,10 +10,9 @@ from families import tiny_decoder
 from torch import Tensor
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
-from quietstar.losses.language_model import talk_targets, target_labels
-from quietstar.losses.policy import which_count
-from quietstar.thinking.batch_share import BatchPart
+from quietstar.thinking.batch_share import BatchShard
 from quietstar.thinking.layout import text_ranges
+from quietstar.thinking.text_batch import talk_targets, target_labels, which_count
 from quietstar.training.metrics import Average, describe
 
 THOUGHT, TALK, RATIONALES = 2, 3, 2
@@ -122,7 +121,7 @@ def run(model: QuietStarForCausalLM, batches: list[Row], counts: dict[str, Tenso
 
     model.zero_grad()
     for batch in batches:
-        output = model(**batch, batch_part=BatchPart(mean_count=mean_count))
+        output = model(**batch, batch_part=BatchShard(mean_count=mean_count))
         output.loss.backward()
         parts["loss"] += float(output.loss.detach())
         parts["policy"] += float(output.policy_loss.detach())

@@ -8,13 +8,13 @@ import pytest
 import seeds
 import torch
 import torch.nn.functional as F
-from families import VOCABULARY, tiny_decoder
+from families import VOCABULARY, packed_pass, tiny_decoder
 from test_step import Watch
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
-from quietstar.losses.rewards import add_up, advantage_of
+from quietstar.losses.policy import total_loss
+from quietstar.losses.rewards import advantage_of
 from quietstar.thinking.layout import text_ranges
-from quietstar.thinking.think import packed_pass
 from quietstar_ext.linear_entropy import linear_entropy_sum
 
 ROWS, LENGTH, THOUGHT, TALK, RATIONALES = 2, 11, 3, 2, 3
@@ -45,12 +45,10 @@ def batch() -> dict[str, torch.Tensor]:
 
 def hidden_states(model, inputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Text [B, N, d] and slots [B, S, N, R, d] of the packed pass, with gradients."""
-    config, ids = model.config, inputs["input_ids"]
+    ids = inputs["input_ids"]
     anchors = torch.arange(LENGTH).repeat_interleave(RATIONALES).expand(ROWS, -1)
     text, slots = packed_pass(
-        model.base,
-        config,
-        model.thought_embedding(config.embedding_scale),
+        model,
         ids,
         text_ranges(inputs["attention_mask"], ids),
         anchors,
@@ -313,11 +311,8 @@ def test_mixing_floor(floor: float):
         output = model(ids)
         first, thoughts = output.logits[:, -1], output.thought_ids
         anchors = torch.arange(LENGTH).expand(ROWS, -1)
-        meta = model.thought_embedding(model.config.embedding_scale)
         with torch.no_grad():
-            _, slots = packed_pass(
-                model.base, model.config, meta, ids, text_ranges(None, ids), anchors, thoughts[:, 0]
-            )
+            _, slots = packed_pass(model, ids, text_ranges(None, ids), anchors, thoughts[:, 0])
         own = slots[:, THOUGHT + 1, -1] @ model.base.lm_head.weight.T
         assert torch.allclose(first, own, atol=1e-4)
 
@@ -332,10 +327,10 @@ def test_the_floor_holds_in_generation():
 def test_weights_of_the_terms():
     config = QuietStarConfig(nll_weight=0.0, policy_weight=3.0, entropy_bonus=0.5)
     nll, policy, entropy = torch.tensor(7.0), torch.tensor(2.0), torch.tensor(4.0)
-    total = add_up(config, nll, policy, entropy)
+    total = total_loss(config, nll, policy, entropy)
     assert (total.loss, total.language_loss, total.thinking_loss) == (4.0, 0.0, 4.0)
     config.nll_weight, config.policy_weight, config.entropy_bonus = 1.0, 0.0, 0.0
-    total = add_up(config, nll, policy, None)
+    total = total_loss(config, nll, policy, None)
     assert total.loss is nll and total.thinking_loss is None
 
 

@@ -10,7 +10,7 @@ from families import tiny_decoder
 from torch import Tensor
 
 from quietstar import QuietStarForCausalLM
-from quietstar.thinking.batch_share import BatchPart
+from quietstar.thinking.batch_share import BatchShard
 from quietstar.thinking.layout import text_positions, text_ranges
 
 THOUGHT, TALK, RATIONALES = 3, 2, 2
@@ -93,7 +93,7 @@ def run(
     model.zero_grad()
     loss = reward = 0.0
     for batch in batches:
-        output = model(**batch, batch_part=BatchPart(mean_count=mean_count))
+        output = model(**batch, batch_part=BatchShard(mean_count=mean_count))
         output.loss.backward()
         loss += float(output.loss)
         reward += float(output.reward.abs().sum()) if output.reward is not None else 0.0

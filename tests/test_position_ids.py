@@ -11,7 +11,7 @@ from small_training import small_model, trainer
 from torch import Tensor
 from transformers import DataCollatorWithFlattening, DynamicCache
 
-from quietstar.thinking.batch_share import WHOLE
+from quietstar.thinking.batch_share import WHOLE_BATCH
 from quietstar.thinking.documents import batch_ranges
 from quietstar.training.global_batch import loss_divisors
 
@@ -66,7 +66,7 @@ def test_they_are_the_documents_alone():
 def test_whoever_counts_sees_the_same_documents():
     model, batch = small_model(), flattened()
     other = {"input_ids": batch["input_ids"], "labels": batch["labels"], "document_ids": NUMBERS}
-    found, expected = (loss_divisors(model.config, b, WHOLE) for b in (batch, other))
+    found, expected = (loss_divisors(model.config, b, WHOLE_BATCH) for b in (batch, other))
     assert found is not None and expected is not None
     assert {k: v.tolist() for k, v in found.items()} == {k: v.tolist() for k, v in expected.items()}
 

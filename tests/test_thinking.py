@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import VOCABULARY, tiny_decoder
+from families import VOCABULARY, packed_pass, tiny_decoder
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
-from quietstar.thinking.layout import text_ranges
-from quietstar.thinking.think import packed_pass, rollout, run_decoder_plain, text_positions
+from quietstar.thinking.batch_share import BatchShard
+from quietstar.thinking.layout import text_positions, text_ranges
+from quietstar.thinking.text_batch import TextBatch
+from quietstar.thinking.text_pass import run_decoder_plain
 
 ROWS, LENGTH = 2, 12
 
@@ -43,12 +45,13 @@ def test_rollout_equals_packed_pass(family: str, padding: str):
     model = build(family)
     ids, mask = text(padding)
     ranges = text_ranges(mask, ids)
-    meta = model.thought_embedding(model.config.embedding_scale)
-    found = rollout(model.base, model.config, meta, ids, ranges, rationales=2, seed=5, to_the_end=True)
+    batch = TextBatch(model.config, ids, ranges, rationales=2, shard=BatchShard(seed=5))
+    found = model.thought_decoder.rollout(batch, model.config.num_slots)
+    columns = found.anchors.repeat_interleave(2, 1)
     with torch.no_grad():
-        base, slots = packed_pass(model.base, model.config, meta, ids, ranges, found.anchors, found.ids)
+        base, slots = packed_pass(model, ids, ranges, columns, found.ids)
     real = mask.bool()
-    keep = real.gather(1, found.anchors)
+    keep = real.gather(1, columns)
     assert torch.allclose(base[real], found.text_hidden[real], atol=2e-5)
     for slot in range(model.config.num_slots):
         assert torch.allclose(slots[:, slot][keep], found.slot_hidden[:, slot][keep], atol=5e-5)
@@ -62,16 +65,12 @@ def test_sampled_logprobs_are_those_of_the_packed_pass():
     assert output.thought_ids.shape == (ROWS, 2, LENGTH, 3)
     assert not torch.isin(output.thought_ids, torch.tensor([94, 95])).any()
     from quietstar.losses.policy import thought_logprobs
-    from quietstar.thinking.think import output_head
 
-    meta = model.thought_embedding(100.0)
     columns = output.anchors.repeat_interleave(2, 1)
     chosen = output.thought_ids.transpose(1, 2).flatten(1, 2)
     with torch.no_grad():
-        _, slots = packed_pass(
-            model.base, model.config, meta, ids, text_ranges(None, ids), columns, chosen
-        )
-        logp = thought_logprobs(model.config, output_head(model.base), slots, chosen)
+        _, slots = packed_pass(model, ids, text_ranges(None, ids), columns, chosen)
+        logp = thought_logprobs(model.thought_decoder, slots, chosen)
     sampled = output.thought_logprobs.transpose(1, 2).flatten(1, 2)
     assert torch.allclose(logp, sampled, atol=1e-4)
 
@@ -153,10 +152,9 @@ def test_text_rows_do_not_notice_the_thoughts():
     ranges = text_ranges(mask, ids)
     with torch.no_grad():
         plain = run_decoder_plain(model.base, ids, mask, text_positions(*ranges[:2]))
-        meta = model.thought_embedding(100.0)
         anchors = torch.arange(LENGTH).expand(ROWS, -1)
         thoughts = torch.randint(3, 90, (ROWS, LENGTH, 3))
-        packed, _ = packed_pass(model.base, model.config, meta, ids, ranges, anchors, thoughts)
+        packed, _ = packed_pass(model, ids, ranges, anchors, thoughts)
     real = mask.bool()
     assert torch.allclose(plain[real], packed[real], atol=2e-5)
 

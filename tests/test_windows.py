@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import VOCABULARY, tiny_decoder
+from families import VOCABULARY, packed_pass, tiny_decoder
 from torch import Tensor
 
 from quietstar import QuietStarForCausalLM
+from quietstar.thinking.batch_share import BatchShard
 from quietstar.thinking.layout import text_ranges
-from quietstar.thinking.think import packed_pass, rollout
+from quietstar.thinking.text_batch import TextBatch
 
 LENGTH, THOUGHT, TALK = 9, 6, 3
 SLOTS = THOUGHT + 2 + TALK - 1
@@ -71,16 +72,14 @@ def test_packed_pass_with_gradients(family: str, window: int) -> None:
     ids = text(1)
     thoughts = torch.randint(3, START, (1, LENGTH, THOUGHT))
     direction = torch.randn(SLOTS, LENGTH, model.base.config.hidden_size)
-    anchors, meta = torch.arange(LENGTH)[None], model.thought_embedding(100.0)
+    anchors = torch.arange(LENGTH)[None]
 
     def gradients(slots: Tensor) -> dict[str, Tensor]:
         model.zero_grad()
         (slots * direction).sum().backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    _, slots = packed_pass(
-        model.base, model.config, meta, ids, text_ranges(None, ids), anchors, thoughts
-    )
+    _, slots = packed_pass(model, ids, text_ranges(None, ids), anchors, thoughts)
     wanted = torch.stack(
         [
             plain_hidden(model, ids[0, : m + 1], chain_of(model, ids[0], m, thoughts[0, m]))[m + 1 :]
@@ -99,17 +98,13 @@ def test_packed_pass_with_gradients(family: str, window: int) -> None:
 def test_rollout(family: str, window: int) -> None:
     model = build(family, window)
     ids = text(2)
-    meta = model.thought_embedding(100.0)
-    found = rollout(
-        *(model.base, model.config, meta, ids, text_ranges(None, ids)),
-        rationales=2,
-        seed=5,
-        to_the_end=True,
-    )
+    ranges, shard = text_ranges(None, ids), BatchShard(seed=5)
+    batch = TextBatch(model.config, ids, ranges, rationales=2, shard=shard)
+    found = model.thought_decoder.rollout(batch, model.config.num_slots)
     assert found.ids is not None and found.slot_hidden is not None
     for row in range(2):
         for column in (0, 3, 8, 2 * LENGTH - 1):
-            m = int(found.anchors[row, column])
+            m = int(found.anchors[row, column // 2])
             chain = chain_of(model, ids[row], m, found.ids[row, column])
             with torch.no_grad():
                 wanted = plain_hidden(model, ids[row, : m + 1], chain)[m + 1 :]

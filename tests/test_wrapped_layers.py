@@ -17,9 +17,9 @@ from quietstar import QuietStarForCausalLM
 from quietstar.checkpoints.adapters import grow_embeddings
 from quietstar.data.lookup import build_tokenizer
 from quietstar.errors import UserError
-from quietstar.losses.language_model import MixingHead
+from quietstar.thinking.layers import MixingHead
 from quietstar.thinking.linear_layers import is_plain_linear
-from quietstar.thinking.output_layer import CalledHead, Head, output_head
+from quietstar.thinking.output_layer import CalledOutputLayer, OutputLayer, output_layer
 
 LENGTH, THOUGHT, ROWS = 12, 2, 2
 IDS = torch.randint(3, 90, (ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -198,18 +198,20 @@ def test_an_output_layer_with_a_bias():
     assert bool(model.base.lm_head.bias.grad.any())
 
 
-class TestCalledHead:
+class TestCalledOutputLayer:
     """Against the operators on the same weight, with chunks that do not come out even."""
 
     @pytest.fixture
-    def heads(self, monkeypatch: pytest.MonkeyPatch) -> tuple[Head, Head]:
+    def heads(self, monkeypatch: pytest.MonkeyPatch) -> tuple[OutputLayer, OutputLayer]:
         torch.manual_seed(8)
         layer = nn.Linear(16, 40, bias=False)
         other = copy.deepcopy(layer)
         monkeypatch.setattr("quietstar.thinking.output_layer.CHUNK_BYTES", 3 * 40 * 4)
-        return CalledHead(layer, 40, 5.0, 0.7), Head(other.weight, 5.0, 0.7)
+        return CalledOutputLayer(layer, 40, 5.0, 0.7), OutputLayer(other.weight, 5.0, 0.7)
 
-    def compare(self, heads: tuple[Head, Head], call: Callable[[Head, Tensor], Any]) -> None:
+    def compare(
+        self, heads: tuple[OutputLayer, OutputLayer], call: Callable[[OutputLayer, Tensor], Any]
+    ) -> None:
         results = []
         for head in heads:
             torch.manual_seed(9)
@@ -217,42 +219,38 @@ class TestCalledHead:
             value = call(head, hidden)
             value = value if isinstance(value, tuple) else (value,)
             (value[0] * torch.arange(1.0, value[0].numel() + 1)).sum().backward()
-            weight = head.layer.weight if isinstance(head, CalledHead) else head.weight
+            weight = head.layer.weight if isinstance(head, CalledOutputLayer) else head.weight
             results.append([*(v.detach() for v in value), hidden.grad, weight.grad])
         for got, want in zip(*results, strict=True):
             assert got.dtype == want.dtype and torch.allclose(got, want, atol=1e-5, rtol=1e-4)
 
-    def test_cross_entropy(self, heads: tuple[Head, Head]) -> None:
+    def test_cross_entropy(self, heads: tuple[OutputLayer, OutputLayer]) -> None:
         targets = torch.tensor([3, -100, 5, 0, 39, 7, -100, 1, 2, 30, 31])
         banned = torch.tensor([6, 38])
         weights = torch.tensor([0.5, 1, 0, 2, 1, 0, 0, 3, 1, 1, 0.1])
-        for options in ({}, {"temperature": 2.5, "banned": banned}):
-            self.compare(heads, lambda h, x, o=options: h.cross_entropy(x, targets, **o))
+        for options in ((1.0, None), (2.5, banned)):
+            self.compare(heads, lambda h, x, o=options: h.at(*o).cross_entropy(x, targets))
             for skip in (True, False):
-                o = {**options, "skip_zero_weight": skip}
-                self.compare(heads, lambda h, x, o=o: h.cross_entropy_sum(x, targets, weights, **o))
+                self.compare(
+                    heads,
+                    lambda h, x, o=options, s=skip: h.at(*o).cross_entropy_sum(x, targets, weights, s),
+                )
         nothing = torch.full_like(targets, -100)
         self.compare(heads, lambda h, x: h.cross_entropy(x, nothing) + 0 * h.logits(x).sum())
         for head in heads:
             with pytest.raises(ValueError, match="targets"):
                 head.cross_entropy(torch.zeros(11, 16), targets + 1)
 
-    def test_entropy(self, heads: tuple[Head, Head]) -> None:
+    def test_entropy(self, heads: tuple[OutputLayer, OutputLayer]) -> None:
         weights = torch.tensor([0.5, 1, 0, 2, 1, 0, 0, 3, 1, 1, 0.1])
-        for options in ({}, {"temperature": 2.5, "banned": torch.tensor([6, 38])}):
-            self.compare(heads, lambda h, x, o=options: h.entropy_sum(x, weights, **o))
+        for options in ((1.0, None), (2.5, torch.tensor([6, 38]))):
+            self.compare(heads, lambda h, x, o=options: h.at(*o).entropy_sum(x, weights))
 
-    def test_sample(self, heads: tuple[Head, Head]) -> None:
+    def test_sample(self, heads: tuple[OutputLayer, OutputLayer]) -> None:
         hidden = 3 * torch.randn(500, 16)
         for temperature in (0.0, 1.0):
             drawn = [
-                head.sample(
-                    hidden,
-                    temperature=temperature,
-                    banned=torch.tensor([6]),
-                    seed=torch.tensor([5]),
-                    offset=7,
-                )
+                head.at(temperature, torch.tensor([6])).sample(hidden, torch.tensor([5]), 7)
                 for head in heads
             ]
             assert torch.equal(drawn[0][0], drawn[1][0])
@@ -261,7 +259,7 @@ class TestCalledHead:
     def test_the_backward_pass_holds_no_logits(self, monkeypatch: pytest.MonkeyPatch) -> None:
         rows, vocabulary = 64, 500
         layer = nn.Linear(4, vocabulary, bias=False)
-        head = CalledHead(layer, vocabulary, None, 1.0)
+        head = CalledOutputLayer(layer, vocabulary, None, 1.0)
         monkeypatch.setattr("quietstar.thinking.output_layer.CHUNK_BYTES", 4 * vocabulary * 4)
         kept: list[int] = []
 
@@ -277,7 +275,7 @@ class TestCalledHead:
 
 def test_ordinary_layers_take_the_operators():
     model = thinking()
-    assert type(output_head(model.base)) is Head
+    assert type(output_layer(model.base)) is OutputLayer
     layer = nn.Linear(4, 4)
     assert is_plain_linear(layer)
     layer.forward = layer.forward  # type: ignore[method-assign] # as accelerate leaves it behind

@@ -46,14 +46,21 @@ MOVED: dict[str, tuple[str, ...]] = {
     "entropy": ("quietstar_ext.linear_entropy",),
     "ema": ("training.ema",),
     "generate": ("cli.generate",),
-    "generation": ("modeling.generation",),
+    "generation": (
+        "modeling.generation",
+        "thinking.next_token",
+    ),
     "graphs": ("thinking.cuda_graphs",),
     "guard": ("training.guard",),
     "head": ("thinking.output_layer",),
     "info": ("cli.info",),
     "layers": ("thinking.linear_layers",),
     "layout": ("thinking.layout",),
-    "learn": ("losses.policy",),
+    "learn": (
+        "losses.policy",
+        "losses.rewards",
+        "thinking.text_batch",
+    ),
     "left_out": ("data.left_out",),
     "loading": (
         "modeling.loading",
@@ -62,7 +69,10 @@ MOVED: dict[str, tuple[str, ...]] = {
     "lookup": ("data.lookup",),
     "metrics": ("training.metrics",),
     "noise": ("thinking.noise",),
-    "objective": ("losses.rewards",),
+    "objective": (
+        "losses.rewards",
+        "losses.policy",
+    ),
     "output": ("modeling.output",),
     "packages": ("optional_packages",),
     "parts": ("thinking.batch_share",),
@@ -90,14 +100,39 @@ MOVED: dict[str, tuple[str, ...]] = {
     "streams": ("data.streams",),
     "supported": ("thinking.supported",),
     "tables": ("data.tables",),
-    "talk": ("losses.language_model",),
+    "talk": (
+        "losses.language_model",
+        "thinking.text_batch",
+        "thinking.layers",
+    ),
     "text_part": ("thinking.text_part",),
-    "think": ("thinking.think",),
+    "think": (
+        "thinking.rollout",
+        "thinking.layers",
+        "thinking.packed",
+        "thinking.slots",
+        "thinking.text_pass",
+        "thinking.self_check",
+        "thinking.output_layer",
+    ),
     "tokens": ("modeling.meta_tokens",),
     "train": ("recipes.run",),
     "trainer": ("training.trainer",),
     "trainer_objective": ("training.trainer", "training.around_the_step"),
     "trainer_options": ("training.options",),
+}
+
+# Names that are others now, in any of those modules.
+RENAMED = {
+    "BatchPart": "BatchShard",
+    "WHOLE": "WHOLE_BATCH",
+    "Head": "OutputLayer",
+    "CalledHead": "CalledOutputLayer",
+    "output_head": "output_layer",
+    "check_head": "check_logits",
+    "Objective": "LossTerms",
+    "add_up": "total_loss",
+    "keep_gradients": "keep_4bit_differentiable",
 }
 
 
@@ -113,6 +148,8 @@ class _Alias(ModuleType):
             )
             if hasattr(module, name):
                 return getattr(module, name)
+        if name in RENAMED:
+            return getattr(self, RENAMED[name])
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 

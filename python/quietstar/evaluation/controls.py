@@ -21,10 +21,12 @@ from torch import Tensor
 
 from quietstar.data.collator import PaddingCollator
 from quietstar.evaluation.perplexity import TokenLosses, by_decile, deciles, estimate
-from quietstar.losses.language_model import mix_talk_steps
+from quietstar.thinking.batch_share import BatchShard
 from quietstar.thinking.layout import text_ranges
-from quietstar.thinking.output_layer import Head, output_head
-from quietstar.thinking.think import depth_of_end, packed_pass, rollout
+from quietstar.thinking.output_layer import OutputLayer
+from quietstar.thinking.rollout import Thoughts
+from quietstar.thinking.slots import depth_of_end
+from quietstar.thinking.text_batch import TextBatch
 
 if TYPE_CHECKING:
     from quietstar.modeling.model import QuietStarForCausalLM
@@ -74,28 +76,20 @@ def block_losses(
     batch = {key: value.to(model.device) for key, value in PaddingCollator()(rows).items()}
     ids, config = batch["input_ids"], model.config
     targets = batch["labels"][:, 1:]
-    ranges = text_ranges(batch["attention_mask"], ids)
-    head, slots = output_head(model.base), depth_of_end(config)
-    meta = model.thought_embedding(config.embedding_scale)
     # The last position has nothing to predict, so it need not think.
     anchors = torch.arange(ids.shape[1] - 1, device=ids.device).expand(len(ids), -1)
+    td, slots = model.thought_decoder, depth_of_end(config)
+    ranges = text_ranges(batch["attention_mask"], ids)
+    text_batch = TextBatch(
+        config, ids, ranges, anchors=anchors, temperature=0.0, shard=BatchShard(seed=0)
+    )
 
     def mixed_losses(text: Tensor, slot_hidden: Tensor) -> Tensor:
-        mixed, _ = mix_talk_steps(config, model.mixing_head, text, slot_hidden, anchors, steps=1)
-        return _losses(head, mixed[0], targets)
+        mixed, _ = td.mix(text_batch, text, slot_hidden, steps=1)
+        return _losses(td.output, mixed[0], targets)
 
-    def think() -> Any:
-        return rollout(
-            model.base,
-            config,
-            meta,
-            ids,
-            ranges,
-            anchors=anchors,
-            temperature=0.0,
-            to_the_end=True,
-            num_slots=slots,
-        )
+    def think() -> Thoughts:
+        return td.rollout(text_batch, slots)
 
     found: dict[str, Tensor] = {}
     kind = config.thought_kind
@@ -103,20 +97,18 @@ def block_losses(
         if kind == "none":
             config.thought_kind = "pause"  # the text pass alone is wanted; this thinks the cheapest way
         own = think()
-        found["base"] = _losses(head, own.text_hidden[:, :-1], targets)
+        text, slot_hidden = _kept(own)
+        found["base"] = _losses(td.output, text[:, :-1], targets)
         if kind != "none":
-            found["mixed"] = mixed_losses(own.text_hidden, own.slot_hidden)
-            found["thought"] = _losses(head, own.slot_hidden[:, slots - 1], targets)
+            found["mixed"] = mixed_losses(text, slot_hidden)
+            found["thought"] = _losses(td.output, slot_hidden[:, slots - 1], targets)
         if own.ids is not None:
             partner = _partners(blocks, ids.shape[1] - 1).to(ids.device)
             shuffled = own.ids.gather(1, partner[:, :, None].expand_as(own.ids))
-            text, slot_hidden = packed_pass(
-                model.base, config, meta, ids, ranges, anchors, shuffled, num_slots=slots
-            )
-            found["shuffled"] = mixed_losses(text, slot_hidden)
+            others = Thoughts(anchors, shuffled)
+            found["shuffled"] = mixed_losses(*td.packed(text_batch, others, slots))
             config.thought_kind = "pause"
-            paused = think()
-            found["pause"] = mixed_losses(paused.text_hidden, paused.slot_hidden)
+            found["pause"] = mixed_losses(*_kept(think()))
     finally:
         config.thought_kind = kind
     return [
@@ -125,9 +117,15 @@ def block_losses(
     ]
 
 
-def _losses(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+def _kept(thoughts: Thoughts) -> tuple[Tensor, Tensor]:
+    hidden = thoughts.hidden
+    assert hidden is not None
+    return hidden
+
+
+def _losses(output: OutputLayer, hidden: Tensor, targets: Tensor) -> Tensor:
     """hidden [B, n, d], targets [B, n] -> [B, n] fp32."""
-    return head.cross_entropy(hidden.flatten(0, 1), targets.flatten()).view_as(targets)
+    return output.cross_entropy(hidden.flatten(0, 1), targets.flatten()).view_as(targets)
 
 
 def _partners(blocks: Sequence[Sequence[int]], length: int) -> Tensor:

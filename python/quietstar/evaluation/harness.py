@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 
 # Registers the architecture with transformers, so that the harness can load it by name.
 from quietstar.modeling.model import QuietStarForCausalLM
-from quietstar.thinking.think import depth_of_end
+from quietstar.thinking.slots import depth_of_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

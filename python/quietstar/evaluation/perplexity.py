@@ -17,7 +17,7 @@ import torch
 
 from quietstar.data.collator import PaddingCollator
 from quietstar.errors import UserError
-from quietstar.thinking.batch_share import BatchPart
+from quietstar.thinking.batch_share import BatchShard
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -119,7 +119,7 @@ def _batch_losses(
     """Base and mixed losses of one batch, and which of them count, [B, n-1]."""
     rows, n = batch["input_ids"].shape
     # One part of the text, which may have nothing to predict.
-    options: dict[str, Any] = {"batch_part": BatchPart()}
+    options: dict[str, Any] = {"batch_part": BatchShard()}
     if model.config.thought_kind != "none":
         options["anchors"] = torch.arange(n, device=batch["input_ids"].device).expand(rows, n)
     output = model(**batch, **options)

@@ -1,9 +1,9 @@
-"""Learn: reward a thought for what it added to the truth's probability, and reinforce its tokens.
+"""Learn: reinforce the tokens of thoughts by what they earned, and add up the terms of the loss.
 
 Formulas: Zelikman et al. 2024 (arXiv 2403.09629), sections 4.4.1 and 4.4.2, in the reading of the
 reference implementation: the reward is summed over the talk steps, the baseline is the mean over the
-rationales of a position, and only positive advantages count. What else a thought may be rewarded for is
-in :mod:`quietstar.losses.rewards`.
+rationales of a position, and only positive advantages count. Rewards are in
+:mod:`quietstar.losses.rewards`.
 """
 
 from __future__ import annotations
@@ -14,146 +14,100 @@ import torch
 from torch import Tensor
 
 from quietstar.config import QuietStarConfig
-from quietstar.losses.language_model import Talk
-from quietstar.losses.rewards import Objective, add_up, advantage_of, gains, thought_entropy
-from quietstar.thinking.batch_share import WHOLE, BatchPart
-from quietstar.thinking.layout import TextRanges
-from quietstar.thinking.output_layer import Head
-from quietstar.thinking.think import banned_ids
+from quietstar.losses.rewards import ThoughtRewards
+from quietstar.thinking.decoder import ThoughtDecoder
+from quietstar.thinking.rollout import Thoughts
+from quietstar.thinking.text_batch import TextBatch
 
 
-@dataclass
-class Reward:
-    """What each thought earned.
-
-    Attributes:
-        reward: [B, A, R] fp32, sum over talk steps of what ``config.reward`` says.
-        advantage: [B, A, R] fp32, as ``config.advantage`` and ``clamp_advantage`` say.
-        rewarded, averaged: [B, A] bool of :func:`which_count`.
-    """
-
-    reward: Tensor
-    advantage: Tensor
-    rewarded: Tensor
-    averaged: Tensor
+def _scoring_rows(td: ThoughtDecoder, slots: Tensor) -> Tensor:
+    """The slots [B, S, M, d] that thought tokens are drawn from, [B * M * T, d]."""
+    return slots[:, : td.config.thought_length].transpose(1, 2).flatten(0, 2)
 
 
-def which_count(
-    config: QuietStarConfig, anchors: Tensor, has_target: Tensor, ranges: TextRanges
-) -> tuple[Tensor, Tensor]:
-    """The anchors whose thoughts are rewarded, and those that the policy term's mean is over.
-
-    A thought counts if its anchor is text and at least one of the tokens that it is rewarded for is a
-    target in its own document. With ``policy_mean: paper`` it counts if the row goes on for all of its
-    talk steps, and the mean is over every such position of a row, padding included.
-
-    Args:
-        anchors: [B, A]; has_target: [K, B, A] bool of :class:`~quietstar.losses.language_model.Talk`.
-
-    Returns:
-        rewarded and averaged, [B, A] bool.
-    """
-    rewarded = has_target.any(0)
-    if config.policy_mean == "rewarded":
-        return rewarded, rewarded
-    ahead = anchors + 1 + has_target.shape[0]
-    complete = ahead < ranges.stop.shape[1]
-    return rewarded & complete & ~ranges.crosses(anchors, ahead), complete
+def _per_token(td: ThoughtDecoder, weights: Tensor) -> Tensor:
+    """Weights [B, M] of thoughts as those of their tokens, [B * M * T]."""
+    return weights[..., None].expand(-1, -1, td.config.thought_length).flatten()
 
 
-@torch.no_grad()
-def reward_thoughts(
-    config: QuietStarConfig,
-    head: Head,
-    talked: Talk,
-    slot_hidden: Tensor,
-    anchors: Tensor,
-    ranges: TextRanges,
-    baseline_losses: Tensor | None = None,
-) -> Reward:
-    """anchors [B, A] -> reward of each thought, the sum over the tokens that it is rewarded for.
-
-    ``slot_hidden`` [B, S, A*R, d] and ``baseline_losses`` [B, N-1] as in
-    :func:`quietstar.losses.rewards.gains`.
-    """
-    rewarded, averaged = which_count(config, anchors, talked.has_target, ranges)
-    gained = gains(config, head, talked, slot_hidden, anchors, baseline_losses)
-    reward = gained.sum(0) * rewarded[..., None]
-    return Reward(reward, advantage_of(config, reward), rewarded, averaged)
-
-
-def thought_logprobs(
-    config: QuietStarConfig, head: Head, slot_hidden: Tensor, thought_ids: Tensor
-) -> Tensor:
+def thought_logprobs(td: ThoughtDecoder, slots: Tensor, thought_ids: Tensor) -> Tensor:
     """Log-probability of every thought token at the REINFORCE temperature, [B, M, T].
 
     Args:
-        slot_hidden: [B, S, M, d]; thought_ids: [B, M, T].
+        slots: [B, S, M, d]; thought_ids: [B, M, T].
     """
-    scoring = slot_hidden[:, : config.thought_length].transpose(1, 2)
-    nll = head.cross_entropy(
-        scoring.flatten(0, 2),
-        thought_ids.flatten(),
-        temperature=config.reinforce_temperature,
-        banned=banned_ids(config, thought_ids.device),
-    )
+    output = td.thought_output(td.config.reinforce_temperature, slots.device)
+    nll = output.cross_entropy(_scoring_rows(td, slots), thought_ids.flatten())
     return -nll.view_as(thought_ids)
 
 
 def policy_loss(
-    config: QuietStarConfig,
-    head: Head,
-    slot_hidden: Tensor,
-    thought_ids: Tensor,
-    earned: Reward,
-    count: Tensor,
-) -> Tensor:
-    """mean over the T thought tokens of -(A · logp).mean(), unweighted.
+    td: ThoughtDecoder, batch: TextBatch, slots: Tensor, thoughts: Thoughts, reward: ThoughtRewards
+) -> Tensor | None:
+    """mean over the T thought tokens of -(A · logp).mean(), unweighted; None where nothing was sampled.
 
     The mean runs over all thoughts that count, those that earned nothing included; their rows need no
     vocabulary product and get none.
 
     Args:
-        slot_hidden: [B, S, M, d]; thought_ids: [B, M, T], M = A*R with rationales as neighbours.
-        count: of the thoughts that the mean is over, a scalar.
+        slots: [B, S, M, d].
     """
-    length = config.thought_length
-    weights = earned.advantage.flatten(1) / (count * length)
-    loss, _ = head.cross_entropy_sum(
-        slot_hidden[:, :length].transpose(1, 2).flatten(0, 2),
-        thought_ids.flatten(),
-        weights[..., None].expand(-1, -1, length).flatten(),
-        temperature=config.reinforce_temperature,
-        banned=banned_ids(config, thought_ids.device),
-        skip_zero_weight=True,
-    )
+    config = td.config
+    if thoughts.ids is None:
+        return None
+    weights = reward.advantage.flatten(1) / (batch.thought_divisor * config.thought_length)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and config.policy_weight > 0):
+        loss, _ = td.thought_output(config.reinforce_temperature, slots.device).cross_entropy_sum(
+            _scoring_rows(td, slots), thoughts.ids.flatten(), _per_token(td, weights)
+        )
     return loss
 
 
-def learn(
-    config: QuietStarConfig,
-    head: Head,
-    nll: Tensor,
-    slot_hidden: Tensor,
-    thought_ids: Tensor | None,
-    earned: Reward,
-    part: BatchPart = WHOLE,
-) -> tuple[Objective, Tensor | None]:
-    """All terms of the loss, and the policy term without a gradient.
+def thought_entropy(
+    td: ThoughtDecoder, batch: TextBatch, slots: Tensor, thoughts: Thoughts
+) -> Tensor | None:
+    """The mean entropy (nats) of what the tokens of rewarded thoughts are drawn from, with its gradient;
+    None where nothing was sampled or no bonus is given for it.
 
     Args:
-        nll: the language-model loss.
-        slot_hidden: [B, S, M, d]; thought_ids: [B, M, T], None where nothing was sampled.
-        part: which part of a larger batch this is; means over thoughts are over the larger one.
+        slots: [B, S, M, d].
     """
-    if thought_ids is None:
-        return add_up(config, nll, None, None), None
-    rationales = earned.advantage.shape[-1]
-    count = part.mean_count("thoughts", earned.averaged.sum() * rationales)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and config.policy_weight > 0):
-        policy = policy_loss(config, head, slot_hidden, thought_ids, earned, count)
-    entropy = None
-    if config.entropy_bonus:
-        weights = earned.rewarded.float() / count
-        entropy = thought_entropy(config, head, slot_hidden, weights, rationales)
-    return add_up(config, nll, policy, entropy), policy.detach()
+    config = td.config
+    if thoughts.ids is None or not config.entropy_bonus:
+        return None
+    weights = batch.rewarded.float() / batch.thought_divisor
+    weights = weights.repeat_interleave(batch.rationales, dim=1) / config.thought_length
+    # The most likely thought (temperature 0) has a distribution behind it all the same.
+    output = td.thought_output(config.thought_temperature or 1.0, slots.device)
+    return output.entropy_sum(_scoring_rows(td, slots), _per_token(td, weights))
+
+
+@dataclass
+class LossTerms:
+    """A loss and its two parts, which a trainer may send back separately.
+
+    Attributes:
+        loss: language_loss + thinking_loss.
+        language_loss: nll_weight · NLL, with its gradient.
+        thinking_loss: policy_weight · policy - entropy_bonus · entropy, with its gradient; None where
+            both weights are 0 or nothing was sampled.
+    """
+
+    loss: Tensor
+    language_loss: Tensor
+    thinking_loss: Tensor | None
+
+
+def total_loss(
+    config: QuietStarConfig, nll: Tensor, policy: Tensor | None, entropy: Tensor | None
+) -> LossTerms:
+    """The loss from its terms; ``policy`` and ``entropy`` are None where there is no such term."""
+    language = nll if config.nll_weight == 1 else config.nll_weight * nll
+    thinking = None
+    if policy is not None and config.policy_weight:
+        thinking = config.policy_weight * policy
+    if entropy is not None:
+        bonus = config.entropy_bonus * entropy
+        thinking = -bonus if thinking is None else thinking - bonus
+    loss = language if thinking is None else language + thinking
+    return LossTerms(loss, language, thinking)

@@ -1,4 +1,4 @@
-"""Objective: which gain a thought is rewarded for, what counts as an advantage, the terms of the loss.
+"""Which gain a thought is rewarded for, and what counts as an advantage.
 
 Rewards, per thought and summed over the talk steps (all losses are cross entropies of the true token):
 
@@ -27,53 +27,61 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quietstar.config import QuietStarConfig
-from quietstar.losses.language_model import Talk
-from quietstar.thinking.output_layer import Head
-from quietstar.thinking.think import banned_ids, depth_of_end
+from quietstar.losses.language_model import LanguageModelLosses
+from quietstar.thinking.decoder import ThoughtDecoder
+from quietstar.thinking.text_batch import TextBatch
 
 # Rewards that hardly differ are not blown up to advantages of 1.
 STD_FLOOR = 1e-4
 
 
+@dataclass
+class ThoughtRewards:
+    """What each thought earned.
+
+    Attributes:
+        reward: [B, A, R] fp32, sum over talk steps of what ``config.reward`` says.
+        advantage: [B, A, R] fp32, as ``config.advantage`` and ``clamp_advantage`` say.
+    """
+
+    reward: Tensor
+    advantage: Tensor
+
+
 @torch.no_grad()
-def gains(
-    config: QuietStarConfig,
-    head: Head,
-    talked: Talk,
-    slot_hidden: Tensor,
-    anchors: Tensor,
-    baseline_losses: Tensor | None = None,
+def thought_rewards(
+    td: ThoughtDecoder, batch: TextBatch, lm: LanguageModelLosses, slots: Tensor
+) -> ThoughtRewards:
+    """The reward of each thought, the sum over the tokens that it is rewarded for.
+
+    Args:
+        slots: [B, S, M, d].
+    """
+    gain = gain_per_talk_step(td, batch, lm, slots)
+    reward = gain.sum(0) * batch.rewarded[..., None]
+    return ThoughtRewards(reward, advantage_of(td.config, reward))
+
+
+def gain_per_talk_step(
+    td: ThoughtDecoder, batch: TextBatch, lm: LanguageModelLosses, slots: Tensor
 ) -> Tensor:
     """What each talk step of each thought gained, [K, B, A, R] fp32; 0 where there is no target.
 
-    Args:
-        slot_hidden: [B, S, A*R, d]; anchors: [B, A].
-        baseline_losses: [B, N-1], the copy's base losses for ``information-gain``; None: the model's
-            own, which equal the copy's before the first step.
+    ``information-gain`` measures against the batch's ``baseline_losses``, the copy's; without them
+    against the model's own base losses, which equal the copy's before the first step.
     """
-    before = talked.base_losses
-    if config.reward == "information-gain" and baseline_losses is not None:
-        before = baseline_losses.to(before.dtype)
-    k, last = talked.talk_losses.shape[0], before.shape[1]
+    config, anchors, before, after = td.config, batch.anchors, lm.base_losses, lm.talk_losses
+    assert anchors is not None
+    if config.reward == "information-gain" and batch.baseline_losses is not None:
+        before = batch.baseline_losses.to(before.dtype)
+    k, last = after.shape[0], before.shape[1]
     steps = torch.arange(k, device=anchors.device)[:, None, None]
     before = pad(before, (0, 1)).expand(k, -1, -1).gather(2, (anchors[None] + steps).clamp(max=last))
-    after = talked.talk_losses
     if config.reward != "mixture-gain":
-        after = thought_losses(config, head, slot_hidden, talked.targets).view_as(after)
-    return (before[..., None] - after) * talked.has_target[..., None]
-
-
-@torch.no_grad()
-def thought_losses(config: QuietStarConfig, head: Head, slot_hidden: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy of the thought's own prediction, [K, B, M] fp32; one vocabulary product.
-
-    Args:
-        slot_hidden: [B, S, M, d]; targets: [K, B, M] int64, -100 where there is none.
-    """
-    first = depth_of_end(config) - 1
-    own = slot_hidden[:, first : first + targets.shape[0]].transpose(0, 1)
-    nll = head.cross_entropy(own.flatten(0, 2), targets.flatten())
-    return nll.view(targets.shape)
+        # The thought's own prediction, for one more vocabulary product.
+        own = td.talk_hidden(slots, k).flatten(0, 2)
+        after = td.output.cross_entropy(own, batch.talk_targets.flatten()).view_as(after)
+    return (before[..., None] - after) * batch.has_target[..., None]
 
 
 def advantage_of(config: QuietStarConfig, reward: Tensor) -> Tensor:
@@ -88,54 +96,3 @@ def advantage_of(config: QuietStarConfig, reward: Tensor) -> Tensor:
         elif config.advantage == "leave-one-out":
             reward = reward * (rationales / (rationales - 1))
     return reward.clamp(min=0) if config.clamp_advantage else reward
-
-
-def thought_entropy(
-    config: QuietStarConfig, head: Head, slot_hidden: Tensor, weights: Tensor, rationales: int
-) -> Tensor:
-    """Weighted entropy (nats) of what thought tokens are sampled from, the mean over the T tokens of a
-    thought; a scalar with its gradient.
-
-    Args:
-        slot_hidden: [B, S, A*R, d]; weights: [B, A] fp32, of each thought of an anchor.
-    """
-    length = config.thought_length
-    weights = weights.repeat_interleave(rationales, dim=1) / length
-    return head.entropy_sum(
-        slot_hidden[:, :length].transpose(1, 2).flatten(0, 2),
-        weights[..., None].expand(-1, -1, length).flatten(),
-        # The most likely thought (temperature 0) has a distribution behind it all the same.
-        temperature=config.thought_temperature or 1.0,
-        banned=banned_ids(config, slot_hidden.device),
-    )
-
-
-@dataclass
-class Objective:
-    """A loss and its two parts, which a trainer may send back separately.
-
-    Attributes:
-        loss: language_loss + thinking_loss.
-        language_loss: nll_weight · NLL, with its gradient.
-        thinking_loss: policy_weight · policy - entropy_bonus · entropy, with its gradient; None where
-            both weights are 0 or nothing was sampled.
-    """
-
-    loss: Tensor
-    language_loss: Tensor
-    thinking_loss: Tensor | None
-
-
-def add_up(
-    config: QuietStarConfig, nll: Tensor, policy: Tensor | None, entropy: Tensor | None
-) -> Objective:
-    """The loss from its terms; ``policy`` and ``entropy`` are None where there is no such term."""
-    language = nll if config.nll_weight == 1 else config.nll_weight * nll
-    thinking = None
-    if policy is not None and config.policy_weight:
-        thinking = config.policy_weight * policy
-    if entropy is not None:
-        bonus = config.entropy_bonus * entropy
-        thinking = -bonus if thinking is None else thinking - bonus
-    loss = language if thinking is None else language + thinking
-    return Objective(loss, language, thinking)

@@ -34,12 +34,13 @@ from quietstar.modeling.text_cache import (
     check_prompt_is_longer,
     with_installed_name,
 )
-from quietstar.thinking.attention import check_layers, layer_keys
-from quietstar.thinking.cuda_graphs import run_slots, without_checkpointing
-from quietstar.thinking.layout import HandedKeys, LayerKeys, ThoughtLayout
+from quietstar.thinking.attention import check_layers
+from quietstar.thinking.cuda_graphs import without_checkpointing
+from quietstar.thinking.layout import HandedKeys
+from quietstar.thinking.next_token import EndOfText
 from quietstar.thinking.positions import check_length
+from quietstar.thinking.slots import banned_ids
 from quietstar.thinking.text_part import text_body
-from quietstar.thinking.think import banned_ids, depth_of_end, output_head, slot_steps
 
 if TYPE_CHECKING:
     from quietstar.modeling.model import QuietStarForCausalLM
@@ -75,18 +76,18 @@ def next_token_logits(
     check_length(model.base, total)
     is_text, first = text_before_the_end(attention_mask, past, new, look=thinking.step == 0)
     hidden, handed = read_text(model, input_ids, is_text, cache, thinking.prefill_chunk_size)
-    head = output_head(model.base)
-    logits = head.logits(hidden)
+    td = model.thought_decoder
+    output = td.output
+    logits = output.logits(hidden)
     banned = banned_ids(model.config, logits.device)
     logits[:, banned] = -torch.inf
     step = thinking.step
     rows = (thinking.decide(logits) & model.config.thinks).nonzero()[:, 0]
     if len(rows):
         check_layers(handed, model.base)
-        mixed, weight, ids = _think(
-            model, handed, rows, first[rows], total, hidden[rows], temperature, seed=step
-        )
-        thought_logits = head.logits(mixed)
+        end = EndOfText(handed, rows, first[rows], total, hidden[rows])
+        mixed, weight, ids = td.next_token(end, temperature, seed=step)
+        thought_logits = output.logits(mixed)
         thought_logits[:, banned] = -torch.inf
         logits[rows] = thought_logits
         if ids is not None:
@@ -125,70 +126,6 @@ def read_text(
             **cache_argument(decoder, cache),
         ).last_hidden_state[:, -1]
     return hidden, handed
-
-
-def _think(
-    model: QuietStarForCausalLM,
-    handed: HandedKeys,
-    rows: Tensor,
-    first: Tensor,
-    total: int,
-    base_hidden: Tensor,
-    temperature: float,
-    seed: int,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One thought per chosen row at the end of its text.
-
-    Args:
-        handed: the text's keys and values, as the layers handed them to their attention.
-        rows: [r] rows of the batch; first: [r] their first text token; total: text length with padding.
-        base_hidden: [r, d].
-
-    Returns:
-        mixed hidden states [r, d], mixing weights [r], tokens [r, T] or None for pause tokens.
-    """
-    config, count = model.config, len(rows)
-    slots = depth_of_end(config)
-    check_length(model.base, total, slots)
-    # The text as one range per row: the layout needs no more of it than the last position.
-    layout = ThoughtLayout(
-        first[:, None].to(torch.int32),
-        torch.full_like(first[:, None], total, dtype=torch.int32),
-        torch.zeros(count, 1, dtype=torch.int64, device=rows.device),
-        slots,
-        phase="slot",
-    )
-    layout.keys = chosen_keys(handed, rows, total)
-    if temperature:
-        seed = int(torch.randint(2**62, ()))
-    ids, _, kept = run_slots(
-        slot_steps,
-        model.base,
-        config,
-        model.thought_embedding(config.embedding_scale),
-        rows[:, None],  # no talk slot is run, so no text is needed
-        layout,
-        temperature=temperature,
-        seed=seed,
-        last=slots,
-    )
-    mixed, weight = model.mixing_head(
-        base_hidden, kept[-1][:, 0], config.mixing_activation, floor=config.mixing_floor
-    )
-    return mixed, weight[:, 0].float(), None if ids is None else ids[:, 0]
-
-
-def chosen_keys(handed: HandedKeys, rows: Tensor, total: int) -> dict[int, LayerKeys]:
-    """Every layer's keys and values of the chosen rows, without a copy where all rows are chosen.
-
-    A sliding-window cache holds only the tail of the text.
-    """
-    found = {}
-    for index, (keys, values) in handed.keys.items():
-        if len(rows) < keys.shape[0]:
-            keys, values = keys.index_select(0, rows), values.index_select(0, rows)
-        found[index] = layer_keys(keys, values, offset=total - keys.shape[2])
-    return found
 
 
 class ThinkingGenerationMixin(GenerationMixin):

@@ -124,7 +124,7 @@ def inherited_settings(config: GenerationConfig) -> GenerationConfig:
     return copy.deepcopy(config)
 
 
-def check_kept(logits_to_keep: Any, most: int, why: str = "") -> None:
+def check_kept(logits_to_keep: Any, max_kept: int, why: str = "") -> None:
     """Refuse another number of predictions than 0 (all) to ``most``.
 
     Raises:
@@ -135,8 +135,8 @@ def check_kept(logits_to_keep: Any, most: int, why: str = "") -> None:
             f"logits_to_keep is a {type(logits_to_keep).__name__}; expected a whole number, the last so"
             " many positions"
         )
-    if not 0 <= logits_to_keep <= most:
-        raise ValueError(f"logits_to_keep is {logits_to_keep}; expected 0 to {most}{why}")
+    if not 0 <= logits_to_keep <= max_kept:
+        raise ValueError(f"logits_to_keep is {logits_to_keep}; expected 0 to {max_kept}{why}")
 
 
 def text_before_the_end(

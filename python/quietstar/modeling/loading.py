@@ -75,7 +75,7 @@ def check_folder(name: str | Path | None) -> None:
     )
 
 
-def keep_gradients(decoder: nn.Module) -> None:
+def keep_4bit_differentiable(decoder: nn.Module) -> None:
     """Let a 4-bit decoder pass gradients on every device.
 
     On CPUs with bf16 instructions bitsandbytes repacks a weight in the first evaluation pass, for a

@@ -16,8 +16,12 @@ from transformers import (
 )
 
 from quietstar.config import QuietStarConfig, check_fields
-from quietstar.losses.language_model import MixingHead, check_labels, target_labels
-from quietstar.modeling.forward import ThinkingPasses
+from quietstar.modeling.forward import (
+    given_thoughts,
+    plain_forward,
+    prediction_forward,
+    training_forward,
+)
 from quietstar.modeling.generation import ThinkingGenerationMixin
 from quietstar.modeling.generation_checks import check_kept, check_outputs, inherited_settings
 from quietstar.modeling.generation_state import SpokenThought, Thinking
@@ -28,22 +32,24 @@ from quietstar.modeling.input_checks import (
     check_text,
     check_tokens,
 )
-from quietstar.modeling.loading import check_folder, keep_gradients, load_whole
+from quietstar.modeling.loading import check_folder, keep_4bit_differentiable, load_whole
 from quietstar.modeling.meta_tokens import add_meta_tokens, meta_token_ids
 from quietstar.modeling.output import QuietStarOutput
 from quietstar.modeling.text_cache import CACHE_NAME, check_alone, check_grows, one_cache
 from quietstar.thinking.attention import implementation_name
-from quietstar.thinking.batch_share import WHOLE, BatchPart
+from quietstar.thinking.batch_share import WHOLE_BATCH, BatchShard
+from quietstar.thinking.decoder import ThoughtDecoder
 from quietstar.thinking.documents import DESCRIPTIONS, batch_ranges, check_new_positions
 from quietstar.thinking.fsdp2 import output_layer_gathered
+from quietstar.thinking.layers import MixingHead, ThoughtEmbedding
 from quietstar.thinking.noise import settle_noise
 from quietstar.thinking.self_check import check_decoder
 from quietstar.thinking.supported import check_reopens, check_supported
+from quietstar.thinking.text_batch import TextBatch, check_labels, target_labels
 from quietstar.thinking.text_part import text_body, text_config_of
-from quietstar.thinking.think import ThoughtEmbedding
 
 
-class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMixin):
+class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
     """Wraps any supported Hugging Face decoder with thoughts (see :class:`QuietStarConfig`).
 
     The decoder is ``self.base``, unmodified; the model adds ``thought_embedding`` and ``mixing_head``.
@@ -121,7 +127,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         if isinstance(base, str | Path):
             base, _ = load_whole(AutoModelForCausalLM.from_pretrained, base, use_safetensors=True)
         _check_base(base)
-        keep_gradients(base)
+        keep_4bit_differentiable(base)
         check_supported(base)
         check_reopens(base)
         if tokenizer is not None:
@@ -170,7 +176,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         wants_info = options.pop("output_loading_info", False)
         options.setdefault("use_safetensors", True)
         model, info = load_whole(super().from_pretrained, name, *args, **options)
-        keep_gradients(model)
+        keep_4bit_differentiable(model)
         return (model, info) if wants_info else model  # type: ignore[return-value]
 
     @classmethod
@@ -212,6 +218,11 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
 
     # ---- thinking -------------------------------------------------------------------------------
 
+    @property
+    def thought_decoder(self) -> ThoughtDecoder:
+        """What the method is told of the model, for one call."""
+        return ThoughtDecoder(self.base, self.config, self.thought_embedding, self.mixing_head)
+
     @output_layer_gathered
     def forward(
         self,
@@ -226,7 +237,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         document_ids: Tensor | None = None,
-        batch_part: BatchPart = WHOLE,
+        batch_part: BatchShard = WHOLE_BATCH,
         cache: Cache | None = None,
         thinking: Thinking | None = None,
         **ignored: Any,
@@ -257,9 +268,10 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
                 batches may have ``position_ids``, ``seq_idx`` or ``cu_seq_lens_q`` to the same end
                 (:func:`~quietstar.thinking.documents.batch_ranges`).
             batch_part: with labels, which part of a larger batch this is
-                (:class:`~quietstar.thinking.batch_share.BatchPart`). Such a part may have no target at
-            all. thinking: the state of a call of ``generate``, which decides here whether to think
-                before the next token.
+                (:class:`~quietstar.thinking.batch_share.BatchShard`). Such a part may have no target at
+                all.
+            thinking: the state of a call of ``generate``, which decides here whether to think before
+                the next token.
 
         Raises:
             ValueError: names the argument that cannot be used, before anything is computed.
@@ -270,7 +282,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         if input_ids is None:
             raise ValueError("input_ids is missing; expected tokens [rows, tokens]")
         # A part of a larger batch may have nothing to learn from; the others have.
-        alone = batch_part is WHOLE
+        alone = batch_part is WHOLE_BATCH
         check_text(config, input_ids, labels, alone)
         check_tokens(input_ids, self.get_input_embeddings())
         check_baseline(config, baseline_losses, input_ids, labels is not None and self.training)
@@ -309,26 +321,37 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingPasses, ThinkingGenerationMi
         temperature = thought_temperature
         if temperature is None:
             temperature = config.thought_temperature if self.training else 0.0
-        if not config.thinks:
-            output = self._plain(input_ids, attention_mask, ranges, labels, logits_to_keep, batch_part)
-        elif labels is None:
-            if thought_ids is not None and logits_to_keep:
-                raise ValueError("logits_to_keep was given with thought_ids; expected one of them")
-            output = self._predict(input_ids, ranges, logits_to_keep, temperature, thought_ids, anchors)
-        else:
-            output = self._learn(
-                input_ids,
-                ranges,
-                labels,
-                thought_ids,
-                anchors,
-                temperature,
-                baseline_losses,
-                batch_part,
-            )
+        rationales = config.num_rationales if labels is not None and self.training else 1
+        batch = TextBatch(
+            config,
+            input_ids,
+            ranges,
+            attention_mask,
+            labels,
+            baseline_losses,
+            anchors,
+            rationales=1 if config.thought_kind == "pause" else rationales,
+            temperature=temperature,
+            shard=batch_part,
+        )
+        output = self._think_and_predict(batch, thought_ids, logits_to_keep)
         if use_cache:
             output[CACHE_NAME] = self._text_cache(input_ids, attention_mask)
         return output
+
+    def _think_and_predict(
+        self, batch: TextBatch, thought_ids: Tensor | None, logits_to_keep: int
+    ) -> QuietStarOutput:
+        td = self.thought_decoder
+        if not self.config.thinks:
+            return plain_forward(td, batch, logits_to_keep)
+        if batch.labels is None:
+            if thought_ids is not None and logits_to_keep:
+                raise ValueError("logits_to_keep was given with thought_ids; expected one of them")
+            return prediction_forward(td, batch, thought_ids, logits_to_keep)
+        if thought_ids is None:
+            return training_forward(td, batch)
+        return training_forward(td, *given_thoughts(td, batch, thought_ids))
 
     def _check_once(self, device: torch.device) -> None:
         """What is compared before the first pass, and before the first with thoughts."""

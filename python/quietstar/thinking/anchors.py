@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 from quietstar.config import QuietStarConfig
-from quietstar.thinking.batch_share import WHOLE, BatchPart
+from quietstar.thinking.batch_share import WHOLE_BATCH, BatchShard
 from quietstar.thinking.layout import TextRanges, text_positions
 
 if TYPE_CHECKING:
-    from quietstar.thinking.output_layer import Head
+    from quietstar.thinking.output_layer import OutputLayer
 
 
 def choose_anchors(
     config: QuietStarConfig,
     ranges: TextRanges,
     hidden: Tensor | None,
-    head: Head | None,
-    part: BatchPart = WHOLE,
+    output: OutputLayer | None,
+    shard: BatchShard = WHOLE_BATCH,
 ) -> Tensor:
     """The positions that think, [B, A] int64, ascending.
 
@@ -32,8 +32,8 @@ def choose_anchors(
 
     Args:
         ranges: what each of the B x N text tokens sees.
-        hidden: [B, N, d] of the text, and head: both for the rule ``entropy`` alone.
-        part: the random positions are drawn for every part, and this one's are taken.
+        hidden: [B, N, d] of the text, and output: both for the rule ``entropy`` alone.
+        shard: the random positions are drawn for every part, and this one's are taken.
     """
     batch, length = ranges.start.shape
     rule, number = config.parse_think_at()
@@ -44,28 +44,28 @@ def choose_anchors(
     if rule == "stride":
         thinks = is_text & (text_positions(ranges.start, ranges.stop) % int(number) == 0)
         # With one document in a row the padding decides nothing about the shape (graphs are kept by it).
-        most = math.ceil(length / number) if ranges.end is None else int(thinks.sum(1).max())
+        max_anchors = math.ceil(length / number) if ranges.end is None else int(thinks.sum(1).max())
     else:
         if rule == "random":
-            drawn = part.uniform(batch, length).to(is_text.device)
+            drawn = shard.uniform(batch, length).to(is_text.device)
             score = drawn.gather(1, (is_text.cumsum(1) - 1).clamp(min=0))
-        elif hidden is None or head is None:
+        elif hidden is None or output is None:
             raise ValueError("think_at='entropy:p' needs the text's hidden states")
         else:
-            score = base_entropy(hidden, head)
+            score = base_entropy(hidden, output)
         order = torch.where(is_text, score, -1.0).argsort(dim=1, descending=True, stable=True)
         share = (is_text.sum(1, keepdim=True).double() * number).round().clamp(min=1)
         thinks = is_text & (order.argsort(dim=1) < share)
-        most = max(1, round(number * length))
-    return torch.where(thinks, everywhere, length - 1).sort(1).values[:, :most]
+        max_anchors = max(1, round(number * length))
+    return torch.where(thinks, everywhere, length - 1).sort(1).values[:, :max_anchors]
 
 
 @torch.no_grad()
-def base_entropy(hidden: Tensor, head: Head, rows_per_chunk: int = 256) -> Tensor:
+def base_entropy(hidden: Tensor, output: OutputLayer, rows_per_chunk: int = 256) -> Tensor:
     """Entropy in nats of the base prediction, [B, N] fp32, without holding all logits at once."""
     rows = hidden.flatten(0, 1)
     parts = []
     for chunk in rows.split(rows_per_chunk):
-        logp = head.logits(chunk).float().log_softmax(-1)
+        logp = output.logits(chunk).float().log_softmax(-1)
         parts.append(-(logp.exp() * logp).sum(-1))
     return torch.cat(parts).unflatten(0, hidden.shape[:2])

@@ -17,7 +17,7 @@ from torch import Tensor
 MeanCount = Callable[[str, Tensor], Tensor]
 
 
-class BatchPart:
+class BatchShard:
     """Which part of a batch a call sees. The parts have the same number of rows.
 
     Not a dataclass on purpose: FSDP rebuilds dataclass arguments when it casts inputs.
@@ -66,4 +66,4 @@ class BatchPart:
         return drawn.T.chunk(self.count)[self.index]
 
 
-WHOLE = BatchPart()
+WHOLE_BATCH = BatchShard()

@@ -11,7 +11,7 @@ launch as fast as the device runs them. What kept them from being captured, and 
 - **the seed** is a device tensor, read by the sampling kernel; the offsets of slots and rows do not
   change and are part of the graph.
 
-``slot_steps`` is the same loop with and without: :class:`Chain` only changes what it is given. A chain
+The loop is the same with and without: :class:`Chain` only changes what it is given. A chain
 is built for one combination of shapes and options and captured when that comes for the second time, so
 that what comes once is not paid for; the latest few are kept, and each keeps its keys, hidden states
 and buffers on the device: about what a rollout needs while it runs.
@@ -28,7 +28,8 @@ import math
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -36,9 +37,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.config import QuietStarConfig
-from quietstar.thinking.batch_share import WHOLE, BatchPart
 from quietstar.thinking.layout import LayerKeys, ThoughtLayout
 from quietstar.thinking.positions import rope_limits
+from quietstar.thinking.slots import SlotResults, SlotRun, run_slots_singly
 from quietstar_ext.dispatch import Setting
 
 logger = logging.getLogger("quietstar")
@@ -46,10 +47,7 @@ logger = logging.getLogger("quietstar")
 MODES = ("off", "auto", "buffers")
 # Text buffers of a single column per row (generation) grow by so many tokens at a time.
 TEXT_STEP = 256
-MOST_CHAINS = 4
-
-Steps = tuple[Tensor | None, Tensor | None, list[Tensor]]
-Loop = Callable[..., Steps]
+MAX_CHAINS = 4
 
 _mode = Setting("QUIETSTAR_GRAPHS", MODES)
 _chains: weakref.WeakKeyDictionary[PreTrainedModel, OrderedDict[Hashable, Chain | str | None]] = (
@@ -74,60 +72,37 @@ def forget(decoder: PreTrainedModel) -> None:
     _chains.pop(decoder, None)
 
 
-def run_slots(
-    loop: Loop,
-    decoder: PreTrainedModel,
-    config: QuietStarConfig,
-    meta: tuple[Tensor, Tensor],
-    input_ids: Tensor,
-    steps: ThoughtLayout,
-    *,
-    temperature: float,
-    seed: int | Tensor,
-    last: int,
-    part: BatchPart = WHOLE,
-) -> Steps:
-    """``loop`` (:func:`quietstar.thinking.think.slot_steps`), replayed where the mode says so and it
-    can be.
-
-    Arguments and results are the loop's.
-    """
+def run_slots(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) -> SlotResults:
+    """:func:`quietstar.thinking.slots.run_slots_singly`, replayed where the mode says so and
+    it can be."""
     mode = _mode.get()
-    arguments = (decoder, config, meta, input_ids, steps)
-    options = {"temperature": temperature, "last": last, "part": part}
-    if mode == "off" or last == 0 or torch.compiler.is_compiling():
-        return loop(*arguments, seed=seed, **options)
-    device = steps.anchors.device
-    if mode == "auto" and device.type != "cuda":
-        return loop(*arguments, seed=seed, **options)
+    if mode == "off" or run.last == 0 or torch.compiler.is_compiling():
+        return run_slots_singly(decoder, config, run)
+    if mode == "auto" and run.layout.anchors.device.type != "cuda":
+        return run_slots_singly(decoder, config, run)
     with _one_at_a_time:
-        return _run_known(loop, arguments, mode, seed, options)
+        return _run_known(decoder, config, run, mode)
 
 
 def _run_known(
-    loop: Loop,
-    arguments: tuple[PreTrainedModel, QuietStarConfig, tuple[Tensor, Tensor], Tensor, ThoughtLayout],
-    mode: str,
-    seed: int | Tensor,
-    options: dict[str, Any],
-) -> Steps:
+    decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun, mode: str
+) -> SlotResults:
     """A chain over its buffers, if there is one for this combination, or the loop itself."""
-    decoder, _, meta, input_ids, steps = arguments
     known = _chains.setdefault(decoder, OrderedDict())
-    key = _key(*arguments, **options)
+    key = _key(decoder, config, run)
     found = known.get(key)
     if found is None and (mode == "buffers" or key in known):
-        reason = _why_not(decoder)
-        found = Chain(loop, *arguments, options) if reason is None else reason
+        reason = _unsupported_reason(decoder)
+        found = Chain(decoder, config, run) if reason is None else reason
         if reason is not None:
             logger.warning("slot steps are not captured in a graph: %s", reason)
     known[key] = found
     known.move_to_end(key)
-    while len(known) > MOST_CHAINS:
+    while len(known) > MAX_CHAINS:
         known.popitem(last=False)
     if not isinstance(found, Chain):
-        return loop(*arguments, seed=seed, **options)
-    found.fill(meta, input_ids, steps, seed)
+        return run_slots_singly(decoder, config, run)
+    found.fill(run)
     if mode == "buffers":
         return found.run()
     try:
@@ -137,50 +112,42 @@ def _run_known(
     except RuntimeError as error:
         known[key] = str(error).splitlines()[0]
         logger.warning("slot steps are not captured in a graph: %s", known[key])
-        torch.cuda.synchronize(steps.anchors.device)
-        return loop(*arguments, seed=seed, **options)
+        torch.cuda.synchronize(run.layout.anchors.device)
+        return run_slots_singly(decoder, config, run)
 
 
-def _key(
-    decoder: PreTrainedModel,
-    config: QuietStarConfig,
-    meta: tuple[Tensor, Tensor],
-    input_ids: Tensor,
-    steps: ThoughtLayout,
-    temperature: float,
-    last: int,
-    part: BatchPart,
-) -> Hashable:
+def _key(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) -> Hashable:
     """Everything that a graph has fixed and that may be another the next time."""
-    device = steps.anchors.device
+    layout, shard = run.layout, run.shard
+    device = layout.anchors.device
     kind = device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     thought = (config.thought_kind, config.thought_length, config.start_token_id, config.end_token_id)
     return (
         device,
-        tuple(steps.anchors.shape),
-        tuple(steps.row_start.shape),
-        tuple(input_ids.shape),
-        _capacity(steps),
-        steps.num_slots,
-        tuple((t.shape, t.dtype) for t in meta),
+        tuple(layout.anchors.shape),
+        tuple(layout.row_start.shape),
+        tuple(run.input_ids.shape),
+        _capacity(layout),
+        layout.num_slots,
+        tuple((t.shape, t.dtype) for t in run.start_end),
         thought,
-        (temperature, last, part.index, part.count),
+        (run.temperature, run.last, shard.index, shard.count),
         (autocast, decoder.training),
         # Weights that moved (another dtype, an adapter merged, a unit gathered elsewhere).
         hash(tuple(weight.data_ptr() for weight in decoder.parameters())),
     )
 
 
-def _capacity(steps: ThoughtLayout) -> int:
+def _capacity(layout: ThoughtLayout) -> int:
     """Length of the text buffers: the text's in a rollout, rounded up where the text grows."""
-    length = max(keys.offset + keys.k_text.shape[2] for keys in steps.keys.values())
-    if length == steps.text_length:
+    length = max(keys.offset + keys.k_text.shape[2] for keys in layout.keys.values())
+    if length == layout.text_length:
         return length
     return math.ceil(length / TEXT_STEP) * TEXT_STEP
 
 
-def _why_not(decoder: PreTrainedModel) -> str | None:
+def _unsupported_reason(decoder: PreTrainedModel) -> str | None:
     """What about a decoder cannot be captured, as half a sentence; None where nothing is known."""
     for module in decoder.modules():
         if "FSDP" in type(module).__name__ or "FullyShardedDataParallel" in type(module).__name__:
@@ -196,71 +163,52 @@ class Chain:
     """Buffers of one chain of slots, and its graph once it was captured.
 
     Args:
-        loop, decoder, config, options: what runs, and with which options (``temperature``, ``last``,
-            ``part``).
-        meta, input_ids, steps: a first call's, for shapes; nothing of them is kept.
+        run: a first call's, for shapes and options; no tensor of it is kept.
     """
 
-    def __init__(
-        self,
-        loop: Loop,
-        decoder: PreTrainedModel,
-        config: QuietStarConfig,
-        meta: tuple[Tensor, Tensor],
-        input_ids: Tensor,
-        steps: ThoughtLayout,
-        options: dict[str, Any],
-    ):
-        self._loop, self._config, self._options = loop, config, options
+    def __init__(self, decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun):
+        self._config = config
         self._decoder = weakref.ref(decoder)  # the chains are kept by the decoder's life
-        self._meta = tuple(torch.empty_like(t, requires_grad=False) for t in meta)
-        self._input_ids = torch.empty_like(input_ids)
-        self._seed = torch.zeros(1, dtype=torch.int64, device=input_ids.device)
-        self._steps = _like(steps, _capacity(steps))
+        start, end = (torch.empty_like(t, requires_grad=False) for t in run.start_end)
+        self._seed = torch.zeros(1, dtype=torch.int64, device=run.input_ids.device)
+        self._run = replace(
+            run,
+            start_end=(start, end),
+            input_ids=torch.empty_like(run.input_ids),
+            layout=_empty_copy(run.layout, _capacity(run.layout)),
+            seed=self._seed,
+        )
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._outputs: Steps | None = None
+        self._outputs: SlotResults | None = None
         self._read: torch.Event | None = None
 
     @torch.no_grad()
-    def fill(
-        self, meta: tuple[Tensor, Tensor], input_ids: Tensor, steps: ThoughtLayout, seed: int | Tensor
-    ) -> None:
+    def fill(self, run: SlotRun) -> None:
         """Copy a call's inputs into the buffers."""
         if self._read is not None:  # another thread's stream may still copy what the last call gave
             torch.cuda.current_stream(self._seed.device).wait_event(self._read)
-        own = self._steps
-        to = [*self._meta, self._input_ids, own.anchors, own.row_start, own.row_stop]
-        to += [own.text_start, own.text_stop]
-        source = [*(t.detach() for t in meta), input_ids, steps.anchors, steps.row_start, steps.row_stop]
-        source += [steps.text_start, steps.text_stop]
-        for layer, keys in steps.keys.items():
+        to, source = _inputs(self._run), _inputs(run)
+        for layer, keys in run.layout.keys.items():
             # A sliding-window cache holds only the tail of the text: it goes where it belongs.
             place = slice(keys.offset, keys.offset + keys.k_text.shape[2])
-            to += [own.keys[layer].k_text[:, :, place], own.keys[layer].v_text[:, :, place]]
+            own = self._run.layout.keys[layer]
+            to += [own.k_text[:, :, place], own.v_text[:, :, place]]
             source += [keys.k_text, keys.v_text]
         torch._foreach_copy_(to, source)
-        if isinstance(seed, Tensor):
-            self._seed.copy_(seed)
+        if isinstance(run.seed, Tensor):
+            self._seed.copy_(run.seed)
         else:
-            self._seed.fill_(seed)
+            self._seed.fill_(run.seed)
 
     @torch.no_grad()
-    def run(self) -> Steps:
+    def run(self) -> SlotResults:
         """The loop over the buffers."""
         decoder = self._decoder()
         assert decoder is not None
         with without_checkpointing(decoder):
-            return self._loop(
-                decoder,
-                self._config,
-                self._meta,
-                self._input_ids,
-                self._steps,
-                seed=self._seed,
-                **self._options,
-            )
+            return run_slots_singly(decoder, self._config, self._run)
 
-    def replay(self) -> Steps:
+    def replay(self) -> SlotResults:
         """The same as a graph, captured at the first call; the results are the caller's own."""
         device = self._seed.device
         with torch.cuda.device(device):
@@ -268,11 +216,11 @@ class Chain:
                 self._capture()
             assert self._graph is not None and self._outputs is not None
             self._graph.replay()
-            ids, logprobs, kept = self._outputs
-            own = (
-                None if ids is None else ids.clone(),
-                None if logprobs is None else logprobs.clone(),
-                [hidden.clone() for hidden in kept],
+            made = self._outputs
+            own = SlotResults(
+                None if made.ids is None else made.ids.clone(),
+                None if made.logprobs is None else made.logprobs.clone(),
+                [hidden.clone() for hidden in made.hidden],
             )
             self._read = torch.cuda.current_stream().record_event()
         return own
@@ -297,16 +245,23 @@ class Chain:
         self._graph, self._outputs = graph, outputs
 
 
-def _like(steps: ThoughtLayout, capacity: int) -> ThoughtLayout:
+def _inputs(run: SlotRun) -> list[Tensor]:
+    """The tensors of a run that a graph reads, but for keys and seed."""
+    layout = run.layout
+    ranges = [layout.row_start, layout.row_stop, layout.text_start, layout.text_stop]
+    return [*(t.detach() for t in run.start_end), run.input_ids, layout.anchors, *ranges]
+
+
+def _empty_copy(layout: ThoughtLayout, capacity: int) -> ThoughtLayout:
     """A layout of the same shapes over memory of its own, with room for ``capacity`` text tokens."""
     own = ThoughtLayout(
-        steps.row_start.clone(),
-        steps.row_stop.clone(),
-        steps.anchors.clone(),
-        steps.num_slots,
-        phase=steps.phase,
+        layout.row_start.clone(),
+        layout.row_stop.clone(),
+        layout.anchors.clone(),
+        layout.num_slots,
+        phase=layout.phase,
     )
-    for layer, keys in steps.keys.items():
+    for layer, keys in layout.keys.items():
         batch, heads, _, size = keys.k_text.shape
         # Zeros: what is behind the text is never used, but a masked NaN would still be one.
         own.keys[layer] = LayerKeys(

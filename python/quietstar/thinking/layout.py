@@ -169,20 +169,20 @@ def text_ranges(
     if document_ids is not None:
         changes[:, 1:] |= is_text[:, 1:] & (document_ids[:, 1:] != document_ids[:, :-1])
     # One look at the device for all questions.
-    most_starts, most_documents, plain = torch.stack(
+    max_starts, max_documents, plain = torch.stack(
         [
             starts.sum(1).max(),
             (is_text & changes).sum(1).max(),
             (is_text[:, 0] | ~is_text.any(1)).all().long(),
         ]
     ).tolist()
-    if most_starts > 1:
+    if max_starts > 1:
         raise ValueError(
             "attention_mask has a hole in the middle of a row; expected padding at the ends only"
         )
     first = torch.where(changes & is_text, stop - 1, 0).cummax(1).values
     start = torch.where(is_text, first, stop)
-    if most_documents <= 1:
+    if max_documents <= 1:
         return TextRanges(start, stop, bool(plain))
     ranges = TextRanges(start, stop, False)
     ranges.end = _document_ends(is_text, changes, stop)

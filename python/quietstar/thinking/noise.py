@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from quietstar.thinking.fsdp2 import decoder_gathered
-from quietstar.thinking.output_layer import output_head
+from quietstar.thinking.output_layer import output_layer
 from quietstar.thinking.text_part import text_body
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ def _probe(model: QuietStarForCausalLM, input_ids: Tensor) -> None:
             # As check_head does, the decoder's ordinary pass; then what thoughts do with its result.
             hidden = text_body(decoder)(input_ids=input_ids, use_cache=False).last_hidden_state[0]
             _, weight = model.mixing_head(hidden, hidden, model.config.mixing_activation)
-            logits = output_head(decoder).logits(hidden)
+            logits = output_layer(decoder).logits(hidden)
             passes.append(torch.cat([hidden.float(), weight.float(), logits.float()], dim=1))
             states.append(_states(input_ids.device))
             if len(passes) == 1 and all(map(torch.equal, *states)):

@@ -1,4 +1,4 @@
-"""Head: the decoder's output layer, and what is asked of it.
+"""The decoder's output layer, and what is asked of it.
 
 An ordinary layer is its weight, and the fused operators take it. Any other (with an adapter, quantised,
 with a bias or a hook; :mod:`quietstar.thinking.linear_layers`) is called, chunk of rows by chunk of
@@ -7,7 +7,8 @@ rows, so that here, too, rows x vocabulary are never held; the backward pass cal
 
 from __future__ import annotations
 
-from typing import Any
+from copy import copy
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,8 @@ CHUNK_BYTES = 128 * 2**20
 _MULTIPLIES_LOGITS = ("hyperclovax",)
 
 
-class Head:
-    """The output layer as the operators take it: logits = softcap(h W^T * logit_scale).
+class OutputLayer:
+    """The output layer as the operators take it: logits = softcap(h W^T * logit_scale) / temperature.
 
     Hidden states come in any floating dtype, and are cast to the weight's.
 
@@ -42,41 +43,32 @@ class Head:
         weight: [V, d].
     """
 
+    temperature: float = 1.0
+    banned: Tensor | None = None
+
     def __init__(self, weight: Tensor, softcap: float | None, logit_scale: float):
         self.weight, self.softcap, self.logit_scale = weight, softcap, logit_scale
 
+    def at(self, temperature: float, banned: Tensor | None = None) -> Self:
+        """The same layer, whose losses, entropies and samples are those of a temperature, and of all
+        tokens but the banned ones (int64 ids)."""
+        other = copy(self)
+        other.temperature, other.banned = temperature, banned
+        return other
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., d] -> [..., V]; only for rows that a caller really asked to see."""
+        """[..., d] -> [..., V] at temperature 1; only for rows that a caller really asked to see."""
         return self._shape(hidden.to(self.weight.dtype) @ self.weight.T)
 
-    def cross_entropy(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        *,
-        temperature: float = 1.0,
-        banned: Tensor | None = None,
-    ) -> Tensor:
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """nll [rows] of hidden [rows, d] and targets [rows], 0 where a target is -100
         (:func:`quietstar_ext.linear_cross_entropy`)."""
         return linear_cross_entropy(
-            *self._operands(hidden),
-            targets,
-            temperature=temperature,
-            banned=banned,
-            ignore_index=IGNORE,
-            **self._options(),
+            *self._operands(hidden), targets, ignore_index=IGNORE, **self._options()
         )
 
     def cross_entropy_sum(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        row_weights: Tensor,
-        *,
-        temperature: float = 1.0,
-        banned: Tensor | None = None,
-        skip_zero_weight: bool = True,
+        self, hidden: Tensor, targets: Tensor, row_weights: Tensor, skip_zero_weight: bool = True
     ) -> tuple[Tensor, Tensor]:
         """The sum of row_weights [rows] times nll, with its gradient, and nll [rows] without
         (:func:`quietstar_ext.linear_cross_entropy_sum`)."""
@@ -84,50 +76,27 @@ class Head:
             *self._operands(hidden),
             targets,
             row_weights,
-            temperature=temperature,
-            banned=banned,
             ignore_index=IGNORE,
             skip_zero_weight=skip_zero_weight,
             **self._options(),
         )
 
-    def entropy_sum(
-        self,
-        hidden: Tensor,
-        row_weights: Tensor,
-        *,
-        temperature: float = 1.0,
-        banned: Tensor | None = None,
-    ) -> Tensor:
+    def entropy_sum(self, hidden: Tensor, row_weights: Tensor) -> Tensor:
         """The sum of row_weights [rows] times the rows' entropies in nats
         (:func:`quietstar_ext.linear_entropy.linear_entropy_sum`)."""
-        return linear_entropy_sum(
-            *self._operands(hidden),
-            row_weights,
-            temperature=temperature,
-            banned=banned,
-            **self._options(),
-        )
+        return linear_entropy_sum(*self._operands(hidden), row_weights, **self._options())
 
-    def sample(
-        self, hidden: Tensor, *, temperature: float, banned: Tensor, seed: Tensor, offset: int
-    ) -> tuple[Tensor, Tensor]:
+    def sample(self, hidden: Tensor, seed: Tensor, offset: int) -> tuple[Tensor, Tensor]:
         """One token for every row: tokens [rows] int64 and their log-probabilities [rows] fp32
         (:func:`quietstar_ext.linear_sample`)."""
-        return linear_sample(
-            *self._operands(hidden),
-            temperature=temperature,
-            banned=banned,
-            seed=seed,
-            offset=offset,
-            **self._options(),
-        )
+        return linear_sample(*self._operands(hidden), seed=seed, offset=offset, **self._options())
 
     def _operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         return hidden.to(self.weight.dtype), self.weight
 
     def _options(self) -> dict[str, Any]:
-        return {"softcap": self.softcap, "logit_scale": self.logit_scale}
+        shape = {"softcap": self.softcap, "logit_scale": self.logit_scale}
+        return {"temperature": self.temperature, "banned": self.banned, **shape}
 
     def _shape(self, product: Tensor) -> Tensor:
         logits = product * self.logit_scale
@@ -136,7 +105,7 @@ class Head:
         return logits
 
 
-class CalledHead(Head):
+class CalledOutputLayer(OutputLayer):
     """An output layer that is more than its weight: called, in chunks of rows.
 
     Args:
@@ -151,65 +120,41 @@ class CalledHead(Head):
     def logits(self, hidden: Tensor) -> Tensor:
         return self._shape(call_linear(self.layer, hidden))
 
-    def cross_entropy(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        *,
-        temperature: float = 1.0,
-        banned: Tensor | None = None,
-    ) -> Tensor:
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         checks.check_index_range("targets", targets, self.vocabulary, also=IGNORE)
 
         def losses(hidden: Tensor, targets: Tensor) -> Tensor:
-            logp = self._log_softmax(hidden, temperature, banned)
-            return -logp.gather(1, targets[:, None])[:, 0]
+            return -self._log_softmax(hidden).gather(1, targets[:, None])[:, 0]
 
         return self._over_rows(losses, (targets != IGNORE).nonzero()[:, 0], hidden, targets)
 
     def cross_entropy_sum(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        row_weights: Tensor,
-        *,
-        temperature: float = 1.0,
-        banned: Tensor | None = None,
-        skip_zero_weight: bool = True,
+        self, hidden: Tensor, targets: Tensor, row_weights: Tensor, skip_zero_weight: bool = True
     ) -> tuple[Tensor, Tensor]:
         weightless = row_weights == 0
         if skip_zero_weight:
             targets = targets.masked_fill(weightless, IGNORE)
-        nll = self.cross_entropy(hidden, targets, temperature=temperature, banned=banned)
+        nll = self.cross_entropy(hidden, targets)
         # The nll of a banned target is inf, which a weight of 0 would make NaN.
         weighted = row_weights.detach().to(nll.dtype) * nll.masked_fill(weightless, 0)
         return weighted.sum(), nll.detach()
 
-    def entropy_sum(
-        self,
-        hidden: Tensor,
-        row_weights: Tensor,
-        *,
-        temperature: float = 1.0,
-        banned: Tensor | None = None,
-    ) -> Tensor:
+    def entropy_sum(self, hidden: Tensor, row_weights: Tensor) -> Tensor:
         def entropies(hidden: Tensor) -> Tensor:
-            logp = self._log_softmax(hidden, temperature, banned)
+            logp = self._log_softmax(hidden)
             return -(logp.exp() * logp.masked_fill(logp == -torch.inf, 0)).sum(1)
 
         entropy = self._over_rows(entropies, row_weights.nonzero()[:, 0], hidden)
         return row_weights.detach().to(entropy.dtype) @ entropy
 
     @torch.no_grad()
-    def sample(
-        self, hidden: Tensor, *, temperature: float, banned: Tensor, seed: Tensor, offset: int
-    ) -> tuple[Tensor, Tensor]:
+    def sample(self, hidden: Tensor, seed: Tensor, offset: int) -> tuple[Tensor, Tensor]:
         size = self._rows_per_chunk(hidden)
         drawn = [
             sample_tokens(
                 self._shape(call_linear(self.layer, rows).float()),
-                temperature=temperature,
-                banned=banned,
+                temperature=self.temperature,
+                banned=self.banned,
                 seed=seed,
                 offset=offset + index * size,
             )
@@ -217,11 +162,11 @@ class CalledHead(Head):
         ]
         return torch.cat([tokens for tokens, _ in drawn]), torch.cat([logp for _, logp in drawn])
 
-    def _log_softmax(self, hidden: Tensor, temperature: float, banned: Tensor | None) -> Tensor:
+    def _log_softmax(self, hidden: Tensor) -> Tensor:
         product = call_linear(self.layer, hidden)
-        logits = self._shape(product.to(compute_dtype(product.dtype))) / temperature
-        if banned is not None:
-            logits = logits.index_fill(1, banned, -torch.inf)
+        logits = self._shape(product.to(compute_dtype(product.dtype))) / self.temperature
+        if self.banned is not None:
+            logits = logits.index_fill(1, self.banned, -torch.inf)
         return logits.log_softmax(1)
 
     def _rows_per_chunk(self, hidden: Tensor) -> int:
@@ -230,27 +175,27 @@ class CalledHead(Head):
     def _zeros(self, hidden: Tensor) -> Tensor:
         return hidden.new_zeros(len(hidden), dtype=compute_dtype(hidden.dtype))
 
-    def _over_rows(self, function: Any, live: Tensor, hidden: Tensor, *more: Tensor) -> Tensor:
-        """``function`` of the live rows' tensors, [rows], 0 for the other rows."""
-        if not len(live) and len(hidden) and torch.is_grad_enabled():
+    def _over_rows(self, function: Any, valid_rows: Tensor, hidden: Tensor, *more: Tensor) -> Tensor:
+        """``function`` of the valid rows' tensors, [rows], 0 for the other rows."""
+        if not len(valid_rows) and len(hidden) and torch.is_grad_enabled():
             # Nothing counts here, but another process may wait for the layer's gradients: zeros.
             rows = [tensor[:1] for tensor in (hidden, *more)]
             rows[1:] = [tensor.clamp(min=0) for tensor in rows[1:]]
             return function(*rows).nan_to_num(0, 0, 0).sum() * 0 + self._zeros(hidden)
-        if not len(live):
+        if not len(valid_rows):
             return self._zeros(hidden)
         found = []
-        for index in live.split(self._rows_per_chunk(hidden)):
+        for index in valid_rows.split(self._rows_per_chunk(hidden)):
             rows = [tensor[index] for tensor in (hidden, *more)]
             if torch.is_grad_enabled():
                 found.append(checkpoint(function, *rows, use_reentrant=False, preserve_rng_state=False))
             else:
                 found.append(function(*rows))
         values = torch.cat(found)
-        return values.new_zeros(len(hidden)).index_put((live,), values)
+        return values.new_zeros(len(hidden)).index_put((valid_rows,), values)
 
 
-def output_head(decoder: PreTrainedModel) -> Head:
+def output_layer(decoder: PreTrainedModel) -> OutputLayer:
     """Read the output layer and what a family does to its logits."""
     config = text_config_of(decoder.config)
     scale = getattr(config, "logit_scale", None)
@@ -260,5 +205,5 @@ def output_head(decoder: PreTrainedModel) -> Head:
     softcap = getattr(config, "final_logit_softcapping", None)
     layer = decoder.get_output_embeddings()
     if is_plain_linear(layer) and layer.bias is None:
-        return Head(layer.weight, softcap, scale)
-    return CalledHead(layer, config.vocab_size, softcap, scale)
+        return OutputLayer(layer.weight, softcap, scale)
+    return CalledOutputLayer(layer, config.vocab_size, softcap, scale)

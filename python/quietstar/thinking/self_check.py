@@ -23,9 +23,10 @@ from quietstar.thinking.fsdp2 import decoder_gathered
 from quietstar.thinking.layout import ThoughtLayout, text_ranges
 from quietstar.thinking.linear_layers import embedding_rows
 from quietstar.thinking.noise import evaluation_mode
+from quietstar.thinking.output_layer import output_layer
 from quietstar.thinking.positions import check_length
 from quietstar.thinking.text_part import text_body, text_config_of
-from quietstar.thinking.think import check_head, run_decoder
+from quietstar.thinking.text_pass import run_decoder
 
 # The text, its two anchors and the slots behind each: enough for a wrong position, mask or embedding.
 _TEXT, _ANCHORS, _SLOTS = 4, (1, 3), 2
@@ -47,7 +48,8 @@ def check_decoder(
     Args:
         decoder: the wrapped causal language model.
         device: where its tokens are.
-        logits: compare its logits with what :func:`quietstar.thinking.think.output_head` reads of them.
+        logits: compare its logits with what
+            :func:`~quietstar.thinking.output_layer.output_layer` reads of them.
         thoughts: compare a packed pass with its own run.
 
     Raises:
@@ -65,7 +67,7 @@ def check_decoder(
         ids = _ordinary_tokens(decoder, _TEXT + _SLOTS).to(device)
         check_length(decoder, _TEXT, _SLOTS)
         if logits:
-            check_head(decoder, ids[None, :_TEXT])
+            check_logits(decoder, ids[None, :_TEXT])
         if thoughts:
             _check_columns(decoder, ids)
 
@@ -87,6 +89,29 @@ def _errors_as_a_sentence(decoder: PreTrainedModel) -> Iterator[None]:
             f"model type {kind!r} cannot run with thoughts: its own code raised {type(error).__name__}"
             f" ({reason})"
         ) from error
+
+
+@torch.no_grad()
+def check_logits(decoder: PreTrainedModel, input_ids: Tensor) -> None:
+    """Compare the model's own logits with :func:`output_layer`'s reading of them, once.
+
+    Args:
+        input_ids: [1, N], any text.
+
+    Raises:
+        ValueError: if a family does something to its logits that is not known here.
+    """
+    with evaluation_mode(decoder):  # two passes with dropout would differ
+        own = decoder(input_ids=input_ids, use_cache=False).logits
+        body = text_body(decoder)(input_ids=input_ids, use_cache=False).last_hidden_state
+    ours = output_layer(decoder).logits(body)
+    error = (own.float() - ours.float()).abs().max() / own.float().abs().max().clamp(min=1e-6)
+    if not error < 2e-2:
+        kind = text_config_of(decoder.config).model_type
+        raise ValueError(
+            f"model type {kind!r} computes its logits in a way that is not supported (relative"
+            f" difference {float(error):.2g})"
+        )
 
 
 def _check_columns(decoder: PreTrainedModel, ids: Tensor) -> None:

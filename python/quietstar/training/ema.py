@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from quietstar.checkpoints.state import gathered, sharded_like
 from quietstar.config import QuietStarConfig
-from quietstar.thinking.batch_share import BatchPart
+from quietstar.thinking.batch_share import BatchShard
 from quietstar.thinking.documents import TEXT
 from quietstar.thinking.fsdp2 import put_shards_back
 from quietstar.training.schedule import Schedule
@@ -71,7 +71,7 @@ class EmaCopy:
                 model.eval()
                 text = {key: inputs[key] for key in _TEXT if inputs.get(key) is not None}
                 # Perhaps one part of several, and without a target; its means are not asked for.
-                output = model(**text, batch_part=BatchPart())
+                output = model(**text, batch_part=BatchShard())
             finally:
                 model.train(training)
                 config.thought_kind = kind

@@ -2,7 +2,7 @@
 
 A step's loss is a sum of means over what counts in the *global* batch of the step, and its random
 numbers are those of the global batch. :class:`GlobalBatch` finds out what the model has to be told for
-that, see :class:`~quietstar.thinking.batch_share.BatchPart`. Where the thinking positions are known
+that, see :class:`~quietstar.thinking.batch_share.BatchShard`. Where the thinking positions are known
 before the pass (``think_at`` all, stride and random) the counts of all micro-batches are known before
 the first; where they follow from it (entropy) each micro-batch's means are its own, over all processes,
 and weigh as its targets do.
@@ -25,13 +25,18 @@ from transformers import TrainerState
 
 from quietstar.checkpoints.save import saved_count
 from quietstar.config import QuietStarConfig
-from quietstar.losses.language_model import IGNORE, count_targets, talk_targets, target_labels
-from quietstar.losses.policy import which_count
 from quietstar.modeling.input_checks import check_text
 from quietstar.thinking.anchors import choose_anchors
-from quietstar.thinking.batch_share import BatchPart, MeanCount
+from quietstar.thinking.batch_share import BatchShard, MeanCount
 from quietstar.thinking.documents import batch_ranges
 from quietstar.thinking.layout import TextRanges
+from quietstar.thinking.output_layer import IGNORE
+from quietstar.thinking.text_batch import (
+    count_targets,
+    talk_targets,
+    target_labels,
+    which_count,
+)
 from quietstar.training.options import check_batch
 
 logger = logging.getLogger("quietstar")
@@ -50,7 +55,7 @@ def ranges_and_labels(config: QuietStarConfig, batch: dict[str, Any]) -> tuple[T
 
 
 def loss_divisors(
-    config: QuietStarConfig, batch: dict[str, Any], part: BatchPart
+    config: QuietStarConfig, batch: dict[str, Any], part: BatchShard
 ) -> dict[str, Tensor] | None:
     """The counts of one batch that the model will divide by, by name; None if they depend on the pass.
 
@@ -125,7 +130,7 @@ class GlobalBatch:
         rows_without, *self.targets = found.tolist()
         return rows_without, sum(map(len, per_row)) * self._accelerator.num_processes
 
-    def next_share(self, config: QuietStarConfig) -> BatchPart:
+    def next_share(self, config: QuietStarConfig) -> BatchShard:
         """What the model is told about the next micro-batch."""
         number = self._next
         self._next += 1
@@ -147,12 +152,12 @@ class GlobalBatch:
 
         return self._share(number, mean_count)
 
-    def _share(self, number: int, mean_count: MeanCount | None = None) -> BatchPart:
+    def _share(self, number: int, mean_count: MeanCount | None = None) -> BatchShard:
         """This process's share of a micro-batch, with the seed of what is drawn in it."""
         text = f"{self._seed}/{self._step}/{number}"
         seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 2
         processes, index = self._accelerator.num_processes, self._accelerator.process_index
-        return BatchPart(index, processes, mean_count, seed)
+        return BatchShard(index, processes, mean_count, seed)
 
     def _count(self, config: QuietStarConfig) -> dict[str, Tensor] | None:
         """Mean counts over all processes' micro-batches of this step; None if they cannot be known."""

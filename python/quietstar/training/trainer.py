@@ -33,7 +33,7 @@ from quietstar.checkpoints.weights import full_weights, load_full_weights, witho
 from quietstar.config import QuietStarConfig
 from quietstar.data.collator import PaddingCollator, collator_for
 from quietstar.modeling.meta_tokens import check_tokenizer
-from quietstar.thinking.batch_share import BatchPart
+from quietstar.thinking.batch_share import BatchShard
 from quietstar.thinking.documents import DESCRIPTIONS
 from quietstar.thinking.fsdp2 import put_shards_back
 from quietstar.training import options
@@ -201,7 +201,7 @@ class QuietStarTrainer(Trainer):
         """The model's loss while training; its language-model part alone in evaluation."""
         options.check_batch(inputs)
         training, batch = model.training, self.global_batch
-        share = batch.next_share(self.thought_config) if training else BatchPart()
+        share = batch.next_share(self.thought_config) if training else BatchShard()
         output = self.run_model(model, {**inputs, "batch_part": share})
         if not training or batch.has_target:
             self.metrics.add(output, training)

@@ -1,0 +1,46 @@
+"""Text and thoughts in one differentiable pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quietstar.thinking.layout import ThoughtLayout
+from quietstar.thinking.positions import check_length
+from quietstar.thinking.rollout import Thoughts
+from quietstar.thinking.slots import SlotInputs
+from quietstar.thinking.text_batch import TextBatch
+from quietstar.thinking.text_pass import run_decoder
+
+if TYPE_CHECKING:
+    from quietstar.thinking.decoder import ThoughtDecoder
+
+
+def packed_pass(
+    td: ThoughtDecoder, batch: TextBatch, thoughts: Thoughts, num_slots: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Hidden states of the text [B, N, d] and of the slots [B, S, M, d], with gradients.
+
+    Args:
+        batch: with its anchors.
+        num_slots: stops the columns early (default: all S slots).
+    """
+    row_start, row_stop, plain = batch.ranges
+    count = num_slots or td.config.num_slots
+    embed, n = td.decoder.get_input_embeddings(), batch.input_ids.shape[1]
+    check_length(td.decoder, n, count)
+    layout = ThoughtLayout(
+        row_start,
+        row_stop,
+        batch.columns,
+        count,
+        plain_text=plain,
+        every_position=batch.every_position,
+    )
+    inputs = SlotInputs(td.config, embed, td.start_end_embeddings(), batch.input_ids, batch.columns)
+    text = embed(batch.input_ids)
+    slots = [inputs.embeds(slot, thoughts.ids).to(text.dtype) for slot in range(count)]
+    hidden = run_decoder(td.decoder, torch.cat([text, *slots], dim=1), layout.packed_positions(), layout)
+    return hidden[:, :n], hidden[:, n:].unflatten(1, (count, layout.num_columns))

@@ -1,0 +1,76 @@
+"""Sample a thought after every anchor, all of them in parallel and without gradients.
+
+One pass over the text keeps every layer's keys and values; then one pass per slot runs over all columns
+at once. :mod:`quietstar.thinking.packed` runs text and slots together; with the same tokens its hidden
+states equal the rollout's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quietstar.thinking.anchors import choose_anchors
+from quietstar.thinking.cuda_graphs import run_slots
+from quietstar.thinking.layout import ThoughtLayout
+from quietstar.thinking.positions import check_length
+from quietstar.thinking.slots import SlotRun
+from quietstar.thinking.text_batch import TextBatch
+from quietstar.thinking.text_pass import text_pass
+
+if TYPE_CHECKING:
+    from quietstar.thinking.decoder import ThoughtDecoder
+
+
+@dataclass
+class Thoughts:
+    """Thoughts that were sampled or given, and what their rollout leaves behind.
+
+    Attributes:
+        anchors: [B, A], the text positions that thought.
+        ids: [B, M, T] tokens, None for pause tokens.
+        logprobs: [B, M, T] of the distribution sampled from, no gradient.
+        text_hidden: [B, N, d].
+        slot_hidden: [B, S, M, d] of the slots whose hidden states the rollout was asked for.
+    """
+
+    anchors: Tensor
+    ids: Tensor | None
+    logprobs: Tensor | None = None
+    text_hidden: Tensor | None = None
+    slot_hidden: Tensor | None = None
+
+    @property
+    def hidden(self) -> tuple[Tensor, Tensor] | None:
+        """Hidden states of text and slots, where the rollout has kept both."""
+        if self.text_hidden is None or self.slot_hidden is None:
+            return None
+        return self.text_hidden, self.slot_hidden
+
+
+@torch.no_grad()
+def rollout(td: ThoughtDecoder, batch: TextBatch, keep_slots: int | None = None) -> Thoughts:
+    """One thought per column. The same seed of the batch's shard gives the same thoughts.
+
+    Args:
+        keep_slots: run so many slots and keep their hidden states; None: sample only.
+    """
+    config, (row_start, row_stop, _) = td.config, batch.ranges
+    slots = keep_slots or config.num_slots
+    start_end, seed = td.start_end_embeddings(), batch.shard.seed()
+    check_length(td.decoder, batch.input_ids.shape[1], slots)
+    text_hidden, keys = text_pass(td.decoder, batch.input_ids, batch.ranges)
+    anchors = batch.anchors
+    if anchors is None:
+        anchors = choose_anchors(config, batch.ranges, text_hidden, td.output, batch.shard)
+        batch = batch.thinking_at(anchors)
+    layout = ThoughtLayout(row_start, row_stop, batch.columns, slots, phase="slot")
+    layout.keys = keys
+    last = keep_slots or (config.thought_length if config.thought_kind == "sampled" else 0)
+    run = SlotRun(start_end, batch.input_ids, layout, last, batch.temperature, seed, batch.shard)
+    made = run_slots(td.decoder, config, run)
+    slot_hidden = torch.stack(made.hidden, dim=1) if keep_slots else None
+    return Thoughts(anchors, made.ids, made.logprobs, text_hidden, slot_hidden)

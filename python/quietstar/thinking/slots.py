@@ -1,0 +1,141 @@
+"""What stands in the slots of a thought, and running them one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quietstar.config import QuietStarConfig
+from quietstar.thinking.batch_share import WHOLE_BATCH, BatchShard
+from quietstar.thinking.layout import ThoughtLayout
+from quietstar.thinking.output_layer import output_layer
+from quietstar.thinking.text_pass import run_decoder
+
+StartEnd = tuple[Tensor, Tensor]
+
+
+def depth_of_end(config: QuietStarConfig) -> int:
+    """Depth of the end token in a column: start is 1, the sampled tokens 2 .. T+1."""
+    return config.thought_length + 2
+
+
+def banned_ids(config: QuietStarConfig, device: torch.device) -> Tensor:
+    """The meta tokens, which no thought may contain."""
+    ids = [i for i in (config.start_token_id, config.end_token_id) if i is not None]
+    # Filled on the device: a copy from a list would wait for it.
+    banned = torch.empty(len(ids), dtype=torch.int64, device=device)
+    for place, token in enumerate(ids):
+        banned[place].fill_(token)
+    return banned
+
+
+@dataclass
+class SlotInputs:
+    """What every slot of a batch of columns is made of.
+
+    Attributes:
+        config: says what stands where.
+        embed: the decoder's input embeddings.
+        start_end: start and end embedding [d] at their size in use.
+        input_ids: [B, N], for the talk slots.
+        anchors: [B, M], the columns' text positions.
+    """
+
+    config: QuietStarConfig
+    embed: nn.Module
+    start_end: StartEnd
+    input_ids: Tensor
+    anchors: Tensor
+
+    def embeds(self, slot: int, thought_ids: Tensor | None) -> Tensor:
+        """What is fed into one slot of every column, [B, M, d].
+
+        Args:
+            slot: from 0: start, T thought tokens, end, K - 1 talk tokens.
+            thought_ids: [B, M, T], or None where pause tokens stand in the thought.
+        """
+        start, end = self.start_end
+        batch, columns = self.anchors.shape
+        depth = slot + 1
+        k = depth - depth_of_end(self.config)
+        if depth == 1 or (k < 0 and thought_ids is None):
+            return start.expand(batch, columns, -1)
+        if k < 0:
+            assert thought_ids is not None
+            return self.embed(thought_ids[:, :, depth - 2])
+        if k == 0:
+            return end.expand(batch, columns, -1)
+        # Past the end of the text anything may stand here: those rows carry no loss.
+        ahead = (self.anchors + k).clamp(max=self.input_ids.shape[1] - 1)
+        return self.embed(self.input_ids.gather(1, ahead))
+
+
+@dataclass
+class SlotRun:
+    """The first ``last`` slots of every column, to be run one after the other.
+
+    Attributes:
+        start_end: start and end embedding [d] at their size in use.
+        input_ids: [B, N], for the talk slots.
+        layout: in phase ``"slot"``, with the text's keys.
+        temperature: of the sampled tokens; 0 takes the most likely.
+        seed: a number, or an int64 tensor [1] on the device.
+        shard: which part of a larger batch this is.
+    """
+
+    start_end: StartEnd
+    input_ids: Tensor
+    layout: ThoughtLayout
+    last: int
+    temperature: float
+    seed: int | Tensor
+    shard: BatchShard = WHOLE_BATCH
+
+
+@dataclass
+class SlotResults:
+    """What the slots held and gave.
+
+    Attributes:
+        ids, logprobs: [B, M, T], None for pause tokens; hidden: [B, M, d] of every slot.
+    """
+
+    ids: Tensor | None
+    logprobs: Tensor | None
+    hidden: list[Tensor]
+
+
+@torch.no_grad()
+def run_slots_singly(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) -> SlotResults:
+    """Run the slots, sampling what they hold."""
+    embed, output, layout = decoder.get_input_embeddings(), output_layer(decoder), run.layout
+    anchors = layout.anchors
+    batch, columns = anchors.shape
+    inputs = SlotInputs(config, embed, run.start_end, run.input_ids, anchors)
+    # Asked of the layer itself: a wrapper's weight may be another, or packed.
+    dtype = embed(run.input_ids[:1, :1]).dtype
+    ids = logprobs = None
+    if config.thought_kind == "sampled":
+        shape = (batch, columns, config.thought_length)
+        ids = torch.empty(shape, dtype=torch.int64, device=anchors.device)
+        logprobs = torch.empty(shape, dtype=torch.float32, device=anchors.device)
+    output = output.at(run.temperature, banned_ids(config, anchors.device))
+    seed = run.seed
+    if not isinstance(seed, Tensor):
+        seed = torch.full((1,), seed, dtype=torch.int64, device=anchors.device)
+    kept: list[Tensor] = []
+    for slot in range(run.last):
+        layout.slot = slot
+        embeds = inputs.embeds(slot, ids)
+        hidden = run_decoder(decoder, embeds.to(dtype), layout.slot_positions(), layout)
+        kept.append(hidden)
+        if ids is not None and logprobs is not None and slot < config.thought_length:
+            # Rows are numbered over the whole batch: every part draws its own numbers.
+            offset = (slot * run.shard.count + run.shard.index) * batch * columns
+            tokens, logp = output.sample(hidden.flatten(0, 1), seed, offset)
+            ids[:, :, slot] = tokens.view(batch, columns)
+            logprobs[:, :, slot] = logp.view(batch, columns)
+    return SlotResults(ids, logprobs, kept)
