@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from quietstar.cli.app import main as cli
+from quietstar.cli import app as cli
 
 GSM_ROWS = [
     {

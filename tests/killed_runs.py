@@ -24,7 +24,7 @@ import quietstar.checkpoints.save
 import quietstar.recipes.run  # noqa: F401 - paid before the forks
 import quietstar.training.trainer  # noqa: F401
 from quietstar.checkpoints import state as plain_state
-from quietstar.cli import main as cli
+from quietstar.cli import app as cli
 
 RECIPE = {
     "name": "killed",

@@ -12,9 +12,10 @@ from families import tiny_decoder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from quietstar import QuietStarForCausalLM, add_meta_tokens, cli
+from quietstar import QuietStarForCausalLM, add_meta_tokens
 from quietstar.checkpoints.adapters import add_adapters, quantization, settle_new_rows, target_pattern
 from quietstar.checkpoints.load import load_checkpoint
+from quietstar.cli import app as cli
 from quietstar.data.lookup import build_tokenizer
 from quietstar.data.stdlib import train_tokenizer
 from quietstar.errors import UserError

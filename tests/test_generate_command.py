@@ -11,7 +11,8 @@ import torch
 from families import tiny_decoder
 from test_reference import dash_tokenizer, write_checkpoint
 
-from quietstar import QuietStarForCausalLM, cli
+from quietstar import QuietStarForCausalLM
+from quietstar.cli import app as cli
 from quietstar.data.lookup import build_tokenizer
 
 PROMPT = "A u v w x ?"
@@ -107,7 +108,7 @@ def test_thoughts_beside_their_tokens(folder: str, capsys: pytest.CaptureFixture
 def test_thoughts_are_dimmed_on_a_terminal(folder: str):
     from rich.console import Console
 
-    from quietstar.cli.generate import ThoughtStreamer
+    from quietstar.cli.thought_streamer import ThoughtStreamer
 
     model = QuietStarForCausalLM.from_pretrained(folder).eval()
     tokenizer = build_tokenizer()

@@ -13,9 +13,11 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quietstar import QuietStarForCausalLM, cli, plan
+from quietstar import QuietStarForCausalLM
+from quietstar.cli import app as cli
+from quietstar.cli.plan import parse_bytes
 from quietstar.errors import UserError
-from quietstar.plan.table import parse_bytes
+from quietstar.plan import costs as plan
 from quietstar.recipes.recipe import AdapterSection
 
 RANK = 4

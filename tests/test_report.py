@@ -17,9 +17,11 @@ import pytest
 import torch
 from families import tiny_decoder
 
-from quietstar import QuietStarForCausalLM, cli, demo
+from quietstar import QuietStarForCausalLM
+from quietstar.cli import app as cli
 from quietstar.data.lookup import LookupLanguage, build_tokenizer
 from quietstar.data.stdlib import stdlib_tokenizer
+from quietstar.demos import lookup as demo
 from quietstar.errors import UserError
 from quietstar.inspect.data import SeenThought, SeenToken, look, spell, split_rows
 from quietstar.inspect.figures import curves_figure, deciles_figure, nice_ticks

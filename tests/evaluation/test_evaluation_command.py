@@ -11,7 +11,8 @@ import pytest
 import torch
 from evaluation_cases import CSQA_ROWS, GSM_ROWS, run
 
-from quietstar import QuietStarForCausalLM, cli
+from quietstar import QuietStarForCausalLM
+from quietstar.cli import app as cli
 from quietstar.errors import UserError
 from quietstar.evaluation import reasoning
 from quietstar.evaluation.items import load_rows
