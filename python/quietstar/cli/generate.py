@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status. Raises :class:`UserError` before a model is loaded."""
     options = sampling_options(args)
 
+    import torch
     from transformers import TextStreamer
     from transformers.utils import logging as transformers_logging
 
@@ -81,8 +82,6 @@ def run(args: argparse.Namespace) -> int:
     elif args.num_beams == 1:
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     if args.seed is not None:
-        import torch
-
         torch.manual_seed(args.seed)
     try:
         made = model.generate(
