@@ -28,7 +28,7 @@ COPIED = (*SOURCES, "tests", "scripts", "benchmarks", "docs", "pyproject.toml", 
 
 @dataclass(frozen=True)
 class Fault:
-    """``before`` occurs once in the file and is replaced by ``after``; ``tests`` are expected to notice."""
+    """``before``, which occurs once in the file, becomes ``after``; ``tests`` are to notice."""
 
     name: str
     file: str

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quietstar import QuietStarForCausalLM
+from quietstar.cli import demo
 from quietstar.demos import text as demo_text
 from quietstar.evaluation.perplexity import Estimate
 from quietstar.files import read_json
@@ -44,8 +45,8 @@ def test_whole_demo_and_its_continuation(
     monkeypatch.setattr(demo_text, "QUICK", {"base_steps": 3, "steps": 2, "blocks": 3})
     seen: list[torch.Tensor] = []
     record_batches(monkeypatch, seen)
-    args = argparse.Namespace(quick=True, fresh=False, output=tmp_path / "demo")
-    assert demo_text.main(args) == 0
+    args = argparse.Namespace(what="text", quick=True, fresh=False, output=tmp_path / "demo")
+    assert demo.run(args) == 0
     printed = capsys.readouterr().out
     for word in ("tenth 10, hardest", "control", "-> thought", "thinking is worth", "metrics:", "page:"):
         assert word in printed
@@ -63,10 +64,10 @@ def test_whole_demo_and_its_continuation(
         assert torch.equal(ours, control)
 
     # A second call trains nothing and says the same.
-    assert demo_text.main(args) == 0
+    assert demo.run(args) == 0
     assert len(seen) == 10 and read_json(tmp_path / "demo" / "metrics.json") == metrics
     args.fresh = True
-    assert demo_text.main(args) == 0
+    assert demo.run(args) == 0
     assert len(seen) == 20
     again = read_json(tmp_path / "demo" / "metrics.json")
     assert json.dumps(again["nll"]) == json.dumps(metrics["nll"])

@@ -108,7 +108,7 @@ def test_thoughts_beside_their_tokens(folder: str, capsys: pytest.CaptureFixture
 def test_thoughts_are_dimmed_on_a_terminal(folder: str):
     from rich.console import Console
 
-    from quietstar.cli.generate import ThoughtStreamer
+    from quietstar.cli.thought_streamer import ThoughtStreamer
 
     model = QuietStarForCausalLM.from_pretrained(folder).eval()
     tokenizer = build_tokenizer()

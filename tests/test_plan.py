@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quietstar import QuietStarForCausalLM
 from quietstar.cli import app as cli
+from quietstar.cli.plan import parse_bytes
 from quietstar.errors import UserError
 from quietstar.plan import costs as plan
-from quietstar.plan.table import parse_bytes
 
 RANK = 4
 

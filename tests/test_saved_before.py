@@ -48,3 +48,42 @@ def test_import_of_the_package_alone_teaches_transformers_the_type():
         [sys.executable, "-P", "-c", code, str(SAVED / "full")], capture_output=True, text=True
     )
     assert done.stdout.split() == ["QuietStarForCausalLM"], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import transformers, quietstar",
+        "import quietstar, transformers",
+        # These bring in transformers while they are half there themselves.
+        "import quietstar.modeling.model",
+        "from quietstar.config import QuietStarConfig",
+        "import quietstar.thinking.supported",
+    ],
+)
+def test_the_order_of_imports_does_not_matter(imports: str):
+    code = (
+        f"import sys\n{imports}\n"
+        "from transformers import AutoConfig, AutoModelForCausalLM\n"
+        "config = AutoConfig.from_pretrained(sys.argv[1])\n"
+        "print(type(config).__name__, AutoModelForCausalLM._model_mapping[type(config)].__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, str(SAVED / "full")], capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["QuietStarConfig", "QuietStarForCausalLM"], done.stderr[-2000:]
+
+
+def test_threads_may_ask_for_names_at_once():
+    code = (
+        "import threading, quietstar\n"
+        "found = []\n"
+        "def ask(name): found.append(getattr(quietstar, name))\n"
+        "threads = [threading.Thread(target=ask, args=(name,)) for name in quietstar.__all__]\n"
+        "for thread in threads: thread.start()\n"
+        "for thread in threads: thread.join()\n"
+        "from transformers import CONFIG_MAPPING\n"
+        "print(len(found) == len(dir(quietstar)), CONFIG_MAPPING['quietstar'].__name__)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "QuietStarConfig"], done.stderr[-2000:]

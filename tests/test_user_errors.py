@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from quietstar import QuietStarForCausalLM
 from quietstar.cli import app as cli
+from quietstar.cli import info, train
 from quietstar.data.stdlib import train_tokenizer
 from quietstar.errors import UserError, blaming
 from quietstar.files import RUN_FILE
@@ -273,7 +274,7 @@ def test_a_machine_that_cannot_do_it(
     def fails(args: object) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "_info", fails)
+    monkeypatch.setattr(info, "run", fails)
     refused(["info"], message, capsys)
 
 
@@ -290,9 +291,9 @@ def test_only_what_can_be_continued_says_so(
     def interrupted(args: object) -> int:
         raise KeyboardInterrupt
 
-    for name, continues in (("_info", False), ("_train", True)):
-        monkeypatch.setattr(cli, name, interrupted)
-        assert cli.main(["info"] if name == "_info" else ["train", "tiny"]) == 130
+    for command, words, continues in ((info, ["info"], False), (train, ["train", "tiny"], True)):
+        monkeypatch.setattr(command, "run", interrupted)
+        assert cli.main(words) == 130
         assert ("continues" in capsys.readouterr().err) == continues
 
 
@@ -316,7 +317,7 @@ def test_bitsandbytes_does_not_ask_for_kernels(
         logger.warning("this matters")
         return 0
 
-    monkeypatch.setattr(cli, "_info", imports)
+    monkeypatch.setattr(info, "run", imports)
     monkeypatch.setattr(logger, "handlers", [logging.StreamHandler()])
     assert cli.main(["info"]) == 0
     assert capsys.readouterr().err == "this matters\n"

@@ -45,7 +45,10 @@ MOVED: dict[str, tuple[str, ...]] = {
     "documents": ("thinking.documents",),
     "entropy": ("quietstar_ext.linear_entropy",),
     "ema": ("training.ema",),
-    "generate": ("cli.generate",),
+    "generate": (
+        "cli.generate",
+        "cli.thought_streamer",
+    ),
     "generation": (
         "modeling.generation",
         "thinking.next_token",
@@ -53,7 +56,10 @@ MOVED: dict[str, tuple[str, ...]] = {
     "graphs": ("thinking.cuda_graphs",),
     "guard": ("training.guard",),
     "head": ("thinking.output_layer",),
-    "info": ("cli.info",),
+    "info": (
+        "cli.info",
+        "cli.installed",
+    ),
     "layers": ("thinking.linear_layers",),
     "layout": ("thinking.layout",),
     "learn": (
@@ -79,13 +85,19 @@ MOVED: dict[str, tuple[str, ...]] = {
     "passes": ("modeling.forward",),
     "paths": ("files",),
     "plain_state": ("checkpoints.state",),
-    "plan_table": ("plan.table",),
+    "plan_table": (
+        "plan.table",
+        "cli.plan",
+    ),
     "positions": ("thinking.positions",),
     "ranges": ("recipes.ranges",),
     "recipe": ("recipes.recipe",),
     "recipe_sections": ("recipes.sections",),
     "reference": ("checkpoints.upstream",),
-    "report": ("inspect.page",),
+    "report": (
+        "inspect.page",
+        "cli.inspect",
+    ),
     "report_data": ("inspect.data",),
     "report_svg": ("inspect.figures",),
     "rundir": (

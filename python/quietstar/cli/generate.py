@@ -8,31 +8,62 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from transformers import TextStreamer
-from transformers.generation.streamers import BaseStreamer
-from transformers.utils import logging as transformers_logging
-
-from quietstar.checkpoints.load import load_checkpoint
-from quietstar.data.left_out import is_utf8
+from quietstar.cli.arguments import add_model
 from quietstar.errors import UserError, check_seed
 from quietstar.files import read_text
-from quietstar.modeling.generation_state import Thinking
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import PreTrainedTokenizerBase
-
-    from quietstar.modeling.model import QuietStarForCausalLM
+    from quietstar.cli.arguments import Commands
 
 INTERRUPTED = 130
-TOKEN_COLUMN = 18
 
 
-def main(args: argparse.Namespace) -> int:
+def add_parser(commands: Commands) -> None:
+    """The command and its arguments."""
+    generate = commands.add_parser(
+        "generate",
+        help="continue a text, thinking before its tokens",
+        description="Continue a text, thinking before its tokens. The new text alone is printed, as it"
+        " comes. The most likely tokens are taken unless a sampling option is given.",
+        epilog='example: quietstar generate quietstar-runs/tiny "def main(" --show-thoughts',
+    )
+    add_model(generate)
+    generate.add_argument("prompt", metavar="PROMPT", nargs="?", help="default: standard input")
+    generate.add_argument("--file", metavar="F", type=Path, help="a file that holds the prompt")
+    generate.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="default: 64")
+    generate.add_argument("--temperature", metavar="X", type=float, help="sample; 0: the most likely")
+    generate.add_argument("--top-p", metavar="P", type=float, help="sample among the likeliest")
+    generate.add_argument("--top-k", metavar="K", type=int, help="sample among the likeliest K")
+    generate.add_argument("--seed", metavar="N", type=int, help="repeat what was sampled")
+    generate.add_argument("--num-beams", metavar="N", type=int, default=1, help="beam search")
+    generate.add_argument(
+        "--thinking",
+        metavar="RULE",
+        default="always",
+        help="always (the default), never, every:K tokens, or entropy:X (where the next token's entropy"
+        " exceeds X nats)",
+    )
+    generate.add_argument("--thinking-budget", metavar="N", type=int, help="at most N thoughts")
+    generate.add_argument(
+        "--show-thoughts",
+        action="store_true",
+        help="a line per token, and the thought before it with its mixing weight",
+    )
+    generate.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
     """Run the command; returns the exit status. Raises :class:`UserError` before a model is loaded."""
     options = sampling_options(args)
+
+    import torch
+    from transformers import TextStreamer
+    from transformers.utils import logging as transformers_logging
+
+    from quietstar.checkpoints.load import load_checkpoint
+    from quietstar.cli.thought_streamer import ThoughtStreamer
+    from quietstar.modeling.generation_state import Thinking
+
     Thinking(args.thinking, args.thinking_budget)  # refuses a rule that is none
     prompt = read_prompt(args.prompt, args.file)
     transformers_logging.set_verbosity_error()
@@ -45,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
     padding = tokenizer.pad_token_id
     if padding is None:
         padding = end[0] if isinstance(end, list) else (end or 0)
-    streamer = None
+    streamer: ThoughtStreamer | TextStreamer | None = None
     if args.show_thoughts:
         streamer = ThoughtStreamer(model, tokenizer)
     elif args.num_beams == 1:
@@ -91,6 +122,8 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         text = text.removesuffix("\n")
     if not text:
         raise UserError("the prompt is empty; give a text to continue")
+    from quietstar.data.left_out import is_utf8
+
     if not is_utf8(text):
         raise UserError("the prompt is not UTF-8 text")
     return text
@@ -134,50 +167,3 @@ def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
         "top_p": 1.0 if args.top_p is None else args.top_p,
         "top_k": 0 if args.top_k is None else args.top_k,
     }
-
-
-class ThoughtStreamer(BaseStreamer):
-    """A line per token: the token, and dimmed beside it the thought that it came after."""
-
-    def __init__(
-        self,
-        model: QuietStarForCausalLM,
-        tokenizer: PreTrainedTokenizerBase,
-        console: Console | None = None,
-    ) -> None:
-        from rich.console import Console
-
-        self._model, self._tokenizer = model, tokenizer
-        self._console = console or Console(highlight=False, soft_wrap=True)
-        self._prompt = True
-        self._ids: list[int] = []
-
-    def put(self, value: Tensor) -> None:
-        """Take the prompt first, then one token [1] at a time."""
-        if self._prompt:
-            self._prompt = False
-            return
-        from rich.text import Text
-
-        step = len(self._ids)
-        before = self._tokenizer.decode(self._ids)
-        self._ids += value.flatten().tolist()
-        whole = self._tokenizer.decode(self._ids)
-        # A token may be a part of a character, or change how the ones before it are spelt.
-        piece = whole.removeprefix(before) if whole.startswith(before) else ""
-        piece = piece or self._tokenizer.convert_ids_to_tokens(self._ids[-1])
-        line = Text(_visible(piece).ljust(TOKEN_COLUMN))
-        thoughts = [t for t in self._model.thoughts[-1:] if t.step == step]
-        if thoughts:
-            words = _visible(self._tokenizer.decode(thoughts[0].ids))
-            line.append(f"  {words}  ({thoughts[0].mixing_weight:+.2f})", style="dim")
-        self._console.print(line)
-
-    def end(self) -> None:
-        """The text in one piece."""
-        text = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        self._console.print("\n" + text, markup=False)
-
-
-def _visible(text: str) -> str:
-    return text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")

@@ -13,7 +13,6 @@ so that a second call continues where one stopped:
 
 from __future__ import annotations
 
-import argparse
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -324,16 +323,21 @@ def save_page(output: Path, language: LookupLanguage) -> Path:
     )
 
 
-def main(args: argparse.Namespace) -> int:
+def run_demo(
+    output: Path,
+    *,
+    seed: int = 4,
+    quick: bool = False,
+    sweep: bool = False,
+    fresh: bool = False,
+) -> None:
     """Run, print the table as it fills, say what came out."""
     from rich.console import Console
 
     from quietstar.demos.lookup_report import print_row, print_summary, save_figure
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers_logging.disable_progress_bar()  # its bars for loading files; the Trainer's stays
     console = Console(highlight=False, soft_wrap=True)
-    output: Path = args.output or Path("quietstar-demo")
     console.print(
         "Problems like [b]A u x w z ?[/b] need four look-ups in a row; a model of two layers cannot do"
         " them in one step.\nIt has seen such derivations in its corpus, seldom; the text that it"
@@ -346,18 +350,17 @@ def main(args: argparse.Namespace) -> int:
 
     metrics = run_arms(
         output,
-        seed=args.seed,
-        quick=args.quick,
-        sweep=args.sweep,
-        fresh=args.fresh,
+        seed=seed,
+        quick=quick,
+        sweep=sweep,
+        fresh=fresh,
         show=show,
     )
     figure = save_figure(metrics, output)
     print_summary(console, metrics)
-    page = save_page(output, LookupLanguage(args.seed))
+    page = save_page(output, LookupLanguage(seed))
     console.print(f"\nmetrics: {output / METRICS_FILE}\nfigure:  {figure}\npage:    {page}")
     console.print(
         f'model:   AutoModelForCausalLM.from_pretrained("{output / "full"}") after import quietstar',
         soft_wrap=True,
     )
-    return 0

@@ -13,8 +13,6 @@ The result is stated as it is measured, gain or no gain.
 
 from __future__ import annotations
 
-import argparse
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,18 +88,14 @@ def stage_recipes(output: Path, *, quick: bool) -> dict[str, Recipe]:
     return {"base": base, "quiet-star": quiet_star, "control": control}
 
 
-def main(args: argparse.Namespace) -> int:
-    """Run the stages that are not done yet, evaluate, print."""
+def run_demo(output: Path, *, quick: bool = False, fresh: bool = False) -> None:
+    """Run the stages that are not done yet (all of them if ``fresh``), evaluate, print."""
     from rich.console import Console
 
     from quietstar.recipes.run import run_recipe
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     console = Console(highlight=False)
-    default = "quietstar-demo-text-quick" if args.quick else "quietstar-demo-text"
-    output: Path = args.output or Path(default)
-    recipes = stage_recipes(output, quick=args.quick)
-    fresh = args.fresh
+    recipes = stage_recipes(output, quick=quick)
     for number, (name, recipe) in enumerate(recipes.items(), start=1):
         steps = recipe.training["max_steps"]
         console.rule(f"{number} of 4: {name} ({steps} steps)", align="left")
@@ -114,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
     metrics = read_json(done) if done.is_file() and not fresh else {}
     page = output / "thoughts.html"
     if metrics.get("fingerprints") != fingerprints:
-        sizes = QUICK if args.quick else FULL
+        sizes = QUICK if quick else FULL
         metrics = {
             "fingerprints": fingerprints,
             **evaluate(output, recipes["quiet-star"], blocks=sizes["blocks"]),
@@ -129,7 +123,6 @@ def main(args: argparse.Namespace) -> int:
     console.print(
         f'  transformers.AutoModelForCausalLM.from_pretrained("{output / "quiet-star"}")', soft_wrap=True
     )
-    return 0
 
 
 def heldout_blocks(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, count: int) -> TokenBlocks:

@@ -8,6 +8,6 @@ chains       chain of thought with a majority vote
 items        rows of a benchmark, from the hub or a local file
 statistics   bootstrap intervals
 tasks        the above as tasks of ``quietstar eval``
-run          ``quietstar eval``; journal: its finished items on disk; table: its output
+run          tasks, chosen and run; journal: finished items on disk; table: the results as text
 harness      the model type ``quietstar`` for lm-evaluation-harness (needs the extra ``eval``)
 """

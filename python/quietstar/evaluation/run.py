@@ -1,91 +1,23 @@
-"""``quietstar eval``: the tasks of a command line, run, resumed, written and shown."""
+"""Tasks, chosen and run: what a journal has is not scored again, several processes share the rest."""
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from quietstar.checkpoints.load import load_checkpoint
 from quietstar.data.sources import expand_files
-from quietstar.errors import UserError, check_seed
-from quietstar.evaluation.chains import ChainSettings
+from quietstar.errors import UserError
 from quietstar.evaluation.journal import Journal
-from quietstar.evaluation.table import render
-from quietstar.evaluation.tasks import OWN, Record, Settings, Task, digest
-from quietstar.files import check_writable_file, write_json
-from quietstar.versions import package_versions
+from quietstar.evaluation.tasks import OWN, Record, Task, digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INSTALL = "pip install 'quietstar[eval]'"
-
-
-def main(args: argparse.Namespace) -> int:
-    """Run the command; the arguments are those of ``quietstar eval``."""
-    from accelerate import PartialState
-
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size is {args.batch_size}; expected a whole number >= 1")
-    names = split_names(args.tasks)
-    own, foreign = [n for n in names if n in OWN], [n for n in names if n not in OWN]
-    manager = check_foreign(foreign, args.include_path)
-    files = assign_files(args.data or [], own)
-    check_seed(args.seed)
-    if args.output is not None:
-        check_writable_file(args.output)
-    state = PartialState(cpu=not torch.cuda.is_available() or args.device == "cpu")
-    if foreign and state.num_processes > 1:
-        raise UserError(
-            f"task {foreign[0]} belongs to the harness, which starts its own processes; use accelerate"
-            " launch -m quietstar.evaluation.harness"
-        )
-    # Several processes: each on the device that accelerate gives it.
-    device = args.device if state.num_processes == 1 else str(state.device)
-    model, tokenizer = load_checkpoint(args.model, device=device, tokenizer=args.tokenizer)
-    tasks = [OWN[name](name, settings_of(args, files.get(name))) for name in own]
-    items = [task.items(tokenizer) for task in tasks]
-    identity = fingerprint(model)
-    output = (
-        args.output
-        or Path("quietstar-runs/eval") / f"{Path(args.model).resolve().name}-{identity[:8]}.json"
-    )
-    check_writable_file(output)
-    journal = Journal(output, state.process_index)
-    results: dict[str, Any] = {}
-    for task, rows in zip(tasks, items, strict=True):
-        run = digest([identity, task.name, task.identity()])
-        records = run_task(
-            model, tokenizer, task, rows, run, journal, args.batch_size, state, not args.quiet
-        )
-        results[task.name] = task.summarize(records)
-    if foreign:
-        from quietstar.evaluation.harness import run_tasks
-
-        results.update(
-            run_tasks(
-                model,
-                tokenizer,
-                foreign,
-                manager,
-                limit=args.limit,
-                batch_size=args.batch_size,
-                seed=args.seed,
-            )
-        )
-    if state.is_main_process:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        content = {"model": args.model, "fingerprint": identity, "tasks": results}
-        write_json(output, {**content, "versions": package_versions()})
-        print(render(results))
-        print(f"\nwritten to {output}")
-    return 0
 
 
 # ---- what the words of the command line mean ------------------------------------------------------
@@ -151,23 +83,6 @@ def assign_files(words: Sequence[str], own: Sequence[str]) -> dict[str, Path]:
     return files
 
 
-def settings_of(args: argparse.Namespace, data: Path | None) -> Settings:
-    """The settings of one task."""
-    return Settings(
-        data=data,
-        limit=args.limit,
-        max_length=args.max_length,
-        block_size=args.block_size,
-        chains=ChainSettings(
-            votes=args.votes,
-            temperature=args.temperature,
-            max_new_tokens=args.max_new_tokens,
-            thinking=args.thinking,
-            seed=args.seed,
-        ),
-    )
-
-
 # ---- the model ----------------------------------------------------------------------------------
 
 
@@ -193,45 +108,58 @@ def fingerprint(model: PreTrainedModel, samples: int = 256) -> str:
 # ---- running ------------------------------------------------------------------------------------
 
 
-def run_task(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    items: Sequence[dict[str, Any]],
-    run: str,
-    journal: Journal,
-    batch_size: int,
-    state: Any,
-    progress: bool,
-) -> list[Record]:
-    """Records of all items in their order, from the journal where it has them.
+# ---- running ------------------------------------------------------------------------------------
 
-    ``state`` (accelerate's) says which process this is: each takes every n-th open item, and all
-    processes return the records of all.
+
+@dataclass(frozen=True)
+class TaskRunner:
+    """What the tasks of a command have in common.
+
+    Attributes:
+        identity: of the model (:func:`fingerprint`); with the task's own it names a record.
+        state: accelerate's; says which process this is.
     """
-    from accelerate.utils import gather_object
-    from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-    keys = [Journal.key(run, item) for item in items]
-    records = {key: journal.found[key] for key in keys if key in journal.found}
-    if state.num_processes > 1:
-        state.wait_for_everyone()  # nobody writes before all have read
-    # The same item may occur twice; it is scored once.
-    open_items = list({k: i for k, i in zip(keys, items, strict=True) if k not in records}.items())
-    mine = open_items[state.process_index :: state.num_processes]
-    bar = tqdm(
-        total=len(mine), desc=task.name, unit=" items", disable=not (progress and state.is_main_process)
-    )
-    done: list[tuple[str, Record]] = []
-    with bar:
-        for first in range(0, len(mine), batch_size):
-            batch = mine[first : first + batch_size]
-            scored = task.score(model, tokenizer, [item for _, item in batch])
-            found = list(zip((key for key, _ in batch), scored, strict=True))
-            journal.add(found)
-            done += found
-            bar.update(len(batch))
-    if state.num_processes > 1:
-        done = gather_object(done)
-    records.update(done)
-    return [records[key] for key in keys]
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    identity: str
+    journal: Journal
+    batch_size: int
+    state: Any
+    progress: bool
+
+    def records(self, task: Task, items: Sequence[dict[str, Any]]) -> list[Record]:
+        """Records of all items in their order, from the journal where it has them.
+
+        Each process takes every n-th open item, and all return the records of all.
+        """
+        from accelerate.utils import gather_object
+        from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+        run = digest([self.identity, task.name, task.identity()])
+        keys = [Journal.key(run, item) for item in items]
+        records = {key: self.journal.found[key] for key in keys if key in self.journal.found}
+        if self.state.num_processes > 1:
+            self.state.wait_for_everyone()  # nobody writes before all have read
+        # The same item may occur twice; it is scored once.
+        open_items = list({k: i for k, i in zip(keys, items, strict=True) if k not in records}.items())
+        mine = open_items[self.state.process_index :: self.state.num_processes]
+        bar = tqdm(
+            total=len(mine),
+            desc=task.name,
+            unit=" items",
+            disable=not (self.progress and self.state.is_main_process),
+        )
+        done: list[tuple[str, Record]] = []
+        with bar:
+            for first in range(0, len(mine), self.batch_size):
+                batch = mine[first : first + self.batch_size]
+                scored = task.score(self.model, self.tokenizer, [item for _, item in batch])
+                found = list(zip((key for key, _ in batch), scored, strict=True))
+                self.journal.add(found)
+                done += found
+                bar.update(len(batch))
+        if self.state.num_processes > 1:
+            done = gather_object(done)
+        records.update(done)
+        return [records[key] for key in keys]

@@ -1,4 +1,4 @@
-"""``quietstar inspect``: one page that shows what a model thinks in a text and what that is worth.
+"""One page that shows what a model thinks in a text and what that is worth.
 
 The page needs no network and no other file. The heat map, the tables and the figures are plain HTML and
 SVG; a script shows the thoughts at the token that is clicked or focused.
@@ -6,7 +6,6 @@ SVG; a script shows the thoughts at the token that is clicked or focused.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
@@ -18,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from quietstar.errors import UserError, check_seed
-from quietstar.files import is_folder, last_checkpoint, read_json, read_text
-from quietstar.inspect.data import SeenToken, look, split_rows
+from quietstar.files import last_checkpoint, read_json
+from quietstar.inspect.data import SeenToken, look
 from quietstar.inspect.figures import curves_figure, deciles_figure
 
 if TYPE_CHECKING:
@@ -28,7 +26,6 @@ if TYPE_CHECKING:
 
     from quietstar.modeling.model import QuietStarForCausalLM
 
-CONTEXT = 512
 # Title, and the entries of the training log that are drawn together by their names in the legend.
 CURVES = (
     ("NLL (nats)", {"without": "base_loss", "with": "talk_loss_0"}),
@@ -36,55 +33,6 @@ CURVES = (
     ("Mixing weight", {"hard tokens": "mixing_weight_hard", "easy": "mixing_weight_easy"}),
     ("Entropy of thoughts (nats per token)", {"entropy": "thought_entropy"}),
 )
-
-
-def main(args: argparse.Namespace) -> int:
-    """Run the command; returns the exit status."""
-    from transformers.utils import logging as transformers_logging
-
-    from quietstar.checkpoints.load import load_checkpoint
-    from quietstar.files import check_writable_file
-
-    limits = (
-        ("--tokens", args.tokens, 2),
-        ("--samples", args.samples, 0),
-        ("--context", args.context, 2),
-    )
-    for name, value, least in limits:
-        if value is not None and value < least:
-            raise UserError(f"{name} is {value}; expected a whole number >= {least}")
-    text = _read_text(args.file)
-    output = args.output or Path(args.file.stem + ".html")
-    check_seed(args.seed)
-    if is_folder(output) or not is_folder(output.resolve().parent):
-        raise UserError(f"--output {output} cannot be written; expected a file in a folder that exists")
-    check_writable_file(output)
-    if output.exists() and args.file.exists() and output.samefile(args.file):
-        raise UserError(f"the page would overwrite {args.file}; choose another --output")
-    transformers_logging.set_verbosity_error()
-    model, tokenizer = load_checkpoint(args.model, device=args.device, tokenizer=args.tokenizer)
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    shortest = model.config.talk_length + 2
-    if len(ids) < shortest:
-        raise UserError(
-            f"{args.file} has {len(ids)} tokens; expected at least {shortest} (talk_length + 2)"
-        )
-    context = args.context or _trained_length(args.model) or CONTEXT
-    note = "" if len(ids) <= args.tokens else f", the first {args.tokens} of {len(ids)} tokens"
-    write_page(
-        model,
-        tokenizer,
-        split_rows(ids[: max(args.tokens, shortest)], max(context, shortest), shortest),
-        output,
-        title=f"{args.file.name}: what thinking gained",
-        source=f"model {args.model}; text {args.file}{note}",
-        run_folder=args.model,
-        samples=args.samples,
-        seed=args.seed,
-        overlap=True,
-    )
-    print(f"page: {output}")
-    return 0
 
 
 def write_page(
@@ -314,19 +262,3 @@ def _visible(text: str, *, alone: bool = False) -> str:
     """Line ends and tabs as signs; spaces too where nothing else would be seen (``alone``)."""
     shown = text.replace("\n", "\u21b5").replace("\t", "\u21e5")
     return shown.replace(" ", "\u2423") if alone and not text.strip() else shown
-
-
-def _trained_length(name: str) -> int | None:
-    """Tokens per row in the run's training, if this is a run's folder; longer rows are strange to it."""
-    from quietstar.files import RECIPE_FILE
-    from quietstar.recipes.recipe import load_recipe
-
-    path = Path(name) / RECIPE_FILE
-    return load_recipe(str(path)).data.block_size if path.is_file() else None
-
-
-def _read_text(path: Path) -> str:
-    text = read_text(path, "text file")
-    if not text.strip():
-        raise UserError(f"text file {path} is empty")
-    return text

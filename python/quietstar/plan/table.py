@@ -1,12 +1,10 @@
-"""``quietstar plan``: what of a recipe fits GPUs of a given size."""
+"""What of a recipe fits GPUs of a given size, as text."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import math
-import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError, blaming
@@ -25,34 +23,13 @@ from quietstar.plan.costs import (
     step_of,
 )
 from quietstar.recipes.decoder import decoder_config
-from quietstar.recipes.recipe import Recipe, load_recipe
+from quietstar.recipes.recipe import Recipe
 from quietstar.thinking.text_part import text_config_of
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 GB = 1e9
-# Numbers without a unit up to this are gigabytes, as anybody would mean them.
-PLAIN_GIGABYTES = 10_000
-_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-
-
-def parse_bytes(text: str) -> float:
-    """``24G``, ``24GB``, ``24`` or ``80e9`` as bytes (G is 10^9, as GPUs are sold); Gi is 2^30."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][0-9]+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    try:
-        number = float(match.group(1)) if match else 0.0
-    except ValueError:
-        number = 0.0
-    if match is None or number <= 0 or math.isinf(number):
-        raise UserError(f"--gpu-memory is {text!r}; expected a size, e.g. 24G")
-    unit, binary = match.group(2).upper(), bool(match.group(3))
-    if not unit and not binary and number <= PLAIN_GIGABYTES:
-        unit = "G"
-    power = "KMGT".index(unit) + 1 if unit else 0
-    size = number * (1024.0**power if binary else _UNITS[unit])
-    if size < CONTEXT_BYTES:
-        raise UserError(
-            f"--gpu-memory is {text!r}, {size / GB:.3g} GB; expected the size of a GPU, e.g. 24G"
-        )
-    return size
 
 
 def ways(step: Step, processes: int) -> Iterator[tuple[str, Step]]:
@@ -96,16 +73,11 @@ def recipe_sizes(recipe: Recipe) -> tuple[QuietStarConfig, Sizes]:
     return QuietStarConfig(text_config=decoder, **recipe.thoughts), sizes
 
 
-def main(args: argparse.Namespace) -> int:
-    """Print the step's size and a table of what fits."""
-    from rich.console import Console
-
-    recipe = load_recipe(args.recipe, args.settings)
-    memory = parse_bytes(args.gpu_memory)
+def print_plan(console: Console, recipe: Recipe, memory: float, size: str) -> None:
+    """Print the step's size and a table of what fits ``memory`` bytes, which the user calls ``size``."""
     config, sizes = recipe_sizes(recipe)
     step = step_of(recipe)
     rows, flops = Rows.of(config, step), step_flops(config, sizes, step)
-    console = Console(soft_wrap=True, highlight=False)
     console.print(
         f"{recipe.name}: {sizes.all / 1e6:.1f} M parameters; batch {step.batch} x {step.length} tokens,"
         f" {rows.columns} columns of {config.num_slots} slots: {rows.packed} rows"
@@ -117,9 +89,9 @@ def main(args: argparse.Namespace) -> int:
     console.print(
         f"memory: {static_bytes(sizes, step) / GB:.2f} GB weights and states, peak"
         f" {peak_bytes(config, sizes, step) / GB:.2f} GB; with a GPU's own"
-        f" {CONTEXT_BYTES / GB:.1f} GB and {GAPS - 1:.0%} gaps it {verdict} {args.gpu_memory}"
+        f" {CONTEXT_BYTES / GB:.1f} GB and {GAPS - 1:.0%} gaps it {verdict} {size}"
     )
-    console.print(f"\nlargest batch per GPU of {args.gpu_memory}, on so many GPUs:")
+    console.print(f"\nlargest batch per GPU of {size}, on so many GPUs:")
     runs = [(1, False), *((count, sharded) for count in (2, 4, 8) for sharded in (False, True))]
     heads = [f"{count}{' FSDP2' if sharded else ' DDP' * (count > 1)}" for count, sharded in runs]
     names = [name for name, _ in ways(step, 1)]
@@ -133,4 +105,3 @@ def main(args: argparse.Namespace) -> int:
             # 4-bit weights are not sharded.
             cells += f"{'-' if sharded and way.quantized else best or 'no':>9}"
         console.print(f"{name:{widest}}{cells}")
-    return 0

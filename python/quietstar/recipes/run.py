@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import shutil
@@ -184,37 +183,3 @@ def training_arguments(recipe: Recipe, output: Path, *, progress: bool) -> Train
         arguments.get_process_log_level()
     check_packages(arguments)
     return arguments
-
-
-def main(recipe: Recipe, output: Path, args: argparse.Namespace) -> int:
-    """``quietstar train``: run, then say what came out and where it lies."""
-    from rich.console import Console
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if args.quiet:
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()
-    result = run_recipe(
-        recipe,
-        output,
-        resume=args.resume,
-        overwrite=args.overwrite,
-        progress=not args.quiet,
-    )
-    if int(os.environ.get("RANK", "0")):
-        return 0  # the first of several processes speaks
-    console = Console(soft_wrap=True, highlight=False)
-    metrics = result.metrics
-    console.print(f"{metrics['steps']} steps of recipe {metrics['recipe']}: {result.output}")
-    if "evaluation" in metrics:
-        evaluation = metrics["evaluation"]
-        for key, words in (
-            ("base_nll", "NLL without thoughts"),
-            ("mixed_nll", "NLL with thoughts"),
-            ("gain", "gain"),
-        ):
-            error = evaluation[key]["standard_error"]
-            spread = "" if error is None else f" ± {error:.4f}"
-            console.print(f"  {words}: {evaluation[key]['mean']:.4f}{spread} nats per token")
-    return 0

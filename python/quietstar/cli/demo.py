@@ -1,0 +1,49 @@
+"""``quietstar demo``: thoughts being learned, on a task that needs them or on real text."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quietstar.cli.arguments import Commands
+
+
+def add_parser(commands: Commands) -> None:
+    """The command and its arguments."""
+    demo = commands.add_parser(
+        "demo",
+        help="see thoughts being learned, on this machine, without a download",
+        description="Train a small model and show what thoughts do: on a task that needs them "
+        "(the default), or on real text, the Python standard library (text).",
+    )
+    demo.add_argument("what", nargs="?", choices=["task", "text"], default="task")
+    demo.add_argument("--quick", action="store_true", help="fewer steps and controls")
+    demo.add_argument("--fresh", action="store_true", help="start anew instead of continuing")
+    demo.add_argument("--sweep", action="store_true", help="task: also try several thought lengths")
+    demo.add_argument("--seed", type=int, default=4, help="task: which language, and all else drawn")
+    demo.add_argument("--output", metavar="DIR", type=Path, help="output folder")
+    demo.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what is not done yet of the demo, and show it."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.what == "text":
+        from quietstar.demos import text
+
+        default = "quietstar-demo-text-quick" if args.quick else "quietstar-demo-text"
+        text.run_demo(args.output or Path(default), quick=args.quick, fresh=args.fresh)
+    else:
+        from quietstar.demos import lookup
+
+        lookup.run_demo(
+            args.output or Path("quietstar-demo"),
+            seed=args.seed,
+            quick=args.quick,
+            sweep=args.sweep,
+            fresh=args.fresh,
+        )
+    return 0

@@ -1,0 +1,82 @@
+"""``quietstar train``: run a recipe, then say what came out and where it lies."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from quietstar.cli.arguments import Commands
+
+
+def add_parser(commands: Commands) -> None:
+    """The command and its arguments."""
+    train = commands.add_parser(
+        "train",
+        help="train as a recipe says",
+        description="Train as a recipe says: a YAML file, or one that is shipped by its name.",
+        epilog="example: quietstar train tiny max_steps=50 thoughts.thought_length=8",
+    )
+    train.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    train.add_argument(
+        "settings",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="changes to the recipe, e.g. training.learning_rate=1e-4",
+    )
+    train.add_argument(
+        "--output", metavar="DIR", type=Path, help="output folder (default: quietstar-runs/NAME)"
+    )
+    how = train.add_mutually_exclusive_group()
+    how.add_argument(
+        "--resume",
+        action="store_true",
+        help="insist on continuing a run that is there (an unfinished run continues anyway)",
+    )
+    how.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    train.add_argument("--quiet", action="store_true", help="no progress bars")
+    train.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the recipe and print its losses."""
+    from quietstar.recipes.recipe import load_recipe
+
+    recipe = load_recipe(args.recipe, args.settings)
+    output = args.output or Path("quietstar-runs") / recipe.name
+
+    from rich.console import Console
+
+    from quietstar.recipes.run import run_recipe
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.quiet:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    result = run_recipe(
+        recipe,
+        output,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        progress=not args.quiet,
+    )
+    if int(os.environ.get("RANK", "0")):
+        return 0  # the first of several processes speaks
+    console = Console(soft_wrap=True, highlight=False)
+    metrics = result.metrics
+    console.print(f"{metrics['steps']} steps of recipe {metrics['recipe']}: {result.output}")
+    if "evaluation" in metrics:
+        evaluation = metrics["evaluation"]
+        for key, words in (
+            ("base_nll", "NLL without thoughts"),
+            ("mixed_nll", "NLL with thoughts"),
+            ("gain", "gain"),
+        ):
+            error = evaluation[key]["standard_error"]
+            spread = "" if error is None else f" ± {error:.4f}"
+            console.print(f"  {words}: {evaluation[key]['mean']:.4f}{spread} nats per token")
+    return 0
