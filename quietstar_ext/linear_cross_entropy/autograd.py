@@ -72,14 +72,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, options: tuple[Any, ...], wanted: Wanted, *tensors: torch.Tensor | None
     ) -> torch.Tensor:
-        ops, hidden = torch.ops.quietstar, tensors[0]
+        hidden = tensors[0]
         if not any(wanted[:2]):
-            return ops.linear_cross_entropy_forward(*tensors, *options)
+            return fused.forward_operator(*tensors, *options)
         assert hidden is not None
         ones = torch.ones(hidden.shape[0], dtype=compute_dtype(hidden.dtype), device=hidden.device)
-        nll, *gradients = ops.linear_cross_entropy_forward_and_backward(
-            *tensors, *options, ones, False, *wanted
-        )
+        nll, *gradients = fused.gradients_operator(*tensors, *options, ones, False, *wanted)
         _keep(ctx, (gradients[0], gradients[1]), *tensors)
         ctx.options, ctx.wanted = options, wanted
         return nll
@@ -91,8 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rest = grads[0], *(gradients or (None, None)), *ctx.wanted
         with torch.no_grad():
             if torch.compiler.is_compiling():
-                operator = torch.ops.quietstar.linear_cross_entropy_backward
-                results = operator(*tensors, *ctx.options, *rest)
+                results = fused.backward_operator(*tensors, *ctx.options, *rest)
             else:
                 call = LinearCrossEntropy(*tensors, *ctx.options)
                 results = fused.backward(LinearCrossEntropyBackward(call, *rest))
@@ -118,9 +115,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         if hidden.dtype.itemsize == 2 and row_weights.numel():
             largest = row_weights.abs().amax()
             largest = largest.masked_fill(largest == 0, 1)
-        nll, *gradients = torch.ops.quietstar.linear_cross_entropy_forward_and_backward(
-            *tensors, *options, row_weights / largest, *wanted
-        )
+        nll, *gradients = fused.gradients_operator(*tensors, *options, row_weights / largest, *wanted)
         _keep(ctx, (gradients[0], gradients[1]), largest, row_weights, *tensors)
         ctx.options, ctx.wanted = options, wanted
         ctx.mark_non_differentiable(nll)
@@ -134,7 +129,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         with torch.no_grad():
             scale = grads[0] * largest
             if gradients is None:
-                _, *again = torch.ops.quietstar.linear_cross_entropy_forward_and_backward(
+                _, *again = fused.gradients_operator(
                     *tensors, *ctx.options, row_weights / largest, *ctx.wanted
                 )
                 gradients = (again[0], again[1])

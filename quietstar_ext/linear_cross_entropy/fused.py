@@ -107,15 +107,15 @@ def _backward_fake(call: LinearCrossEntropyBackward) -> tuple[torch.Tensor, torc
     )
 
 
-register("linear_cross_entropy_forward", LinearCrossEntropy, "Tensor", forward, _fake)
-register(
+forward_operator = register("linear_cross_entropy_forward", LinearCrossEntropy, "Tensor", forward, _fake)
+backward_operator = register(
     "linear_cross_entropy_backward",
     LinearCrossEntropyBackward,
     "(Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
-register(
+gradients_operator = register(
     "linear_cross_entropy_forward_and_backward",
     WithGradients,
     "(Tensor, Tensor, Tensor)",

@@ -35,7 +35,7 @@ class _MixingHead(torch.autograd.Function):
     def forward(
         ctx: Any, sigmoid: bool, *tensors: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        mixed, w, *kept = torch.ops.quietstar.mixing_head_forward(*tensors, sigmoid)
+        mixed, w, *kept = forward_operator(*tensors, sigmoid)
         ctx.save_for_backward(*tensors, *kept)
         ctx.sigmoid = sigmoid
         return mixed, w
@@ -46,9 +46,7 @@ class _MixingHead(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1:8]
         tensors, kept = ctx.saved_tensors[:8], ctx.saved_tensors[8:]
         with torch.no_grad():
-            results = torch.ops.quietstar.mixing_head_backward(
-                *tensors, ctx.sigmoid, *kept, *grads, wanted
-            )
+            results = backward_operator(*tensors, ctx.sigmoid, *kept, *grads, wanted)
         shown = [g if want else None for g, want in zip(results, wanted, strict=True)]
         return (None, *first_only("mixing_head", tensors[:7], shown), None)
 
@@ -85,11 +83,13 @@ def _backward_fake(call: MixingHeadBackward) -> list[torch.Tensor]:
     ]
 
 
-register(
+forward_operator = register(
     "mixing_head_forward",
     MixingHead,
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake,
 )
-register("mixing_head_backward", MixingHeadBackward, "Tensor[]", _backward, _backward_fake)
+backward_operator = register(
+    "mixing_head_backward", MixingHeadBackward, "Tensor[]", _backward, _backward_fake
+)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quietstar_ext.derivatives import first_only
+from quietstar_ext.thought_attention import composed, fused
 from quietstar_ext.thought_attention.call import TENSORS, ThoughtAttention
 
 
@@ -15,12 +16,7 @@ def attend(call: ThoughtAttention, is_composed: bool) -> tuple[Tensor, Tensor]:
     """out and lse of the fused or the composed path, with gradients where they are wanted."""
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in call):
         return _ThoughtAttention.apply(is_composed, call[TENSORS:], *call[:TENSORS])
-    return _operator(is_composed)(*call)
-
-
-def _operator(is_composed: bool) -> Any:
-    ops = torch.ops.quietstar
-    return ops.thought_attention_composed if is_composed else ops.thought_attention
+    return (composed if is_composed else fused).operator(*call)
 
 
 class _ThoughtAttention(torch.autograd.Function):
@@ -30,7 +26,7 @@ class _ThoughtAttention(torch.autograd.Function):
     def forward(
         ctx: Any, is_composed: bool, options: tuple[float, int, float], *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        out, lse = _operator(is_composed)(*tensors, *options)
+        out, lse = (composed if is_composed else fused).operator(*tensors, *options)
         ctx.save_for_backward(*tensors, out, lse)
         ctx.is_composed, ctx.options = is_composed, options
         ctx.set_materialize_grads(False)
@@ -40,9 +36,8 @@ class _ThoughtAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, out, lse = ctx.saved_tensors
         sinks, dsinks = inputs[7], None
-        backward = torch.ops.quietstar.thought_attention_backward
-        if ctx.is_composed and dlse is None:  # the stock backward cannot take a gradient of lse
-            backward = torch.ops.quietstar.thought_attention_composed_backward
+        # The stock backward cannot take a gradient of lse.
+        backward = (composed if ctx.is_composed and dlse is None else fused).backward_operator
         with torch.no_grad():
             if dout is None:
                 dout = torch.zeros_like(out)

@@ -205,8 +205,8 @@ def _backward_fake(call: ThoughtAttentionBackward) -> tuple[Tensor, ...]:
     return (*map(torch.empty_like, call.forward[:5]), torch.empty_like(call.lse))
 
 
-register("thought_attention_composed", ThoughtAttention, RESULTS, _forward, _fake)
-register(
+operator = register("thought_attention_composed", ThoughtAttention, RESULTS, _forward, _fake)
+backward_operator = register(
     "thought_attention_composed_backward",
     ThoughtAttentionBackward,
     GRADIENTS,

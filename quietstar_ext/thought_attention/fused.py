@@ -125,5 +125,7 @@ def _backward_fake(call: ThoughtAttentionBackward) -> tuple[Tensor, ...]:
     return (*map(_empty_rows, call.forward[:5]), new_lse(call.forward.q))
 
 
-register("thought_attention", ThoughtAttention, RESULTS, _forward, _fake)
-register("thought_attention_backward", ThoughtAttentionBackward, GRADIENTS, _backward, _backward_fake)
+operator = register("thought_attention", ThoughtAttention, RESULTS, _forward, _fake)
+backward_operator = register(
+    "thought_attention_backward", ThoughtAttentionBackward, GRADIENTS, _backward, _backward_fake
+)
