@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
     from quietstar.checkpoints.load import load_checkpoint
     from quietstar.inspect.data import split_rows
-    from quietstar.inspect.page import write_page
+    from quietstar.inspect.page import About, write_page
 
     transformers_logging.set_verbosity_error()
     model, tokenizer = load_checkpoint(args.model, device=args.device, tokenizer=args.tokenizer)
@@ -81,9 +81,11 @@ def run(args: argparse.Namespace) -> int:
         tokenizer,
         split_rows(ids[: max(args.tokens, shortest)], max(context, shortest), shortest),
         output,
-        title=f"{args.file.name}: what thinking gained",
-        source=f"model {args.model}; text {args.file}{note}",
-        run_folder=args.model,
+        about=About(
+            title=f"{args.file.name}: what thinking gained",
+            source=f"model {args.model}; text {args.file}{note}",
+            run_folder=args.model,
+        ),
         samples=args.samples,
         seed=args.seed,
         overlap=True,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from quietstar.data.left_out import LeftOut, is_utf8, text_or_nothing, why_no_text
 from quietstar.data.stdlib import Document, load_stdlib
@@ -116,6 +116,16 @@ def expand_files(patterns: str | Iterable[str], left_out: LeftOut | None = None)
     return list(found)
 
 
+class Shuffle(NamedTuple):
+    """Rows that are held for shuffling, and the seed."""
+
+    buffer: int = 0
+    seed: int = 0
+
+
+NO_SHUFFLE = Shuffle()
+
+
 def hub_documents(
     name: str,
     *,
@@ -123,14 +133,13 @@ def hub_documents(
     split: str = "train",
     text_column: str = "text",
     streaming: bool = False,
-    shuffle_buffer: int = 0,
-    seed: int = 0,
+    shuffle: Shuffle = NO_SHUFFLE,
     revision: str | None = None,
     left_out: LeftOut | None = None,
 ) -> Iterator[Document]:
     """Yield the rows of a data set by its name on the hub (or a folder that `datasets` can load).
 
-    With ``streaming`` nothing is stored, and ``shuffle_buffer`` > 0 shuffles within a buffer of
+    With ``streaming`` nothing is stored, and a ``shuffle.buffer`` > 0 shuffles within a buffer of
     that many rows; ``left_out`` counts those that cannot be used. Raises :class:`UserError` where the
     data set, split or column cannot be had, and where no row can be used.
     """
@@ -166,10 +175,10 @@ def hub_documents(
 
     if not streaming:
         return _in_order(rows, name, text_of, unusable)
-    if shuffle_buffer > 0:
+    if shuffle.buffer > 0:
         # The order of the shards alone; rows are shuffled by a buffer that a position can hold.
-        rows = rows.shuffle(seed=seed, buffer_size=1)
-    return HubStream(rows, name, text_of, shuffle_buffer, seed, unusable)
+        rows = rows.shuffle(seed=shuffle.seed, buffer_size=1)
+    return HubStream(rows, name, text_of, *shuffle, unusable)
 
 
 def _in_order(
@@ -188,7 +197,8 @@ def open_documents(
     """A function that starts reading the source from its beginning (so that it can be read again).
 
     Exactly one of ``name`` (hub name or ``stdlib``) and ``files`` is given; ``options`` are the
-    other arguments of :func:`hub_documents` and :func:`local_documents`.
+    other arguments of :func:`hub_documents` and :func:`local_documents`, with ``shuffle_buffer`` and
+    ``seed`` for the former's ``shuffle``.
     """
     if (name is None) == (not files):
         raise UserError(
@@ -205,7 +215,8 @@ def open_documents(
         part = "heldout" if split in ("heldout", "test", "validation") else split
         return lambda: load_stdlib(part)
     options.pop("txt_documents", None)
-    return lambda: hub_documents(name, split=split, left_out=left_out, **options)
+    shuffle = Shuffle(options.pop("shuffle_buffer", 0), options.pop("seed", 0))
+    return lambda: hub_documents(name, split=split, shuffle=shuffle, left_out=left_out, **options)
 
 
 def _txt(path: Path, txt_documents: str, left_out: LeftOut) -> Iterator[Document]:

@@ -309,7 +309,7 @@ def some_thoughts(
 
 def save_page(output: Path, language: LookupLanguage) -> Path:
     """The thoughts of the full arm at held-out problems, as ``thoughts.html``."""
-    from quietstar.inspect.page import write_page
+    from quietstar.inspect.page import About, write_page
     from quietstar.modeling.model import QuietStarForCausalLM
 
     return write_page(
@@ -317,9 +317,11 @@ def save_page(output: Path, language: LookupLanguage) -> Path:
         lookup.build_tokenizer(),
         language.blocks(6, EVAL_LENGTH, EVAL_MIX, EVAL_SEED + 2).tolist(),
         output / "thoughts.html",
-        title="Look-up problems: what thinking gained",
-        source="held-out rows of the demo; full Quiet-STaR",
-        run_folder=output / "full",
+        about=About(
+            title="Look-up problems: what thinking gained",
+            source="held-out rows of the demo; full Quiet-STaR",
+            run_folder=output / "full",
+        ),
     )
 
 

@@ -190,7 +190,7 @@ def save_page(output: Path, recipe: Recipe, page: Path, *, count: int = 4) -> No
     """The thoughts of the trained model in ``count`` held-out rows, to look at in a browser."""
     from transformers import AutoTokenizer
 
-    from quietstar.inspect.page import write_page
+    from quietstar.inspect.page import About, write_page
     from quietstar.modeling.model import QuietStarForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(output / "quiet-star")
@@ -200,9 +200,11 @@ def save_page(output: Path, recipe: Recipe, page: Path, *, count: int = 4) -> No
         tokenizer,
         [rows[i]["input_ids"].tolist() for i in range(len(rows))],
         page,
-        title="Python source: what thinking gained",
-        source="held-out files of the standard library",
-        run_folder=output / "quiet-star",
+        about=About(
+            title="Python source: what thinking gained",
+            source="held-out files of the standard library",
+            run_folder=output / "quiet-star",
+        ),
     )
 
 

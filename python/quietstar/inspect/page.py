@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -35,15 +36,30 @@ CURVES = (
 )
 
 
+@dataclass(frozen=True)
+class About:
+    """What a page says beside what was seen.
+
+    Attributes:
+        title, source: of the page, and where the text came from.
+        run_folder: where to look for training curves (the Trainer's ``trainer_state.json``).
+    """
+
+    title: str = "What thinking gained"
+    source: str = ""
+    run_folder: str | Path | None = None
+
+
+ABOUT_NOTHING = About()
+
+
 def write_page(
     model: QuietStarForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Sequence[int]],
     path: str | Path,
     *,
-    title: str = "What thinking gained",
-    source: str = "",
-    run_folder: str | Path | None = None,
+    about: About = ABOUT_NOTHING,
     samples: int = 3,
     seed: int = 0,
     overlap: bool = False,
@@ -53,8 +69,6 @@ def write_page(
     Args:
         rows: token ids, each row a text of at least ``talk_length + 2`` tokens.
         path: of the page; an existing file is replaced.
-        title, source: what the page says of itself and of where the text came from.
-        run_folder: where to look for training curves (the Trainer's ``trainer_state.json``).
         samples: thoughts sampled per token, beside the most likely one.
         overlap: each row begins with the last token of the one before, which is shown once.
 
@@ -67,11 +81,11 @@ def write_page(
     config = model.config
     decoder: Any = config.text_config
     subtitle = (
-        f"{source + '; ' if source else ''}thoughts of {config.thought_length} tokens"
+        f"{about.source + '; ' if about.source else ''}thoughts of {config.thought_length} tokens"
         f"{' (pause tokens)' if config.thought_kind == 'pause' else ''}, {decoder.model_type}"
     )
     page = render_page(
-        seen, title=title, subtitle=subtitle, curves=read_curves(run_folder), joined=overlap
+        seen, title=about.title, subtitle=subtitle, curves=read_curves(about.run_folder), joined=overlap
     )
     path = Path(path)
     path.write_text(page, encoding="utf-8")
