@@ -37,7 +37,85 @@ class Fault:
     tests: str
 
 
-FAULTS: tuple[Fault, ...] = ()
+FAULTS: tuple[Fault, ...] = (
+    Fault(
+        "the advantage's sign",
+        "python/quietstar/losses/rewards.py",
+        "reward = reward - reward.mean(-1, keepdim=True)",
+        "reward = reward.mean(-1, keepdim=True) - reward",
+        "tests/test_golden.py tests/test_objective.py",
+    ),
+    Fault(
+        "a reward measured at the wrong talk step",
+        "python/quietstar/losses/rewards.py",
+        "(anchors[None] + steps).clamp(max=last)",
+        "(anchors[None] + 0 * steps).clamp(max=last)",
+        "tests/test_golden.py tests/test_objective.py",
+    ),
+    Fault(
+        "a window dropped on its way to the operator",
+        "python/quietstar/thinking/attention.py",
+        '        "sliding_window": window,',
+        '        "sliding_window": None,',
+        "tests/test_families.py tests/test_windows.py",
+    ),
+    Fault(
+        "talk targets one token late",
+        "python/quietstar/thinking/text_batch.py",
+        "ahead = anchors[None] + 1 + torch.arange(talk_length",
+        "ahead = anchors[None] + 2 + torch.arange(talk_length",
+        "tests/test_golden.py tests/test_learn.py",
+    ),
+    Fault(
+        "padding earns rewards",
+        "python/quietstar/thinking/text_batch.py",
+        "(ahead < length) & is_text & ~ranges",
+        "(ahead < length) & ~ranges",
+        "tests/test_learn.py tests/test_batches.py",
+    ),
+    Fault(
+        "a document predicts the next one",
+        "python/quietstar/thinking/layout.py",
+        "return ahead >= self.end.gather(1, anchors)",
+        "return ahead > self.end.gather(1, anchors)",
+        "tests/test_packed_documents.py tests/test_learn.py",
+    ),
+    Fault(
+        "all slots draw the same numbers",
+        "python/quietstar/thinking/slots.py",
+        "offset = (slot * run.shard.count + run.shard.index) * batch * columns",
+        "offset = run.shard.index * batch * columns",
+        "tests/test_thinking.py tests/test_graphs.py tests/test_distributed.py",
+    ),
+    Fault(
+        "the mixing weight is the base prediction's",
+        "python/quietstar/thinking/layers.py",
+        "return base.lerp(thought, weight), weight",
+        "return thought.lerp(base, weight), weight",
+        "tests/test_wrapped_layers.py",
+    ),
+    Fault(
+        "thoughts scored at another temperature",
+        "python/quietstar/losses/policy.py",
+        "loss, _ = td.thought_output(config.reinforce_temperature, slots.device)",
+        "loss, _ = td.thought_output(1.0, slots.device)",
+        "tests/test_golden.py tests/test_learn.py",
+    ),
+    Fault(
+        "a resumed run draws other numbers",
+        "python/quietstar/training/trainer.py",
+        "            training_state.load_random_state(Path(checkpoint), self.args.process_index)",
+        "            pass",
+        "tests/test_trainer.py tests/test_schedule.py tests/test_cli.py",
+    ),
+    Fault(
+        "a barrier missing in a CUDA kernel",
+        "csrc/cuda/linear_cross_entropy.cuh",
+        "= p;\n  __syncthreads();\n  const bool there",
+        "= p;\n  const bool there",
+        "tests/test_linear_cross_entropy_cuda.py",
+    ),
+)
 
 
 def seed(copy: Path, fault: Fault) -> None:
