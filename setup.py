@@ -54,6 +54,7 @@ def run_and_keep(command: list[str], log: Path) -> None:
 
 setup(
     packages=[*find_packages("python"), *find_packages(".", include=["quietstar_ext*"])],
+    py_modules=["quietstar_command"],
     package_dir={"": "python", "quietstar_ext": "quietstar_ext"},
     package_data={
         "quietstar": ["py.typed", "**/*.yaml", "**/*.json", "**/*.html", "**/*.txt"],

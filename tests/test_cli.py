@@ -179,15 +179,15 @@ def test_the_command_line_itself_imports_the_standard_library_alone() -> None:
         "import atexit, sys\n"
         "old = set(sys.modules)\n"
         "atexit.register(lambda: print('loaded', *{m.split('.')[0] for m in set(sys.modules) - old}))\n"
-        "from quietstar.cli import main\n"
-        "main(sys.argv[1:])"
+        "from quietstar_command import main\n"
+        "main()"
     )
     for words in (["--help"], *([name, "--help"] for name in COMMANDS)):
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
         assert done.returncode == 0 and "usage: quietstar" in done.stdout, done.stderr
         mark, *loaded = done.stdout.splitlines()[-1].split()
         assert mark == "loaded" and "quietstar" in loaded
-        assert set(loaded) - {"quietstar"} <= set(sys.stdlib_module_names)
+        assert set(loaded) - {"quietstar", "quietstar_command"} <= set(sys.stdlib_module_names)
 
 
 def test_as_a_module() -> None:

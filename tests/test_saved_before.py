@@ -74,16 +74,29 @@ def test_the_order_of_imports_does_not_matter(imports: str):
     assert done.stdout.split() == ["QuietStarConfig", "QuietStarForCausalLM"], done.stderr[-2000:]
 
 
-def test_threads_may_ask_for_names_at_once():
+def test_threads_may_import_transformers_behind_it():
     code = (
-        "import threading, quietstar\n"
+        "import importlib, threading, quietstar\n"
         "found = []\n"
-        "def ask(name): found.append(getattr(quietstar, name))\n"
-        "threads = [threading.Thread(target=ask, args=(name,)) for name in quietstar.__all__]\n"
+        "def ask(name): found.append(importlib.import_module(name))\n"
+        "names = ['transformers.modeling_utils', 'transformers.models.auto', 'quietstar.demos.text']\n"
+        "threads = [threading.Thread(target=ask, args=(name,)) for name in names]\n"
         "for thread in threads: thread.start()\n"
         "for thread in threads: thread.join()\n"
         "from transformers import CONFIG_MAPPING\n"
-        "print(len(found) == len(dir(quietstar)), CONFIG_MAPPING['quietstar'].__name__)"
+        "print(len(found), CONFIG_MAPPING['quietstar'].__name__)"
     )
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["True", "QuietStarConfig"], done.stderr[-2000:]
+    assert done.stdout.split() == ["3", "QuietStarConfig"], done.stderr[-2000:]
+
+
+def test_names_of_version_0_1_resolve():
+    code = (
+        "import quietstar\n"
+        "from quietstar.thinking import Thinking\n"
+        "from quietstar.corpora import stdlib_tokenizer\n"
+        "from quietstar.adapters import settle_new_rows\n"
+        "print(quietstar.layout.ThoughtLayout is quietstar.ThoughtLayout, Thinking.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "Thinking"], done.stderr[-2000:]

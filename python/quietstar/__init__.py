@@ -11,10 +11,10 @@ recipes       a run as YAML, built and run
 inspect, plan, demos, cli    what the commands show
 """
 
+import sys
 from typing import TYPE_CHECKING
 
-from quietstar import moved, registration
-from quietstar.lazy import lazy_attributes
+from quietstar import moved
 
 __all__ = [
     "END_TOKEN",
@@ -30,8 +30,13 @@ __all__ = [
     "load_reference",
 ]
 
-# Nothing of this is imported before it is asked for: torch and transformers take seconds.
-if TYPE_CHECKING:
+# The command line shows its help without torch and transformers, which take seconds, and imports the
+# model before it runs. Whoever else imports the package has it whole, and transformers knows the model type.
+_IS_COMMAND = "quietstar_command" in sys.modules or ("-m", __name__) in zip(
+    sys.orig_argv, sys.orig_argv[1:], strict=False
+)
+
+if TYPE_CHECKING or not _IS_COMMAND:
     from quietstar.checkpoints.upstream import load_reference
     from quietstar.config import END_TOKEN, START_TOKEN, QuietStarConfig
     from quietstar.modeling.meta_tokens import add_meta_tokens, check_tokenizer
@@ -39,29 +44,20 @@ if TYPE_CHECKING:
     from quietstar.thinking.layout import ThoughtLayout
     from quietstar.training.arguments import QuietStarArguments
     from quietstar.training.trainer import QuietStarTrainer
-else:
-    __getattr__ = lazy_attributes(
-        __name__,
-        {
-            "END_TOKEN": "config",
-            "START_TOKEN": "config",
-            "QuietStarArguments": "training.arguments",
-            "QuietStarConfig": "config",
-            "QuietStarForCausalLM": "modeling.model",
-            "QuietStarOutput": "modeling.output",
-            "QuietStarTrainer": "training.trainer",
-            "ThoughtLayout": "thinking.layout",
-            "add_meta_tokens": "modeling.meta_tokens",
-            "check_tokenizer": "modeling.meta_tokens",
-            "load_reference": "checkpoints.upstream",
-        },
-        modules=("checkpoints", "config", "data", "losses", "modeling", "thinking", "training"),
-    )
-
-
-def __dir__() -> list[str]:
-    return list(__all__)
-
 
 moved.install()
-registration.install()
+__getattr__ = moved.package_attributes(
+    {
+        "END_TOKEN": "config",
+        "START_TOKEN": "config",
+        "QuietStarArguments": "training.arguments",
+        "QuietStarConfig": "config",
+        "QuietStarForCausalLM": "modeling.model",
+        "QuietStarOutput": "modeling.output",
+        "QuietStarTrainer": "training.trainer",
+        "ThoughtLayout": "thinking.layout",
+        "add_meta_tokens": "modeling.meta_tokens",
+        "check_tokenizer": "modeling.meta_tokens",
+        "load_reference": "checkpoints.upstream",
+    }
+)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+from quietstar.lazy import lazy_attributes
 
 MOVED: dict[str, tuple[str, ...]] = {
     "adapters": (
@@ -145,6 +147,12 @@ RENAMED = {
     "Objective": "LossTerms",
     "add_up": "total_loss",
     "keep_gradients": "keep_4bit_differentiable",
+    "settle_new_rows": "grow_embeddings",
+    "count_what_counts": "loss_divisors",
+    "MOST_CHAINS": "MAX_CHAINS",
+    "whole": "full_on_cpu",
+    "like": "sharded_like",
+    "text_with_layout": "text_pass",
 }
 
 
@@ -189,3 +197,13 @@ def install() -> None:
     """Behind Python's own finders, so that a module that is there is never asked for here."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
+
+
+def package_attributes(places: Mapping[str, str]) -> Callable[[str], Any]:
+    """The package's own ``__getattr__``: old modules, and names as :func:`lazy_attributes` has them."""
+    others = lazy_attributes("quietstar", places)
+
+    def get(name: str) -> Any:
+        return importlib.import_module(f"quietstar.{name}") if name in MOVED else others(name)
+
+    return get

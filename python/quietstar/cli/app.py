@@ -6,6 +6,7 @@ A command's module holds its arguments and what it runs; it imports what it need
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # bitsandbytes asks for another package on some CPUs, where nothing here would use it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_about_something_else)
     try:
+        importlib.import_module("quietstar.modeling.model")  # transformers knows the type from here on
         status = int(args.run(args) or 0)
         sys.stdout.flush()
         return status

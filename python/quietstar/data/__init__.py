@@ -6,6 +6,9 @@ from quietstar.lazy import lazy_attributes
 __getattr__ = lazy_attributes(
     __name__,
     {
+        "PACKINGS": "blocks",
+        "TOKENIZER_BATCH": "blocks",
+        "Block": "blocks",
         "Blocks": "blocks",
         "PackedBlock": "blocks",
         "StreamedBlocks": "blocks",

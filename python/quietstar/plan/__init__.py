@@ -6,6 +6,10 @@ from quietstar.lazy import lazy_attributes
 __getattr__ = lazy_attributes(
     __name__,
     {
+        "CHUNK_BYTES": "costs",
+        "CHUNK_ROWS": "costs",
+        "CONTEXT_BYTES": "costs",
+        "GAPS": "costs",
         "Rows": "costs",
         "Sizes": "costs",
         "Step": "costs",
