@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # The command line shows its help without torch and transformers, which take seconds, and imports the
-# model before it runs. Whoever else imports the package has it whole, and transformers knows the model type.
+# model before it runs. Whoever else imports the package has it whole; transformers knows the type then.
 _IS_COMMAND = "quietstar_command" in sys.modules or ("-m", __name__) in zip(
     sys.orig_argv, sys.orig_argv[1:], strict=False
 )
