@@ -33,6 +33,7 @@ DECODER_FIELDS = frozenset(
         "hidden_size",
         "initializer_range",
         "intermediate_size",
+        "layer_types",
         "max_position_embeddings",
         "num_attention_heads",
         "num_hidden_layers",
