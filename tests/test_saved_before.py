@@ -38,16 +38,21 @@ def test_a_folder_gives_what_it_gave(name: str, monkeypatch: pytest.MonkeyPatch)
     assert generated.tolist() == expected["generated"]
 
 
+def words_of(code: str) -> list[str]:
+    """What a fresh process prints; its argument is the whole model's folder."""
+    command = [sys.executable, "-P", "-c", code, str(SAVED / "full")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.split()
+
+
 def test_import_of_the_package_alone_teaches_transformers_the_type():
     code = (
         "import sys, quietstar\n"
         "from transformers import AutoModelForCausalLM\n"
         "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, str(SAVED / "full")], capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["QuietStarForCausalLM"], done.stderr[-2000:]
+    assert words_of(code) == ["QuietStarForCausalLM"]
 
 
 @pytest.mark.parametrize(
@@ -68,10 +73,7 @@ def test_the_order_of_imports_does_not_matter(imports: str):
         "config = AutoConfig.from_pretrained(sys.argv[1])\n"
         "print(type(config).__name__, AutoModelForCausalLM._model_mapping[type(config)].__name__)"
     )
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", code, str(SAVED / "full")], capture_output=True, text=True
-    )
-    assert done.stdout.split() == ["QuietStarConfig", "QuietStarForCausalLM"], done.stderr[-2000:]
+    assert words_of(code) == ["QuietStarConfig", "QuietStarForCausalLM"]
 
 
 def test_threads_may_import_transformers_behind_it():
@@ -86,8 +88,7 @@ def test_threads_may_import_transformers_behind_it():
         "from transformers import CONFIG_MAPPING\n"
         "print(len(found), CONFIG_MAPPING['quietstar'].__name__)"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["3", "QuietStarConfig"], done.stderr[-2000:]
+    assert words_of(code) == ["3", "QuietStarConfig"]
 
 
 def test_names_of_version_0_1_resolve():
@@ -98,5 +99,4 @@ def test_names_of_version_0_1_resolve():
         "from quietstar.adapters import settle_new_rows\n"
         "print(quietstar.layout.ThoughtLayout is quietstar.ThoughtLayout, Thinking.__name__)"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["True", "Thinking"], done.stderr[-2000:]
+    assert words_of(code) == ["True", "Thinking"]
