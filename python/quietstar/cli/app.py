@@ -15,9 +15,10 @@ from collections.abc import Sequence
 
 from quietstar.cli import demo, generate, info, inspect, merge, plan, train
 from quietstar.cli import eval as evaluate
+from quietstar.cli.arguments import INTERRUPTED
 
 COMMANDS = (info, train, plan, merge, generate, inspect, evaluate, demo)
-USER_ERROR, INTERRUPTED = 2, 130
+USER_ERROR = 2
 TRACEBACK_VARIABLE = "QUIETSTAR_TRACEBACK"
 # What is done by these is found again.
 CONTINUED = ("train", "eval", "demo")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
 
+INTERRUPTED = 130  # exit status
+
 
 def add_model(command: argparse.ArgumentParser) -> None:
     """Which model to open, with which tokenizer, and where."""

@@ -8,14 +8,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quietstar.cli.arguments import add_model
+from quietstar.cli.arguments import INTERRUPTED, add_model
 from quietstar.errors import UserError, check_seed
 from quietstar.files import read_text
 
 if TYPE_CHECKING:
     from quietstar.cli.arguments import Commands
-
-INTERRUPTED = 130
 
 
 def add_parser(commands: Commands) -> None:
