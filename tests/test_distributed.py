@@ -35,7 +35,8 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, "--master-port", str(port), str(HERE / "two_processes.py"), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # DeepSpeed compiles an extension; in the user's cache the lock of a build that was killed lasts.
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")},
         cwd=folder,
         capture_output=True,
         text=True,

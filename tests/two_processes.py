@@ -6,6 +6,7 @@ Each case trains a tiny model with QuietStarTrainer and leaves what came out of 
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import sys
@@ -29,6 +30,7 @@ from quietstar import QuietStarForCausalLM, QuietStarTrainer
 from quietstar.training.arguments import QuietStarArguments
 
 ROWS, LENGTH = 16, 11
+TOO_LONG = 420  # seconds; processes that wait for each other say where, before pytest's limit ends them
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
 CASES: dict[str, dict[str, Any]] = {
     # 2 processes x 2 rows; rows of different lengths, so that the counts of the parts differ.
@@ -245,6 +247,7 @@ def count_collectives(case: dict[str, Any], folder: Path) -> dict[str, int]:
 def main(out: Path) -> None:
     import json
 
+    faulthandler.dump_traceback_later(TOO_LONG, exit=True)
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     for name, case in CASES.items():
