@@ -7,7 +7,7 @@ dropping the gradients; memory is the most that was allocated, everything includ
 ``benchmarks.flops`` (what the algorithm needs) over the time and the measured rate of a bf16 product.
 
 ``pytest benchmarks/bench_gpu_step.py -s`` on a machine with a GPU; without one they skip, and
-tests/test_benchmark_step.py runs the same functions with a tiny decoder.
+tests/benchmarks/test_benchmark_step.py runs the same functions with a tiny decoder.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def check(which: str, folder: Path, requirements: list[str], options: list[str])
         return False
     run(python, "-m", "pip", "freeze")
     # -P: the source folder must not hide the installed package.
-    return run(python, "-P", "-m", "pytest", *options) == 0
+    return run(python, "-P", "-m", "pytest", "--slow", *options) == 0
 
 
 def main() -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import cuda_sources
 import pytest
@@ -22,24 +25,62 @@ if not list((ROOT / "quietstar_ext").glob("_native*")):
 import quietstar_ext  # noqa: E402
 from quietstar_ext import native  # noqa: E402
 
+# The processes of `pytest -n` share the processor's cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 SIMD_LEVELS = ("generic", "avx2", "avx512")
 # Cases of a test that run under the sanitizers, which take ten times as long.
-MOST_SANITIZED = 5
+MAX_SANITIZED = 5
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the slow tests of whole folders, too")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Under the sanitizers every test runs, but of many cases only some, spread over all of them."""
-    if not cuda_sources.SANITIZED:
-        return
+    """Leave out slow tests of whole folders, and under the sanitizers all but some cases of a test."""
+    kept = items
+    named = any(".py" in argument for argument in config.args)
+    if not (named or config.getoption("--slow") or config.getoption("-m")):
+        kept = [item for item in kept if not item.get_closest_marker("slow")]
+    if cuda_sources.SANITIZED:
+        kept = some_cases(kept)
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
+    if "PYTEST_XDIST_WORKER" in os.environ:  # what takes longest must not be begun last
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])
+
+
+def some_cases(items: list[pytest.Item]) -> list[pytest.Item]:
+    """At most ``MAX_SANITIZED`` cases of every test, spread over all of them."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     kept = set()
     for of_one in cases.values():
-        step = max(1.0, len(of_one) / MOST_SANITIZED)
-        kept |= {of_one[int(i * step)] for i in range(min(len(of_one), MOST_SANITIZED))}
-    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-    items[:] = [item for item in items if item in kept]
+        step = max(1.0, len(of_one) / MAX_SANITIZED)
+        kept |= {of_one[int(i * step)] for i in range(min(len(of_one), MAX_SANITIZED))}
+    return [item for item in items if item in kept]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """A process per core that this one may use, and up to 4 GiB for each."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, memory >> 32))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a file stay in one process, since many share what took long to make."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)

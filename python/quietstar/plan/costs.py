@@ -1,7 +1,7 @@
 """What a training step needs: bytes and operations, and what of a recipe fits a GPU.
 
 The formulas are those of docs/scaling.md, counted for decoders with RMSNorm and a gated MLP (Llama,
-Mistral, Qwen, ...) and checked against measured peaks by tests/test_plan.py. A step's rows are
+Mistral, Qwen, ...) and checked against measured peaks by tests/plan/test_plan.py. A step's rows are
 ``L = B (N + S M)``: B texts of N tokens, S slots for each of M columns (M = anchors x rationales).
 """
 

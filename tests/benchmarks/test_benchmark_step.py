@@ -1,0 +1,98 @@
+"""The GPU's training-step benchmark: its count of operations, and that it runs (tiny, on the CPU)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from quietstar import QuietStarConfig
+from quietstar.plan.costs import decoder_sizes
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def load_flops():
+    spec = importlib.util.spec_from_file_location("benchmark_flops", ROOT / "benchmarks" / "flops.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_operations_by_hand():
+    decoder = LlamaConfig(
+        vocab_size=10,
+        hidden_size=4,
+        intermediate_size=6,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    config = QuietStarConfig(
+        text_config=decoder,
+        start_token_id=8,
+        end_token_id=9,
+        thought_length=2,
+        talk_length=2,
+        num_rationales=2,
+    )
+    sizes = decoder_sizes(decoder)
+    # q and o 4x4, k and v 4x2, gate, up and down 4x6; twice.
+    assert sizes.linear == 2 * (2 * 16 + 2 * 8 + 3 * 24) == 240
+    found = load_flops().training_step_flops(config, sizes, batch=1, length=3, rewarded=0.25)
+    # Start, two thought tokens, end and one talk token are 5 slots; 3 positions twice are 6 columns.
+    assert found.body == 6 * 240 * (3 + 5 * 6) == 47520
+    # Text rows see 1 + 2 + 3 keys. A column's five slots see its text and 1 + 2 + .. + 5 slots.
+    text_of_columns = 2 * (1 + 2 + 3)
+    pairs = (1 + 2 + 3) + 5 * text_of_columns + 6 * (1 + 2 + 3 + 4 + 5)
+    assert found.attention == 3 * 2 * 2 * 4 * 2 * pairs == 96 * 156
+    # 12 tokens drawn; losses of 2 base and 12 talk predictions, and of a quarter of the 12 drawn.
+    assert found.vocabulary == 2 * 4 * 10 * (12 + 3 * (2 + 12 + 3)) == 5040
+    # 4x4 for 3 base rows, and 4x4 and 4x4 for each of 12 talk rows, forward and twice backward.
+    assert found.mixing == 3 * 2 * 16 * (3 + 2 * 12) == 2592
+    assert found.needed == 47520 + 96 * 156 + 5040 + 2592
+    # The rollout: the text, and start and first token of the 6 columns, without gradients.
+    rollout_pairs = 6 + 2 * text_of_columns + 6 * (1 + 2)
+    assert found.rollout == 2 * 240 * (3 + 2 * 6) + 4 * 4 * 2 * rollout_pairs
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs():
+    """Both halves with a tiny decoder: all rows are there, and nothing is written."""
+    code = """
+import json
+from benchmarks import bench_gpu_step as bench
+tables = bench.training_step("tiny", 1, 24, rounds=1), bench.slot_step("tiny", 2, 20, rounds=1)
+print(json.dumps(tables))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), *sys.path])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    step, slots = json.loads(done.stdout.splitlines()[-1])
+    assert list(step) == [
+        "quietstar",
+        "quietstar, slots as a graph",
+        "quietstar, gradient checkpointing",
+        "sequential, dense (as published)",
+    ]
+    assert all(row["ms"] > 0 for row in step.values())
+    ours = step["quietstar"]
+    assert ours["needed_gflop"] > 0 and 0 < ours["utilisation"] < 1
+    assert ours["utilisation"] == pytest.approx(
+        ours["needed_gflop"] / ours["ms"] * 1e3 / ours["matmul_gflop_per_s"], rel=1e-6
+    )
+    assert {"slot step", "decoding step, growing cache"} <= set(slots)
+    assert all(row["ms"] > 0 for row in slots.values())

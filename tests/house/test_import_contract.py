@@ -1,0 +1,90 @@
+"""Which room may import which: only downwards (docs/architecture.md), and no circle."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2] / "python" / "quietstar"
+# From the bottom. Rooms of one level do not import each other; what is in no room is at the bottom.
+LEVELS = (
+    {"thinking", "data"},
+    {"losses"},
+    {"modeling"},
+    {"checkpoints"},
+    {"training"},
+    {"evaluation"},
+    {"recipes"},
+    {"inspect", "plan"},
+    {"demos"},
+    {"cli"},
+)
+LEVEL = {room: level for level, rooms in enumerate(LEVELS, 1) for room in rooms}
+# Modules that stand for the whole package, and the one arrow that points upward: a public classmethod.
+FRONT = {"__init__", "__main__", "moved"}
+EXEMPT = {("modeling.model", "checkpoints.upstream")}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imported(name: str, path: Path, known: set[str]) -> Iterator[tuple[str, bool]]:
+    """The modules of the package that one imports, and whether at once; not for annotations alone."""
+    tree = ast.parse(path.read_text())
+    annotations = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in annotations or not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{name}: a relative import"
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        else:
+            targets = [f"{node.module}.{alias.name}" for alias in node.names]
+        for target in targets:
+            inside = target.removeprefix("quietstar.")
+            if inside == target:
+                continue
+            while inside and inside not in known:
+                inside = inside.rpartition(".")[0]
+            if inside:
+                yield inside, node in tree.body
+
+
+def room(name: str) -> str:
+    return name.partition(".")[0] if name.partition(".")[0] in LEVEL else ""
+
+
+def test_arrows_point_downwards():
+    known = modules()
+    wrong = []
+    for name, path in known.items():
+        if name in FRONT:
+            continue
+        for target, _ in imported(name, path, set(known)):
+            mine, theirs = room(name), room(target)
+            if mine != theirs and LEVEL.get(mine, 0) <= LEVEL.get(theirs, 0):
+                wrong.append((name, target))
+    assert set(wrong) == EXEMPT
+
+
+def test_there_is_no_circle():
+    known = modules()
+    graph = {
+        name: {target for target, at_once in imported(name, path, set(known)) if at_once} - {name}
+        for name, path in known.items()
+        if name not in FRONT
+    }
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+    assert len(order) >= len(graph) > 100

@@ -1,0 +1,93 @@
+"""README's Python examples run as they stand (with a small local model in place of a large one)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from families import tiny_decoder
+
+from quietstar.data.lookup import LookupLanguage, TextMix, build_tokenizer
+
+README = Path(__file__).parents[2] / "README.md"
+EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+
+
+def example(word: str) -> str:
+    (found,) = [code for code in EXAMPLES if word in code]
+    return found
+
+
+def test_operators_from_plain_pytorch():
+    code = example("thought_attention")
+    assert "import quietstar\n" not in code and len(code.splitlines()) <= 18
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["tokens"].shape == (64 * 6,)
+    assert names["q"].grad.abs().sum() > 0
+
+
+def test_training(tmp_path, monkeypatch):
+    code = example("QuietStarTrainer")
+    assert len(code.strip().splitlines()) <= 13
+    monkeypatch.chdir(tmp_path)
+    tokenizer = build_tokenizer()
+    tokenizer.pad_token = ";"
+    tokenizer.save_pretrained("small")
+    tiny_decoder("llama", vocab_size=48).save_pretrained("small")
+    Path("text.txt").write_text(tokenizer.decode(LookupLanguage(0).tokens(400, TextMix(), 1)))
+    for large, small in (
+        ('"Qwen/Qwen2.5-0.5B"', '"small"'),
+        ("256", "16"),
+        ("max_steps=1000", "max_steps=2, save_steps=2, report_to=[], use_cpu=True"),
+    ):
+        assert large in code
+        code = code.replace(large, small)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["model"].config.thought_length == 8
+    assert Path("out/checkpoint-2/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("command", ["quietstar train", "quietstar info", "quietstar demo text"])
+def test_commands_in_the_readme_exist(command: str):
+    from quietstar.cli.app import build_parser
+
+    assert command in README.read_text(encoding="utf-8")
+    words = command.split()[1:] + (["tiny"] if command.endswith("train") else [])
+    assert build_parser().parse_args(words).run is not None
+
+
+def test_recipes_in_the_readme_are_shipped():
+    from quietstar.recipes.recipe import shipped_recipes
+
+    text = README.read_text(encoding="utf-8")
+    for name in ("qwen2.5-0.5b", "llama-3.2-1b", "mistral-7b-paper"):
+        assert f"`{name}`" in text and name in shipped_recipes()
+
+
+METHODS = re.findall(r"^\| ([^|]+) \| (`(?:thoughts|training): .*`) \|$", README.read_text(), flags=re.M)
+
+
+@pytest.mark.parametrize(("method", "cell"), METHODS, ids=[m.partition(" (")[0] for m, _ in METHODS])
+def test_recipe_lines_of_the_methods(method: str, cell: str, tmp_path):
+    from quietstar.config import QuietStarConfig
+    from quietstar.recipes.recipe import load_recipe
+    from quietstar.recipes.run import training_arguments
+    from quietstar.values import load_yaml
+
+    lines: dict = {}
+    for line in re.findall(r"`([^`]*)`", cell):
+        lines |= load_yaml(line, "README.md")
+    recipe = load_recipe("tiny").changed(**lines)
+    arguments = training_arguments(recipe, tmp_path, progress=False)
+    # Read back, they are what the paper's name stands for and not the defaults.
+    for name, value in lines.get("thoughts", {}).items():
+        assert getattr(QuietStarConfig(**recipe.thoughts), name) == value, (method, name)
+    for name, value in lines.get("training", {}).items():
+        assert getattr(arguments, name) == value, (method, name)
+
+
+def test_there_are_methods():
+    assert len(METHODS) == 7

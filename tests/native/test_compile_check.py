@@ -1,0 +1,219 @@
+"""scripts/compile_check.py: what it reads of the compiler's report, and the kernels themselves."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "compile_check.py"
+
+# A report as ptxas 13.0 writes it, of two kernels and two architectures.
+REPORT = """
+ptxas info    : 818 bytes gmem, 72 bytes cmem[4]
+ptxas info    : Compiling entry function '_ZN9quietstar4cuda3rowILi32EEEvPfi' for 'sm_80'
+ptxas info    : Function properties for _ZN9quietstar4cuda6helperEv
+    64 bytes stack frame, 12 bytes spill stores, 12 bytes spill loads
+ptxas info    : Function properties for _ZN9quietstar4cuda3rowILi32EEEvPfi
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 48 registers, used 1 barriers, 1024 bytes smem, 600 bytes cmem[0]
+ptxas info    : Compile time = 28.256 ms
+ptxas info    : Compiling entry function '_ZN9quietstar4cuda3rowILi32EEEvPfi' for 'sm_90'
+ptxas info    : Function properties for _ZN9quietstar4cuda3rowILi32EEEvPfi
+    136 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads
+ptxas info    : Used 255 registers, used 0 barriers, 136 bytes cumulative stack size
+ptxas info    : Compiling entry function '_Z5plainPf' for 'sm_90'
+ptxas info    : Function properties for _Z5plainPf
+    16 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers
+"""
+
+# 64 sums of products that are all wanted at the end, in 64 registers a thread.
+SPILLING = """
+__global__ void __launch_bounds__(1024) many_sums(float* out, const float* in, int count) {
+  float sums[64] = {};
+  for (int n = 0; n < count; ++n) {
+    float x[64];
+#pragma unroll
+    for (int i = 0; i < 64; ++i) x[i] = in[n * 64 + i] * in[n + i];
+#pragma unroll
+    for (int i = 0; i < 64; ++i) sums[i] += x[i] * x[63 - i];
+  }
+#pragma unroll
+  for (int i = 0; i < 64; ++i) out[threadIdx.x * 64 + i] = sums[i];
+}
+"""
+
+
+# Two kernels as PTX: a pack that was taken apart, in shared and in global memory, and one that was not,
+# beside elements that lie apart.
+PTX = """
+.visible .entry _Z6narrowPt(
+.param .u64 .ptr _Z6narrowPt_param_0
+)
+{
+	ld.shared.u16 	%rs1, [%r1];
+	ld.shared.u16 	%rs2, [%r1+2];
+	st.global.u16 	[%rd4], %rs1;
+	st.global.u16 	[%rd4+2], %rs2;
+	@%p1 st.global.v2.f32 	[%rd5+-8], {%f1, %f2};
+	st.global.f32 	[%rd5], %f1;
+	ret;
+}
+.visible .entry _Z4widePt(
+)
+{
+	ld.shared.f32 	%f1, [_Z4scratch];
+	ld.shared.f32 	%f2, [_Z4scratch+4];
+	ld.shared.v4.u32 	{%r1, %r2, %r3, %r4}, [%r9];
+	st.global.v4.u32 [%rd1], {%r1, %r2, %r3, %r4};
+	st.global.v4.u32 [%rd1+16], {%r1, %r2, %r3, %r4};
+	st.global.u16 	[%rd1+32], %rs1;
+	st.global.u16 	[%rd1+544], %rs1;
+	st.global.u16 	[%rd2+34], %rs1;
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def check() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("compile_check", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["compile_check"] = module  # dataclasses look it up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def need_nvcc(check: ModuleType) -> None:
+    if check.find_nvcc() is None:
+        pytest.skip("compile check of the CUDA kernels skipped: nvcc was not found")
+
+
+def test_reads_registers_spills_and_shared_memory(check) -> None:
+    row80, row90, plain = check.parse(REPORT)
+    assert vars(row80) == {
+        "name": "_ZN9quietstar4cuda3rowILi32EEEvPfi",
+        "arch": "sm_80",
+        "registers": 48,
+        "spills": 0,  # the helper's are reported apart
+        "stack": 0,
+        "shared": 1024,
+    }
+    assert (row90.registers, row90.spills, row90.stack, row90.shared) == (255, 24, 136, 0)
+    assert (plain.name, plain.registers, plain.stack) == ("_Z5plainPf", 8, 16)
+    shown = check.table([row80, row90, plain], ["sm_80", "sm_90"]).splitlines()
+    assert shown[2].split()[1:] == ["1024", "48", "255", "spills", "24"]
+    assert shown[1].split()[1:] == ["0", "8", "stack", "16"]
+
+
+def test_a_report_that_it_cannot_read_is_an_error(check) -> None:
+    with pytest.raises(RuntimeError, match="cannot read what ptxas says of _Z5plainPf"):
+        check.parse(REPORT.replace("Used 8 registers", "Used up"))
+
+
+def test_names_are_short(check) -> None:
+    names = ["_ZN9quietstar4cuda3rowILi32EEEvPfi", "_Z5plainPf"]
+    assert check.readable(names) == {names[0]: "row<32>", names[1]: "plain"}
+    full = "void ns::(anonymous namespace)::row<ns::Half, (int)64, (ns::Kind)1, false>(float*, (int)2)"
+    assert check._short(full) == "row<Half, 64, 1, false>"
+
+
+def test_finds_spills_and_patterns_without_a_kernel(check) -> None:
+    kernels = check.parse(REPORT)
+    assert check.faults(kernels, ["*row*", "_Z5plain*"]) == [
+        "_ZN9quietstar4cuda3rowILi32EEEvPfi spills 24 bytes on sm_90 (255 registers)"
+    ]
+    assert check.faults(kernels, ["_Z5plain*", "gone_*"]) == [
+        "no kernel is called gone_*; NO_SPILLS should follow its new name"
+    ]
+
+
+def test_finds_packs_that_are_taken_apart(check) -> None:
+    found = check.accesses(PTX)
+    assert [len(found[name]) for name in ("_Z6narrowPt", "_Z4widePt")] == [6, 8]
+    apart = check.taken_apart(found["_Z6narrowPt"])
+    assert [(a.what, a.width, a.base, a.offset) for a in apart] == [
+        ("ld.shared", 2, "%r1", 0),
+        ("st.global", 2, "%rd4", 0),
+        ("st.global", 8, "%rd5", -8),
+    ]
+    assert check.taken_apart(found["_Z4widePt"]) == []
+
+
+# Eight neighbours, stored two bytes at a time.
+NARROW = """
+__global__ void narrow(unsigned short* out) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) out[threadIdx.x * 8 + i] = i;
+}
+"""
+
+
+def test_a_kernel_whose_packs_are_taken_apart_fails(check, tmp_path, monkeypatch, capsys) -> None:
+    need_nvcc(check)
+    source = tmp_path / "narrow.cu"
+    source.write_text(NARROW)
+    monkeypatch.setattr(check, "WIDE", {"narrow.cu": ("narrow", "gone")})
+    assert check.main([str(source), "--archs", "sm_80"]) == 1
+    shown = capsys.readouterr().out
+    assert "narrow for sm_80 takes packs apart: 7 accesses like st.global of 2 bytes" in shown
+    assert "no kernel of narrow.cu is called gone; WIDE should follow its name" in shown
+    monkeypatch.setattr(check, "WIDE", {"other.cu": ("narrow",)})
+    assert check.main([str(source), "--archs", "sm_80"]) == 0
+    assert "no packs taken apart where none may be" in capsys.readouterr().out
+
+
+def test_reads_the_log_of_a_build(check, monkeypatch, tmp_path) -> None:
+    sources, headers = tmp_path / "csrc" / "cuda", tmp_path / "csrc" / "include"
+    log = tmp_path / "build" / "temp.linux" / "build.log"
+    for folder in (sources, headers, log.parent):
+        folder.mkdir(parents=True)
+    (sources / "row.cu").write_text("")
+    monkeypatch.setattr(check, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(check, "SOURCES", sources)
+    assert check.reports_of_build(["sm_80"]) == {}
+    log.write_text(
+        "-- quietstar\n[1/3] Building CXX object CMakeFiles/x.dir/csrc/cpu/row.cpp.o\nwarning: ...\n"
+        f"[2/3] Building CUDA object CMakeFiles/kernels_cuda.dir/csrc/cuda/row.cu.o\n{REPORT}"
+        "[3/3] Linking CXX shared module _native.so\n"
+    )
+    (report,) = check.reports_of_build(["sm_80", "sm_90"]).values()
+    assert check.parse(report) == check.parse(REPORT)
+    assert check.reports_of_build(["sm_80", "sm_100"]) == {}
+    later = log.stat().st_mtime + 5
+    os.utime(sources / "row.cu", (later, later))
+    assert check.reports_of_build(["sm_80"]) == {}
+
+
+def test_without_nvcc_it_says_so(check, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(check, "find_nvcc", lambda: None)
+    assert check.main([]) == 0
+    assert capsys.readouterr().out == "compile check skipped: nvcc was not found\n"
+
+
+def test_a_kernel_that_spills_fails(check, tmp_path, capsys) -> None:
+    need_nvcc(check)
+    source = tmp_path / "many_sums.cu"
+    source.write_text(SPILLING)
+    assert check.main([str(source), "--archs", "sm_90"]) == 1
+    assert "many_sums spills" in capsys.readouterr().out
+    source.write_text("__global__ void fine(float* out) { *out = 1; }")
+    assert check.main([str(source), "--archs", "sm_90"]) == 0
+    source.write_text("__global__ void broken(float* out) { *out = }")
+    with pytest.raises(RuntimeError, match=r"(?s)many_sums\.cu does not compile:.*error"):
+        check.main([str(source), "--archs", "sm_90"])
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_that_must_not(check, capsys) -> None:
+    need_nvcc(check)
+    status = check.main([])
+    shown = capsys.readouterr().out
+    with capsys.disabled():
+        print(f"\n{shown}")
+    assert status == 0, shown
