@@ -1,6 +1,5 @@
 """Build of the native core: setuptools hands the extension to CMake. Nothing here needs torch."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +9,15 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "scripts"))
+import build_backend  # noqa: E402
 
 
 class CMakeBuild(build_ext):
     """Configure and build csrc/ with CMake and ninja, and leave _native where setuptools wants it."""
 
     def build_extension(self, ext: Extension) -> None:
+        cuda = build_backend.plan()
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
@@ -26,8 +28,10 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DQUIETSTAR_VERSION={self.distribution.get_version()}",
-            f"-DQUIETSTAR_CUDA={os.environ.get('QUIETSTAR_CUDA', 'auto')}",
-            f"-DQUIETSTAR_CUDA_ARCHS={os.environ.get('QUIETSTAR_CUDA_ARCHS', '')}",
+            f"-DQUIETSTAR_CUDA={'on' if cuda.nvcc else 'off'}",
+            f"-DQUIETSTAR_NVCC={cuda.nvcc or ''}",
+            f"-DQUIETSTAR_CUDA_ARCHS={','.join(cuda.archs)}",
+            f"-DQUIETSTAR_CPU_REASON={cuda.reason}",
         ]
         # A build folder configured by another build environment names tools that are gone.
         subprocess.run([*configure, "--fresh"], check=True)

@@ -73,8 +73,8 @@ def _device_unsupported_reason(device: torch.device) -> str | None:
     archs = _module.build_info()["cuda_archs"]
     if not archs:
         return (
-            "this build has no CUDA kernels, as nvcc was not found or not wanted when it was built; "
-            "reinstall with the CUDA toolkit's nvcc on the PATH (QUIETSTAR_CUDA=on insists on it)"
+            "this build has no CUDA kernels, as there was no GPU or no nvcc where it was built, or they "
+            "were not wanted; reinstall with QUIETSTAR_CUDA=on, which needs a C++ compiler only"
         )
     capability = torch.cuda.get_device_capability(device)
     driver, runtime = _module.cuda_versions()
@@ -87,8 +87,8 @@ def capability_unsupported_reason(
     """Half a sentence on why kernels cannot run on a device, or None where they can.
 
     Args:
-        archs: what they were built for, such as ``"sm_80, sm_90"``; the last one also as PTX, unless it
-            has a letter behind the number.
+        archs: what they were built for, such as ``"sm_80, sm_90, compute_80"``: machine code for two
+            architectures, and PTX for the driver to compile.
         driver: the newest CUDA that the driver supports, as CUDA numbers it (12040 is 12.4).
         runtime: the CUDA that they were built with.
     """
@@ -101,11 +101,11 @@ def capability_unsupported_reason(
             f"{_version(driver)} at most; update the driver, or reinstall with the nvcc of CUDA "
             f"{driver // 1000} on the PATH"
         )
-    names = [name.strip().removeprefix("sm_") for name in archs.split(",")]
-    if any(_runs_on(name, major, minor) for name in names):
+    names = [name.strip() for name in archs.split(",")]
+    if any(_runs_on(name, major, minor) for name in names if name.startswith("sm_")):
         return None
-    newest = names[-1]
-    if newest.isdigit() and divmod(int(newest), 10) <= capability:  # the driver compiles the PTX
+    ptx = [name.removeprefix("compute_") for name in names if name.startswith("compute_")]
+    if any(divmod(int(number), 10) <= capability for number in ptx):
         if driver >= runtime:
             return None
         return (
@@ -121,8 +121,8 @@ def capability_unsupported_reason(
 
 
 def _runs_on(arch: str, major: int, minor: int) -> bool:
-    """Whether machine code for an architecture, such as ``"80"`` or ``"90a"``, runs on a device."""
-    built = divmod(int(arch.rstrip("af")), 10)
+    """Whether machine code for ``"sm_80"``, or ``"sm_90a"``, runs on a device."""
+    built = divmod(int(arch.removeprefix("sm_").rstrip("af")), 10)
     if arch.endswith("a"):
         return built == (major, minor)
     return built[0] == major and built[1] <= minor

@@ -27,7 +27,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = REPOSITORY / "csrc" / "cuda"
-ARCHS = ("sm_80", "sm_90", "sm_100")
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 
 # Kernels that must keep everything in registers: names as the table prints them, with wildcards.
 NO_SPILLS = (
@@ -100,18 +100,16 @@ def run_nvcc(nvcc: str, source: Path, options: Iterable[str]) -> str:
 def compile_file(nvcc: str, source: Path, archs: Iterable[str]) -> str:
     """What the compiler reports of a file, its device half compiled once for all architectures."""
     with tempfile.TemporaryDirectory() as folder:
-        numbers = [arch.removeprefix("sm_") for arch in archs]
-        targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+        targets = [f"-gencode=arch=compute_80,code=[{','.join(archs)}]"]  # as cuda.cmake has it
         out = Path(folder) / "out.fatbin"
         return run_nvcc(nvcc, source, ["-Xptxas", "-v", "-fatbin", *targets, "-o", str(out)])
 
 
-def ptx_of(nvcc: str, source: Path, arch: str) -> str:
-    """The file's device half as PTX, which takes a part of a compilation's time."""
+def ptx_of(nvcc: str, source: Path) -> str:
+    """The file's device half as PTX, from which the code of every architecture is assembled."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.ptx"
-        number = arch.removeprefix("sm_")
-        run_nvcc(nvcc, source, ["-ptx", f"-arch=compute_{number}", "-o", str(out)])
+        run_nvcc(nvcc, source, ["-ptx", "-arch=compute_80", "-o", str(out)])
         return out.read_text()
 
 
@@ -237,14 +235,14 @@ def faults(kernels: list[Kernel], patterns: Iterable[str]) -> list[str]:
     return found
 
 
-def narrow_faults(nvcc: str, files: Iterable[Path], archs: Iterable[str]) -> list[str]:
+def narrow_faults(nvcc: str, files: Iterable[Path]) -> list[str]:
     """A sentence for each kernel of WIDE whose packs are taken apart, and for each pattern of it that
     names none."""
-    tasks = [(file, arch) for file in files if file.name in WIDE for arch in archs]
+    files = [file for file in files if file.name in WIDE]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        texts = list(pool.map(lambda task: ptx_of(nvcc, *task), tasks))
+        texts = list(pool.map(lambda file: ptx_of(nvcc, file), files))
     found = []
-    for (file, arch), text in zip(tasks, texts, strict=True):
+    for file, text in zip(files, texts, strict=True):
         by_kernel = accesses(text)
         names = readable(by_kernel)
         for pattern in WIDE[file.name]:
@@ -257,7 +255,7 @@ def narrow_faults(nvcc: str, files: Iterable[Path], archs: Iterable[str]) -> lis
                 if narrow := taken_apart(by_kernel[name]):
                     first = narrow[0]
                     found.append(
-                        f"{names[name]} for {arch} takes packs apart: {len(narrow)} accesses like "
+                        f"{names[name]} takes packs apart: {len(narrow)} accesses like "
                         f"{first.what} of {first.width} bytes"
                     )
     return found
@@ -288,7 +286,7 @@ def judge(nvcc: str, files: list[Path], archs: list[str], chosen: bool) -> int:
     kernels = [Kernel(names[k.name], *list(vars(k).values())[1:]) for k in raw]
     print(table(kernels, archs))
     patterns = NO_SPILLS if not chosen else ("*",)
-    spills, narrow = faults(kernels, patterns), narrow_faults(nvcc, files, archs)
+    spills, narrow = faults(kernels, patterns), narrow_faults(nvcc, files)
     print(f"{len(names)} kernels; {len(rest)} files compiled, {len(known)} read from the build's log")
     print("\n".join(spills) or "no spills where none may be")
     print("\n".join(narrow) or "no packs taken apart where none may be")

@@ -9,7 +9,7 @@ import torch
 
 from quietstar_ext import native
 
-BUILT = "sm_80, sm_90, sm_100"
+BUILT = "sm_80, sm_90, sm_100, compute_80"
 
 
 #   what the kernels were built for, capability, driver, runtime
@@ -21,9 +21,9 @@ BUILT = "sm_80, sm_90, sm_100"
         (BUILT, (8, 9), 13020, 13000),
         (BUILT, (9, 0), 13000, 13010),  # of any minor version
         (BUILT, (10, 3), 13000, 13000),
-        (BUILT, (12, 0), 13000, 13000),  # PTX of sm_100
-        ("sm_80", (9, 0), 12040, 12040),
-        ("sm_80", (12, 1), 13000, 12080),
+        (BUILT, (12, 0), 13000, 13000),  # PTX
+        ("sm_80, compute_80", (9, 0), 12040, 12040),
+        ("sm_80, compute_80", (12, 1), 13000, 12080),
         ("sm_90a", (9, 0), 13000, 13000),
         ("sm_100f", (10, 3), 13000, 13000),
     ],
