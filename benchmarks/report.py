@@ -18,9 +18,14 @@ README = Path(__file__).parent.parent / "README.md"
 EVERYTHING = Path(__file__).parent / "RESULTS.md"
 # What README shows; the rest is in RESULTS.md.
 HIGHLIGHTS = (
+    "thought_attention forward + backward, B1 Hq32 Hkv8 N256 R1",
+    "thought_attention forward + backward, B1 Hq32 Hkv8 N2048 R1",
+    "linear_cross_entropy, forward and backward, 8192 x 4096 onto 128256",
+    "sample_tokens, 2048 x 128256 bfloat16, plain",
+    "mixing_head, 8192 rows over 1024, width 4096 bfloat16, forward and backward",
     "training step",
     "slot step",
-    "thought_attention forward + backward",
+    "thought_attention forward + backward, B1 Hq8",
     "linear_cross_entropy, forward and backward, 2048 x 256 onto 8192 float32",
     "linear_cross_entropy, forward and backward, 2048 x 1024 onto 32000 float32",
     "sample_tokens, 512 x 32000 float32, plain",
@@ -42,12 +47,10 @@ def render(results: dict[str, Any], highlights: tuple[str, ...] | None = None) -
     ``highlights``: only work whose title begins with one of these; None: all of it.
     """
     machine = results["machine"]
-    facts = [machine.get("gpu") or f"{machine['processor']}, {machine['threads']} threads"]
-    facts += [f"{machine['simd']}"] if machine.get("simd") and not machine.get("gpu") else []
-    facts += [f"torch {machine['torch']}", f"copy {machine['copy_gb_per_s']:.0f} GB/s"]
-    facts += [f"fp32 matmul {machine['matmul_float32_gflop_per_s']:.0f} GFLOP/s"]
+    missing = machine.get("not_measured", [])
     lines = [
-        f"Measured on {', '.join(facts)}. Medians within one run; others as multiples of ours.",
+        f"Measured on {', '.join(_facts(machine))}. Medians within one run; others as multiples of ours."
+        + (f" Not measured: {'; '.join(missing)}." if missing else ""),
         "",
         "| work | ours | others |",
         "|---|--:|---|",
@@ -59,10 +62,32 @@ def render(results: dict[str, Any], highlights: tuple[str, ...] | None = None) -
             (_, ours), *others = table.items()
             cells = [f"{name} {_times(row, ours)}" for name, row in others]
             memory = f", {ours['peak_mb']:.0f} MB" if "peak_mb" in ours else ""
+            if "of_copy" in ours:
+                memory += f", {ours['of_copy']:.0%} of a copy's bandwidth"
             if "utilisation" in ours:
                 memory += f", {ours['utilisation']:.0%} of a matrix product's rate"
-            lines.append(f"| {work} | {ours['ms']:.1f} ms{memory} | {'; '.join(cells)} |")
+            lines.append(
+                f"| {work} | {ours['ms']:.{1 if ours['ms'] >= 10 else 2}f} ms{memory} | {'; '.join(cells)} |"
+            )
     return "\n".join(lines)
+
+
+def _facts(machine: dict[str, Any]) -> list[str]:
+    """The machine, its software and its ceilings."""
+    gpu = machine.get("gpu")
+    facts = [gpu or f"{machine['processor']}, {machine['threads']} threads"]
+    facts += [machine["simd"]] if machine.get("simd") and not gpu else []
+    facts += [f"torch {machine['torch']}"]
+    facts += [
+        f"{name} {machine[name]}"
+        for name in ("transformers", "driver", "commit", "date")
+        if name in machine
+    ]
+    if gpu:
+        tera = machine["copy_gb_per_s"] / 1e3, machine["matmul_bfloat16_gflop_per_s"] / 1e3
+        return [*facts, f"copy {tera[0]:.1f} TB/s", f"bf16 matmul {tera[1]:.0f} TFLOP/s"]
+    facts += [f"copy {machine['copy_gb_per_s']:.0f} GB/s"]
+    return [*facts, f"fp32 matmul {machine['matmul_float32_gflop_per_s']:.0f} GFLOP/s"]
 
 
 def _times(row: dict[str, float], ours: dict[str, float]) -> str:
