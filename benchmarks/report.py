@@ -66,9 +66,8 @@ def render(results: dict[str, Any], highlights: tuple[str, ...] | None = None) -
                 memory += f", {ours['of_copy']:.0%} of a copy's bandwidth"
             if "utilisation" in ours:
                 memory += f", {ours['utilisation']:.0%} of a matrix product's rate"
-            lines.append(
-                f"| {work} | {ours['ms']:.{1 if ours['ms'] >= 10 else 2}f} ms{memory} | {'; '.join(cells)} |"
-            )
+            digits = 1 if ours["ms"] >= 10 else 2
+            lines.append(f"| {work} | {ours['ms']:.{digits}f} ms{memory} | {'; '.join(cells)} |")
     return "\n".join(lines)
 
 
