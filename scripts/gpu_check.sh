@@ -5,9 +5,13 @@
 #
 # Stages: device build test memcheck racecheck initcheck synccheck bench; without any, all of them.
 # Every stage has a time limit of its own, and what fails does not keep the others from running. A
-# table of the stages comes last; the exit status is 1 where one failed.
+# table of the stages comes last; the exit status is 1 where one failed. Where a call may not last as long,
+# `device build test memcheck racecheck` and `build bench` are two halves.
 #
-#   PYTHON                python3    with torch, pybind11, cmake, ninja, pytest, pytest-benchmark
+#   PYTHON                python3    with torch, pytest, pytest-benchmark, and for a build pybind11, cmake, ninja
+#   WHEEL                 unset      a wheel built elsewhere, which is installed instead of a build:
+#                                    QUIETSTAR_CUDA=on QUIETSTAR_CUDA_ARCHS=sm_90 python3.12 -m pip wheel --no-deps .
+#   TEST_PROCESSES        8          of the tests, where pytest-xdist is installed
 #   QUIETSTAR_CUDA_ARCHS  the GPU's own
 #   TIME_LIMIT            570        seconds for everything
 #   OUT                   unset      a folder that gets logs, the table and the results, too
@@ -95,6 +99,11 @@ in_place=$root/build/gpu_check_in_place
 mkdir -p "$root/build"
 check_build() {
   rm -f "$in_place"
+  if [[ -n ${WHEEL:-} ]]; then
+    "$python" -m pip install --no-deps --no-index --force-reinstall "$WHEEL" || return
+    check_kernels
+    return
+  fi
   "$python" -m pip install --no-build-isolation --no-deps --no-index . || {
     echo "pip failed; building in place"
     cmake -G Ninja -S . -B build/gpu -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE="$(which "$python")" \
@@ -104,9 +113,12 @@ check_build() {
       cmake --build build/gpu --target _native && touch "$in_place"
   } || return
   use_in_place
+  check_kernels
+}
+check_kernels() {
   cd / && "$python" -c 'import quietstar_ext; info = quietstar_ext.build_info(); print(info)
 if not info.get("cuda_archs"): raise SystemExit("the package has no CUDA kernels")' || return
-  echo "$QUIETSTAR_CUDA_ARCHS$([[ -e $in_place ]] && echo ', in place')" >"$note"
+  echo "$QUIETSTAR_CUDA_ARCHS$([[ -e $in_place ]] && echo ', in place')${WHEEL:+, ${WHEEL##*/}}" >"$note"
 }
 use_in_place() {
   [[ ! -e $in_place ]] || export PYTHONPATH="$root:$root/python${PYTHONPATH:+:$PYTHONPATH}"
@@ -124,11 +136,12 @@ collected() {
 
 # All tests with the mark, and no fewer: what could not be collected or did not end is a failure, too.
 check_tests() {
-  local expected ran status report=$note.xml
+  local expected ran status report=$note.xml side_by_side=()
+  if "$python" -c 'import xdist' 2>/dev/null; then side_by_side=(-n "${TEST_PROCESSES:-8}"); fi
   expected=$(collected gpu tests)
   status=$?
   expected=$(wc -l <<<"$expected")
-  check_pytest -q -m gpu --durations=5 --continue-on-collection-errors --junitxml="$report" tests |
+  check_pytest -q -m gpu "${side_by_side[@]}" --durations=5 --continue-on-collection-errors --junitxml="$report" tests |
     tee -i "$note"
   ((PIPESTATUS[0] == 0)) || status=1
   ran=$("$python" - "$report" <<'PYTHON'
@@ -145,10 +158,12 @@ PYTHON
 
 # Errors count where a report names a kernel of ours; the libraries' own are counted apart.
 check_sanitizer() {
-  local tool=$1 out all_errors status
+  local tool=$1 out all_errors status only=()
+  # racecheck does not survive the kernels of some libraries.
+  [[ $tool == racecheck ]] && only=(--kernel-regex kns=quietstar)
   out=$(mktemp)
   # Without PyTorch's pool every tensor has an allocation of its own, with its own bounds.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --print-limit 30 \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" "${only[@]}" --print-limit 30 \
     "$python" -P scripts/small_calls.py 2>&1 | tee -i "$out"
   status=${PIPESTATUS[0]}
   all_errors=$(sed -nE 's/.*(ERROR|RACECHECK) SUMMARY: ([0-9]+) .*/\2/p' "$out" | tail -n 1)
@@ -166,8 +181,8 @@ check_bench() {
   rm -f "$note.log"
   return "$status"
 }
-export -f check_device check_build use_in_place collected check_tests check_sanitizer check_bench
-export in_place QUIETSTAR_CUDA QUIETSTAR_CUDA_ARCHS logs
+export -f check_device check_build check_kernels use_in_place collected check_tests check_sanitizer check_bench
+export WHEEL=${WHEEL:-} in_place QUIETSTAR_CUDA QUIETSTAR_CUDA_ARCHS logs
 
 touch "$logs/begin"
 wants device && stage device 30 device check_device
@@ -178,15 +193,17 @@ for tool in memcheck racecheck initcheck synccheck; do
   wants "$tool" && stage "sanitizer $tool" 80 sanitize "check_sanitizer $tool"
 done
 if wants bench; then
-  # Those that can put their work on a device. Each may use its share of the time that is left.
-  mapfile -t benchmarks < <(collected device benchmarks | sed 's/::.*//' | sort -u)
-  left=${#benchmarks[@]}
-  ((left > 0)) || failed=1
-  for file in "${benchmarks[@]}"; do
-    name=${file##*/bench_}
-    name=${name%.py}
-    stage "bench $name" $(((deadline - SECONDS) / left)) bench "check_bench $name"
-    left=$((left - 1))
+  # What a reader asks for first, with its limit in seconds; then whatever else can run on a device. Every
+  # table is written when it is measured, so that a limit costs only the rest.
+  limits=(gpu_step:150 attention_paths:60 thought_attention:40 linear_cross_entropy:40
+    linear_sample:20 sample_tokens:30 mixing_head:30)
+  for name in $(collected device benchmarks | sed 's/::.*//; s/.*bench_//; s/\.py//' | sort -u); do
+    [[ " ${limits[*]} " == *" $name:"* ]] || limits+=("$name:30")
+  done
+  for entry in "${limits[@]}"; do
+    name=${entry%:*}
+    [[ -e benchmarks/bench_$name.py ]] || { echo "there is no benchmark $name" >&2; failed=1; continue; }
+    stage "bench $name" "${entry#*:}" bench "check_bench $name"
   done
 fi
 

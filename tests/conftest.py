@@ -76,7 +76,9 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """The tests of a file stay in one process, since many share what took long to make."""
+    """The tests of a file stay in one process, since many share what took long to make; not on a GPU."""
+    if config.getoption("-m") == "gpu":
+        return None
     from xdist.scheduler import LoadFileScheduling
 
     config.option.loadscopereorder = False
