@@ -1,4 +1,4 @@
-"""``quietstar eval``: the tasks of a command line, run, resumed, written and shown."""
+"""``quietstar eval``: run or resume evaluation tasks, write their results and show them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quietstar.cli.arguments import add_model
+from quietstar.cli.arguments import Commands, add_model, check_at_least
 from quietstar.errors import UserError, check_seed
 from quietstar.files import check_writable_file, write_json
 from quietstar.versions import package_versions
 
 if TYPE_CHECKING:
-    from quietstar.cli.arguments import Commands
     from quietstar.evaluation.tasks import Settings
 
 
@@ -64,9 +63,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the arguments, open the model, run the tasks, write and print their results."""
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size is {args.batch_size}; expected a whole number >= 1")
-
+    check_at_least(args, batch_size=1)
     import torch
     from accelerate import PartialState
 

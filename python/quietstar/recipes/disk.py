@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers import TrainingArguments
 
 from quietstar.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 GB = 10**9
 
 
 def checkpoint_bytes(model: nn.Module, optim: str, averaged_copy: bool = False) -> tuple[int, int]:
-    """What the weights alone take on the disk, and what a checkpoint does.
+    """Bytes on the disk of the weights alone, and of a checkpoint.
 
     Of a model with adapters only what is trained is written.
     """
@@ -58,7 +55,7 @@ def check_room(folder: Path, args: TrainingArguments, weights: int, checkpoint: 
 
 
 def _kept_at_once(args: TrainingArguments) -> int:
-    """The most checkpoints that are there at a time: those kept, and the one being written."""
+    """The maximum number of checkpoints on the disk at a time: those kept, and the one being written."""
     if args.save_strategy == "no":
         return 0
     planned = None
