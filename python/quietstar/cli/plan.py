@@ -56,7 +56,6 @@ def parse_bytes(text: str) -> float:
     if not unit and not match["binary"] and size <= PLAIN_GIGABYTES:
         unit = "G"
     size *= (1024.0 if match["binary"] else 1000.0) ** " KMGT".index(unit or " ")
-
     if size < CONTEXT_BYTES:
         raise UserError(
             f"--gpu-memory is {text!r}, {size / GB:.3g} GB; expected the size of a GPU, e.g. 24G"

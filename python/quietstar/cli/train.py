@@ -38,10 +38,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from quietstar.recipes.recipe import load_recipe
-
-    recipe = load_recipe(args.recipe, args.settings)
     from quietstar.recipes.run import run_recipe
 
+    recipe = load_recipe(args.recipe, args.settings)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.quiet:
         from transformers.utils.logging import disable_progress_bar

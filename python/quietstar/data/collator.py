@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from quietstar.errors import UserError
 
@@ -97,11 +98,10 @@ class PaddingCollator:
                     )
                 # A pad's thought is never read.
                 whole = of_anchors or length == longest
-                made[name] = value if whole else _placed(value, 1, before, longest, 0)
-            elif name == "baseline_losses":
-                made[name] = _placed(value, 0, before, longest - 1, 0)
+                made[name] = value if whole else pad(value, (0, 0, before, longest - before - length))
             else:
-                made[name] = _placed(value, 0, before, longest, fill.get(name, 0))
+                after = longest - before - len(value) - (name == "baseline_losses")
+                made[name] = pad(value, (before, after), value=fill.get(name, 0))
         if before and length and "labels" in made:
             # Only a pad stands before a row's first token, and it has seen no text.
             made["labels"][before] = IGNORED
@@ -165,12 +165,3 @@ def _tensor(value: Any, name: str, number: int) -> Tensor:
 
 def _shape(value: Tensor) -> list[int]:
     return list(value.shape)
-
-
-def _placed(value: Tensor, dim: int, before: int, length: int, fill: int) -> Tensor:
-    """A copy with ``fill`` around it, ``length`` long."""
-    shape = list(value.shape)
-    shape[dim] = length
-    made = value.new_full(shape, fill)
-    made.narrow(dim, before, value.shape[dim]).copy_(value)
-    return made

@@ -21,11 +21,9 @@ from quietstar.data.left_out import LeftOut, is_utf8
 from quietstar.data.stdlib import Document, load_stdlib, stdlib_tokenizer
 from quietstar.data.streams import HubStream
 from quietstar.data.tables import (
-    ROWS_TO_TELL,
     TABLE_SUFFIXES,
     Place,
     check_columns,
-    missing_column,
     open_text,
     suffix_of,
     table_rows,
@@ -153,33 +151,12 @@ def hub_documents(
     if columns is not None:
         check_columns(columns, [text_column], f"data set {name}")
         rows = rows.select_columns([text_column])
-    unusable = LeftOut() if left_out is None else left_out
-
-    def text_of(row: dict[str, Any], number: int) -> str | None:
-        where = f"data set {name}, row {number}"
-        if unusable.nothing_used and unusable.count >= ROWS_TO_TELL:
-            check_columns(row, [text_column], where)
-        if text_column in row:
-            return unusable.text_of(row[text_column], text_column, where)
-        unusable.add(where, missing_column(row, text_column))
-        return None
-
     if not streaming:
-        return _in_order(rows, name, text_of, unusable)
-    if shuffle[0] > 0:
+        rows, shuffle = rows.to_iterable_dataset(), (0, 0)
+    elif shuffle[0] > 0:
         # The order of the shards alone; rows are shuffled by a buffer that a position can hold.
         rows = rows.shuffle(seed=shuffle[1], buffer_size=1)
-    return HubStream(rows, name, text_of, *shuffle, unusable)
-
-
-def _in_order(
-    rows: Iterable[Any], name: str, text_of: Callable[[Any, int], str | None], left_out: LeftOut
-) -> Iterator[Document]:
-    for number, row in enumerate(rows):
-        text = text_of(row, number)
-        if text is not None:
-            yield Document(f"{name}:{number}", text)
-    left_out.check(f"data set {name}")
+    return HubStream(rows, name, text_column, *shuffle, LeftOut() if left_out is None else left_out)
 
 
 def open_documents(

@@ -9,12 +9,13 @@ before it are read but not tokenized.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 from quietstar.data.left_out import LeftOut
 from quietstar.data.stdlib import Document
+from quietstar.data.tables import ROWS_TO_TELL, check_columns, missing_column
 from quietstar.errors import blaming
 
 Position = dict[str, Any]
@@ -25,7 +26,7 @@ class HubStream:
 
     Args:
         rows: a ``datasets.IterableDataset`` (its shards shuffled already, if they should be).
-        text_of: the text of a row and its number; None: the row cannot be used.
+        text_column: a row is a document, and this its text.
         buffer_size: rows held for shuffling; 0: in the order of the data set.
         left_out: counts the rows that cannot be used.
     """
@@ -34,12 +35,12 @@ class HubStream:
         self,
         rows: Any,
         name: str,
-        text_of: Callable[[Any, int], str | None],
+        text_column: str,
         buffer_size: int,
         seed: int,
         left_out: LeftOut,
     ) -> None:
-        self._rows, self._name, self._text_of, self._left_out = rows, name, text_of, left_out
+        self._rows, self._name, self._column, self._left_out = rows, name, text_column, left_out
         self._size = buffer_size
         self._random = random.Random(seed)
         self._buffer: list[tuple[int, str]] = []
@@ -70,9 +71,15 @@ class HubStream:
             self._ended = True
             self._left_out.check(f"data set {self._name}")
             return
-        text = self._text_of(row, self._number)
-        if text is not None:
-            self._buffer.append((self._number, text))
+        where = f"data set {self._name}, row {self._number}"
+        if self._left_out.nothing_used and self._left_out.count >= ROWS_TO_TELL:
+            check_columns(row, [self._column], where)
+        if self._column in row:
+            text = self._left_out.text_of(row[self._column], self._column, where)
+            if text is not None:
+                self._buffer.append((self._number, text))
+        else:
+            self._left_out.add(where, missing_column(row, self._column))
         self._number += 1
 
     def position(self) -> Position:

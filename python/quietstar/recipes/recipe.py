@@ -67,7 +67,7 @@ class Recipe:
             content[name] = {**content[name], **values} if isinstance(values, dict) else values
         return parse_recipe(content, f"recipe {content['name']}")
 
-    def what_matters(self) -> dict[str, Any]:
+    def relevant_settings(self) -> dict[str, Any]:
         """The resolved recipe without what leaves the result unchanged: names, logging and saving."""
         content = self.to_dict()
         del content["name"], content["description"]
@@ -82,17 +82,12 @@ class Recipe:
 
     def fingerprint(self) -> str:
         """A hash of everything that changes the result."""
-        content = json.dumps(self.what_matters(), sort_keys=True)
+        content = json.dumps(self.relevant_settings(), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-CLASSES = {
-    "model": ModelSection,
-    "data": DataSection,
-    "thoughts": dict,
-    "training": dict,
-    "adapter": AdapterSection,
-}
+# The sections, after name and description, and what each is made of.
+CLASSES: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Recipe)[2:]}
 SECTIONS = tuple(CLASSES)
 # Training settings that change what is written down, not what is learned: a run may be continued
 # with other values.

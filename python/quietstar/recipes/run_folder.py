@@ -110,10 +110,10 @@ def _clear(path: Path) -> None:
 def _difference(path: Path, recipe: Recipe) -> str:
     """The first setting in which the folder's recipe differs from this one."""
     try:
-        before = dict(leaves(load_recipe(str(path / RECIPE_FILE)).what_matters()))
+        before = dict(leaves(load_recipe(str(path / RECIPE_FILE)).relevant_settings()))
     except UserError:
         return "its recipe cannot be read"
-    now = dict(leaves(recipe.what_matters()))
+    now = dict(leaves(recipe.relevant_settings()))
     for key in now | before:
         if now.get(key) != before.get(key):
             return f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
