@@ -8,12 +8,12 @@ import functools
 import inspect
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
-from quietstar.errors import UserError
+from quietstar.errors import UserError, did_you_mean
 
 logger = logging.getLogger("quietstar")
 
@@ -22,32 +22,43 @@ END_TOKEN = "<|endthought|>"
 
 ACTIVATIONS = ("identity", "sigmoid")
 THOUGHT_KINDS = ("sampled", "pause", "none")
-THINK_AT = ("all", "stride", "random", "entropy")
 # What tools look for in a model's configuration and the decoder's own answers.
-DECODER_FIELDS = frozenset(
-    {
-        "bos_token_id",
-        "eos_token_id",
-        "head_dim",
-        "hidden_act",
-        "hidden_size",
-        "initializer_range",
-        "intermediate_size",
-        "layer_types",
-        "max_position_embeddings",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "pad_token_id",
-        "rope_parameters",
-        "sliding_window",
-        "use_cache",
-        "vocab_size",
-    }
-)
+DECODER_FIELDS = {
+    *("bos_token_id", "eos_token_id", "head_dim", "hidden_act", "hidden_size", "initializer_range"),
+    *("intermediate_size", "layer_types", "max_position_embeddings", "num_attention_heads"),
+    *("num_hidden_layers", "num_key_value_heads", "pad_token_id", "rope_parameters", "sliding_window"),
+    *("use_cache", "vocab_size"),
+}
 REWARDS = ("mixture-gain", "base-gain", "information-gain")
 ADVANTAGES = ("mean", "leave-one-out", "normalized")
 POLICY_MEANS = ("rewarded", "paper")
+
+
+# What single settings must be: their names, a check, and its words.
+_RULES: tuple[tuple[tuple[str, ...], Callable[[Any], bool], str], ...] = (
+    (
+        ("thought_length", "talk_length", "num_rationales"),
+        lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1,
+        "a whole number >= 1",
+    ),
+    (("reinforce_temperature", "embedding_scale"), lambda value: value > 0, "a number > 0"),
+    (
+        ("thought_temperature", "policy_weight", "nll_weight", "entropy_bonus"),
+        lambda value: 0 <= value < math.inf,
+        "a number >= 0, not infinite",
+    ),
+    (("base_loss_weight", "mixing_floor"), lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+    (("mixing_activation",), ACTIVATIONS.__contains__, f"one of {ACTIVATIONS}"),
+    (("thought_kind",), THOUGHT_KINDS.__contains__, f"one of {THOUGHT_KINDS}"),
+    (("reward",), REWARDS.__contains__, f"one of {REWARDS}"),
+    (("advantage",), ADVANTAGES.__contains__, f"one of {ADVANTAGES}"),
+    (("policy_mean",), POLICY_MEANS.__contains__, f"one of {POLICY_MEANS}"),
+    (
+        ("clamp_advantage", "disable_dropout", "self_check"),
+        lambda value: isinstance(value, bool),
+        "True or False",
+    ),
+)
 
 
 class QuietStarConfig(PretrainedConfig):
@@ -99,39 +110,36 @@ class QuietStarConfig(PretrainedConfig):
             can be trained while there is such noise.
         start_token_id, end_token_id: the meta tokens' ids; they are never sampled.
         self_check: before the first thoughts, compare a few tokens of a thought with the decoder's own
-            run of them, and refuse a decoder whose thoughts would be wrong.
+            run of them, and reject a decoder whose thoughts would be wrong.
     """
 
     model_type = "quietstar"
     sub_configs = {"text_config": AutoConfig}
 
-    def __init__(
-        self,
-        text_config: PretrainedConfig | dict[str, Any] | None = None,
-        thought_length: int = 5,
-        talk_length: int = 1,
-        num_rationales: int = 2,
-        thought_temperature: float = 1.0,
-        reinforce_temperature: float = 1.0,
-        policy_weight: float = 10.0,
-        nll_weight: float = 1.0,
-        base_loss_weight: float = 0.5,
-        reward: str = "mixture-gain",
-        advantage: str = "mean",
-        clamp_advantage: bool = True,
-        policy_mean: str = "rewarded",
-        entropy_bonus: float = 0.0,
-        embedding_scale: float = 100.0,
-        mixing_activation: str = "identity",
-        mixing_floor: float = 0.0,
-        think_at: str = "all",
-        thought_kind: str = "sampled",
-        disable_dropout: bool = True,
-        start_token_id: int | None = None,
-        end_token_id: int | None = None,
-        self_check: bool = True,
-        **kwargs: Any,
-    ):
+    thought_length: int = 5
+    talk_length: int = 1
+    num_rationales: int = 2
+    thought_temperature: float = 1.0
+    reinforce_temperature: float = 1.0
+    policy_weight: float = 10.0
+    nll_weight: float = 1.0
+    base_loss_weight: float = 0.5
+    reward: str = "mixture-gain"
+    advantage: str = "mean"
+    clamp_advantage: bool = True
+    policy_mean: str = "rewarded"
+    entropy_bonus: float = 0.0
+    embedding_scale: float = 100.0
+    mixing_activation: str = "identity"
+    mixing_floor: float = 0.0
+    think_at: str = "all"
+    thought_kind: str = "sampled"
+    disable_dropout: bool = True
+    start_token_id: int | None = None
+    end_token_id: int | None = None
+    self_check: bool = True
+
+    def __init__(self, text_config: PretrainedConfig | dict[str, Any] | None = None, **kwargs: Any):
         check_fields(kwargs)
         if isinstance(text_config, dict):
             if "model_type" not in text_config:
@@ -140,28 +148,8 @@ class QuietStarConfig(PretrainedConfig):
         decoder: Any = text_config
         for name in DECODER_FIELDS & kwargs.keys() if decoder is not None else ():
             setattr(decoder.get_text_config(decoder=True), name, kwargs.pop(name))
-        self.thought_length = thought_length
-        self.talk_length = talk_length
-        self.num_rationales = num_rationales
-        self.thought_temperature = thought_temperature
-        self.reinforce_temperature = reinforce_temperature
-        self.policy_weight = policy_weight
-        self.nll_weight = nll_weight
-        self.base_loss_weight = base_loss_weight
-        self.reward = reward
-        self.advantage = advantage
-        self.clamp_advantage = clamp_advantage
-        self.policy_mean = policy_mean
-        self.entropy_bonus = entropy_bonus
-        self.embedding_scale = embedding_scale
-        self.mixing_activation = mixing_activation
-        self.mixing_floor = mixing_floor
-        self.think_at = think_at
-        self.thought_kind = thought_kind
-        self.disable_dropout = disable_dropout
-        self.start_token_id = start_token_id
-        self.end_token_id = end_token_id
-        self.self_check = self_check
+        for name in settings():
+            setattr(self, name, kwargs.pop(name, getattr(type(self), name)))
         kwargs.setdefault("tie_word_embeddings", getattr(text_config, "tie_word_embeddings", False))
         chosen = {
             n: kwargs[n] for n in ("attn_implementation", "experts_implementation") if kwargs.get(n)
@@ -179,16 +167,16 @@ class QuietStarConfig(PretrainedConfig):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         try:
             return getattr(self.get_text_config(decoder=True).get_text_config(decoder=True), name)
-        except RuntimeError as error:  # a field that differs from layer to layer has no one answer
-            raise AttributeError(f"{type(self).__name__} has no one {name!r}: {error}") from error
+        except RuntimeError as error:  # a field that differs from layer to layer
+            raise AttributeError(f"{type(self).__name__} has no single {name!r}: {error}") from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in DECODER_FIELDS and self.__dict__.get("text_config") is not None:
             setattr(self.get_text_config(decoder=True).get_text_config(decoder=True), name, value)
             return
-        # transformers sets what it likes on a configuration; a field misspelt is nobody's.
+        # transformers sets attributes of its own on a configuration; a misspelt field is an error.
         if not hasattr(self, name) and not hasattr(self.__dict__.get("text_config"), name):
-            _refuse_misspelt(name)
+            _check_misspelt(name)
         super().__setattr__(name, value)
 
     @classmethod
@@ -196,12 +184,12 @@ class QuietStarConfig(PretrainedConfig):
         """As transformers'; a field of a newer version is kept as it is, with a warning.
 
         Raises:
-            TypeError: for a keyword that is a field misspelt.
+            TypeError: for a keyword that is a misspelt field.
             ValueError: for the settings of another kind of model.
         """
         check_model_type(config_dict, cls.model_type)
         for name in kwargs:
-            _refuse_misspelt(name)
+            _check_misspelt(name)
         newer = {name: value for name, value in config_dict.items() if not _is_known(name)}
         if newer:
             logger.warning(
@@ -229,23 +217,14 @@ class QuietStarConfig(PretrainedConfig):
             raise ValueError(
                 f"n_ahead is {n_ahead}; expected at least 4 (text pass, start, one token, end)"
             )
+        # The other constants are the defaults.
         preset: dict[str, Any] = {
             "thought_length": n_ahead - 3,
             "talk_length": n_ahead_talk,
             "num_rationales": n_passes,
-            "thought_temperature": 1.0,
             "reinforce_temperature": 3.0,
             "policy_weight": 1e6,
-            "nll_weight": 1.0,
-            "base_loss_weight": 0.5,
-            "reward": "mixture-gain",
-            "advantage": "mean",
-            "clamp_advantage": True,
             "policy_mean": "paper",
-            "entropy_bonus": 0.0,
-            "embedding_scale": 100.0,
-            "mixing_activation": "identity",
-            "mixing_floor": 0.0,
         }
         return cls(**{**preset, **fields})
 
@@ -282,39 +261,14 @@ class QuietStarConfig(PretrainedConfig):
 
     def check_thoughts(self) -> None:
         """Raise ``ValueError`` naming the first field that cannot work. Cheap; run before each pass."""
-        for name in ("thought_length", "talk_length", "num_rationales"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}; expected a whole number >= 1")
-        for name in ("reinforce_temperature", "embedding_scale"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise ValueError(f"{name} is {value!r}; expected a number > 0")
-        for name in ("thought_temperature", "policy_weight", "nll_weight", "entropy_bonus"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} is {value!r}; expected a number >= 0, not infinite")
-        for name in ("base_loss_weight", "mixing_floor"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value!r}; expected a number from 0 to 1")
-        for name, known in (
-            ("mixing_activation", ACTIVATIONS),
-            ("thought_kind", THOUGHT_KINDS),
-            ("reward", REWARDS),
-            ("advantage", ADVANTAGES),
-            ("policy_mean", POLICY_MEANS),
-        ):
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; expected one of {known}")
-        for name in ("clamp_advantage", "disable_dropout", "self_check"):
-            if not isinstance(value := getattr(self, name), bool):
-                raise ValueError(f"{name} is {value!r}; expected True or False")
+        for names, holds, expected in _RULES:
+            for name in names:
+                if not holds(value := getattr(self, name)):
+                    raise ValueError(f"{name} is {value!r}; expected {expected}")
         if self.mixing_floor and self.mixing_activation != "sigmoid":
             raise ValueError(
                 f"mixing_floor is {self.mixing_floor!r} and mixing_activation"
-                f" {self.mixing_activation!r}; expected 'sigmoid', an unbounded weight has no floor"
+                f" {self.mixing_activation!r}; expected 'sigmoid': an unbounded weight has no floor"
             )
         if self.advantage != "mean" and self.num_rationales < 2 and self.thought_kind == "sampled":
             raise ValueError(
@@ -336,9 +290,13 @@ _GENERAL = {
 
 
 @functools.cache
+def settings() -> dict[str, Any]:
+    """The fields of :class:`QuietStarConfig` beside ``text_config``, and their types."""
+    return inspect.get_annotations(QuietStarConfig, eval_str=True)
+
+
 def _fields() -> tuple[str, ...]:
-    names = inspect.signature(QuietStarConfig.__init__).parameters
-    return tuple(name for name in names if name not in ("self", "kwargs"))
+    return ("text_config", *settings())
 
 
 @functools.cache
@@ -354,26 +312,25 @@ def _is_known(name: str) -> bool:
 
 
 def check_fields(names: Iterable[str]) -> None:
-    """Refuse what is no field of :class:`QuietStarConfig`.
+    """Check that every name is a field of :class:`QuietStarConfig`.
 
     Raises:
         TypeError: names the nearest field.
     """
     for name in names:
         if not _is_known(name):
-            near = difflib.get_close_matches(name, _fields(), n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else f"; expected any of {', '.join(_fields())}"
+            hint = did_you_mean(name, _fields()) or f"; expected any of {', '.join(_fields())}"
             raise TypeError(f"QuietStarConfig has no field {name!r}{hint}")
 
 
-def _refuse_misspelt(name: str) -> None:
-    """As :func:`check_fields`, where others' names may come, too: only what is all but a field."""
+def _check_misspelt(name: str) -> None:
+    """As :func:`check_fields`, where transformers' own names occur, too: only near misses count."""
     if not _is_known(name) and difflib.get_close_matches(name, _fields(), n=1, cutoff=0.85):
         check_fields([name])
 
 
 def check_model_type(settings: Mapping[str, Any], expected: str) -> None:
-    """Refuse the configuration of another kind of model, before anything is built from it.
+    """Check that a configuration is of the expected kind of model, before anything is built from it.
 
     Raises:
         UserError: says what opens a model of that kind.

@@ -1,8 +1,9 @@
-"""Errors that a user can mend: one sentence, shown without a traceback by the command line."""
+"""Errors that users can fix: one sentence each, shown without a traceback by the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -11,19 +12,31 @@ LONGEST_REASON = 400
 
 
 class UserError(ValueError):
-    """Something in a recipe, a data file or a folder is not as it should be.
+    """Something is wrong with a recipe, a data file or a folder.
 
     The message is one sentence that names the thing, says what came and what was expected.
     """
 
 
+def did_you_mean(word: str, known: Iterable[str] | Mapping[str, str]) -> str:
+    """The end of an error about an unknown word: the nearest known one; empty where none is near.
+
+    Args:
+        known: the known words; a mapping gives what to call each.
+    """
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    if not near:
+        return ""
+    return f"; did you mean {known[near[0]] if isinstance(known, Mapping) else near[0]}?"
+
+
 @contextmanager
 def blaming(what: str) -> Iterator[None]:
-    """Put down to a user's setting or file what other packages raise while they work on it.
+    """Turn what other packages raise while they work on a user's setting or file into a UserError.
 
-    Within, nothing but a user's input is handed to another package; whatever that raises (there is no
-    end of types) becomes a :class:`UserError`. What this package raises is let through: it has its own
-    words, or is a fault of ours and keeps its traceback.
+    The block hands nothing but a user's input to another package; whatever that raises, of any type,
+    becomes a :class:`UserError`. What this package raises passes unchanged: it has its own words, or is
+    a bug of ours and keeps its traceback.
 
     Args:
         what: begins the sentence: ``model.config``, ``cannot load model x``.

@@ -1,4 +1,4 @@
-"""Files: paths that a user has written, JSON that is there whole, the names in a run's folder."""
+"""Files: paths that users give, text and JSON written atomically, the names in a run's folder."""
 
 from __future__ import annotations
 
@@ -16,24 +16,12 @@ INCOMPLETE = "incomplete-"
 RUN_FILE, RECIPE_FILE, METRICS_FILE = "run.json", "recipe.yaml", "metrics.json"
 
 
-def is_file(path: Path) -> bool:
-    """Whether there is such a file; False also for what cannot be a path at all."""
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # too long, or with a null character
-        return False
-
-
-def is_folder(path: Path) -> bool:
-    """Whether there is such a folder; False also for what cannot be a path at all."""
-    try:
-        return path.is_dir()
-    except (OSError, ValueError):
-        return False
+# Unlike pathlib's, these are False for what cannot be a path at all: too long, or with a null character.
+is_file, is_folder = os.path.isfile, os.path.isdir
 
 
 def read_text(path: Path, kind: str) -> str:
-    """The text of a file; ``kind`` names it in the :class:`UserError` for what is no text file."""
+    """The text of a file; ``kind`` says what it is in the :class:`UserError` if it cannot be read."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -43,11 +31,11 @@ def read_text(path: Path, kind: str) -> str:
     except OSError as error:
         raise UserError(f"{kind} {path} cannot be read: {error.strerror}") from None
     except ValueError:
-        raise UserError(f"{kind} {str(path)!r} is no path") from None
+        raise UserError(f"{kind} {str(path)!r} is not a path") from None
 
 
 def last_checkpoint(path: Path) -> Path | None:
-    """The checkpoint with the highest step that was written to its end."""
+    """The checkpoint with the highest step among those that are complete."""
     found = []
     for entry in path.iterdir() if path.is_dir() else ():
         match = re.fullmatch(r"checkpoint-(\d+)", entry.name)
@@ -110,7 +98,7 @@ def check_writable_file(path: Path) -> None:
 
 @contextmanager
 def _removing_what_is_made(folder: Path, what: str, advice: str) -> Iterator[None]:
-    """Within, ``folder`` is there; what goes wrong is said of ``what``."""
+    """Within, ``folder`` exists; errors name ``what``."""
     made: list[Path] = []
     try:
         made = [p for p in (folder, *folder.parents) if not p.exists()]

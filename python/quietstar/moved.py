@@ -1,4 +1,4 @@
-"""Modules of version 0.1.0 by their old names, for this version: importing one warns and gives the new.
+"""Modules of version 0.1.0 by their old names: importing one warns and gives the new.
 
 The names on the left are those of the flat package; what a module held then is looked up in the modules
 on the right, in their order.
@@ -17,22 +17,25 @@ from typing import Any
 
 from quietstar.lazy import lazy_attributes
 
-MOVED: dict[str, tuple[str, ...]] = {
-    "adapters": (
-        "checkpoints.adapters",
-        "modeling.loading",
-        "cli.merge",
+# Modules that kept their name, by the room that they are in now.
+KEPT = {
+    "thinking": (
+        *("anchors", "attention", "documents", "layout", "noise", "positions", "self_check"),
+        *("supported", "text_part"),
     ),
-    "anchors": ("thinking.anchors",),
-    "arguments": ("training.arguments",),
-    "attention": ("thinking.attention",),
+    "training": ("arguments", "clipping", "ema", "guard", "metrics", "schedule", "trainer"),
+    "recipes": ("build", "ranges", "recipe"),
+    "data": ("left_out", "lookup", "sources", "streams", "tables"),
+    "modeling": ("output",),
+}
+MOVED: dict[str, tuple[str, ...]] = {
+    **{name: (f"{room}.{name}",) for room, names in KEPT.items() for name in names},
+    "adapters": ("checkpoints.adapters", "modeling.loading", "cli.merge"),
     "batches": ("training.global_batch",),
-    "build": ("recipes.build",),
     "caching": ("modeling.text_cache",),
     "checkpoint": ("checkpoints.load",),
     "checkpoint_folder": ("checkpoints.folder",),
     "checks": ("modeling.input_checks",),
-    "clipping": ("training.clipping",),
     "collate": ("data.collator",),
     "corpora": ("data.stdlib",),
     "decoder_config": ("recipes.decoder",),
@@ -40,98 +43,38 @@ MOVED: dict[str, tuple[str, ...]] = {
     "demo": ("demos.lookup",),
     "demo_report": ("demos.lookup_report",),
     "demo_text": ("demos.text",),
-    "disk": (
-        "recipes.disk",
-        "files",
-    ),
-    "documents": ("thinking.documents",),
+    "disk": ("recipes.disk", "files"),
     "entropy": ("quietstar_ext.linear_entropy",),
-    "ema": ("training.ema",),
-    "generate": (
-        "cli.generate",
-        "cli.thought_streamer",
-    ),
-    "generation": (
-        "modeling.generation",
-        "thinking.next_token",
-    ),
+    "generate": ("cli.generate", "cli.thought_streamer"),
+    "generation": ("modeling.generation", "thinking.next_token"),
     "graphs": ("thinking.cuda_graphs",),
-    "guard": ("training.guard",),
     "head": ("thinking.output_layer",),
-    "info": (
-        "cli.info",
-        "cli.installed",
-    ),
+    "info": ("cli.info", "cli.installed"),
     "layers": ("thinking.linear_layers",),
-    "layout": ("thinking.layout",),
-    "learn": (
-        "losses.policy",
-        "losses.rewards",
-        "thinking.text_batch",
-    ),
-    "left_out": ("data.left_out",),
-    "loading": (
-        "modeling.loading",
-        "config",
-    ),
-    "lookup": ("data.lookup",),
-    "metrics": ("training.metrics",),
-    "noise": ("thinking.noise",),
-    "objective": (
-        "losses.rewards",
-        "losses.policy",
-    ),
-    "output": ("modeling.output",),
+    "learn": ("losses.policy", "losses.rewards", "thinking.text_batch"),
+    "loading": ("modeling.loading", "config"),
+    "objective": ("losses.rewards", "losses.policy"),
     "packages": ("optional_packages",),
     "parts": ("thinking.batch_share",),
     "passes": ("modeling.forward",),
     "paths": ("files",),
     "plain_state": ("checkpoints.state",),
-    "plan_table": (
-        "plan.table",
-        "cli.plan",
-    ),
-    "positions": ("thinking.positions",),
-    "ranges": ("recipes.ranges",),
-    "recipe": ("recipes.recipe",),
+    "plan_table": ("plan.table", "cli.plan"),
     "recipe_sections": ("recipes.sections",),
     "reference": ("checkpoints.upstream",),
-    "report": (
-        "inspect.page",
-        "cli.inspect",
-    ),
+    "report": ("inspect.page", "cli.inspect"),
     "report_data": ("inspect.data",),
     "report_svg": ("inspect.figures",),
-    "rundir": (
-        "recipes.run_folder",
-        "files",
-    ),
+    "rundir": ("recipes.run_folder", "files"),
     "saving": ("checkpoints.save", "checkpoints.weights", "checkpoints.folder", "checkpoints.state"),
-    "schedule": ("training.schedule",),
-    "self_check": ("thinking.self_check",),
     "sharding": ("thinking.fsdp2",),
-    "sources": ("data.sources",),
-    "streams": ("data.streams",),
-    "supported": ("thinking.supported",),
-    "tables": ("data.tables",),
-    "talk": (
-        "losses.language_model",
-        "thinking.text_batch",
-        "thinking.layers",
-    ),
-    "text_part": ("thinking.text_part",),
+    "talk": ("losses.language_model", "thinking.text_batch", "thinking.layers"),
     "think": (
-        "thinking.rollout",
-        "thinking.layers",
-        "thinking.packed",
-        "thinking.slots",
-        "thinking.text_pass",
-        "thinking.self_check",
-        "thinking.output_layer",
+        *("thinking.rollout", "thinking.layers", "thinking.packed", "thinking.slots"),
+        *("thinking.text_pass", "thinking.self_check", "thinking.output_layer"),
     ),
     "tokens": ("modeling.meta_tokens",),
     "train": ("recipes.run",),
-    "trainer": ("training.trainer",),
     "trainer_objective": ("training.trainer", "training.around_the_step"),
     "trainer_options": ("training.options",),
 }
@@ -153,6 +96,7 @@ RENAMED = {
     "whole": "full_on_cpu",
     "like": "sharded_like",
     "text_with_layout": "text_pass",
+    "why_unreadable": "unsupported_reason",
 }
 
 
@@ -194,7 +138,7 @@ class _Finder(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Behind Python's own finders, so that a module that is there is never asked for here."""
+    """Resolve old module names; after Python's own finders, so that existing modules never come here."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
 

@@ -1,25 +1,26 @@
-"""Optional packages that training arguments call for: asked for before anything is built."""
+"""Optional packages that training arguments need: checked before anything is built."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import integration_utils
 
 from quietstar.errors import UserError, blaming
 
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
-# Of loggers: how transformers asks for those that it calls otherwise there, and what pip calls them.
-ASKED_AS = {"azure_ml": "azureml", "comet_ml": "comet", "flyte": "flytekit"}
-PIP_NAMES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekit"}
+# Loggers whose package has other names: in transformers' question whether it is there, and for pip.
+PACKAGES = {
+    "azure_ml": ("azureml", "azureml-mlflow"),
+    "comet_ml": ("comet", "comet-ml"),
+    "flyte": ("flytekit", "flytekit"),
+}
 
 
 def check_packages(args: TrainingArguments) -> None:
-    """Raise :class:`UserError` for a logger, optimizer or scheduler that is not to be had here."""
+    """Raise :class:`UserError` for a logger, optimizer or scheduler that is not installed or unknown."""
     check_loggers(args.report_to, "training.report_to")
     _check_optimizer(args)
 
@@ -30,23 +31,17 @@ def check_loggers(names: Iterable[str], argument: str = "report_to") -> None:
     Args:
         argument: what to call the names in the error.
     """
-    from transformers.integrations import integration_utils
-
     known = integration_utils.INTEGRATION_TO_CALLBACK
     for name in names:
         if name not in known:
             raise UserError(f"{argument} is {name!r}; expected one of {', '.join(sorted(known))}")
-        is_there = getattr(integration_utils, f"is_{ASKED_AS.get(name, name)}_available", None)
-        if is_there is not None and not is_there():
-            raise UserError(
-                f"{argument} is {name!r}, which is not installed: pip install"
-                f" {PIP_NAMES.get(name, name)}"
-            )
+        package, for_pip = PACKAGES.get(name, (name, name))
+        is_installed = getattr(integration_utils, f"is_{package}_available", None)
+        if is_installed is not None and not is_installed():
+            raise UserError(f"{argument} is {name!r}, which is not installed: pip install {for_pip}")
 
 
 def _check_optimizer(args: TrainingArguments) -> None:
-    from transformers import Trainer, get_scheduler
-
     what = f"training.optim is {getattr(args.optim, 'value', args.optim)!r}"
     try:
         with blaming(what):

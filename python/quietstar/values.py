@@ -6,7 +6,7 @@ import enum
 import re
 import types
 import typing
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, Literal, Union
 
 import yaml
@@ -19,11 +19,11 @@ class Mismatch(Exception):
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """YAML's safe loader (data only), without what surprises in a recipe.
+    """YAML's safe loader (data only), without the surprises of YAML 1.1.
 
     ``1e-6`` is a number (plain YAML 1.1 wants ``1.0e-6``), ``no``/``off``/``yes``/``on`` stay words
     (``eval_strategy: no`` is a setting, not a boolean), dates and sexagesimal numbers stay words,
-    and a key that comes twice is refused.
+    and a duplicate key is an error.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -34,28 +34,27 @@ class RecipeLoader(yaml.SafeLoader):
             if not isinstance(key, Hashable):
                 raise UserError(f"key {key!r} is a {type(key).__name__}; expected a word (line {line})")
             if key in seen:
-                raise UserError(f"key {key!r} comes twice (line {line})")
+                raise UserError(f"key {key!r} appears twice (line {line})")
             seen.add(key)
         return super().construct_mapping(node, deep=deep)
 
 
-_REPLACED = {"tag:yaml.org,2002:" + kind for kind in ("bool", "float", "int", "timestamp")}
-RecipeLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
-    (
-        "float",
+_SCALARS = {
+    "bool": ("tTfF", r"true|True|TRUE|false|False|FALSE"),
+    "int": ("-+0123456789", r"[-+]?[0-9][0-9_]*"),
+    "float": (
+        "-+.0123456789",
         r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))(?:[eE][-+]?[0-9]+)?"
         r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        "-+0123456789.",
     ),
-):
+}
+RecipeLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, (_first, _pattern) in _SCALARS.items():
     RecipeLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+        f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_first)
     )
 
 
@@ -73,7 +72,7 @@ def load_yaml(text: str, where: str) -> Any:
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except RecursionError:
-        raise UserError(f"{where} is nested too deeply, or holds an alias of itself") from None
+        raise UserError(f"{where} is nested too deeply, or contains an alias of itself") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -82,7 +81,7 @@ def load_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}{line} is not valid YAML: {problem}{hint}") from error
 
 
-# What begins with one of these is no word to YAML, but may be a path, a glob or a model's name.
+# YAML gives these another meaning at the start of a word, which may be a path, a glob or a model's name.
 _SIGNS = "*&!%@`|>"
 _SIGNED_WORD = re.compile(rf"(?:^|[\s\[{{,])([{_SIGNS}][^\s,\]}}]+)")
 
@@ -95,7 +94,7 @@ def _quoting_hint(text: str, line: int) -> str:
 
 
 def load_word(text: str, where: str) -> Any:
-    """The value of a ``key=value`` word: YAML, but a word that YAML has another use for is text.
+    """The value of a ``key=value`` word: YAML, but text where YAML would give it another meaning.
 
     So ``*.txt`` needs no quotes, which a shell would take away, nor does what has a ``#`` in it.
     """
@@ -112,86 +111,87 @@ def load_word(text: str, where: str) -> Any:
         raise UserError(f"{error} (if it is text: \"'{word}'\")") from error
 
 
+def typed(name: str, value: Any, annotation: Any) -> Any:
+    """``value`` as the annotated type; raises :class:`UserError`, which calls the value ``name``."""
+    try:
+        return coerce(value, annotation)
+    except Mismatch:
+        raise UserError(f"{name} is {value!r}; expected {describe(annotation)}") from None
+
+
 def coerce(value: Any, annotation: Any) -> Any:
     """``value`` as the annotated type, or :class:`Mismatch`.
 
     Lossless conversions only: a whole float where an integer is wanted, an integer or a numeric
     string where a float is wanted. A boolean is never a number.
     """
-    if annotation is Any:
-        return value
-    origin = typing.get_origin(annotation)
     arguments = typing.get_args(annotation)
-    if origin in (Union, types.UnionType):
+    kind = typing.get_origin(annotation) or annotation
+    if kind in (Union, types.UnionType):
         return _coerce_union(value, arguments)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise Mismatch
-    if annotation is None or annotation is type(None):
-        if value is None:
-            return None
-        raise Mismatch
-    if origin is list or annotation is list:
-        if not isinstance(value, list):
-            raise Mismatch
-        return [coerce(v, arguments[0]) for v in value] if arguments else value
-    if origin is dict or annotation is dict:
-        if not isinstance(value, dict):
-            raise Mismatch
-        return value
-    return _coerce_plain(value, annotation)
-
-
-def _coerce_union(value: Any, arguments: tuple[Any, ...]) -> Any:
-    if any(isinstance(a, type) and issubclass(a, enum.Enum) for a in arguments):
-        # `SchedulerType | str` means a word of the enumeration, not any word.
-        arguments = tuple(a for a in arguments if a is not str)
-    # The exact type first, so that "1" stays text in `str | float` and 1 an integer in `float |
-    # int`.
-    for argument in arguments:
-        if isinstance(argument, type) and type(value) is argument:
-            return value
-    for argument in arguments:
+    if kind in (int, float):
+        return _number(value, kind)
+    if kind is list and arguments and isinstance(value, list):
+        return [coerce(entry, arguments[0]) for entry in value]
+    if _is_enum(kind):
         try:
-            return coerce(value, argument)
+            return kind(value).value
+        except ValueError:
+            raise Mismatch from None
+    if kind is Literal:
+        fits = value in arguments
+    else:
+        fits = kind is Any or value is kind or (isinstance(kind, type) and isinstance(value, kind))
+    if not fits:
+        raise Mismatch
+    return value
+
+
+def _is_enum(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, enum.Enum)
+
+
+def _coerce_union(value: Any, kinds: tuple[Any, ...]) -> Any:
+    if any(map(_is_enum, kinds)):
+        # `SchedulerType | str` means a word of the enumeration, not any word.
+        kinds = tuple(kind for kind in kinds if kind is not str)
+    # The exact type first, so that "1" stays text in `str | float` and 1 an integer in `float | int`.
+    if type(value) in kinds:
+        return value
+    for kind in kinds:
+        try:
+            return coerce(value, kind)
         except Mismatch:
             continue
     raise Mismatch
 
 
-def _coerce_plain(value: Any, annotation: Any) -> Any:
-    if annotation is bool:
-        if isinstance(value, bool):
-            return value
+def _number(value: Any, kind: type) -> int | float:
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        raise Mismatch from None
+    if isinstance(number, bool) or not isinstance(number, int | float):
         raise Mismatch
-    if annotation in (int, float):
-        number = value
-        if isinstance(number, str):
-            try:
-                number = float(number)
-            except ValueError:
-                raise Mismatch from None
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise Mismatch
-        if annotation is float:
-            return float(number)
-        if isinstance(number, float) and not number.is_integer():
-            raise Mismatch
-        return int(number)
-    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
-        try:
-            return annotation(value).value
-        except ValueError:
-            raise Mismatch from None
-    if isinstance(annotation, type) and isinstance(value, annotation):
-        return value
-    raise Mismatch
+    if kind is float:
+        return float(number)
+    if isinstance(number, float) and not number.is_integer():
+        raise Mismatch
+    return int(number)
+
+
+def leaves(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings, each with its dotted key."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def describe(annotation: Any) -> str:
     """An annotation in plain words, for error messages."""
-    words = {
+    words: dict[Any, str] = {
         int: "a whole number",
         float: "a number",
         bool: "true or false",
@@ -201,17 +201,13 @@ def describe(annotation: Any) -> str:
         type(None): "null",
         None: "null",
     }
-    if annotation in words:
-        return words[annotation]
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(describe(a) for a in arguments))
-    if origin is Literal:
+    kind, arguments = typing.get_origin(annotation) or annotation, typing.get_args(annotation)
+    if kind in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(describe, arguments)))
+    if kind is Literal:
         return " or ".join(map(repr, arguments))
-    if origin is list:
-        return f"a list of {describe(arguments[0])} each" if arguments else "a list"
-    if origin is dict:
-        return "a mapping"
-    if isinstance(annotation, type) and issubclass(annotation, enum.Enum):
-        return "one of " + ", ".join(str(member.value) for member in annotation)
-    return getattr(annotation, "__name__", str(annotation))
+    if kind is list and arguments:
+        return f"a list of {describe(arguments[0])} each"
+    if _is_enum(kind):
+        return "one of " + ", ".join(str(member.value) for member in kind)
+    return words.get(kind, str(getattr(annotation, "__name__", annotation)))

@@ -91,7 +91,10 @@ class TestErrors:
             (["train", "tiny", "eval_blocks=0", "eval_strategy=steps"], "data.eval_blocks is 0"),
             (["train", "tiny", "model.config.hiden_size=8"], "did you mean hidden_size?"),
             (["train", "tiny", "model.config.vocab_size=8"], "the tokenizer has 2048 tokens"),
-            (["train", "tiny", "model.config.model_type=lama"], "which this transformers does not know"),
+            (
+                ["train", "tiny", "model.config.model_type=lama"],
+                "which the installed transformers does not know",
+            ),
             (["train", "tiny", "model.config=", "model.name=./no"], "cannot load the tokenizer of"),
         ],
     )

@@ -15,7 +15,6 @@ EXEMPT = {
     "mixing_head",
     "sample_tokens",
     "thought_attention",
-    "QuietStarConfig.__init__",
     "QuietStarForCausalLM.forward",
 }
 

@@ -135,7 +135,7 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
 def test_yaml_is_data_only_and_unambiguous() -> None:
     with pytest.raises(UserError, match="not valid YAML"):
         load_yaml("a: !!python/object/apply:os.system ['true']", "r.yaml")
-    with pytest.raises(UserError, match=r"r.yaml: key 'a' comes twice \(line 2\)"):
+    with pytest.raises(UserError, match=r"r.yaml: key 'a' appears twice \(line 2\)"):
         load_yaml("a: 1\na: 2", "r.yaml")
     with pytest.raises(UserError, match="r.yaml, line 2 is not valid YAML"):
         load_yaml("a: 1\nb: [", "r.yaml")

@@ -9,7 +9,6 @@ that needs neither peft nor the decoder's own folder.
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 from pathlib import Path
@@ -19,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from quietstar.config import QuietStarConfig
+from quietstar.config import QuietStarConfig, settings
 from quietstar.errors import UserError, blaming
 from quietstar.files import is_folder
 from quietstar.modeling.loading import load_whole
@@ -230,8 +229,7 @@ def load_adapter(name: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
 
 def thought_fields(config: QuietStarConfig) -> dict[str, Any]:
     """The thought settings of a configuration, as ``from_base`` takes them."""
-    names = inspect.signature(QuietStarConfig.__init__).parameters
-    return {n: getattr(config, n) for n in names if n not in ("self", "text_config", "kwargs")}
+    return {name: getattr(config, name) for name in settings()}
 
 
 def merge(model: PeftModel) -> QuietStarForCausalLM:

@@ -79,9 +79,9 @@ def _say(message: str) -> None:
 
 
 def _users_fault(error: Exception) -> str | None:
-    """What to say where a message alone is enough, bad input, files and devices; None: a fault of ours.
+    """The message for what a user can fix (bad input, files, devices); None for a bug of ours.
 
-    ValueError is how this package, transformers and datasets refuse input.
+    This package, transformers and datasets reject input with a ValueError.
     """
     words = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:

@@ -1,12 +1,13 @@
-"""Arguments that several commands have."""
+"""What several commands have in common: arguments, their checks, and opening a model."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, TypeAlias
+from typing import Any, TypeAlias
 
-if TYPE_CHECKING:
-    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+from quietstar.errors import UserError
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 INTERRUPTED = 130  # exit status
 
@@ -18,3 +19,33 @@ def add_model(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--tokenizer", metavar="T", help="another tokenizer than the model's own")
     command.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: cuda if it is there)")
+
+
+def add_recipe(command: argparse.ArgumentParser) -> None:
+    """Which recipe, and what is changed in it."""
+    command.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    command.add_argument(
+        "settings",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="changes to the recipe, e.g. training.learning_rate=1e-4",
+    )
+
+
+def check_at_least(args: argparse.Namespace, **minima: int) -> None:
+    """Raise :class:`UserError` for the first option that was given and is below its minimum."""
+    for name, minimum in minima.items():
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option} is {value}; expected a whole number >= {minimum}")
+
+
+def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and the tokenizer that :func:`add_model`'s arguments name; transformers stays silent."""
+    from transformers.utils import logging as transformers_logging
+
+    from quietstar.checkpoints.load import load_checkpoint
+
+    transformers_logging.set_verbosity_error()
+    return load_checkpoint(args.model, device=args.device, tokenizer=args.tokenizer)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from quietstar.cli.arguments import Commands
+from quietstar.cli.arguments import Commands
 
 
 def add_parser(commands: Commands) -> None:
@@ -19,17 +17,18 @@ def add_parser(commands: Commands) -> None:
         description="Train a small model and show what thoughts do: on a task that needs them "
         "(the default), or on real text, the Python standard library (text).",
     )
-    demo.add_argument("what", nargs="?", choices=["task", "text"], default="task")
-    demo.add_argument("--quick", action="store_true", help="fewer steps and controls")
-    demo.add_argument("--fresh", action="store_true", help="start anew instead of continuing")
-    demo.add_argument("--sweep", action="store_true", help="task: also try several thought lengths")
-    demo.add_argument("--seed", type=int, default=4, help="task: which language, and all else drawn")
-    demo.add_argument("--output", metavar="DIR", type=Path, help="output folder")
+    add = demo.add_argument
+    add("what", nargs="?", choices=["task", "text"], default="task")
+    add("--quick", action="store_true", help="fewer steps and controls")
+    add("--fresh", action="store_true", help="start anew instead of continuing")
+    add("--sweep", action="store_true", help="task: also try several thought lengths")
+    add("--seed", type=int, default=4, help="task: which language, and all else drawn")
+    add("--output", metavar="DIR", type=Path, help="output folder")
     demo.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run what is not done yet of the demo, and show it."""
+    """Run the parts of the demo that are not done yet, and show the result."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.what == "text":
         from quietstar.demos import text
@@ -39,11 +38,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         from quietstar.demos import lookup
 
-        lookup.run_demo(
-            args.output or Path("quietstar-demo"),
-            seed=args.seed,
-            quick=args.quick,
-            sweep=args.sweep,
-            fresh=args.fresh,
-        )
+        output = args.output or Path("quietstar-demo")
+        lookup.run_demo(output, seed=args.seed, quick=args.quick, sweep=args.sweep, fresh=args.fresh)
     return 0

@@ -1,4 +1,4 @@
-"""``quietstar eval``: the tasks of a command line, run, resumed, written and shown."""
+"""``quietstar eval``: run or resume evaluation tasks, write their results and show them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quietstar.cli.arguments import add_model
+from quietstar.cli.arguments import Commands, add_model, check_at_least
 from quietstar.errors import UserError, check_seed
 from quietstar.files import check_writable_file, write_json
 from quietstar.versions import package_versions
 
 if TYPE_CHECKING:
-    from quietstar.cli.arguments import Commands
     from quietstar.evaluation.tasks import Settings
 
 
@@ -64,8 +63,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the arguments, open the model, run the tasks, write and print their results."""
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size is {args.batch_size}; expected a whole number >= 1")
+    check_at_least(args, batch_size=1)
 
     import torch
     from accelerate import PartialState
@@ -101,33 +99,21 @@ def run(args: argparse.Namespace) -> int:
     tasks = [OWN[name](name, settings_of(args, files.get(name))) for name in own]
     items = [task.items(tokenizer) for task in tasks]
     identity = fingerprint(model)
-    output = (
-        args.output
-        or Path("quietstar-runs/eval") / f"{Path(args.model).resolve().name}-{identity[:8]}.json"
-    )
+    name = f"{Path(args.model).resolve().name}-{identity[:8]}.json"
+    output = args.output or Path("quietstar-runs/eval") / name
     check_writable_file(output)
     journal = Journal(output, state.process_index)
     runner = TaskRunner(
         model, tokenizer, identity, journal, args.batch_size, state, progress=not args.quiet
     )
-    results: dict[str, Any] = {
-        task.name: task.summarize(runner.records(task, rows))
-        for task, rows in zip(tasks, items, strict=True)
-    }
+    results: dict[str, Any] = {}
+    for task, rows in zip(tasks, items, strict=True):
+        results[task.name] = task.summarize(runner.records(task, rows))
     if foreign:
         from quietstar.evaluation.harness import run_tasks
 
-        results.update(
-            run_tasks(
-                model,
-                tokenizer,
-                foreign,
-                manager,
-                limit=args.limit,
-                batch_size=args.batch_size,
-                seed=args.seed,
-            )
-        )
+        limits = {"limit": args.limit, "batch_size": args.batch_size, "seed": args.seed}
+        results |= run_tasks(model, tokenizer, foreign, manager, **limits)
     if state.is_main_process:
         output.parent.mkdir(parents=True, exist_ok=True)
         content = {"model": args.model, "fingerprint": identity, "tasks": results}
@@ -142,16 +128,17 @@ def settings_of(args: argparse.Namespace, data: Path | None) -> Settings:
     from quietstar.evaluation.chains import ChainSettings
     from quietstar.evaluation.tasks import Settings
 
+    chains = ChainSettings(
+        votes=args.votes,
+        temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens,
+        thinking=args.thinking,
+        seed=args.seed,
+    )
     return Settings(
         data=data,
         limit=args.limit,
         max_length=args.max_length,
         block_size=args.block_size,
-        chains=ChainSettings(
-            votes=args.votes,
-            temperature=args.temperature,
-            max_new_tokens=args.max_new_tokens,
-            thinking=args.thinking,
-            seed=args.seed,
-        ),
+        chains=chains,
     )

@@ -6,14 +6,11 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from quietstar.cli.arguments import INTERRUPTED, add_model
+from quietstar.cli.arguments import INTERRUPTED, Commands, add_model, check_at_least, open_model
 from quietstar.errors import UserError, check_seed
 from quietstar.files import read_text
-
-if TYPE_CHECKING:
-    from quietstar.cli.arguments import Commands
 
 
 def add_parser(commands: Commands) -> None:
@@ -26,23 +23,24 @@ def add_parser(commands: Commands) -> None:
         epilog='example: quietstar generate quietstar-runs/tiny "def main(" --show-thoughts',
     )
     add_model(generate)
-    generate.add_argument("prompt", metavar="PROMPT", nargs="?", help="default: standard input")
-    generate.add_argument("--file", metavar="F", type=Path, help="a file that holds the prompt")
-    generate.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="default: 64")
-    generate.add_argument("--temperature", metavar="X", type=float, help="sample; 0: the most likely")
-    generate.add_argument("--top-p", metavar="P", type=float, help="sample among the likeliest")
-    generate.add_argument("--top-k", metavar="K", type=int, help="sample among the likeliest K")
-    generate.add_argument("--seed", metavar="N", type=int, help="repeat what was sampled")
-    generate.add_argument("--num-beams", metavar="N", type=int, default=1, help="beam search")
-    generate.add_argument(
+    add = generate.add_argument
+    add("prompt", metavar="PROMPT", nargs="?", help="default: standard input")
+    add("--file", metavar="F", type=Path, help="a file that holds the prompt")
+    add("--max-new-tokens", metavar="N", type=int, default=64, help="default: 64")
+    add("--temperature", metavar="X", type=float, help="sample; 0: the most likely")
+    add("--top-p", metavar="P", type=float, help="sample among the likeliest")
+    add("--top-k", metavar="K", type=int, help="sample among the likeliest K")
+    add("--seed", metavar="N", type=int, help="repeat what was sampled")
+    add("--num-beams", metavar="N", type=int, default=1, help="beam search")
+    add(
         "--thinking",
         metavar="RULE",
         default="always",
         help="always (the default), never, every:K tokens, or entropy:X (where the next token's entropy"
         " exceeds X nats)",
     )
-    generate.add_argument("--thinking-budget", metavar="N", type=int, help="at most N thoughts")
-    generate.add_argument(
+    add("--thinking-budget", metavar="N", type=int, help="at most N thoughts")
+    add(
         "--show-thoughts",
         action="store_true",
         help="a line per token, and the thought before it with its mixing weight",
@@ -56,16 +54,13 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
     from transformers import TextStreamer
-    from transformers.utils import logging as transformers_logging
 
-    from quietstar.checkpoints.load import load_checkpoint
     from quietstar.cli.thought_streamer import ThoughtStreamer
     from quietstar.modeling.generation_state import Thinking
 
-    Thinking(args.thinking, args.thinking_budget)  # refuses a rule that is none
+    Thinking(args.thinking, args.thinking_budget)  # rejects anything that is not a rule
     prompt = read_prompt(args.prompt, args.file)
-    transformers_logging.set_verbosity_error()
-    model, tokenizer = load_checkpoint(args.model, device=args.device, tokenizer=args.tokenizer)
+    model, tokenizer = open_model(args)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise UserError("the prompt has no tokens; give a text to continue")
@@ -104,13 +99,13 @@ def run(args: argparse.Namespace) -> int:
 def read_prompt(prompt: str | None, file: Path | None) -> str:
     """The text to continue: the argument, a file, or standard input (less one final line end)."""
     if prompt is not None and file is not None:
-        raise UserError("PROMPT and --file were both given; expected one of them")
+        raise UserError("PROMPT and --file cannot be combined")
     if prompt is not None:
         text = prompt
     elif file is not None:
         text = read_text(file, "prompt file")
     elif sys.stdin is None or sys.stdin.isatty():
-        raise UserError("there is no prompt; give one, name a file with --file, or pipe a text in")
+        raise UserError("no prompt was given; give one, name a file with --file, or pipe in a text")
     else:
         try:
             text = sys.stdin.read()
@@ -128,39 +123,26 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def sampling_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``generate`` takes for greedy decoding, sampling or beams; refuses contradictions."""
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {args.max_new_tokens}; expected a whole number >= 1")
-    if args.num_beams < 1:
-        raise UserError(f"--num-beams is {args.num_beams}; expected a whole number >= 1")
+    """What ``generate`` takes for greedy decoding, sampling or beams; rejects contradictions."""
+    check_at_least(args, max_new_tokens=1, num_beams=1, top_k=1)
     temperature = args.temperature
     if temperature is not None and not 0 <= temperature < math.inf:
         raise UserError(f"--temperature is {temperature}; expected a number >= 0 (0: the most likely)")
     check_seed(args.seed)
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top-p is {args.top_p}; expected a number above 0 and up to 1")
-    if args.top_k is not None and args.top_k < 1:
-        raise UserError(f"--top-k is {args.top_k}; expected a whole number >= 1")
     narrowed = args.top_p is not None or args.top_k is not None
     if temperature == 0 and narrowed:
         raise UserError("--temperature 0 takes the most likely token, so --top-p and --top-k do nothing")
     if args.num_beams > 1 and args.show_thoughts:
-        raise UserError(
-            "--show-thoughts was given with --num-beams; beams swap rows, so expected one beam"
-        )
+        raise UserError("--show-thoughts and --num-beams cannot be combined: beams swap rows")
     if args.num_beams > 1 and args.thinking_budget is not None:
-        raise UserError("--thinking-budget was given with --num-beams; expected one beam")
-    if not (temperature or narrowed):
-        return {
-            "do_sample": False,
-            "num_beams": args.num_beams,
-            "temperature": None,
-            "top_p": None,
-            "top_k": None,
-        }
+        raise UserError("--thinking-budget and --num-beams cannot be combined")
+    options = {"num_beams": args.num_beams, "do_sample": bool(temperature or narrowed)}
+    if not options["do_sample"]:
+        return {**options, "temperature": None, "top_p": None, "top_k": None}
     return {
-        "do_sample": True,
-        "num_beams": args.num_beams,
+        **options,
         "temperature": 1.0 if temperature is None else temperature,
         "top_p": 1.0 if args.top_p is None else args.top_p,
         "top_k": 0 if args.top_k is None else args.top_k,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from quietstar.cli.arguments import Commands
+from quietstar.cli.arguments import Commands
 
 
 def add_parser(commands: Commands) -> None:

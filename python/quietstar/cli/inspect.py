@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from quietstar.cli.arguments import add_model
+from quietstar.cli.arguments import Commands, add_model, check_at_least, open_model
 from quietstar.errors import UserError, check_seed
 from quietstar.files import RECIPE_FILE, check_writable_file, is_folder, read_text
-
-if TYPE_CHECKING:
-    from quietstar.cli.arguments import Commands
 
 CONTEXT = 512
 
@@ -26,32 +22,22 @@ def add_parser(commands: Commands) -> None:
         epilog="example: quietstar inspect quietstar-runs/tiny notes.txt --output page.html",
     )
     add_model(inspect)
-    inspect.add_argument("file", metavar="FILE", type=Path, help="a text")
-    inspect.add_argument(
-        "--output", metavar="PAGE", type=Path, help="default: the text's name with .html"
-    )
-    inspect.add_argument("--tokens", metavar="N", type=int, default=512, help="at most N (default: 512)")
-    inspect.add_argument(
-        "--context", metavar="N", type=int, help="tokens per row (default: as trained, otherwise 512)"
-    )
-    inspect.add_argument(
-        "--samples", metavar="N", type=int, default=3, help="thoughts sampled per token (default: 3)"
-    )
-    inspect.add_argument("--seed", metavar="N", type=int, default=0, help="of the samples")
+    add = inspect.add_argument
+    add("file", metavar="FILE", type=Path, help="a text")
+    add("--output", metavar="PAGE", type=Path, help="default: the text's name with .html")
+    add("--tokens", metavar="N", type=int, default=512, help="at most N (default: 512)")
+    add("--context", metavar="N", type=int, help="tokens per row (default: as trained, otherwise 512)")
+    add("--samples", metavar="N", type=int, default=3, help="thoughts sampled per token (default: 3)")
+    add("--seed", metavar="N", type=int, default=0, help="of the samples")
     inspect.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check the arguments, open the model, write the page."""
-    limits = (
-        ("--tokens", args.tokens, 2),
-        ("--samples", args.samples, 0),
-        ("--context", args.context, 2),
-    )
-    for name, value, least in limits:
-        if value is not None and value < least:
-            raise UserError(f"{name} is {value}; expected a whole number >= {least}")
-    text = _read_text(args.file)
+    check_at_least(args, tokens=2, samples=0, context=2)
+    text = read_text(args.file, "text file")
+    if not text.strip():
+        raise UserError(f"text file {args.file} is empty")
     output = args.output or Path(args.file.stem + ".html")
     check_seed(args.seed)
     if is_folder(output) or not is_folder(output.resolve().parent):
@@ -60,14 +46,10 @@ def run(args: argparse.Namespace) -> int:
     if output.exists() and args.file.exists() and output.samefile(args.file):
         raise UserError(f"the page would overwrite {args.file}; choose another --output")
 
-    from transformers.utils import logging as transformers_logging
-
-    from quietstar.checkpoints.load import load_checkpoint
     from quietstar.inspect.data import split_rows
     from quietstar.inspect.page import About, write_page
 
-    transformers_logging.set_verbosity_error()
-    model, tokenizer = load_checkpoint(args.model, device=args.device, tokenizer=args.tokenizer)
+    model, tokenizer = open_model(args)
     ids = tokenizer(text, verbose=False)["input_ids"]
     shortest = model.config.talk_length + 2
     if len(ids) < shortest:
@@ -95,15 +77,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _trained_length(name: str) -> int | None:
-    """Tokens per row in the run's training, if this is a run's folder; longer rows are strange to it."""
+    """Tokens per row in the run's training, if this is a run's folder: it saw no longer ones."""
     from quietstar.recipes.recipe import load_recipe
 
     path = Path(name) / RECIPE_FILE
     return load_recipe(str(path)).data.block_size if path.is_file() else None
-
-
-def _read_text(path: Path) -> str:
-    text = read_text(path, "text file")
-    if not text.strip():
-        raise UserError(f"text file {path} is empty")
-    return text

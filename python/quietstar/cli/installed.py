@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,7 +41,9 @@ def torch_offers() -> dict[str, str]:
 def implementation(operator: str, device: str) -> str:
     """``fused``, or ``reference`` and why: found by asking for the kernel on a tiny input."""
     try:
-        PROBES[operator](device)
+        inputs = [x.to(device) if isinstance(x, torch.Tensor) else x for x in PROBES[operator]]
+        seed = {"seed": 0} if operator in ("sample_tokens", "linear_sample") else {}
+        getattr(quietstar_ext, operator)(*inputs, **seed, impl="fused")
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split()).split("cannot be used here: ")[-1]
         return f"reference ({reason})"
@@ -57,40 +58,17 @@ def _words(value: Any) -> str:
     return "none" if value in (None, "") else str(value)
 
 
-def _thought_attention(device: str) -> None:
-    q = torch.zeros(1, 1, 1, 1, 16, device=device)
-    text = torch.zeros(1, 1, 2, 16, device=device)
-    start = torch.zeros(1, 1, dtype=torch.int32, device=device)
-    quietstar_ext.thought_attention(q, text, text, q, q, start, start + 1, impl="fused")
+def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
 
 
-def _sample_tokens(device: str) -> None:
-    quietstar_ext.sample_tokens(torch.zeros(1, 8, device=device), seed=0, impl="fused")
-
-
-def _linear_sample(device: str) -> None:
-    x = torch.zeros(8, 8, device=device)
-    quietstar_ext.linear_sample(x, x, seed=0, impl="fused")
-
-
-def _linear_cross_entropy(device: str) -> None:
-    x = torch.zeros(8, 8, device=device)
-    targets = torch.zeros(8, dtype=torch.int64, device=device)
-    quietstar_ext.linear_cross_entropy(x, x, targets, impl="fused")
-
-
-def _mixing_head(device: str) -> None:
-    d = 8
-    x, bias = torch.zeros(2, d, device=device), torch.zeros(d, device=device)
-    w1, w2 = torch.zeros(d, 2 * d, device=device), torch.zeros(d, d, device=device)
-    w3 = torch.zeros(1, d, device=device)
-    quietstar_ext.mixing_head(x, x, w1, bias, w2, bias, w3, "identity", impl="fused")
-
-
-PROBES: dict[str, Callable[[str], None]] = {
-    "thought_attention": _thought_attention,
-    "sample_tokens": _sample_tokens,
-    "linear_sample": _linear_sample,
-    "linear_cross_entropy": _linear_cross_entropy,
-    "mixing_head": _mixing_head,
+_Q, _TEXT, _START = _zeros(1, 1, 1, 1, 16), _zeros(1, 1, 2, 16), _zeros(1, 1, dtype=torch.int32)
+_X, _BIAS = _zeros(8, 8), _zeros(8)
+# A tiny input of each operator, to be moved to the device that is asked about.
+PROBES: dict[str, tuple[Any, ...]] = {
+    "thought_attention": (_Q, _TEXT, _TEXT, _Q, _Q, _START, _START + 1),
+    "sample_tokens": (_X,),
+    "linear_sample": (_X, _X),
+    "linear_cross_entropy": (_X, _X, _zeros(8, dtype=torch.int64)),
+    "mixing_head": (_X, _X, _zeros(8, 16), _BIAS, _X, _BIAS, _zeros(1, 8), "identity"),
 }

@@ -1,13 +1,11 @@
-"""``quietstar merge``: a model out of an adapter and its decoder."""
+"""``quietstar merge``: make a model of an adapter and its decoder."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from quietstar.cli.arguments import Commands
+from quietstar.cli.arguments import Commands
 
 
 def add_parser(commands: Commands) -> None:
@@ -38,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         )
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is there already; expected a new folder")
+        raise UserError(f"{output} already exists; expected a new folder")
     check_writable(output)
     model, tokenizer = load_checkpoint(args.model, device="cpu", tokenizer=args.tokenizer)
     model.save_pretrained(output)

@@ -6,10 +6,8 @@ import argparse
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from quietstar.cli.arguments import Commands
+from quietstar.cli.arguments import Commands, add_recipe
 
 
 def add_parser(commands: Commands) -> None:
@@ -20,13 +18,7 @@ def add_parser(commands: Commands) -> None:
         description="Train as a recipe says: a YAML file, or one that is shipped by its name.",
         epilog="example: quietstar train tiny max_steps=50 thoughts.thought_length=8",
     )
-    train.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
-    train.add_argument(
-        "settings",
-        metavar="KEY=VALUE",
-        nargs="*",
-        help="changes to the recipe, e.g. training.learning_rate=1e-4",
-    )
+    add_recipe(train)
     train.add_argument(
         "--output", metavar="DIR", type=Path, help="output folder (default: quietstar-runs/NAME)"
     )
@@ -43,15 +35,12 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the recipe and print its losses."""
-    from quietstar.recipes.recipe import load_recipe
-
-    recipe = load_recipe(args.recipe, args.settings)
-    output = args.output or Path("quietstar-runs") / recipe.name
-
     from rich.console import Console
 
+    from quietstar.recipes.recipe import load_recipe
     from quietstar.recipes.run import run_recipe
 
+    recipe = load_recipe(args.recipe, args.settings)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.quiet:
         from transformers.utils.logging import disable_progress_bar
@@ -59,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         disable_progress_bar()
     result = run_recipe(
         recipe,
-        output,
+        args.output or Path("quietstar-runs") / recipe.name,
         resume=args.resume,
         overwrite=args.overwrite,
         progress=not args.quiet,
@@ -69,14 +58,10 @@ def run(args: argparse.Namespace) -> int:
     console = Console(soft_wrap=True, highlight=False)
     metrics = result.metrics
     console.print(f"{metrics['steps']} steps of recipe {metrics['recipe']}: {result.output}")
-    if "evaluation" in metrics:
-        evaluation = metrics["evaluation"]
-        for key, words in (
-            ("base_nll", "NLL without thoughts"),
-            ("mixed_nll", "NLL with thoughts"),
-            ("gain", "gain"),
-        ):
-            error = evaluation[key]["standard_error"]
-            spread = "" if error is None else f" ± {error:.4f}"
-            console.print(f"  {words}: {evaluation[key]['mean']:.4f}{spread} nats per token")
+    words = {"base_nll": "NLL without thoughts", "mixed_nll": "NLL with thoughts", "gain": "gain"}
+    for key in words if "evaluation" in metrics else ():
+        found = metrics["evaluation"][key]
+        error = found["standard_error"]
+        spread = "" if error is None else f" ± {error:.4f}"
+        console.print(f"  {words[key]}: {found['mean']:.4f}{spread} nats per token")
     return 0

@@ -2,21 +2,9 @@
 
 from quietstar.lazy import lazy_attributes
 
-# What the module of this name held in version 0.1.0.
-__getattr__ = lazy_attributes(
-    __name__,
-    {
-        "PACKINGS": "blocks",
-        "TOKENIZER_BATCH": "blocks",
-        "Block": "blocks",
-        "Blocks": "blocks",
-        "PackedBlock": "blocks",
-        "StreamedBlocks": "blocks",
-        "TokenBlocks": "blocks",
-        "cut_blocks": "blocks",
-        "read_blocks": "blocks",
-        "tokenize": "blocks",
-        "PaddingCollator": "collator",
-        "collator_for": "collator",
-    },
+_NAMES = (
+    *("PACKINGS", "TOKENIZER_BATCH", "Block", "Blocks", "PackedBlock", "StreamedBlocks", "TokenBlocks"),
+    *("cut_blocks", "read_blocks", "tokenize", "PaddingCollator", "collator_for"),
 )
+# What the module of this name held in version 0.1.0.
+__getattr__ = lazy_attributes(__name__, dict.fromkeys(_NAMES, "blocks"))

@@ -17,14 +17,16 @@ if packed ``document_ids``, which number the documents in the block from 1.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from quietstar.data.collator import IGNORED as IGNORED
@@ -32,20 +34,24 @@ from quietstar.data.collator import PaddingCollator as PaddingCollator
 from quietstar.data.collator import collator_for as collator_for
 from quietstar.data.left_out import LeftOut
 from quietstar.data.stdlib import Document
-from quietstar.data.streams import Position, Track
+from quietstar.data.streams import Position, batches
 from quietstar.errors import UserError
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
     from transformers import PreTrainedTokenizerBase
-
-logger = logging.getLogger("quietstar")
 
 PACKINGS = ("concat", "document", "packed")
 # Documents tokenized in one call: enough for the tokenizer's own threads, little enough to stream.
 TOKENIZER_BATCH = 64
 
+# Positions that are remembered: more than a loader can be ahead of the training.
+REMEMBERED = 256
+BEGINNING: Position = {"rows": 0, "in_pass": 0, "drop": 0, "rest": [], "numbers": []}
+BEGINNING |= {"documents": 0, "source": None}
+
+Ints = NDArray[np.int32]
 Block = list[int]
+Item = dict[str, torch.Tensor]
 
 
 class PackedBlock(list[int]):
@@ -75,8 +81,8 @@ class Blocks:
                 "(talk_length + 2)"
             )
 
-    def why_no_row(self, ids: list[int]) -> str | None:
-        """Why nothing can be made of a document with these tokens; None if something can."""
+    def unsupported_reason(self, ids: list[int]) -> str | None:
+        """Why a document with these tokens gives no row; None if it does."""
         if self.packing == "document" and len(ids) < self.min_tokens:
             return f"has fewer than {self.min_tokens} tokens (talk_length + 2)"
         return None if ids else "has no text"
@@ -85,28 +91,13 @@ class Blocks:
 def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
     """Yield the token ids of each document, closed by the end-of-text token where there is one.
 
-    What the tokenizer adds by itself (a begin-of-text token, say) is kept. Documents without text give
-    nothing.
+    What the tokenizer adds by itself (a begin-of-text token, say) is kept. Documents without text are
+    skipped.
     """
-    for document, ids in _tokenized_one_by_one(documents, tokenizer):
-        if document.text:
-            yield ids
+    return (ids for document, ids in _tokenized(documents, tokenizer) if document.text)
 
 
-def _counted(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, blocks: Blocks, left_out: LeftOut
-) -> Iterator[list[int]]:
-    """The token ids of each document; those that give no row are counted."""
-    for document, ids in _tokenized_one_by_one(documents, tokenizer):
-        why = blocks.why_no_row(ids)
-        if why is None:
-            left_out.used()
-        else:
-            left_out.add(f"document {document.name}", why)
-        yield ids
-
-
-def _tokenized_one_by_one(
+def _tokenized(
     documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[tuple[Document, list[int]]]:
     """Each document with its tokens, none for one without text."""
@@ -123,24 +114,31 @@ def _tokenized_one_by_one(
             yield document, ids
 
 
+def _counted(
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, blocks: Blocks, left_out: LeftOut
+) -> Iterator[list[int]]:
+    """The token ids of each document; those that give no row are counted."""
+    for document, ids in _tokenized(documents, tokenizer):
+        reason = blocks.unsupported_reason(ids)
+        if reason is None:
+            left_out.used()
+        else:
+            left_out.add(f"document {document.name}", reason)
+        yield ids
+
+
 def cut_blocks(token_lists: Iterable[list[int]], blocks: Blocks) -> Iterator[Block]:
     """Cut the tokens of documents into rows of at most ``blocks.block_size`` (see the module).
 
     With ``document`` packing those of fewer than ``min_tokens`` are left out.
     """
-    size = blocks.block_size
-    if blocks.packing == "document":
-        for ids in token_lists:
-            if len(ids) >= blocks.min_tokens:
-                yield ids[:size]
-        return
     cutter = _Cutter(blocks)
     for ids in token_lists:
         yield from cutter.feed(ids)
 
 
 class _Cutter:
-    """Cuts a stream of documents; what has not made a block yet is in ``rest``.
+    """Cuts a stream of documents; ``rest`` holds the tokens that do not fill a block yet.
 
     ``numbers``: for each of these tokens, the number of its document.
     """
@@ -151,7 +149,12 @@ class _Cutter:
         self._next = max(self.numbers, default=-1) + 1
 
     def feed(self, ids: list[int]) -> Iterator[Block]:
+        """Take a document; yields the blocks that are complete with it."""
         size, rest, numbers = self.blocks.block_size, self.rest, self.numbers
+        if self.blocks.packing == "document":
+            if len(ids) >= self.blocks.min_tokens:
+                yield ids[:size]
+            return
         rest.extend(ids)
         numbers.extend([self._next] * len(ids))
         self._next += 1
@@ -163,38 +166,30 @@ class _Cutter:
             block = ready[start : start + size]
             if self.blocks.packing == "packed":
                 block = PackedBlock(block)
-                block.documents = _count_up(of[start : start + size])
+                # 1 for the first number, 2 for the next that differs (empty documents leave gaps).
+                seen: dict[int, int] = {}
+                block.documents = [seen.setdefault(n, len(seen) + 1) for n in of[start : start + size]]
             yield block
 
 
-def _count_up(numbers: Iterable[int]) -> list[int]:
-    """1 for the first number, 2 for the next that differs, and so on (empty documents leave gaps)."""
-    seen: dict[int, int] = {}
-    return [seen.setdefault(number, len(seen) + 1) for number in numbers]
-
-
-def _item(ids: torch.Tensor, documents: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def _item(tokens: Sequence[int] | Ints, numbers: Sequence[int] | Ints | None) -> Item:
+    ids = torch.as_tensor(tokens, dtype=torch.int64)
     item = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-    if documents is not None:
-        item["document_ids"] = documents
+    if numbers is not None:
+        item["document_ids"] = documents = torch.as_tensor(numbers, dtype=torch.int64)
         # Nothing within its document stands before a first token to predict it from.
         item["labels"][1:][documents[1:] != documents[:-1]] = IGNORED
     return item
 
 
-class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
+class TokenBlocks(Dataset[Item]):
     """Rows of token ids in memory.
 
     ``tokens`` [rows, block_size] int32, ``lengths`` [rows]: how many of each row are text;
     ``documents`` [rows, block_size] int32, None where a row is one document.
     """
 
-    def __init__(
-        self,
-        tokens: npt.NDArray[np.int32],
-        lengths: npt.NDArray[np.int32],
-        documents: npt.NDArray[np.int32] | None = None,
-    ) -> None:
+    def __init__(self, tokens: Ints, lengths: Ints, documents: Ints | None = None) -> None:
         self.tokens = tokens
         self.lengths = lengths
         self.documents = documents
@@ -202,32 +197,29 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
     @classmethod
     def from_rows(cls, rows: Iterable[Block], block_size: int) -> TokenBlocks:
         """Store rows of at most ``block_size`` ids."""
-        # One growing flat array: lists of Python integers would take ten times the memory.
-        flat, numbers, lengths = bytearray(), bytearray(), []
+        # Growing flat arrays: lists of Python integers would take ten times the memory.
+        flat, numbers, lengths = array("i"), array("i"), array("i")
         for row in rows:
-            flat += np.asarray(row, dtype=np.int32).tobytes()
-            if isinstance(row, PackedBlock):
-                numbers += np.asarray(row.documents, dtype=np.int32).tobytes()
+            flat.extend(row)
+            numbers.extend(row.documents if isinstance(row, PackedBlock) else ())
             lengths.append(len(row))
         sizes = np.asarray(lengths, dtype=np.int32)
         tokens = np.zeros((len(lengths), block_size), dtype=np.int32)
         kept = np.arange(block_size)[None, :] < sizes[:, None]
-        tokens[kept] = np.frombuffer(bytes(flat), dtype=np.int32)
+        tokens[kept] = flat
         if not numbers:
             return cls(tokens, sizes)
         documents = np.zeros_like(tokens)
-        documents[kept] = np.frombuffer(bytes(numbers), dtype=np.int32)
+        documents[kept] = numbers
         return cls(tokens, sizes, documents)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> Item:
         length = self.lengths[index]
-        ids = torch.from_numpy(self.tokens[index, :length].astype(np.int64))
-        if self.documents is None:
-            return _item(ids)
-        return _item(ids, torch.from_numpy(self.documents[index, :length].astype(np.int64)))
+        numbers = None if self.documents is None else self.documents[index, :length]
+        return _item(self.tokens[index, :length], numbers)
 
     @property
     def num_tokens(self) -> int:
@@ -235,7 +227,7 @@ class TokenBlocks(Dataset[dict[str, torch.Tensor]]):
         return int(self.lengths.sum())
 
 
-class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
+class StreamedBlocks(IterableDataset[Item]):
     """Rows cut while reading. Starts again from the beginning at each iteration.
 
     With several loader workers each takes every n-th document, so that no text is seen twice.
@@ -262,72 +254,67 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
         self.max_blocks = max_blocks
         self.repeat = repeat
         self.left_out = LeftOut()
-        self._track = Track(open_source, skip)
-        self._start: Position | None = None
+        self._past: deque[Position] = deque(maxlen=REMEMBERED)
+        self._start = BEGINNING
 
     def position_at(self, rows: int) -> Position:
-        """Where the stream was when so many rows had come out of it, as plain data."""
-        return self._track.position_at(rows)
+        """The stream's position after so many rows, as plain data.
+
+        It is the last one remembered at or before them, with the number of rows to drop from there.
+
+        Raises:
+            UserError: if the stream has been read too far ahead.
+        """
+        for position in reversed(self._past):
+            if position["rows"] <= rows:
+                return {**position, "drop": rows - position["rows"]}
+        raise UserError(
+            f"the stream was read more than {REMEMBERED} batches of documents ahead of row {rows}; lower"
+            " training.dataloader_prefetch_factor"
+        )
 
     def seek(self, position: Position) -> None:
         """Begin the next iteration at a position."""
         self._start = position
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        if get_worker_info() is not None:
-            while True:
-                yield from self._one_worker()
-                if not self.repeat:
-                    return
-        start, self._start = self._start, None
-        return (yield from islice(self._from(start), 0 if start is None else start["drop"], None))
+    def __iter__(self) -> Iterator[Item]:
+        worker = get_worker_info()
+        if worker is not None:
+            limit = self.max_blocks
+            if limit is not None:
+                limit = -(-(limit - worker.id) // worker.num_workers)
+            return (yield from self._rows(BEGINNING, limit, worker))
+        start, self._start = self._start, BEGINNING
+        return (yield from islice(self._rows(start, self.max_blocks), start["drop"], None))
 
-    def _from(self, start: Position | None) -> Iterator[dict[str, torch.Tensor]]:
-        rows = 0 if start is None else int(start["rows"])
-        begun = 0 if start is None else rows - int(start["in_pass"])
-        cutter = _Cutter(self.blocks, *((start["rest"], start["numbers"]) if start else ()))
+    def _open(self, worker: Any) -> tuple[Iterator[Document], int]:
+        """The source, or a worker's share of it, and how many documents to skip."""
+        if worker is None:
+            return self.open_source(), self.skip
+        return islice(self.open_source(), self.skip + worker.id, None, worker.num_workers), 0
 
-        def about() -> dict[str, Any]:
-            kept = {"rest": list(cutter.rest), "numbers": list(cutter.numbers)}
-            return {"rows": rows, "in_pass": rows - begun, **kept}
-
+    def _rows(self, start: Position, limit: int | None, worker: Any = None) -> Iterator[Item]:
+        """Rows from a position on, at most ``limit`` in each pass; of a loader worker, its share."""
+        rows, begun = start["rows"], start["rows"] - start["in_pass"]
+        cutter = _Cutter(self.blocks, start["rest"], start["numbers"])
         while True:
-            for batch in self._track.batches(start, TOKENIZER_BATCH, about):
+            for position, batch in batches(*self._open(worker), TOKENIZER_BATCH, start):
+                kept = {"rest": list(cutter.rest), "numbers": list(cutter.numbers)}
+                self._past.append({**position, **kept, "rows": rows, "in_pass": rows - begun})
                 for ids in _counted(batch, self.tokenizer, self.blocks, self.left_out):
-                    for row in self._cut(cutter, ids):
-                        if self.max_blocks is None or rows - begun < self.max_blocks:
+                    for row in cutter.feed(ids):
+                        if limit is None or rows - begun < limit:
                             rows += 1
-                            yield _as_item(row)
-                if self.max_blocks is not None and rows - begun >= self.max_blocks:
+                            yield _item(row, getattr(row, "documents", None))
+                if limit is not None and rows - begun >= limit:
                     break
-            if not self.repeat:
+            if not self.repeat or (rows == begun and worker is not None):
                 return
             if rows == begun:
                 raise UserError(
                     f"the stream gave no row of {self.blocks.block_size} tokens; lower data.block_size"
                 )
-            start, begun, cutter = None, rows, _Cutter(self.blocks)
-
-    def _cut(self, cutter: _Cutter, ids: list[int]) -> Iterable[Block]:
-        if self.blocks.packing != "document":
-            return cutter.feed(ids)
-        return cut_blocks([ids], self.blocks)
-
-    def _one_worker(self) -> Iterator[dict[str, torch.Tensor]]:
-        worker = get_worker_info()
-        step, first = (1, 0) if worker is None else (worker.num_workers, worker.id)
-        limit = self.max_blocks
-        if limit is not None:
-            limit = (limit - first + step - 1) // step
-        documents = islice(self.open_source(), self.skip + first, None, step)
-        tokens = _counted(documents, self.tokenizer, self.blocks, self.left_out)
-        for row in islice(cut_blocks(tokens, self.blocks), limit):
-            yield _as_item(row)
-
-
-def _as_item(row: Block) -> dict[str, torch.Tensor]:
-    numbers = torch.tensor(row.documents) if isinstance(row, PackedBlock) else None
-    return _item(torch.tensor(row, dtype=torch.int64), numbers)
+            start, begun, cutter = BEGINNING, rows, _Cutter(self.blocks)
 
 
 def read_blocks(
@@ -346,14 +333,14 @@ def read_blocks(
     """
     from transformers.utils.logging import tqdm
 
-    seen, left_out = {"documents": skip, "tokens": 0}, LeftOut()
+    seen = {"documents": 0, "tokens": 0}
 
     def counted() -> Iterator[list[int]]:
         # Documents are tokenized one batch ahead of the rows; counting here, one by one, tells how
         # many were used when max_blocks stops the reading.
-        texts = (d for d in islice(open_source(), skip, None))
+        texts = islice(open_source(), skip, None)
         with tqdm(desc=f"tokenizing {what}", unit=" tokens", disable=not progress) as bar:
-            for ids in _counted(texts, tokenizer, blocks, left_out):
+            for ids in _counted(texts, tokenizer, blocks, LeftOut()):
                 seen["documents"] += 1
                 seen["tokens"] += len(ids)
                 bar.update(len(ids))
@@ -362,13 +349,13 @@ def read_blocks(
     rows = islice(cut_blocks(counted(), blocks), max_blocks)
     result = TokenBlocks.from_rows(rows, blocks.block_size)
     if len(result) == 0:
-        if seen["documents"] == skip:
+        if not seen["documents"]:
             raise UserError(f"{what} has no documents" + (f" after the first {skip}" if skip else ""))
-        needed = blocks.min_tokens if blocks.packing == "document" else blocks.block_size
-        why = "talk_length + 2" if blocks.packing == "document" else "block_size"
+        needed, which = blocks.block_size, "block_size"
+        if blocks.packing == "document":
+            needed, which = blocks.min_tokens, "talk_length + 2"
         raise UserError(
-            f"{what} is too short: {seen['tokens']} tokens in {seen['documents'] - skip} "
-            f"documents give no row of {needed} tokens ({why}); lower data.block_size or give "
-            "more text"
+            f"{what} is too short: {seen['tokens']} tokens in {seen['documents']} documents give no row"
+            f" of {needed} tokens ({which}); lower data.block_size or give more text"
         )
-    return result, seen["documents"]
+    return result, skip + seen["documents"]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from quietstar.errors import UserError
 
@@ -15,10 +16,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
-# Columns with an entry for each token. Padding is told by the mask, so that documents may have any
-# number there.
-_PER_TOKEN = ("input_ids", "attention_mask", "labels", "document_ids", "position_ids", "seq_idx")
-_COLUMNS = (*_PER_TOKEN, "thought_ids", "anchors", "baseline_losses")
+# The columns of a row. The mask alone marks padding, so that documents may have any number there.
+_SHAPES = {
+    **dict.fromkeys(("input_ids", "attention_mask", "labels"), "[tokens]"),
+    **dict.fromkeys(("document_ids", "position_ids", "seq_idx"), "[tokens]"),
+    "thought_ids": "[rationales, tokens, thought_length]",
+    "anchors": "[anchors]",
+    "baseline_losses": "[tokens - 1]",
+}
 # What tokenizers and samplers have beside them, which the model has no use for.
 _LEFT_OUT = ("token_type_ids", "special_tokens_mask", "length")
 
@@ -54,7 +59,7 @@ class PaddingCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         checked = [_checked(row, number) for number, row in enumerate(rows)]
-        columns = [name for name in _COLUMNS if any(name in row for row in checked)]
+        columns = [name for name in _SHAPES if any(name in row for row in checked)]
         for number, row in enumerate(checked):
             for name in columns:
                 if name not in row:
@@ -93,11 +98,10 @@ class PaddingCollator:
                     )
                 # A pad's thought is never read.
                 whole = of_anchors or length == longest
-                made[name] = value if whole else _placed(value, 1, before, longest, 0)
-            elif name == "baseline_losses":
-                made[name] = _placed(value, 0, before, longest - 1, 0)
+                made[name] = value if whole else pad(value, (0, 0, before, longest - before - length))
             else:
-                made[name] = _placed(value, 0, before, longest, fill.get(name, 0))
+                after = longest - before - len(value) - (name == "baseline_losses")
+                made[name] = pad(value, (before, after), value=fill.get(name, 0))
         if before and length and "labels" in made:
             # Only a pad stands before a row's first token, and it has seen no text.
             made["labels"][before] = IGNORED
@@ -128,21 +132,18 @@ def _checked(row: Mapping[str, Any], number: int) -> dict[str, Tensor]:
             " input_ids and labels"
         )
     for name in given:
-        if name not in _COLUMNS:
+        if name not in _SHAPES:
             raise ValueError(
-                f"row {number} of a batch has the column {name!r}; expected any of {', '.join(_COLUMNS)}"
+                f"row {number} of a batch has the column {name!r}; expected any of {', '.join(_SHAPES)}"
             )
     made = {name: _tensor(value, name, number) for name, value in given.items()}
     length = made["input_ids"].numel()
     made.setdefault("attention_mask", torch.ones(length, dtype=torch.int64))
-    shapes = dict.fromkeys(_PER_TOKEN, "[tokens]") | {"baseline_losses": "[tokens - 1]"}
-    dimensions = dict.fromkeys(_COLUMNS, 1) | {"thought_ids": 3}
+    sizes = {"[tokens]": length, "[tokens - 1]": max(length - 1, 0)}
     for name, value in made.items():
-        size = length - 1 if name == "baseline_losses" else length
-        if value.dim() != dimensions[name] or (name in shapes and len(value) != max(size, 0)):
-            wanted = shapes.get(name, "[rationales, tokens, thought_length]")
-            if name == "anchors":
-                wanted = "[anchors]"
+        wanted = _SHAPES[name]
+        dimensions = wanted.count(",") + 1
+        if value.dim() != dimensions or len(value) != sizes.get(wanted, len(value)):
             raise ValueError(
                 f"{name} of row {number} of a batch has shape {_shape(value)}; expected {wanted}, with"
                 f" {length} tokens in input_ids"
@@ -164,12 +165,3 @@ def _tensor(value: Any, name: str, number: int) -> Tensor:
 
 def _shape(value: Tensor) -> list[int]:
     return list(value.shape)
-
-
-def _placed(value: Tensor, dim: int, before: int, length: int, fill: int) -> Tensor:
-    """A copy with ``fill`` around it, ``length`` long."""
-    shape = list(value.shape)
-    shape[dim] = length
-    made = value.new_full(shape, fill)
-    made.narrow(dim, before, value.shape[dim]).copy_(value)
-    return made

@@ -1,4 +1,4 @@
-"""What of the data cannot be used: left out, counted, and said with file and line."""
+"""Data that cannot be used: left out, counted, and reported with file and line."""
 
 from __future__ import annotations
 
@@ -60,28 +60,23 @@ class LeftOut:
             for message in held:
                 logger.warning(message)
 
+    def text_of(self, value: object, column: str, where: object) -> str | None:
+        """A row's text, empty for null and for white space alone; None: unusable, and left out."""
+        if value is None or (isinstance(value, str) and is_utf8(value)):
+            self.used()
+            return value if value and not value.isspace() else ""
+        problem = "half of a surrogate pair, which is not a character"
+        if not isinstance(value, str):
+            problem = f"{type(value).__name__}; expected text"
+        self.add(where, f"cannot be used: column {column!r} holds {problem}")
+        return None
+
     def check(self, source: str) -> None:
         """Raise :class:`UserError`, naming the first that was left out, if nothing could be used."""
         if not self.nothing_used:
             return
         more = f" (and {self.count - 1} more that cannot be used)" if self.count > 1 else ""
         raise UserError(f"{self._first}{more}" if self._first else f"{source} has no rows")
-
-
-def why_no_text(text: object, column: str) -> str | None:
-    """Why a value of the text column cannot be used; None if it is text, or null, which is no text."""
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        return f"cannot be used: column {column!r} holds {type(text).__name__}; expected text"
-    if not is_utf8(text):
-        return f"cannot be used: column {column!r} holds half of a surrogate pair, which is no character"
-    return None
-
-
-def text_or_nothing(text: str | None) -> str:
-    """A text; nothing for null and for white space alone."""
-    return text if text and not text.isspace() else ""
 
 
 def is_utf8(text: str) -> bool:

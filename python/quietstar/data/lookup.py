@@ -10,7 +10,10 @@ in the second text asks for it.
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +21,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from quietstar.config import END_TOKEN, START_TOKEN
+from quietstar.data.blocks import TokenBlocks
+from quietstar.errors import UserError
+from quietstar.values import typed
 
 STATES = 6
 OPERATORS = 6
@@ -61,9 +67,6 @@ class TextMix:
     work: float = 0.0
     filler_asides: float = 0.0
     held_out: bool = False
-
-
-TERSE = TextMix()
 
 
 def corpus_mix(work: float) -> TextMix:
@@ -188,6 +191,34 @@ def is_answer(tokens: Ints) -> NDArray[np.bool_]:
     after = behind_question(tokens) & (tokens < STATES)
     after[..., : STEPS + 2] = False
     return after
+
+
+def token_blocks(
+    settings: Mapping[str, Any], block_size: int, num_blocks: int, num_eval_blocks: int
+) -> tuple[TokenBlocks, TokenBlocks | None]:
+    """Rows to train on and rows to evaluate on, these of held-out problems without asides.
+
+    Args:
+        settings: ``language`` (its seed), ``seed`` (of the text) and fields of :class:`TextMix`.
+
+    Raises:
+        UserError: for an unknown setting, or one of the wrong type.
+    """
+    known = {"language": int, "seed": int, **typing.get_type_hints(TextMix)}
+    mix: dict[str, Any] = {"language": 0, "seed": 0}
+    for key, value in settings.items():
+        if key not in known:
+            raise UserError(f"unknown key {key!r} in data.lookup; known keys: {', '.join(known)}")
+        mix[key] = typed(f"data.lookup.{key}", value, known[key])
+    language, seed = LookupLanguage(mix.pop("language")), mix.pop("seed")
+
+    def rows(count: int, mix: TextMix, seed: int) -> TokenBlocks:
+        tokens = language.blocks(count, block_size, mix, seed).astype(np.int32)
+        return TokenBlocks(tokens, np.full(count, block_size, dtype=np.int32))
+
+    heldout = TextMix(held_out=True)
+    evaluation = rows(num_eval_blocks, heldout, seed + 1_000_000) if num_eval_blocks else None
+    return rows(num_blocks, TextMix(**mix), seed), evaluation
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

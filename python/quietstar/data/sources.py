@@ -11,25 +11,38 @@ from __future__ import annotations
 import glob
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
-from quietstar.data.left_out import LeftOut, is_utf8, text_or_nothing, why_no_text
-from quietstar.data.stdlib import Document, load_stdlib
+from transformers import PreTrainedTokenizerBase
+
+from quietstar.data import lookup
+from quietstar.data.blocks import TokenBlocks
+from quietstar.data.left_out import LeftOut, is_utf8
+from quietstar.data.stdlib import Document, load_stdlib, stdlib_tokenizer
 from quietstar.data.streams import HubStream
 from quietstar.data.tables import (
-    ROWS_TO_TELL,
     TABLE_SUFFIXES,
     Place,
     check_columns,
     open_text,
     suffix_of,
     table_rows,
-    why_no_column,
-    why_unreadable,
+    unsupported_reason,
 )
-from quietstar.errors import UserError
+from quietstar.errors import UserError, blaming
 
-STDLIB = "stdlib"
+# What these names stand for; another name is a data set, or a tokenizer, of the hub.
+# Texts: a split to its documents.
+CORPORA: dict[str, Callable[[str], Iterator[Document]]] = {"stdlib": load_stdlib}
+# Sources without an end that make tokens themselves: see :func:`quietstar.data.lookup.token_blocks`.
+GENERATORS: dict[str, Callable[..., tuple[TokenBlocks, TokenBlocks | None]]] = {
+    "lookup": lookup.token_blocks
+}
+# The size of a vocabulary to a tokenizer.
+TOKENIZERS: dict[str, Callable[[int], PreTrainedTokenizerBase]] = {
+    "stdlib": stdlib_tokenizer,
+    "lookup": lambda _: lookup.build_tokenizer(),
+}
 TXT_DOCUMENTS = ("file", "paragraph", "line")
 
 
@@ -64,12 +77,9 @@ def local_documents(
             left_out.add(f"data file {path}", "is empty; expected text")
         elif suffix_of(path) in TABLE_SUFFIXES:
             for where, row in table_rows(path, [text_column], left_out):
-                why = why_no_text(row[text_column], text_column)
-                if why is None:
-                    left_out.used()
-                    yield Document(f"{path}:{where.number}", text_or_nothing(row[text_column]))
-                else:
-                    left_out.add(where, why)
+                text = left_out.text_of(row[text_column], text_column, where)
+                if text is not None:
+                    yield Document(f"{path}:{where.number}", text)
         else:
             for document in _txt(path, txt_documents, left_out):
                 left_out.used()
@@ -90,40 +100,25 @@ def expand_files(patterns: str | Iterable[str], left_out: LeftOut | None = None)
         path = Path(expanded)
         if path.is_dir():
             raise UserError(f"{pattern} is a folder; name its files, e.g. {pattern}/*.txt")
-        named = path.exists()
-        if named:
-            matches = [path]
-        else:
-            matches = [Path(m) for m in sorted(glob.glob(expanded, recursive=True))]
-            matches = [m for m in matches if m.is_file()]
-            if not matches:
-                kind = "pattern matches no file" if glob.has_magic(pattern) else "does not exist"
-                raise UserError(f"data file {pattern} {kind} (looked from {Path.cwd()})")
-        unreadable = {match: why for match in matches if (why := why_unreadable(match)) is not None}
-        if named or len(unreadable) == len(matches):
-            for match, why in unreadable.items():
-                raise UserError(f"data file {match} {why}")
-        for match in matches:
-            if match not in unreadable:
+        names = [expanded] if path.exists() else sorted(glob.glob(expanded, recursive=True))
+        matches = [Path(name) for name in names if path.exists() or Path(name).is_file()]
+        if not matches:
+            kind = "pattern matches no file" if glob.has_magic(pattern) else "does not exist"
+            raise UserError(f"data file {pattern} {kind} (looked from {Path.cwd()})")
+        reasons = {match: unsupported_reason(match) for match in matches}
+        if all(reasons.values()):
+            raise UserError(f"data file {matches[0]} {reasons[matches[0]]}")
+        for match, reason in reasons.items():
+            if reason is None:
                 found[match] = None
             elif left_out is not None:
-                left_out.add(f"data file {match}", unreadable[match])
+                left_out.add(f"data file {match}", reason)
     if not found:
         raise UserError("data.files names no file")
     if all(match.stat().st_size == 0 for match in found):
         more = f" (as are the {len(found) - 1} others)" if len(found) > 1 else ""
         raise UserError(f"data file {next(iter(found))} is empty; expected text{more}")
     return list(found)
-
-
-class Shuffle(NamedTuple):
-    """Rows that are held for shuffling, and the seed."""
-
-    buffer: int = 0
-    seed: int = 0
-
-
-NO_SHUFFLE = Shuffle()
 
 
 def hub_documents(
@@ -133,62 +128,35 @@ def hub_documents(
     split: str = "train",
     text_column: str = "text",
     streaming: bool = False,
-    shuffle: Shuffle = NO_SHUFFLE,
+    shuffle: tuple[int, int] = (0, 0),
     revision: str | None = None,
     left_out: LeftOut | None = None,
 ) -> Iterator[Document]:
     """Yield the rows of a data set by its name on the hub (or a folder that `datasets` can load).
 
-    With ``streaming`` nothing is stored, and a ``shuffle.buffer`` > 0 shuffles within a buffer of
-    that many rows; ``left_out`` counts those that cannot be used. Raises :class:`UserError` where the
-    data set, split or column cannot be had, and where no row can be used.
+    With ``streaming`` nothing is stored; ``shuffle`` is then how many rows are held for shuffling (0:
+    none) and the seed. ``left_out`` counts the rows that cannot be used.
+
+    Raises:
+        UserError: if the data set, split or column does not exist, or no row can be used.
     """
     import datasets
 
-    try:
+    config = f" (config {config_name})" if config_name else ""
+    with blaming(f"cannot load split {split!r} of data set {name}{config}"):
         rows = datasets.load_dataset(
             name, config_name, split=split, streaming=streaming, revision=revision
         )
-    except Exception as error:  # `datasets` raises its own, HTTP, OS and value errors alike
-        detail = " ".join(str(error).split())
-        where = f"{name} (config {config_name})" if config_name else name
-        raise UserError(f"cannot load split {split!r} of data set {where}: {detail[:400]}") from error
     columns: list[str] | None = rows.column_names
     if columns is not None:
         check_columns(columns, [text_column], f"data set {name}")
         rows = rows.select_columns([text_column])
-    unusable = LeftOut() if left_out is None else left_out
-
-    def text_of(row: dict[str, Any], number: int) -> str | None:
-        where = f"data set {name}, row {number}"
-        if unusable.nothing_used and unusable.count >= ROWS_TO_TELL:
-            check_columns(row, [text_column], where)
-        if text_column not in row:
-            unusable.add(where, why_no_column(row, text_column))
-            return None
-        why = why_no_text(row[text_column], text_column)
-        if why is None:
-            unusable.used()
-            return text_or_nothing(row[text_column])
-        unusable.add(where, why)
-        return None
-
     if not streaming:
-        return _in_order(rows, name, text_of, unusable)
-    if shuffle.buffer > 0:
+        rows, shuffle = rows.to_iterable_dataset(), (0, 0)
+    elif shuffle[0] > 0:
         # The order of the shards alone; rows are shuffled by a buffer that a position can hold.
-        rows = rows.shuffle(seed=shuffle.seed, buffer_size=1)
-    return HubStream(rows, name, text_of, *shuffle, unusable)
-
-
-def _in_order(
-    rows: Iterable[Any], name: str, text_of: Callable[[Any, int], str | None], left_out: LeftOut
-) -> Iterator[Document]:
-    for number, row in enumerate(rows):
-        text = text_of(row, number)
-        if text is not None:
-            yield Document(f"{name}:{number}", text)
-    left_out.check(f"data set {name}")
+        rows = rows.shuffle(seed=shuffle[1], buffer_size=1)
+    return HubStream(rows, name, text_column, *shuffle, LeftOut() if left_out is None else left_out)
 
 
 def open_documents(
@@ -196,26 +164,20 @@ def open_documents(
 ) -> Callable[[], Iterator[Document]]:
     """A function that starts reading the source from its beginning (so that it can be read again).
 
-    Exactly one of ``name`` (hub name or ``stdlib``) and ``files`` is given; ``options`` are the
-    other arguments of :func:`hub_documents` and :func:`local_documents`, with ``shuffle_buffer`` and
+    Exactly one of ``name`` (of :data:`CORPORA` or on the hub) and ``files`` is given; ``options`` are
+    the other arguments of :func:`hub_documents` and :func:`local_documents`, with ``shuffle_buffer`` and
     ``seed`` for the former's ``shuffle``.
     """
-    if (name is None) == (not files):
-        raise UserError(
-            "data needs exactly one of name (a data set) and files (local files); "
-            + ("both are given" if name else "neither is given")
-        )
     left_out = LeftOut()
     if files:
         kept = {k: options[k] for k in ("text_column", "txt_documents") if k in options}
         expand_files(files)  # a missing file is found now, not when reading starts
         return lambda: local_documents(files, left_out=left_out, **kept)
     assert name is not None
-    if name == STDLIB:
-        part = "heldout" if split in ("heldout", "test", "validation") else split
-        return lambda: load_stdlib(part)
+    if name in CORPORA:
+        return lambda: CORPORA[name](split)
     options.pop("txt_documents", None)
-    shuffle = Shuffle(options.pop("shuffle_buffer", 0), options.pop("seed", 0))
+    shuffle = (options.pop("shuffle_buffer", 0), options.pop("seed", 0))
     return lambda: hub_documents(name, split=split, shuffle=shuffle, left_out=left_out, **options)
 
 

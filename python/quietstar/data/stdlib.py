@@ -32,26 +32,11 @@ SPECIAL_TOKENS = (END_OF_TEXT, PAD, START_THOUGHT, END_THOUGHT)
 # Folders that hold no text of the library itself (packages, tests), that only some distributions
 # install (idlelib, tkinter, lib2to3, ...: without them the corpus is the same on more machines), or
 # that are generated (encodings, pydoc_data).
-EXCLUDED_FOLDERS = frozenset(
-    [
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idle_test",
-        "__pycache__",
-        "__phello__",
-        "lib-dynload",
-        "idlelib",
-        "tkinter",
-        "turtledemo",
-        "lib2to3",
-        "distutils",
-        "ensurepip",
-        "encodings",
-        "pydoc_data",
-    ]
-)
+EXCLUDED_FOLDERS = {
+    *("site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "__phello__"),
+    *("lib-dynload", "idlelib", "tkinter", "turtledemo", "lib2to3", "distutils", "ensurepip"),
+    *("encodings", "pydoc_data"),
+}
 # Tables rather than text, or written by the build of this one interpreter.
 EXCLUDED_FILES = frozenset(
     ["html/entities.py", "re/_casefix.py", "stringprep.py", "sitecustomize.py", "usercustomize.py"]
@@ -60,6 +45,7 @@ EXCLUDED_PREFIXES = ("_sysconfigdata", "_sysconfig_vars")
 
 # Of ten files, by their names: one is held out, three are kept for further training, six are left.
 SPLITS = {"heldout": {0}, "further": {1, 2, 3}, "first": set(range(4, 10)), "train": set(range(1, 10))}
+SPLITS |= {"test": SPLITS["heldout"], "validation": SPLITS["heldout"]}
 
 
 @dataclass(frozen=True)
@@ -81,13 +67,13 @@ def stdlib_files(root: Path | None = None) -> list[str]:
     Raises :class:`UserError` where the library is not there as files (a zipped Python).
     """
     root = stdlib_root() if root is None else root
-    names = []
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        if EXCLUDED_FOLDERS.isdisjoint(relative.parts[:-1]):
-            name = relative.as_posix()
-            if name not in EXCLUDED_FILES and not relative.name.startswith(EXCLUDED_PREFIXES):
-                names.append(name)
+    names = [
+        path.as_posix()
+        for path in (found.relative_to(root) for found in root.rglob("*.py"))
+        if EXCLUDED_FOLDERS.isdisjoint(path.parts[:-1])
+        and path.as_posix() not in EXCLUDED_FILES
+        and not path.name.startswith(EXCLUDED_PREFIXES)
+    ]
     if not names:
         raise UserError(
             f"the standard library has no source files under {root}; this Python may ship it "
@@ -128,8 +114,7 @@ def load_stdlib(split: str, root: Path | None = None) -> Iterator[Document]:
 def sample_documents(documents: Iterable[Document], max_bytes: int) -> list[str]:
     """Texts of about ``max_bytes`` together, taken from all over ``documents``."""
     listed = list(documents)
-    total = sum(len(d.text) for d in listed)
-    if total <= max_bytes:
+    if sum(len(d.text) for d in listed) <= max_bytes:
         return [d.text for d in listed]
     # Sorted by a hash of the name: a fixed shuffle, so that no one package fills the sample.
     listed.sort(key=lambda d: (zlib.crc32(b"sample/" + d.name.encode("utf-8")), d.name))

@@ -9,18 +9,16 @@ before it are read but not tokenized.
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
 from quietstar.data.left_out import LeftOut
 from quietstar.data.stdlib import Document
-from quietstar.errors import UserError
+from quietstar.data.tables import ROWS_TO_TELL, check_columns, missing_column
+from quietstar.errors import blaming
 
 Position = dict[str, Any]
-# Positions that are remembered: more than a loader can be ahead of the training.
-REMEMBERED = 256
 
 
 class HubStream:
@@ -28,7 +26,7 @@ class HubStream:
 
     Args:
         rows: a ``datasets.IterableDataset`` (its shards shuffled already, if they should be).
-        text_of: the text of a row and its number; None: the row cannot be used.
+        text_column: a row is a document, and this its text.
         buffer_size: rows held for shuffling; 0: in the order of the data set.
         left_out: counts the rows that cannot be used.
     """
@@ -37,12 +35,12 @@ class HubStream:
         self,
         rows: Any,
         name: str,
-        text_of: Callable[[Any, int], str | None],
+        text_column: str,
         buffer_size: int,
         seed: int,
         left_out: LeftOut,
     ) -> None:
-        self._rows, self._name, self._text_of, self._left_out = rows, name, text_of, left_out
+        self._rows, self._name, self._column, self._left_out = rows, name, text_column, left_out
         self._size = buffer_size
         self._random = random.Random(seed)
         self._buffer: list[tuple[int, str]] = []
@@ -67,24 +65,25 @@ class HubStream:
     def _read(self) -> None:
         if self._upstream is None:
             self._upstream = iter(self._rows)
-        try:
+        with blaming(f"data set {self._name} cannot be read after {self._number} rows"):
             row = next(self._upstream, None)
-        except Exception as error:  # `datasets` raises its own, HTTP, OS and value errors alike
-            detail = " ".join(str(error).split())
-            raise UserError(
-                f"data set {self._name} cannot be read after {self._number} rows: {detail[:400]}"
-            ) from error
         if row is None:
             self._ended = True
             self._left_out.check(f"data set {self._name}")
             return
-        text = self._text_of(row, self._number)
-        if text is not None:
-            self._buffer.append((self._number, text))
+        where = f"data set {self._name}, row {self._number}"
+        if self._left_out.nothing_used and self._left_out.count >= ROWS_TO_TELL:
+            check_columns(row, [self._column], where)
+        if self._column in row:
+            text = self._left_out.text_of(row[self._column], self._column, where)
+            if text is not None:
+                self._buffer.append((self._number, text))
+        else:
+            self._left_out.add(where, missing_column(row, self._column))
         self._number += 1
 
     def position(self) -> Position:
-        """Where the stream is, as plain data."""
+        """The stream's position, as plain data."""
         version, words, gauss = self._random.getstate()
         return {
             "rows": self._rows.state_dict() if self._upstream is not None else None,
@@ -105,56 +104,23 @@ class HubStream:
         self._random.setstate((version, tuple(words), gauss))
 
 
-class Track:
-    """Reads documents batch by batch and remembers positions.
+def batches(
+    opened: Any, skip: int, size: int, start: Position
+) -> Iterator[tuple[Position, list[Document]]]:
+    """Batches of ``size`` documents from a position to the end of a source, each with its own position.
 
-    Args:
-        open_source: starts reading from the beginning.
-        skip: documents at the front that are left out.
+    An empty batch comes last. ``skip`` documents at the front are left out.
     """
-
-    def __init__(self, open_source: Callable[[], Iterator[Document]], skip: int) -> None:
-        self._open, self._skip = open_source, skip
-        self._past: deque[Position] = deque(maxlen=REMEMBERED)
-
-    def batches(
-        self, start: Position | None, size: int, about: Callable[[], dict[str, Any]]
-    ) -> Iterator[list[Document]]:
-        """Batches of ``size`` documents from a position to the end of the source.
-
-        Args:
-            about: asked before each batch for what else belongs to the position; has ``rows``.
-        """
-        opened = self._open()
-        documents = 0 if start is None else int(start["documents"])
-        source: Iterator[Document] = opened
-        if start is not None and start["source"] is not None:
-            opened.seek(start["source"])  # type: ignore[attr-defined]
-        else:
-            source = islice(opened, self._skip + documents, None)
-        origin = getattr(opened, "position", None)
-        while True:
-            # Before the first batch the documents to be left out have not been read yet.
-            known = origin is not None and documents > 0
-            self._past.append(
-                {**about(), "documents": documents, "source": origin() if known and origin else None}
-            )
-            batch = list(islice(source, size))
-            if not batch:
-                return
-            documents += len(batch)
-            yield batch
-
-    def position_at(self, rows: int) -> Position:
-        """The last position remembered at or before so many rows, and how many rows to drop from there.
-
-        Raises:
-            UserError: if the stream has been read too far ahead.
-        """
-        for position in reversed(self._past):
-            if position["rows"] <= rows:
-                return {**position, "drop": rows - position["rows"]}
-        raise UserError(
-            f"the stream was read more than {REMEMBERED} batches of documents ahead of row {rows}; lower"
-            " training.dataloader_prefetch_factor"
-        )
+    source, documents = opened, start["documents"]
+    if start["source"] is not None:
+        opened.seek(start["source"])
+    else:
+        source = islice(opened, skip + documents, None)
+    batch: list[Document] | None = None
+    while batch is None or batch:
+        # Before the first batch the documents to be skipped have not been read yet.
+        told = documents > 0 and hasattr(opened, "position")
+        position = {"documents": documents, "source": opened.position() if told else None}
+        batch = list(islice(source, size))
+        documents += len(batch)
+        yield position, batch

@@ -40,7 +40,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a row stands: the how-manieth ``unit`` (line or row) of a file, from 1."""
+    """Where a row is: the number of its ``unit`` (line or row) in a file, counted from 1."""
 
     path: Path
     unit: str
@@ -59,8 +59,8 @@ def suffix_of(path: Path) -> str:
     return next((s.lower() for s in reversed(path.suffixes) if s.lower() != ".gz"), "")
 
 
-def why_unreadable(path: Path) -> str | None:
-    """Why a file is known, by its suffix, to be neither text nor a table; None if it may be either."""
+def unsupported_reason(path: Path) -> str | None:
+    """Why a file of this suffix cannot be read: it is neither text nor a table. None: it may be."""
     suffix = suffix_of(path)
     if suffix in BINARY_SUFFIXES or (suffix == ".parquet" and path.suffix.lower() == ".gz"):
         return (
@@ -102,7 +102,7 @@ def table_rows(
             break
         if found:
             for place, name, other in lacking:
-                left_out.add(place, why_no_column(other, name, kind))
+                left_out.add(place, missing_column(other, name, kind))
             lacking.clear()
         if missing is None:
             yield where, row
@@ -121,11 +121,11 @@ def check_columns(
     for name in wanted:
         if name not in have:
             hint = " (set data.text_column)" if kind == "text column" else ""
-            raise UserError(f"{where} {why_no_column(have, name, kind)}{hint}")
+            raise UserError(f"{where} {missing_column(have, name, kind)}{hint}")
 
 
-def why_no_column(columns: Iterable[str], name: str, kind: str = "text column") -> str:
-    """What to say of a row or table that has ``columns`` and lacks one."""
+def missing_column(columns: Iterable[str], name: str, kind: str = "text column") -> str:
+    """The words of an error for a row or table that has ``columns`` but not the one called ``name``."""
     listed = ", ".join(sorted(map(str, columns))) or "none"
     return f"has no {kind} {name!r}; its columns are: {listed}"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quietstar.data.left_out import LeftOut, is_utf8
-from quietstar.data.tables import check_columns, table_rows, why_unreadable
+from quietstar.data.tables import check_columns, table_rows, unsupported_reason
 from quietstar.errors import UserError
 
 Row = dict[str, Any]
@@ -45,7 +45,7 @@ def load_rows(
         where = f"data file {data}"
         if not data.is_file():
             raise UserError(f"data file {data} does not exist")
-        if (why := why_unreadable(data)) is not None:
+        if (why := unsupported_reason(data)) is not None:
             raise UserError(f"{where} {why}")
         found = table_rows(data, wanted, left_out, kind="column")
     rows: list[Row] = []

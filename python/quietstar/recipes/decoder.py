@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import math
-import os
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import psutil
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from quietstar.errors import UserError, blaming
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+from quietstar.errors import UserError, blaming, did_you_mean
+from quietstar.values import leaves
 
 # By their common names; a family may call them otherwise (n_embd).
 SIZES = (
@@ -33,15 +29,13 @@ def decoder_config(fields: dict[str, Any], vocabulary: int, ids: dict[str, Any])
     Raises:
         UserError: for a field that the configuration does not know, or a value that it cannot have.
     """
-    from transformers import AutoConfig
-
     fields = {key: value for key, value in fields.items() if (key, value) != ("vocab_size", None)}
     model_type = fields.pop("model_type")
     try:
         known = AutoConfig.for_model(model_type)
     except ValueError as error:
         raise UserError(
-            f"model.config.model_type is {model_type!r}, which this transformers does not know"
+            f"model.config.model_type is {model_type!r}, which the installed transformers does not know"
         ) from error
     _check_keys(fields, known, "model.config")
     text = known.get_text_config(decoder=True)
@@ -86,17 +80,15 @@ def random_decoder(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
         config: from :func:`decoder_config`; options: of ``AutoModelForCausalLM.from_config``.
 
     Raises:
-        UserError: if there is no such decoder, it cannot run or is too large for this machine.
+        UserError: if there is no such decoder, or it cannot run or is too large for this machine.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
         with blaming("model.config"), torch.random.fork_rng(devices=[]):
-            size, most = _bytes(config, options), _memory()
-        if size > most:
+            size, memory = _bytes(config, options), psutil.virtual_memory().total
+        if size > memory:
             raise UserError(
                 f"model.config makes a decoder of {size / 1e9:.3g} GB; this machine has"
-                f" {most / 1e9:.3g} GB of memory"
+                f" {memory / 1e9:.3g} GB of memory"
             )
         with blaming("model.config"):
             decoder = AutoModelForCausalLM.from_config(config, **options)
@@ -111,12 +103,11 @@ def random_decoder(config: PretrainedConfig, **options: Any) -> PreTrainedModel:
 
 
 def _check_keys(fields: dict[str, Any], known: PretrainedConfig, where: str) -> None:
-    """Configurations swallow unknown keys, and a misspelt size would go unnoticed."""
+    """Raise for unknown keys: configurations accept any, and a misspelt size would go unnoticed."""
     for key in fields:
         if not hasattr(known, key):
             names = [n for n in known.to_dict() if not n.startswith("_")]
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(key, names)
             raise UserError(f"unknown key {key!r} in {where} ({known.model_type}){hint}")
 
 
@@ -128,8 +119,6 @@ def _check_size(value: Any, name: str, optional: bool) -> None:
 
 
 def _bytes(config: PretrainedConfig, options: dict[str, Any]) -> int:
-    from transformers import AutoModelForCausalLM
-
     try:
         with torch.device("meta"):
             shape = AutoModelForCausalLM.from_config(config, **options)
@@ -138,29 +127,13 @@ def _bytes(config: PretrainedConfig, options: dict[str, Any]) -> int:
     return sum(p.numel() * p.element_size() for p in shape.parameters())
 
 
-def _memory() -> float:
-    """Bytes of this machine's memory."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, OSError, ValueError):
-        return math.inf
-
-
 def _named(error: UserError, fields: dict[str, Any]) -> UserError:
     """The same error, naming the field where the cause is that a name in it is not known."""
     cause = error.__cause__
     if isinstance(cause, KeyError) and cause.args:
-        for path, value in _leaves(fields):
+        for path, value in leaves(fields):
             if value == cause.args[0]:
                 return UserError(
-                    f"model.config.{path} is {value!r}, which this transformers does not know"
+                    f"model.config.{path} is {value!r}, which the installed transformers does not know"
                 )
     return error
-
-
-def _leaves(fields: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in fields.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

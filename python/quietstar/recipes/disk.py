@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers import TrainingArguments
 
 from quietstar.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 GB = 10**9
 
 
 def checkpoint_bytes(model: nn.Module, optim: str, averaged_copy: bool = False) -> tuple[int, int]:
-    """What the weights alone take on the disk, and what a checkpoint does.
+    """Bytes on the disk of the weights alone, and of a checkpoint.
 
     Of a model with adapters only what is trained is written.
     """
@@ -58,18 +55,16 @@ def check_room(folder: Path, args: TrainingArguments, weights: int, checkpoint: 
 
 
 def _kept_at_once(args: TrainingArguments) -> int:
-    """The most checkpoints that are there at a time: those kept, and the one being written."""
+    """The maximum number of checkpoints on the disk at a time: those kept, and the one being written."""
     if args.save_strategy == "no":
         return 0
-    planned = None
+    limit = args.save_total_limit or 0
+    bounds = [limit + 1] if limit >= 1 else []
     if args.max_steps > 0 and args.save_strategy == "steps":
-        every = (
-            args.save_steps if args.save_steps >= 1 else max(1, int(args.save_steps * args.max_steps))
-        )
-        planned = max(1, -(-args.max_steps // int(every)))
-    if args.save_total_limit is None or args.save_total_limit < 1:
-        return 2 if planned is None else planned
-    return args.save_total_limit + 1 if planned is None else min(planned, args.save_total_limit + 1)
+        share = args.save_steps < 1  # of all steps
+        every = max(1, int(args.save_steps * args.max_steps)) if share else int(args.save_steps)
+        bounds.append(max(1, -(-args.max_steps // every)))
+    return min(bounds, default=2)
 
 
 def _size(folder: Path) -> int:

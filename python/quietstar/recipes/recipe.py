@@ -9,18 +9,16 @@ adapters, adapter.
 
 ``thoughts`` takes every field of :class:`~quietstar.config.QuietStarConfig`, ``training`` every
 field of :class:`~quietstar.training.arguments.QuietStarArguments`, which are those of
-``transformers.TrainingArguments`` and a few more, but ``output_dir``. An unknown key is refused and the
-nearest known one named; ``key=value`` words change a recipe from the command line.
+``transformers.TrainingArguments`` and a few more, but ``output_dir``. An unknown key is an error that
+names the nearest known one; ``key=value`` words change a recipe from the command line.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import functools
 import hashlib
-import inspect
 import json
 import typing
 from collections.abc import Iterable, Mapping
@@ -31,11 +29,15 @@ from typing import Any
 
 import yaml
 
-from quietstar.errors import UserError
-from quietstar.files import is_file, is_folder
+from quietstar.config import QuietStarConfig, settings
+from quietstar.data.sources import GENERATORS
+from quietstar.errors import UserError, did_you_mean
+from quietstar.files import RECIPE_FILE, is_file, is_folder, read_text
 from quietstar.recipes.ranges import check_training
 from quietstar.recipes.sections import AdapterSection, DataSection, ModelSection
-from quietstar.values import Mismatch, coerce, describe, load_word, load_yaml
+from quietstar.training import schedule
+from quietstar.training.arguments import QuietStarArguments
+from quietstar.values import load_word, load_yaml, typed
 
 
 @dataclass
@@ -65,8 +67,8 @@ class Recipe:
             content[name] = {**content[name], **values} if isinstance(values, dict) else values
         return parse_recipe(content, f"recipe {content['name']}")
 
-    def fingerprint(self) -> str:
-        """A hash of everything that changes the result (not of logging, saving and names)."""
+    def relevant_settings(self) -> dict[str, Any]:
+        """The resolved recipe without what leaves the result unchanged: names, logging and saving."""
         content = self.to_dict()
         del content["name"], content["description"]
         if self.adapter == AdapterSection():
@@ -76,10 +78,17 @@ class Recipe:
             for key, value in content["training"].items()
             if not key.startswith(HARMLESS_PREFIXES)
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return content
+
+    def fingerprint(self) -> str:
+        """A hash of everything that changes the result."""
+        content = json.dumps(self.relevant_settings(), sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-SECTIONS = ("model", "data", "thoughts", "training", "adapter")
+# The sections, after name and description, and what each is made of.
+CLASSES: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(Recipe)[2:]}
+SECTIONS = tuple(CLASSES)
 # Training settings that change what is written down, not what is learned: a run may be continued
 # with other values.
 HARMLESS_PREFIXES = (
@@ -105,20 +114,12 @@ def known_keys(section: str) -> dict[str, Any]:
     """The keys of a section and their type annotations."""
     if section == "":
         return {"name": str, "description": str}
-    classes = {"model": ModelSection, "data": DataSection, "adapter": AdapterSection}
-    if section in classes:
-        return typing.get_type_hints(classes[section])
     if section == "thoughts":
-        from quietstar.config import QuietStarConfig
-
-        hints = typing.get_type_hints(QuietStarConfig.__init__)
-        names = list(inspect.signature(QuietStarConfig.__init__).parameters)
-        skip = ("self", "text_config", "kwargs")
-        return {name: hints[name] for name in names if name not in skip}
-    from quietstar.training.arguments import QuietStarArguments
-
-    hints = typing.get_type_hints(QuietStarArguments)
-    return {f.name: hints[f.name] for f in dataclasses.fields(QuietStarArguments) if f.init}
+        return settings()
+    if section == "training":
+        hints = typing.get_type_hints(QuietStarArguments)
+        return {f.name: hints[f.name] for f in dataclasses.fields(QuietStarArguments) if f.init}
+    return typing.get_type_hints(CLASSES[section])
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -141,26 +142,19 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
     if name_or_path in shipped:
         text, where = shipped[name_or_path], f"recipe {name_or_path}"
     elif is_file(path):
-        try:
-            text, where = path.read_text(encoding="utf-8-sig"), str(path)
-        except UnicodeDecodeError as error:
-            raise UserError(f"recipe {path} is not UTF-8 text") from error
-        except OSError as error:
-            raise UserError(f"recipe {path} cannot be read: {error.strerror}") from error
+        text, where = read_text(path, "recipe"), str(path)
     elif name_or_path and is_folder(path):
-        inside = path / "recipe.yaml"
+        inside = path / RECIPE_FILE
         hint = f", e.g. {inside}" if inside.is_file() else ""
         raise UserError(f"recipe {path} is a folder; expected a file{hint}")
     else:
-        near = difflib.get_close_matches(name_or_path, shipped, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(
             f"no recipe {name_or_path or repr('')}: it is neither a file nor one of the shipped ones "
-            f"({', '.join(shipped)}){hint}"
+            f"({', '.join(shipped)}){did_you_mean(name_or_path, list(shipped))}"
         )
     content = load_yaml(text, where)
     if not isinstance(content, dict):
-        raise UserError(f"{where} holds no mapping; expected the sections {', '.join(SECTIONS)}")
+        raise UserError(f"{where} is not a YAML mapping; expected the sections {', '.join(SECTIONS)}")
     content.setdefault("name", path.stem)
     return parse_recipe(apply_overrides(content, overrides), where)
 
@@ -168,22 +162,18 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
 def parse_recipe(content: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Check plain data and make a :class:`Recipe` of it (see :func:`load_recipe`)."""
     recipe: dict[str, Any] = {}
-    for key, value in content.items():
-        if key in SECTIONS:
-            recipe[key] = _check_section(key, value, where)
-        elif key in known_keys(""):
-            recipe[key] = _check_value("", key, value, where)
-        else:
-            raise UserError(f"{where}: {_unknown('', str(key))}")
-    result = Recipe(
-        **{
-            **recipe,
-            "model": ModelSection(**recipe.get("model", {})),
-            "data": DataSection(**recipe.get("data", {})),
-            "adapter": AdapterSection(**recipe.get("adapter", {})),
-        }
-    )
-    _check_together(result, where)
+    try:
+        for key, value in content.items():
+            if key in SECTIONS:
+                recipe[key] = _checked_section(key, value)
+            elif key in known_keys(""):
+                recipe[key] = _checked_value("", key, value)
+            else:
+                raise UserError(_unknown("", str(key)))
+        result = Recipe(**recipe)
+        check_together(result)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error.__cause__
     return result
 
 
@@ -198,7 +188,7 @@ def apply_overrides(content: Mapping[str, Any], overrides: Iterable[str]) -> dic
     for word in overrides:
         key, equals, value_text = word.partition("=")
         if not equals or not key:
-            raise UserError(f"{word!r} is no setting; expected key=value, e.g. max_steps=100")
+            raise UserError(f"{word!r} is not a setting; expected key=value, e.g. max_steps=100")
         path = resolve_key(key)
         value = load_word(value_text, word) if value_text else None
         target = changed
@@ -207,7 +197,7 @@ def apply_overrides(content: Mapping[str, Any], overrides: Iterable[str]) -> dic
                 target[part] = {}
             target = target[part]
             if not isinstance(target, dict):
-                raise UserError(f"{word!r}: {part} is no mapping, so it has no {path[-1]}")
+                raise UserError(f"{word!r}: {part} is not a mapping, so it has no {path[-1]}")
         target[path[-1]] = value
     return changed
 
@@ -215,20 +205,20 @@ def apply_overrides(content: Mapping[str, Any], overrides: Iterable[str]) -> dic
 def resolve_key(key: str) -> list[str]:
     """The path of an override's key, e.g. ``["training", "learning_rate"]``."""
     parts = key.split(".")
-    if parts[0] in SECTIONS and len(parts) > 1:
+    if parts[0] in SECTIONS:
+        if len(parts) == 1:
+            raise UserError(f"{key} is a section; set one of its keys, e.g. {key}.KEY=VALUE")
         parts[1] = _known_name(parts[0], parts[1])
         if parts[1] not in known_keys(parts[0]):
             raise UserError(_unknown(parts[0], parts[1]))
         return parts
-    if parts[0] in SECTIONS:
-        raise UserError(f"{key} is a section; set one of its keys, e.g. {key}.KEY=VALUE")
     homes = [s for s in ("", *SECTIONS) if _known_name(s, parts[0]) in known_keys(s)]
     if not homes:
         raise UserError(_unknown("", parts[0]))
     if len(homes) > 1:
         options = ", ".join(f"{s}.{parts[0]}" if s else parts[0] for s in homes)
         if "" not in homes:
-            raise UserError(f"{parts[0]} could be {options}; write which")
+            raise UserError(f"{parts[0]} is ambiguous: it could be {options}")
         homes = [""]
     parts[0] = _known_name(homes[0], parts[0])
     return [*([homes[0]] if homes[0] else []), *parts]
@@ -241,116 +231,107 @@ def _known_name(section: str, key: str) -> str:
     return RENAMED[key] if key not in known and RENAMED.get(key) in known else key
 
 
-def _check_section(section: str, content: Any, where: str) -> dict[str, Any]:
+def _checked_section(section: str, content: Any) -> Any:
+    """A section's content, its values converted to the types of their keys."""
     if content is None:
-        return {}
+        content = {}
     if not isinstance(content, dict):
-        raise UserError(f"{where}: section {section} is {type(content).__name__}; expected a mapping")
+        raise UserError(f"section {section} is {type(content).__name__}; expected a mapping")
     checked = {}
     for key, value in content.items():
         key = _known_name(section, key)
         if key not in known_keys(section):
-            raise UserError(f"{where}: {_unknown(section, str(key))}")
+            raise UserError(_unknown(section, str(key)))
         if (section, key) in SET_ELSEWHERE:
-            raise UserError(
-                f"{where}: {section}.{key} is not set in a recipe: {SET_ELSEWHERE[section, key]}"
-            )
-        checked[key] = _check_value(section, key, value, where)
-    return checked
+            raise UserError(f"{section}.{key} is not set in a recipe: {SET_ELSEWHERE[section, key]}")
+        checked[key] = _checked_value(section, key, value)
+    return CLASSES[section](**checked)
 
 
-def _check_value(section: str, key: str, value: Any, where: str) -> Any:
-    annotation = known_keys(section)[key]
+def _checked_value(section: str, key: str, value: Any) -> Any:
     if (section, key) in (("data", "files"), ("data", "eval_files")) and isinstance(value, str):
         value = [value]
-    try:
-        return coerce(value, annotation)
-    except Mismatch:
-        full = f"{section}.{key}" if section else key
-        raise UserError(f"{where}: {full} is {value!r}; expected {describe(annotation)}") from None
+    return typed(_dotted(section, key), value, known_keys(section)[key])
+
+
+def _dotted(section: str, key: str) -> str:
+    return f"{section}.{key}" if section else key
 
 
 def _unknown(section: str, key: str) -> str:
     """A sentence that names the unknown key, its section and the nearest known key anywhere."""
-    full = f"{section}.{key}" if section else key
-    here = f"section {section}" if section else "a recipe"
-    if section and key in known_keys(section):
-        return full
+    where = f"section {section}" if section else "a recipe"
+    unknown = f"unknown key {_dotted(section, key)!r} in {where}"
     for other in SECTIONS:
-        if other != section and key in known_keys(other):
-            return f"unknown key {full!r} in {here}; did you mean {other}.{key}?"
-    near = difflib.get_close_matches(key, known_keys(section), n=1, cutoff=0.5)
-    if not section:
-        every = dict.fromkeys((*SECTIONS, *known_keys("")), "")
-        for other in SECTIONS:
-            every.update(dict.fromkeys(known_keys(other), f"{other}."))
-        near = difflib.get_close_matches(key, every, n=1, cutoff=0.5)
-        near = [every[k] + k for k in near]
-    if near:
-        prefix = f"{section}." if section else ""
-        return f"unknown key {full!r} in {here}; did you mean {prefix}{near[0]}?"
+        if key in known_keys(other):
+            return f"{unknown}; did you mean {other}.{key}?"
+    if section:
+        near = {name: f"{section}.{name}" for name in known_keys(section)}
+    else:
+        near = {name: name for name in (*SECTIONS, *known_keys(""))}
+        near |= {name: f"{other}.{name}" for other in SECTIONS for name in known_keys(other)}
     known = known_keys(section) if section else SECTIONS
     listing = f"; known keys: {', '.join(known)}" if len(known) < 40 else ""
-    return f"unknown key {full!r} in {here}{listing}"
+    return unknown + (did_you_mean(key, near) or listing)
 
 
-def _check_together(recipe: Recipe, where: str) -> None:
-    """Conditions on several values at once."""
-    model, data = recipe.model, recipe.data
+def check_together(recipe: Recipe) -> None:
+    """Raise :class:`UserError` for the first setting that is out of range or at odds with another."""
+    model, data, rank = recipe.model, recipe.data, recipe.adapter.rank
     if (model.name is None) == (model.config is None):
-        count = "both are given" if model.name else "neither is given"
-        raise UserError(f"{where}: model needs exactly one of name and config; {count}")
-    if model.config is not None:
-        if not isinstance(model.config.get("model_type"), str):
-            raise UserError(f"{where}: model.config has no model_type, e.g. model_type: llama")
-        if model.tokenizer is None:
-            raise UserError(
-                f"{where}: a model from model.config needs model.tokenizer (a name, path or stdlib)"
-            )
-    adapter = recipe.adapter
-    if adapter.rank is not None and adapter.rank < 1:
-        raise UserError(f"{where}: adapter.rank is {adapter.rank}; expected 1 or more, or null")
-    if adapter.rank is None and adapter != AdapterSection():
-        raise UserError(f"{where}: section adapter has no rank; set it, e.g. adapter.rank=16")
-    if adapter.rank is not None and model.name is None:
+        raise UserError(f"model needs exactly one of name and config; {_how_many(model.name)}")
+    if model.config is not None and not isinstance(model.config.get("model_type"), str):
+        raise UserError("model.config has no model_type, e.g. model_type: llama")
+    if model.config is not None and model.tokenizer is None:
+        raise UserError("a model from model.config needs model.tokenizer (a name, path or stdlib)")
+    if rank is not None and rank < 1:
+        raise UserError(f"adapter.rank is {rank}; expected 1 or more, or null")
+    if rank is None and recipe.adapter != AdapterSection():
+        raise UserError("section adapter has no rank; set it, e.g. adapter.rank=16")
+    if rank is not None and model.name is None:
         raise UserError(
-            f"{where}: adapter.rank is {adapter.rank} and model.name null; expected a decoder by name,"
-            " an adapter is nothing without it"
+            f"adapter.rank is {rank} and model.name is null; expected a decoder by name, without which"
+            " an adapter is of no use"
         )
     if data.lookup is not None and data.name != "lookup":
-        raise UserError(f"{where}: data.lookup is given, but data.name is {data.name!r}, not 'lookup'")
-    if data.name == "lookup" and data.max_train_blocks is None:
-        raise UserError(f"{where}: data.name is lookup, which never ends; set data.max_train_blocks")
+        raise UserError(f"data.lookup is given, but data.name is {data.name!r}, not 'lookup'")
+    if data.name in GENERATORS and data.max_train_blocks is None:
+        raise UserError(f"data.name is {data.name}, which never ends; set data.max_train_blocks")
     if (data.name is None) == (not data.files):
-        count = "both are given" if data.name else "neither is given"
-        raise UserError(f"{where}: data needs exactly one of name and files; {count}")
-    from quietstar.config import QuietStarConfig
-    from quietstar.training.schedule import longest_talk
-
-    try:
-        thoughts = QuietStarConfig(**recipe.thoughts)
-    except ValueError as error:
-        raise UserError(f"{where}: thoughts.{error}") from error
-    try:
-        least = longest_talk(thoughts, recipe.training) + 2
-    except ValueError as error:
-        raise UserError(f"{where}: training.{error}") from error
-    if data.block_size < least:
-        raise UserError(
-            f"{where}: data.block_size is {data.block_size}; expected at least {least} (talk_length + 2)"
-        )
+        raise UserError(f"data needs exactly one of name and files; {_how_many(data.name)}")
     if data.eval_blocks < 0 or (data.max_train_blocks is not None and data.max_train_blocks < 1):
         raise UserError(
-            f"{where}: data.eval_blocks is {data.eval_blocks} and data.max_train_blocks "
-            f"{data.max_train_blocks}; expected 0 or more, and 1 or more"
+            f"data.eval_blocks is {data.eval_blocks} and data.max_train_blocks"
+            f" {data.max_train_blocks}; expected 0 or more, and 1 or more"
         )
-    try:
-        check_training(recipe.training)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
     if data.shuffle_buffer < 0:
-        raise UserError(f"{where}: data.shuffle_buffer is {data.shuffle_buffer}; expected 0 or more")
+        raise UserError(f"data.shuffle_buffer is {data.shuffle_buffer}; expected 0 or more")
     if data.streaming and recipe.training.get("max_steps", -1) < 1:
         raise UserError(
-            f"{where}: data.streaming has no known length; set training.max_steps to the steps to train"
+            "data.streaming has no known length; set training.max_steps to the steps to train"
         )
+    check_training(recipe.training)
+    least = longest_talk(recipe) + 2
+    if data.block_size < least:
+        raise UserError(
+            f"data.block_size is {data.block_size}; expected at least {least} (talk_length + 2)"
+        )
+
+
+def _how_many(first: object) -> str:
+    return "both are given" if first else "neither is given"
+
+
+def longest_talk(recipe: Recipe) -> int:
+    """The greatest talk_length of the run.
+
+    Raises:
+        UserError: if the section thoughts or the schedule in training does not fit.
+    """
+    section = "thoughts"
+    try:
+        thoughts = QuietStarConfig(**recipe.thoughts)
+        section = "training"
+        return schedule.longest_talk(thoughts, recipe.training)
+    except ValueError as error:
+        raise UserError(f"{section}.{error}") from error

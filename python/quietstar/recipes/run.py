@@ -8,25 +8,33 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
 from quietstar.checkpoints.adapters import add_adapters
 from quietstar.data.collator import collator_for
 from quietstar.errors import UserError, blaming
+from quietstar.evaluation.perplexity import summarize, token_losses
 from quietstar.files import INCOMPLETE, METRICS_FILE, check_writable, write_json
 from quietstar.optional_packages import check_packages
 from quietstar.recipes.build import build_data, build_model, build_tokenizer, check_files
 from quietstar.recipes.disk import check_room, checkpoint_bytes
 from quietstar.recipes.recipe import Recipe
-from quietstar.recipes.run_folder import open_run, start_run
-from quietstar.versions import package_versions
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback, TrainingArguments
-
-    from quietstar.training.trainer import QuietStarTrainer
+from quietstar.recipes.run_folder import identity, open_run, start_run
+from quietstar.training.arguments import QuietStarArguments
+from quietstar.training.options import check_options
+from quietstar.training.trainer import QuietStarTrainer
 
 logger = logging.getLogger("quietstar")
+
+
+class _BarOnly(ProgressCallback):
+    """transformers' progress bar without the log entries that it prints between."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        """Say nothing."""
 
 
 @dataclass
@@ -58,8 +66,6 @@ def run_recipe(
     ``log_lines=False`` leaves the progress bar alone on the screen; the log is in the checkpoints.
     Under ``torchrun`` or ``accelerate launch`` every process calls this and the first one writes.
     """
-    from quietstar.training.options import check_options
-
     arguments = training_arguments(recipe, Path(output), progress=progress)
     check_options(arguments, {})
     with arguments.main_process_first(desc="looking at the output folder"):
@@ -71,10 +77,6 @@ def run_recipe(
         return RunResult(folder.path, folder.metrics, continued=True)
 
     check_files(recipe.data)
-    from transformers import ProgressCallback, set_seed
-
-    from quietstar.training.trainer import QuietStarTrainer
-
     set_seed(arguments.seed)
     tokenizer = build_tokenizer(recipe.model)
     model: Any = build_model(recipe, tokenizer)
@@ -103,7 +105,7 @@ def run_recipe(
     )
     if progress and not log_lines:
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_bar_only())
+        trainer.add_callback(_BarOnly())
     if folder.checkpoint is not None:
         logger.info("continuing from %s", folder.checkpoint)
     started = time.monotonic()
@@ -111,16 +113,12 @@ def run_recipe(
     seconds = time.monotonic() - started
 
     metrics: dict[str, Any] = {
-        "recipe": recipe.name,
-        "fingerprint": recipe.fingerprint(),
+        **identity(recipe),
         "steps": trained.global_step,
         "seconds": round(seconds, 1),
         "train": trained.metrics,
-        "versions": package_versions(),
     }
     if eval_data is not None:
-        from quietstar.evaluation.perplexity import summarize, token_losses
-
         losses = token_losses(
             model,
             (eval_data[i] for i in range(len(eval_data))),
@@ -134,7 +132,7 @@ def run_recipe(
 
 
 def _save_result(trainer: QuietStarTrainer, path: Path, metrics: dict[str, Any]) -> None:
-    """The model and its tokenizer, then the metrics: where these are, all is there."""
+    """Save the model and its tokenizer, then the metrics, whose presence says that all is saved."""
     scratch = path / f"{INCOMPLETE}model"
     first = trainer.args.process_index == 0
     if first:
@@ -150,23 +148,8 @@ def _save_result(trainer: QuietStarTrainer, path: Path, metrics: dict[str, Any])
     trainer.accelerator.wait_for_everyone()
 
 
-def _bar_only() -> type[TrainerCallback]:
-    """transformers' progress bar without the log entries that it prints between."""
-    from transformers import ProgressCallback
-
-    class BarOnly(ProgressCallback):
-        def on_log(self, *args: Any, **kwargs: Any) -> None:
-            """Say nothing."""
-
-    return BarOnly
-
-
 def training_arguments(recipe: Recipe, output: Path, *, progress: bool) -> TrainingArguments:
     """The training arguments of a recipe; raises :class:`UserError` if they do not fit."""
-    import torch
-
-    from quietstar.training.arguments import QuietStarArguments
-
     defaults = {"report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
     settings: dict[str, Any] = {**defaults, **recipe.training}
     if not progress:

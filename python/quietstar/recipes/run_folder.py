@@ -28,7 +28,9 @@ from quietstar.files import (
     write_json,
     write_whole,
 )
-from quietstar.recipes.recipe import HARMLESS_PREFIXES, Recipe, load_recipe
+from quietstar.recipes.recipe import Recipe, load_recipe
+from quietstar.values import leaves
+from quietstar.versions import package_versions
 
 
 @dataclass
@@ -82,25 +84,22 @@ def open_run(path: Path, recipe: Recipe, *, resume: bool = False, overwrite: boo
 
 def start_run(folder: RunFolder, recipe: Recipe) -> None:
     """Claim the folder for this recipe."""
-    from quietstar.versions import package_versions
-
     folder.path.mkdir(parents=True, exist_ok=True)
     if folder.replaced:
         _clear(folder.path)
     # This file first: a folder without it belongs to something else.
-    write_json(
-        folder.path / RUN_FILE,
-        {
-            "recipe": recipe.name,
-            "fingerprint": recipe.fingerprint(),
-            "versions": package_versions(),
-        },
-    )
+    write_json(folder.path / RUN_FILE, identity(recipe))
     write_whole(folder.path / RECIPE_FILE, recipe.to_yaml())
 
 
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """Which recipe a run is of, and what it runs on."""
+    versions = package_versions()
+    return {"recipe": recipe.name, "fingerprint": recipe.fingerprint(), "versions": versions}
+
+
 def _clear(path: Path) -> None:
-    """Remove what a run has come to; its model files and run.json are overwritten by the new run."""
+    """Remove a run's results; its model files and run.json are overwritten by the new run."""
     for entry in path.iterdir():
         if re.fullmatch(r"checkpoint-\d+", entry.name) and entry.is_dir():
             shutil.rmtree(entry)
@@ -111,24 +110,11 @@ def _clear(path: Path) -> None:
 def _difference(path: Path, recipe: Recipe) -> str:
     """The first setting in which the folder's recipe differs from this one."""
     try:
-        before = _flat(load_recipe(str(path / RECIPE_FILE)).to_dict())
+        before = dict(leaves(load_recipe(str(path / RECIPE_FILE)).relevant_settings()))
     except UserError:
         return "its recipe cannot be read"
-    now = _flat(recipe.to_dict())
-    for key in [*now, *(k for k in before if k not in now)]:
-        harmless = key in ("name", "description") or (
-            key.startswith("training.") and key.removeprefix("training.").startswith(HARMLESS_PREFIXES)
-        )
-        if not harmless and now.get(key) != before.get(key):
+    now = dict(leaves(recipe.relevant_settings()))
+    for key in now | before:
+        if now.get(key) != before.get(key):
             return f"{key} is {before.get(key)!r} there and {now.get(key)!r} here"
     return "its recipe differs"
-
-
-def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

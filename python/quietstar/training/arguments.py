@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from quietstar.errors import UserError
-from quietstar.values import Mismatch, coerce, describe
+from quietstar.values import typed
 
 
 @dataclass
@@ -53,12 +53,7 @@ class QuietStarArguments(TrainingArguments):
             ("max_skipped_steps", int),
             ("ema_decay", float),
         ):
-            try:
-                setattr(self, name, coerce(getattr(self, name), kind))
-            except Mismatch:
-                raise UserError(
-                    f"{name} is {getattr(self, name)!r}; expected {describe(kind)}"
-                ) from None
+            setattr(self, name, typed(name, getattr(self, name), kind))
         norm = self.policy_max_grad_norm
         if norm is not None and not norm > 0:
             raise UserError(f"policy_max_grad_norm is {norm!r}; expected a number > 0, or null")

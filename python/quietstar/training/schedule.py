@@ -17,12 +17,11 @@ which is 3 more than the sampled tokens.)
 from __future__ import annotations
 
 import copy
-import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quietstar.config import QuietStarConfig
-from quietstar.values import Mismatch, coerce, describe
+from quietstar.config import QuietStarConfig, settings
+from quietstar.values import typed
 
 # Fields of the configuration that a stage may set. The reward is not among them: its averaged copy of
 # the model begins with the training.
@@ -51,7 +50,7 @@ class Schedule:
             raise ValueError(f"thought_schedule is {stages!r}; expected a list of stages")
         self.starts: list[int] = []
         self.settings: list[dict[str, Any]] = []
-        hints = typing.get_type_hints(QuietStarConfig.__init__)
+        hints = settings()
         step = 0
         current: dict[str, Any] = {}
         for number, stage in enumerate(stages, 1):
@@ -59,7 +58,7 @@ class Schedule:
             if not isinstance(stage, dict):
                 raise ValueError(f"{where} is {stage!r}; expected a mapping such as {{steps: 100, ...}}")
             last = number == len(stages)
-            steps = _typed(where, "steps", stage.get("steps", 1 if last else None), int)
+            steps = typed(f"{where}: steps", stage.get("steps", 1 if last else None), int)
             if steps < 1:
                 raise ValueError(f"{where}: steps is {steps}; expected a whole number >= 1")
             own = {}
@@ -68,7 +67,7 @@ class Schedule:
                     raise ValueError(
                         f"{where} sets {key!r}; expected steps and any of {', '.join(SETTABLE)}"
                     )
-                own[key] = _typed(where, key, stage[key], hints[key])
+                own[key] = typed(f"{where}: {key}", stage[key], hints[key])
                 if number > 1 and key not in current:
                     raise ValueError(
                         f"{where} sets {key}, which stage 1 does not; set it there too, so that every"
@@ -115,13 +114,6 @@ def longest_talk(config: QuietStarConfig, training: Mapping[str, Any]) -> int:
         return config.talk_length
     settings = Schedule(stages, config).settings
     return max(int(stage.get("talk_length", config.talk_length)) for stage in settings)
-
-
-def _typed(where: str, key: str, value: Any, annotation: Any) -> Any:
-    try:
-        return coerce(value, annotation)
-    except Mismatch:
-        raise ValueError(f"{where}: {key} is {value!r}; expected {describe(annotation)}") from None
 
 
 def _set(config: QuietStarConfig, settings: dict[str, Any]) -> None:
