@@ -45,7 +45,7 @@ from quietstar.thinking.layers import MixingHead, ThoughtEmbedding
 from quietstar.thinking.noise import settle_noise
 from quietstar.thinking.self_check import check_decoder
 from quietstar.thinking.supported import check_reopens, check_supported
-from quietstar.thinking.text_batch import TextBatch, check_labels, target_labels
+from quietstar.thinking.text_batch import TextBatch, check_labels, num_rationales, target_labels
 from quietstar.thinking.text_part import text_body, text_config_of
 
 
@@ -321,7 +321,6 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
         temperature = thought_temperature
         if temperature is None:
             temperature = config.thought_temperature if self.training else 0.0
-        rationales = config.num_rationales if labels is not None and self.training else 1
         batch = TextBatch(
             config,
             input_ids,
@@ -330,7 +329,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
             labels,
             baseline_losses,
             anchors,
-            rationales=1 if config.thought_kind == "pause" else rationales,
+            rationales=num_rationales(config, labels is not None and self.training),
             temperature=temperature,
             shard=batch_part,
         )

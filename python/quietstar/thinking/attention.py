@@ -199,7 +199,7 @@ def _text_rows(
     """Text rows [B, Hq, N, D] -> [B, N, Hq, E]: the stock causal kernel where it is exact and enough."""
     window = options["sliding_window"]
     special = options["softcap"] is not None or options["sinks"] is not None
-    if layout.plain_text and not special and (window is None or window >= layout.text_length):
+    if layout.ranges.plain and not special and (window is None or window >= layout.text_length):
         out, _ = _fallback_function(module, "sdpa")(
             module, query, key, value, None, dropout=0.0, scaling=options["scale"], is_causal=True
         )
@@ -213,8 +213,8 @@ def _text_rows(
         value,
         nothing,
         nothing,
-        layout.row_start,
-        layout.row_stop,
+        layout.ranges.start,
+        layout.ranges.stop,
         **options,
     )
     return out[:, :, 0, :, : value.shape[-1]].transpose(1, 2)
@@ -232,8 +232,8 @@ def _text_rows_eager(
 ) -> Tensor:
     """Text rows by the family's own plain products, as it was loaded to; under a mask [B, 1, N, N]."""
     position = torch.arange(layout.text_length, device=query.device)
-    seen = position >= layout.row_start[:, :, None]
-    seen &= position < layout.row_stop[:, :, None]
+    seen = position >= layout.ranges.start[:, :, None]
+    seen &= position < layout.ranges.stop[:, :, None]
     if window is not None:
         seen &= position > position[:, None] - window
     hidden = torch.finfo(query.dtype).min

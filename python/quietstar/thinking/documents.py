@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from quietstar.thinking.layout import TextRanges, text_positions, text_ranges
+from quietstar.thinking.layout import TextRanges, text_ranges
 
 # Arguments of the model beside document_ids that describe the documents of its rows.
 DESCRIPTIONS = (
@@ -69,7 +69,7 @@ def batch_ranges(batch: Mapping[str, Any]) -> TextRanges:
     if ranges is None:
         ranges = text_ranges(mask, ids)
     if positions is not None:
-        expected = text_positions(ranges.start, ranges.stop)
+        expected = ranges.positions()
         wrong = (positions != expected) & (ranges.start < ranges.stop)
         _refuse_positions(positions, expected, wrong, "" if first == "position_ids" else first)
     return ranges

@@ -52,41 +52,34 @@ class ThoughtLayout:
     layout would lose the keys that the attention layers leave in it.
 
     Attributes:
-        text_length: N.
-        row_start, row_stop: [B, N] int32, the text range that each text token sees.
+        ranges: what each text token sees; text_length: N.
         anchors: [B, M] int64, the text position of each column.
         text_start, text_stop: [B, M] int32, the text range that each column sees.
         num_slots: S.
         phase: ``"packed"``, ``"text"`` (the rollout's first pass) or ``"slot"``.
         slot: in phase ``"slot"``, the slot being computed, counted from 0.
-        plain_text: True when every text token sees exactly the tokens before it and itself (no left
-            padding, no document boundary), so that any ordinary causal kernel may serve the text rows.
-        every_position: True when besides every position has the same number of columns, in order.
-            Columns of padding at the right may then see it; nothing reads them.
+        every_position: True when the ranges are plain and every position has the same number of columns,
+            in order. Columns of padding at the right may then see it; nothing reads them.
     """
 
     def __init__(
         self,
-        row_start: Tensor,
-        row_stop: Tensor,
+        ranges: TextRanges,
         anchors: Tensor,
         num_slots: int,
         *,
         phase: str = "packed",
-        plain_text: bool = False,
         every_position: bool = False,
     ):
-        self.text_length = row_start.shape[1]
-        self.row_start = row_start
-        self.row_stop = row_stop
+        self.ranges = ranges
+        self.text_length = ranges.start.shape[1]
         self.anchors = anchors
-        self.text_start = row_start.gather(1, anchors)
-        self.text_stop = row_stop.gather(1, anchors)
+        self.text_start = ranges.start.gather(1, anchors)
+        self.text_stop = ranges.stop.gather(1, anchors)
         self.num_slots = num_slots
         self.phase = phase
         self.slot = 0
-        self.plain_text = plain_text
-        self.every_position = plain_text and every_position
+        self.every_position = ranges.plain and every_position
         self.keys: dict[int, LayerKeys] = {}
         self.layers_seen: dict[int, int] = {}
 
@@ -97,15 +90,14 @@ class ThoughtLayout:
 
     def packed_positions(self) -> Tensor:
         """Position ids [B, N + S*M] of the packed sequence: an anchor's own plus the slot's depth."""
-        text = text_positions(self.row_start, self.row_stop)
+        text = self.ranges.positions()
         depth = torch.arange(1, self.num_slots + 1, device=text.device)
         slots = text.gather(1, self.anchors)[:, None, :] + depth[None, :, None]
         return torch.cat([text, slots.flatten(1)], dim=1)
 
     def slot_positions(self) -> Tensor:
         """Position ids [B, M] of the slot that a rollout is at."""
-        text = text_positions(self.row_start, self.row_stop)
-        return text.gather(1, self.anchors) + self.slot + 1
+        return self.ranges.positions().gather(1, self.anchors) + self.slot + 1
 
 
 def text_positions(row_start: Tensor, row_stop: Tensor) -> Tensor:
@@ -113,13 +105,7 @@ def text_positions(row_start: Tensor, row_stop: Tensor) -> Tensor:
     return (row_stop - 1 - row_start).clamp(min=0).long()
 
 
-class _Ranges(NamedTuple):
-    start: Tensor
-    stop: Tensor
-    plain: bool
-
-
-class TextRanges(_Ranges):
+class TextRanges(NamedTuple):
     """Which text each text token sees, and where its document ends.
 
     Attributes:
@@ -130,7 +116,14 @@ class TextRanges(_Ranges):
             several documents, otherwise None.
     """
 
+    start: Tensor
+    stop: Tensor
+    plain: bool
     end: Tensor | None = None
+
+    def positions(self) -> Tensor:
+        """Position ids [B, N] of the text."""
+        return text_positions(self.start, self.stop)
 
     def crosses(self, anchors: Tensor, ahead: Tensor) -> Tensor:
         """Whether positions ``ahead`` [..., B, A] lie behind the documents of ``anchors`` [B, A]."""
@@ -184,9 +177,7 @@ def text_ranges(
     start = torch.where(is_text, first, stop)
     if max_documents <= 1:
         return TextRanges(start, stop, bool(plain))
-    ranges = TextRanges(start, stop, False)
-    ranges.end = _document_ends(is_text, changes, stop)
-    return ranges
+    return TextRanges(start, stop, False, _document_ends(is_text, changes, stop))
 
 
 def _document_ends(is_text: Tensor, changes: Tensor, stop: Tensor) -> Tensor:

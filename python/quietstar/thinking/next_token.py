@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quietstar.thinking.attention import layer_keys
 from quietstar.thinking.cuda_graphs import run_slots
-from quietstar.thinking.layout import HandedKeys, LayerKeys, ThoughtLayout
+from quietstar.thinking.layout import HandedKeys, LayerKeys, TextRanges, ThoughtLayout
 from quietstar.thinking.positions import check_length
 from quietstar.thinking.slots import SlotRun, depth_of_end
 
@@ -52,13 +52,9 @@ def think_at_the_end(
     slots = depth_of_end(config)
     check_length(td.decoder, end.length, slots)
     # The text as one range per row: the layout needs no more of it than the last position.
-    layout = ThoughtLayout(
-        end.first[:, None].to(torch.int32),
-        torch.full_like(end.first[:, None], end.length, dtype=torch.int32),
-        torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device),
-        slots,
-        phase="slot",
-    )
+    first = end.first[:, None].to(torch.int32)
+    ranges = TextRanges(first, torch.full_like(first, end.length), False)
+    layout = ThoughtLayout(ranges, torch.zeros_like(rows)[:, None], slots, phase="slot")
     layout.keys = chosen_keys(end.handed, rows, end.length)
     if temperature:
         seed = int(torch.randint(2**62, ()))

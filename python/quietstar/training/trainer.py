@@ -94,7 +94,7 @@ class QuietStarTrainer(Trainer):
         max_norm = argument(self.args, "policy_max_grad_norm")
         self.policy_clipper = None if max_norm is None else PolicyClipper(max_norm)
         self.guard = NonFiniteGuard(argument(self.args, "max_skipped_steps"))
-        self.global_batch = GlobalBatch(self.accelerator, self.args.seed)
+        self.global_batch = GlobalBatch(self.accelerator, self.args)
         self.checkpoints = CheckpointWriter(self.accelerator, self.args.should_save)
 
     def _padding_collator(self) -> PaddingCollator:
