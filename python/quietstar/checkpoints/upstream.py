@@ -273,7 +273,9 @@ def _local_folder(name: str, revision: str | None) -> Path:
             snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*.bin"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name} is neither a folder nor a repository to be had: {reason}") from error
+        raise ValueError(
+            f"{name} is neither a folder nor a repository that can be read: {reason}"
+        ) from error
     return folder
 
 
@@ -325,5 +327,5 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} cannot be read as tensors alone: {reason}") from error
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise ValueError(f"{path} holds something else than named tensors")
+        raise ValueError(f"{path} holds something other than named tensors")
     return found

@@ -69,7 +69,7 @@ def load_full_weights(folder: Path, model: nn.Module) -> None:
                 if isinstance(target, nn.Parameter):
                     missing.discard(names[target])
     if missing:
-        raise ValueError(f"{folder} has no weight {min(missing)!r}; it is of another model")
+        raise ValueError(f"{folder} has no weight {min(missing)!r}; it belongs to another model")
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""How transformers' generate may be used with thoughts; what cannot work is refused in one sentence.
+"""How transformers' generate may be used with thoughts; what cannot work is an error of one sentence.
 
 Each call of the model answers for one new token, since a thought hangs from the end of the text. Ways of
-decoding that check several tokens at once, and caches that do not grow with the text, are refused.
+decoding that check several tokens at once, and caches that do not grow with the text, are rejected.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NOT_GIVEN = ("output_attentions", "output_hidden_states")
 
 
 def check_loop(arguments: dict[str, Any]) -> None:
-    """Refuse decoding loops that are handed to ``generate``.
+    """Reject decoding loops that are handed to ``generate``.
 
     Raises:
         ValueError: names the argument.
@@ -52,7 +52,7 @@ def check_loop(arguments: dict[str, Any]) -> None:
 
 
 def check_generation_config(config: GenerationConfig) -> None:
-    """Refuse settings of a generation, wherever they were made.
+    """Reject settings of a generation that cannot work, wherever they were made.
 
     Raises:
         ValueError: names the field, its value and what was expected.
@@ -79,8 +79,8 @@ def check_generation_config(config: GenerationConfig) -> None:
     beams = config.num_beams or 1
     if beams > 1 and config.guidance_scale not in (None, 1, 1.0):
         raise ValueError(
-            f"guidance_scale was given with num_beams={beams}; expected one beam, since the passes"
-            " without the prompt do not follow beams"
+            f"`guidance_scale` and num_beams={beams} cannot be combined; expected one beam, since the"
+            " passes without the prompt do not follow beams"
         )
     chunk = config.prefill_chunk_size
     if chunk is not None and chunk < 1:
@@ -94,7 +94,7 @@ WITHOUT_LAYERS = (
 
 
 def check_outputs(ignored: dict[str, Any]) -> None:
-    """Refuse keyword arguments of a forward that ask for what it does not return.
+    """Reject keyword arguments of a forward that ask for what it does not return.
 
     Raises:
         ValueError: names the argument.
@@ -125,15 +125,15 @@ def inherited_settings(config: GenerationConfig) -> GenerationConfig:
 
 
 def check_kept(logits_to_keep: Any, max_kept: int, why: str = "") -> None:
-    """Refuse another number of predictions than 0 (all) to ``most``.
+    """Reject numbers of predictions other than 0 (all) to ``max_kept``.
 
     Raises:
         ValueError: names the argument; ``why`` ends the sentence.
     """
     if not isinstance(logits_to_keep, int):
         raise ValueError(
-            f"logits_to_keep is a {type(logits_to_keep).__name__}; expected a whole number, the last so"
-            " many positions"
+            f"logits_to_keep is a {type(logits_to_keep).__name__}; expected a whole number, which counts"
+            " positions from the end"
         )
     if not 0 <= logits_to_keep <= max_kept:
         raise ValueError(f"logits_to_keep is {logits_to_keep}; expected 0 to {max_kept}{why}")

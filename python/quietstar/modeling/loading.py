@@ -61,7 +61,7 @@ def _check_whole(name: str | Path, model: PreTrainedModel, info: Mapping[str, An
 
 
 def check_folder(name: str | Path | None) -> None:
-    """Refuse a folder that holds an adapter and no model.
+    """Reject a folder that holds an adapter and no model.
 
     Raises:
         UserError: says how it is opened.

@@ -120,7 +120,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
 
         Raises:
             ValueError: for a model family that cannot think or could not be opened again after saving,
-                meta tokens that are nowhere to be had, or a folder that lacks weights.
+                meta tokens that are not given, or a folder that lacks weights.
             TypeError: if base is no model of transformers.
         """
         check_fields(fields)
@@ -210,7 +210,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
         return text_body(self.base)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        """Refused: the decoder's attention function is what lets it think."""
+        """Not supported: the decoder's attention function is what lets it think."""
         raise ValueError(
             f"attn_implementation is {attn_implementation!r}; a Quiet-STaR model keeps its own attention"
             " function (load it with attn_implementation 'sdpa' or 'eager' to choose its text's)"
@@ -346,7 +346,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
             return plain_forward(td, batch, logits_to_keep)
         if batch.labels is None:
             if thought_ids is not None and logits_to_keep:
-                raise ValueError("logits_to_keep was given with thought_ids; expected one of them")
+                raise ValueError("`logits_to_keep` and `thought_ids` cannot be combined")
             return prediction_forward(td, batch, thought_ids, logits_to_keep)
         if thought_ids is None:
             return training_forward(td, batch)
@@ -373,7 +373,7 @@ def _freeze_other_parts(base: PreTrainedModel) -> None:
 
 
 def _check_base(base: Any) -> None:
-    """Refuse what is no decoder of transformers without thoughts."""
+    """Reject what is not a plain decoder of transformers."""
     if isinstance(base, QuietStarForCausalLM):
         raise ValueError("base has thoughts already; expected a decoder without (its own is model.base)")
     if isinstance(base, PreTrainedModel):

@@ -48,7 +48,7 @@ def _chosen(batch: TextBatch, hidden: Tensor | None, output: OutputLayer | None)
             drawn = batch.shard.uniform(rows, length).to(is_text.device)
             score = drawn.gather(1, (is_text.cumsum(1) - 1).clamp(min=0))
         elif hidden is None or output is None:
-            raise ValueError("think_at='entropy:p' needs the text's hidden states")
+            raise ValueError("think_at 'entropy' needs the text's hidden states")
         else:
             score = base_entropy(hidden, output)
         order = torch.where(is_text, score, -1.0).argsort(dim=1, descending=True, stable=True)

@@ -266,9 +266,22 @@ def _empty_copy(layout: ThoughtLayout, capacity: int) -> ThoughtLayout:
     return own
 
 
-_suspended: weakref.WeakKeyDictionary[PreTrainedModel, list[Any]] = weakref.WeakKeyDictionary()
-_suspenders: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
+# How many threads are in passes without checkpointing, and the modules to switch it on again.
+_suspended: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, list[Any]]]
+_suspended = weakref.WeakKeyDictionary()
 _counting = threading.Lock()
+
+
+def _checkpointing(decoder: PreTrainedModel, change: int) -> None:
+    """One thread more (1) or fewer (-1) that wants no checkpointing."""
+    with _counting:
+        threads, modules = _suspended.pop(decoder, (0, []))
+        if not threads:
+            modules = [m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)]
+        if threads + change:
+            _suspended[decoder] = (threads + change, modules)
+        for module in modules:
+            module.gradient_checkpointing = not threads + change
 
 
 @contextlib.contextmanager
@@ -280,19 +293,8 @@ def without_checkpointing(decoder: PreTrainedModel) -> Iterator[None]:
     if not decoder.training:
         yield
         return
-    with _counting:
-        if not _suspenders.get(decoder):
-            _suspended[decoder] = [
-                m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)
-            ]
-            for module in _suspended[decoder]:
-                module.gradient_checkpointing = False
-        _suspenders[decoder] = _suspenders.get(decoder, 0) + 1
+    _checkpointing(decoder, 1)
     try:
         yield
     finally:
-        with _counting:
-            _suspenders[decoder] -= 1
-            if not _suspenders[decoder]:
-                for module in _suspended.pop(decoder):
-                    module.gradient_checkpointing = True
+        _checkpointing(decoder, -1)

@@ -63,7 +63,7 @@ def batch_ranges(batch: Mapping[str, Any]) -> TextRanges:
             text_ranges(mask, ids, numbers).start, ranges.start
         ):
             raise ValueError(
-                f"{name} and {first} put documents at different places; expected one of them, or the"
+                f"{name} and {first} disagree about where documents begin; expected one of them, or the"
                 " same documents"
             )
     if ranges is None:
@@ -71,7 +71,7 @@ def batch_ranges(batch: Mapping[str, Any]) -> TextRanges:
     if positions is not None:
         expected = ranges.positions()
         wrong = (positions != expected) & (ranges.start < ranges.stop)
-        _refuse_positions(positions, expected, wrong, "" if first == "position_ids" else first)
+        _check_positions(positions, expected, wrong, "" if first == "position_ids" else first)
     return ranges
 
 
@@ -98,10 +98,10 @@ def check_new_positions(
         attention_mask = input_ids.new_ones(rows, past + new)
     is_text = attention_mask != 0
     if is_text.shape != (rows, past + new):
-        return  # refused where it is used
+        return  # an error where it is used
     expected = (is_text.long().cumsum(1) - 1)[:, past:]
     wrong = (positions != expected) & is_text[:, past:]
-    _refuse_positions(positions, expected, wrong, "attention_mask")
+    _check_positions(positions, expected, wrong, "attention_mask")
 
 
 def _positions(position_ids: Tensor | None, input_ids: Tensor) -> Tensor | None:
@@ -117,7 +117,7 @@ def _positions(position_ids: Tensor | None, input_ids: Tensor) -> Tensor | None:
     return position_ids
 
 
-def _refuse_positions(positions: Tensor, expected: Tensor, wrong: Tensor, by: str) -> None:
+def _check_positions(positions: Tensor, expected: Tensor, wrong: Tensor, by: str) -> None:
     if bool(wrong.any()):
         row, place = wrong.nonzero()[0].tolist()
         follows = f", as {by} says" if by else ""

@@ -12,7 +12,7 @@ _KNOWN_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Refuse, with the reason, a decoder that cannot think in this way (what can be known up front).
+    """Reject a decoder that cannot think, with the reason, as far as it can be known up front.
 
     What only a pass can show (a family that drops the layout) is checked by
     :func:`quietstar.thinking.attention.check_layers`.
@@ -62,7 +62,7 @@ def check_supported(model: PreTrainedModel) -> None:
 
 
 def check_reopens(model: PreTrainedModel) -> None:
-    """Refuse a decoder that a saved Quiet-STaR model could not be opened with.
+    """Reject a decoder that a saved Quiet-STaR model could not be opened with.
 
     Raises:
         ValueError: transformers' Auto classes do not lead from its configuration to its class.

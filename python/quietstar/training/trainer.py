@@ -58,7 +58,7 @@ class QuietStarTrainer(Trainer):
 
     Rows of different lengths are padded unless a ``data_collator`` is given
     (:class:`~quietstar.data.collator.PaddingCollator`). Options that would have no effect on training
-    with thoughts are refused (:mod:`quietstar.training.options`).
+    with thoughts are rejected (:mod:`quietstar.training.options`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
