@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all.
+"""Checkpoints that exist as a whole or not at all.
 
 A checkpoint is written to ``incomplete-checkpoint-N``, flushed to the disk and renamed; the rename is
 the moment at which it exists. Old ones are renamed before they are deleted. So a folder called

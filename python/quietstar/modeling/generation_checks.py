@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,7 +33,6 @@ _OTHER_LOOPS = {
     "token_healing": (None, False),
     "compile_config": (None,),
 }
-_NOT_GIVEN = ("output_attentions", "output_hidden_states")
 
 
 def check_loop(arguments: dict[str, Any]) -> None:
@@ -57,20 +57,15 @@ def check_generation_config(config: GenerationConfig) -> None:
     Raises:
         ValueError: names the field, its value and what was expected.
     """
-    for name, off in _SEVERAL_POSITIONS.items():
-        value = getattr(config, name, None)
-        if value not in off:
-            raise ValueError(
-                f"{name} is {value!r}; a model that thinks predicts one token at a time, so expected"
-                f" {off[-1]!r}"
-            )
-    for name, off in _OTHER_LOOPS.items():
-        value = getattr(config, name, None)
-        if value not in off:
-            raise ValueError(f"{name} is {value!r}, which thoughts do not support; expected {off[-1]!r}")
-    for name in _NOT_GIVEN:
-        if getattr(config, name, None):
-            raise ValueError(f"{name} is True; {WITHOUT_LAYERS}")
+    for fields, why in (
+        (_SEVERAL_POSITIONS, "; a model that thinks predicts one token at a time, so expected"),
+        (_OTHER_LOOPS, ", which thoughts do not support; expected"),
+    ):
+        for name, off in fields.items():
+            value = getattr(config, name, None)
+            if value not in off:
+                raise ValueError(f"{name} is {value!r}{why} {off[-1]!r}")
+    _check_layers(lambda name: getattr(config, name, None))
     if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
         raise ValueError(
             f"cache_implementation is {config.cache_implementation!r}; expected None or 'dynamic' (a"
@@ -87,23 +82,24 @@ def check_generation_config(config: GenerationConfig) -> None:
         raise ValueError(f"prefill_chunk_size is {chunk}; expected a whole number >= 1")
 
 
-WITHOUT_LAYERS = (
-    "a Quiet-STaR model returns no layers of its decoder, expected False (model.base returns them for a"
-    " text without thoughts)"
-)
-
-
 def check_outputs(ignored: dict[str, Any]) -> None:
     """Reject keyword arguments of a forward that ask for what it does not return.
 
     Raises:
         ValueError: names the argument.
     """
-    for name in _NOT_GIVEN:
-        if ignored.get(name):
-            raise ValueError(f"{name} is True; {WITHOUT_LAYERS}")
+    _check_layers(ignored.get)
     if ignored.get("return_dict") is False:
         raise ValueError("return_dict is False; expected True, a Quiet-STaR model returns no tuples")
+
+
+def _check_layers(asked: Callable[[str], Any]) -> None:
+    for name in ("output_attentions", "output_hidden_states"):
+        if asked(name):
+            raise ValueError(
+                f"{name} is True; a Quiet-STaR model returns no layers of its decoder, expected False"
+                " (model.base returns them for a text without thoughts)"
+            )
 
 
 def inherited_settings(config: GenerationConfig) -> GenerationConfig:

@@ -81,7 +81,7 @@ class Thinking:
 
 
 class FollowingThinking(Thinking):
-    """Thinks where another does: for passes beside a generation's own, which count for nothing."""
+    """Thinks where another one does: for guidance, whose extra passes keep no thoughts."""
 
     def __init__(self, leader: Thinking) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ def check_decoder(
         _one_at_a_time,
         torch.no_grad(),
         torch.random.fork_rng(devices=devices),
-        evaluation_mode(decoder),
+        evaluation_mode(decoder),  # two passes with dropout would differ
         decoder_gathered(decoder),
         _errors_as_a_sentence(decoder),
     ):
@@ -91,9 +91,8 @@ def _errors_as_a_sentence(decoder: PreTrainedModel) -> Iterator[None]:
         ) from error
 
 
-@torch.no_grad()
 def check_logits(decoder: PreTrainedModel, input_ids: Tensor) -> None:
-    """Compare the model's own logits with :func:`output_layer`'s reading of them, once.
+    """Compare the logits of a model in evaluation mode with :func:`output_layer`'s reading of them.
 
     Args:
         input_ids: [1, N], any text.
@@ -101,9 +100,8 @@ def check_logits(decoder: PreTrainedModel, input_ids: Tensor) -> None:
     Raises:
         ValueError: if a family does something to its logits that is not known here.
     """
-    with evaluation_mode(decoder):  # two passes with dropout would differ
-        own = decoder(input_ids=input_ids, use_cache=False).logits
-        body = text_body(decoder)(input_ids=input_ids, use_cache=False).last_hidden_state
+    own = decoder(input_ids=input_ids, use_cache=False).logits
+    body = text_body(decoder)(input_ids=input_ids, use_cache=False).last_hidden_state
     ours = output_layer(decoder).logits(body)
     error = (own.float() - ours.float()).abs().max() / own.float().abs().max().clamp(min=1e-6)
     if not error < 2e-2:
@@ -134,10 +132,8 @@ def _check_columns(decoder: PreTrainedModel, ids: Tensor) -> None:
     wanted = (own[-1, :_TEXT], torch.cat(behind))
     found = packed(embeds.clone())  # some decoders scale it in place
     rounded = _is_rounded(decoder, own)
-    nudge = (
-        1
-        + torch.tensor([1, -1], device=embeds.device).repeat(embeds.shape[-1])[: embeds.shape[-1]] / 256
-    )
+    nudge = torch.full(embeds.shape[-1:], 1 + 1 / 256, device=embeds.device)
+    nudge[1::2] = 1 - 1 / 256
     nudged = packed(embeds * nudge.to(embeds.dtype)) if rounded else found
     pairs = zip(("the text", "a thought"), found, wanted, nudged, strict=True)
     for what, ours, theirs, moved in pairs:
@@ -179,14 +175,10 @@ def _ordinary_tokens(decoder: PreTrainedModel, count: int) -> Tensor:
     rows = embedding_rows(decoder.get_input_embeddings()) or 1
     size = min(getattr(config, "vocab_size", rows), rows)
     special = {i for part in (config, decoder.config) for i in _special_ids(part)}
-    ordinary = list(islice((i for i in _spread(size) if i not in special), count)) or [0]
+    # Ordinary ones first: those with a meaning stand at the ends of most vocabularies.
+    spread = chain(range(size // 3, size), range(size // 3))
+    ordinary = list(islice((i for i in spread if i not in special), count)) or [0]
     return torch.tensor((ordinary * count)[:count])
-
-
-def _spread(size: int) -> Iterator[int]:
-    """Every id, ordinary ones first: those with a meaning stand at the ends of most vocabularies."""
-    yield from range(size // 3, size)
-    yield from range(size // 3)
 
 
 def _special_ids(config: PretrainedConfig) -> Iterator[int]:
