@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from quietstar.thinking.layout import HandedKeys, LayerKeys, ThoughtLayout
-from quietstar.thinking.text_part import text_config_of
+from quietstar.thinking.text_part import kind_of, text_config_of
 from quietstar_ext import thought_attention
 
 # Neutral names: transformers dispatches on names that contain "sdpa", "flash", "flex" or "paged".
@@ -272,7 +272,7 @@ def _check_window(module: nn.Module, layer: int, window: int | None) -> None:
 def check_layers(layout: ThoughtLayout | HandedKeys, decoder: PreTrainedModel) -> None:
     """After a pass: every layer must have used the layout exactly once, or thoughts were ignored."""
     config = text_config_of(decoder.config)
-    kind, count = f"model type {config.model_type!r}", config.num_hidden_layers
+    kind, count = kind_of(decoder), config.num_hidden_layers
     seen, layout.layers_seen = layout.layers_seen, {}
     missing = sorted(set(range(count)) - set(seen))
     repeated = sorted(layer for layer, times in seen.items() if times > 1)

@@ -76,9 +76,8 @@ def run_slots(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) -
     """:func:`quietstar.thinking.slots.run_slots_singly`, replayed where the mode says so and
     it can be."""
     mode = _mode.get()
-    if mode == "off" or run.last == 0 or torch.compiler.is_compiling():
-        return run_slots_singly(decoder, config, run)
-    if mode == "auto" and run.layout.anchors.device.type != "cuda":
+    off = mode == "off" or (mode == "auto" and run.layout.anchors.device.type != "cuda")
+    if off or run.last == 0 or torch.compiler.is_compiling():
         return run_slots_singly(decoder, config, run)
     with _one_at_a_time:
         return _run_known(decoder, config, run, mode)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from quietstar.thinking.fsdp2 import decoder_gathered
 from quietstar.thinking.output_layer import output_layer
-from quietstar.thinking.text_part import text_body
+from quietstar.thinking.text_part import kind_of, text_body
 
 if TYPE_CHECKING:
     from quietstar.modeling.model import QuietStarForCausalLM
@@ -160,7 +160,7 @@ def _probe(model: QuietStarForCausalLM, input_ids: Tensor) -> None:
                 return
     if not torch.equal(*passes):
         raise ValueError(
-            f"model type {decoder.config.model_type!r} draws at random in training mode, in a way that"
+            f"{kind_of(decoder)} draws at random in training mode, in a way that"
             " is not known here and that disable_dropout cannot switch off; a thought has to be scored"
             " by the network that sampled it"
         )

@@ -25,7 +25,7 @@ from quietstar.thinking.linear_layers import embedding_rows
 from quietstar.thinking.noise import evaluation_mode
 from quietstar.thinking.output_layer import output_layer
 from quietstar.thinking.positions import check_length
-from quietstar.thinking.text_part import text_body, text_config_of
+from quietstar.thinking.text_part import kind_of, text_body, text_config_of
 from quietstar.thinking.text_pass import run_decoder
 
 # The text, its two anchors and the slots behind each: enough for a wrong position, mask or embedding.
@@ -84,9 +84,8 @@ def _errors_as_a_sentence(decoder: PreTrainedModel) -> Iterator[None]:
         if frame.f_globals.get("__name__", "").startswith(__package__ + "."):
             raise
         reason = (str(error).splitlines() or [""])[0]
-        kind = text_config_of(decoder.config).model_type
         raise ValueError(
-            f"model type {kind!r} cannot run with thoughts: its own code raised {type(error).__name__}"
+            f"{kind_of(decoder)} cannot run with thoughts: its own code raised {type(error).__name__}"
             f" ({reason})"
         ) from error
 
@@ -105,9 +104,8 @@ def check_logits(decoder: PreTrainedModel, input_ids: Tensor) -> None:
     ours = output_layer(decoder).logits(body)
     error = (own.float() - ours.float()).abs().max() / own.float().abs().max().clamp(min=1e-6)
     if not error < 2e-2:
-        kind = text_config_of(decoder.config).model_type
         raise ValueError(
-            f"model type {kind!r} computes its logits in a way that is not supported (relative"
+            f"{kind_of(decoder)} computes its logits in a way that is not supported (relative"
             f" difference {float(error):.2g})"
         )
 
@@ -142,7 +140,7 @@ def _check_columns(decoder: PreTrainedModel, ids: Tensor) -> None:
             limit = max(_ROUNDED, _OF_A_NUDGE * _difference(moved, ours, rounded))
         if not error < limit:
             raise ValueError(
-                f"model type {text_config_of(decoder.config).model_type!r} computes {what} in a pass"
+                f"{kind_of(decoder)} computes {what} in a pass"
                 " with thoughts differently from the same tokens as one text (relative difference"
                 f" {error:.2g}), so its thoughts would be wrong (self_check=False in the configuration"
                 " skips this check)"
