@@ -1,4 +1,4 @@
-"""A trained model and its tokenizer, by folder or name: what the commands that use one begin with."""
+"""Open a trained model and its tokenizer by folder or name, as the commands do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The next token, thought about first: the text's cache is kept, the thought's keys are dropped.
+"""Generation that thinks before a token: the text's cache is kept, the thought's keys are dropped.
 
 Each new token costs one ordinary decoding step and, if its row thinks, one step per slot of the thought
 (start, T sampled tokens, end) over the thinking rows alone.

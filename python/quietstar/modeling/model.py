@@ -353,7 +353,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
         return training_forward(td, *given_thoughts(td, batch, thought_ids))
 
     def _check_once(self, device: torch.device) -> None:
-        """What is compared before the first pass, and before the first with thoughts."""
+        """Run the checks that are due before the first pass, and before the first with thoughts."""
         wanted = {"logits"}
         if self.config.thinks and self.config.self_check:
             wanted.add("thoughts")
@@ -364,7 +364,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
 
 
 def _freeze_other_parts(base: PreTrainedModel) -> None:
-    """Of a model for several modalities no text reaches the others' parts: nothing there could learn."""
+    """Freeze the parts of a model for several modalities that no text reaches: they could not learn."""
     text = [text_body(base), base.get_input_embeddings(), base.get_output_embeddings()]
     reached = {id(p) for module in text for p in module.parameters()}
     for parameter in base.parameters():
@@ -388,7 +388,7 @@ def _check_base(base: Any) -> None:
 
 
 def _input_device(base: PreTrainedModel) -> torch.device:
-    """Where a decoder takes its tokens; weights that accelerate has put away lie nowhere."""
+    """The device on which a decoder takes its tokens, also where accelerate has put its weights away."""
     hook = getattr(base.get_input_embeddings(), "_hf_hook", None)
     place = getattr(hook, "execution_device", None)
     return base.device if place is None else torch.device(place)

@@ -116,7 +116,7 @@ def _run_known(
 
 
 def _key(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) -> Hashable:
-    """Everything that a graph has fixed and that may be another the next time."""
+    """Everything that a graph fixes and that may differ at the next call."""
     layout, shard = run.layout, run.shard
     device = layout.anchors.device
     kind = device.type
@@ -147,7 +147,7 @@ def _capacity(layout: ThoughtLayout) -> int:
 
 
 def _unsupported_reason(decoder: PreTrainedModel) -> str | None:
-    """What about a decoder cannot be captured, as half a sentence; None where nothing is known."""
+    """Why a decoder cannot be captured in a graph, as half a sentence; None where nothing is known."""
     for module in decoder.modules():
         if "FSDP" in type(module).__name__ or "FullyShardedDataParallel" in type(module).__name__:
             return "the weights are sharded, and gathered ones move"

@@ -1,4 +1,4 @@
-"""A decoder with what makes it think: the noun of the method beside the batch of text."""
+"""A decoder with what makes it think, and the passes that the method is made of."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def check_new_positions(
     input_ids: Tensor,
     past_key_values: Cache | None,
 ) -> None:
-    """Position ids of new tokens have to be the ones that follow from the mask, which are used.
+    """Check that the position ids of new tokens are those that follow from the mask, which are used.
 
     Args:
         position_ids: [B, new] or [1, new]; attention_mask: [B, past + new]; input_ids: [B, new].

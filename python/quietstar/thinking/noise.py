@@ -135,7 +135,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def refusal_of_neftune(alpha: float) -> str:
-    """The sentence for noise on the embeddings, which only a user asks for."""
+    """The error message for noise on the embeddings, which only a user asks for."""
     return (
         f"{_NEFTUNE} is {alpha}; expected none with thoughts, because a thought has to be scored by the"
         " network that sampled it"

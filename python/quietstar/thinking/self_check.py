@@ -74,7 +74,7 @@ def check_decoder(
 
 @contextmanager
 def _errors_as_a_sentence(decoder: PreTrainedModel) -> Iterator[None]:
-    """What the decoder itself raises at a pass that it was not made for says what cannot be done."""
+    """Turn what the decoder's own code raises during the checks into an error of one sentence."""
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError):

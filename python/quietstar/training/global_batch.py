@@ -104,7 +104,7 @@ class GlobalBatch:
 
     @property
     def has_target(self) -> bool:
-        """Whether there is anything to learn from; as long as nobody counted, yes."""
+        """Whether there is anything to learn from; True as long as nothing was counted."""
         return any(self.targets) or not self.targets
 
     def skip(self) -> None:

@@ -230,7 +230,7 @@ class QuietStarTrainer(Trainer):
         return loss
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """What the optimiser moves."""
+        """The parameters that the optimiser updates."""
         return [p for p in self.model_wrapped.parameters() if p.requires_grad]
 
     def add_up_over_processes(self, tensor: Tensor) -> Tensor:
