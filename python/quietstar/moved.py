@@ -153,6 +153,7 @@ RENAMED = {
     "whole": "full_on_cpu",
     "like": "sharded_like",
     "text_with_layout": "text_pass",
+    "rollout": "sample_thoughts",
 }
 
 
