@@ -28,7 +28,7 @@ from quietstar import QuietStarForCausalLM
 from quietstar.modeling.text_cache import cache_argument
 from quietstar.plan.costs import decoder_sizes
 from quietstar.thinking.cuda_graphs import forget, run_slots, use_graphs
-from quietstar.thinking.layout import LayerKeys, TextRanges, ThoughtLayout
+from quietstar.thinking.layout import LayerKeys, ThoughtLayout
 from quietstar.thinking.slots import SlotRun, depth_of_end
 
 pytestmark = pytest.mark.device
@@ -197,8 +197,7 @@ def slot_chain(
     slots = depth_of_end(config)
     whole = torch.full((batch, 1), context, dtype=torch.int32, device=DEVICE)
     anchors = torch.zeros(batch, 1, dtype=torch.int64, device=DEVICE)
-    ranges = TextRanges(torch.zeros_like(whole), whole, False)
-    steps = ThoughtLayout(ranges, anchors, slots, phase="slot")
+    steps = ThoughtLayout(torch.zeros_like(whole), whole, anchors, slots, phase="slot")
     for layer, (keys, values) in enumerate(random_keys(base, batch, context)):
         steps.keys[layer] = LayerKeys(keys, values)
     meta = model.thought_embedding(config.embedding_scale)

@@ -192,10 +192,10 @@ def _widened(tensor: Tensor, width: int) -> Tensor:
 
 def _text_rows(call: _Call, layout: ThoughtLayout) -> Tensor:
     """Text rows [B, Hq, N, D] -> [B, N, Hq, E]: the stock causal kernel where it is exact and enough."""
-    options, ranges, (query, key, value) = call.options(), layout.ranges, call[1:4]
+    options, (query, key, value) = call.options(), call[1:4]
     window = options["sliding_window"]
     special = options["softcap"] is not None or options["sinks"] is not None
-    if ranges.plain and not special and (window is None or window >= layout.text_length):
+    if layout.plain_text and not special and (window is None or window >= layout.text_length):
         scale = options["scale"]
         out, _ = _fallback_function(call.module, "sdpa")(
             call.module, query, key, value, None, dropout=0.0, scaling=scale, is_causal=True
@@ -204,7 +204,9 @@ def _text_rows(call: _Call, layout: ThoughtLayout) -> Tensor:
     # A text token is a column without slots that ends with itself.
     batch, heads, _, dim = key.shape
     nothing = key.new_empty(batch, heads, 0, layout.text_length, dim)
-    out = _attend(query[:, :, None], key, value, nothing, nothing, ranges.start, ranges.stop, **options)
+    out = _attend(
+        query[:, :, None], key, value, nothing, nothing, layout.row_start, layout.row_stop, **options
+    )
     return out[:, :, 0, :, : value.shape[-1]].transpose(1, 2)
 
 
@@ -212,8 +214,8 @@ def _text_rows_eager(call: _Call, layout: ThoughtLayout) -> Tensor:
     """Text rows by the family's own plain products, as it was loaded to; under a mask [B, 1, N, N]."""
     query, window = call.query, call.others.get("sliding_window")
     position = torch.arange(layout.text_length, device=query.device)
-    seen = position >= layout.ranges.start[:, :, None]
-    seen &= position < layout.ranges.stop[:, :, None]
+    seen = position >= layout.row_start[:, :, None]
+    seen &= position < layout.row_stop[:, :, None]
     if window is not None:
         seen &= position > position[:, None] - window
     hidden = torch.finfo(query.dtype).min

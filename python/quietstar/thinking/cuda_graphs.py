@@ -37,7 +37,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.config import QuietStarConfig
-from quietstar.thinking.layout import LayerKeys, TextRanges, ThoughtLayout
+from quietstar.thinking.layout import LayerKeys, ThoughtLayout
 from quietstar.thinking.positions import rope_limits
 from quietstar.thinking.slots import SlotResults, SlotRun, run_slots_singly
 from quietstar_ext.dispatch import Setting
@@ -125,7 +125,7 @@ def _key(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) -> Has
     return (
         device,
         tuple(layout.anchors.shape),
-        tuple(layout.ranges.start.shape),
+        tuple(layout.row_start.shape),
         tuple(run.input_ids.shape),
         _capacity(layout),
         layout.num_slots,
@@ -247,14 +247,14 @@ class Chain:
 def _inputs(run: SlotRun) -> list[Tensor]:
     """The tensors of a run that a graph reads, but for keys and seed."""
     layout = run.layout
-    ranges = [layout.ranges.start, layout.ranges.stop, layout.text_start, layout.text_stop]
+    ranges = [layout.row_start, layout.row_stop, layout.text_start, layout.text_stop]
     return [*(t.detach() for t in run.start_end), run.input_ids, layout.anchors, *ranges]
 
 
 def _empty_copy(layout: ThoughtLayout, capacity: int) -> ThoughtLayout:
     """A layout of the same shapes over memory of its own, with room for ``capacity`` text tokens."""
-    ranges = TextRanges(layout.ranges.start.clone(), layout.ranges.stop.clone(), False)
-    own = ThoughtLayout(ranges, layout.anchors.clone(), layout.num_slots, phase=layout.phase)
+    ranges = (layout.row_start.clone(), layout.row_stop.clone())
+    own = ThoughtLayout(*ranges, layout.anchors.clone(), layout.num_slots, phase=layout.phase)
     for layer, keys in layout.keys.items():
         batch, heads, _, size = keys.k_text.shape
         # Zeros: what is behind the text is never used, but a masked NaN would still be one.

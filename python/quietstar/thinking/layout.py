@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,36 +52,49 @@ class ThoughtLayout:
     layout would lose the keys that the attention layers leave in it.
 
     Attributes:
-        ranges: what each text token sees; text_length: N.
+        text_length: N.
+        row_start, row_stop: [B, N] int32, the text range that each text token sees.
         anchors: [B, M] int64, the text position of each column.
         text_start, text_stop: [B, M] int32, the text range that each column sees.
         num_slots: S.
         phase: ``"packed"``, ``"text"`` (the rollout's first pass) or ``"slot"``.
         slot: in phase ``"slot"``, the slot being computed, counted from 0.
-        every_position: True when the ranges are plain and every position has the same number of columns,
-            in order. Columns of padding at the right may then see it; nothing reads them.
+        plain_text: True when every text token sees exactly the tokens before it and itself (no left
+            padding, no document boundary), so that any ordinary causal kernel may serve the text rows.
+        every_position: True when besides every position has the same number of columns, in order.
+            Columns of padding at the right may then see it; nothing reads them.
     """
 
     def __init__(
         self,
-        ranges: TextRanges,
+        row_start: Tensor,
+        row_stop: Tensor,
         anchors: Tensor,
         num_slots: int,
         *,
         phase: str = "packed",
+        plain_text: bool = False,
         every_position: bool = False,
     ):
-        self.ranges = ranges
-        self.text_length = ranges.start.shape[1]
+        self.text_length = row_start.shape[1]
+        self.row_start = row_start
+        self.row_stop = row_stop
         self.anchors = anchors
-        self.text_start = ranges.start.gather(1, anchors)
-        self.text_stop = ranges.stop.gather(1, anchors)
+        self.text_start = row_start.gather(1, anchors)
+        self.text_stop = row_stop.gather(1, anchors)
         self.num_slots = num_slots
         self.phase = phase
         self.slot = 0
-        self.every_position = ranges.plain and every_position
+        self.plain_text = plain_text
+        self.every_position = plain_text and every_position
         self.keys: dict[int, LayerKeys] = {}
         self.layers_seen: dict[int, int] = {}
+
+    @classmethod
+    def over(cls, ranges: TextRanges, anchors: Tensor, num_slots: int, **options: Any) -> ThoughtLayout:
+        """The layout of a batch whose text tokens see ``ranges``."""
+        start, stop, plain, _ = ranges
+        return cls(start, stop, anchors, num_slots, plain_text=plain, **options)
 
     @property
     def num_columns(self) -> int:
@@ -90,14 +103,15 @@ class ThoughtLayout:
 
     def packed_positions(self) -> Tensor:
         """Position ids [B, N + S*M] of the packed sequence: an anchor's own plus the slot's depth."""
-        text = self.ranges.positions()
+        text = text_positions(self.row_start, self.row_stop)
         depth = torch.arange(1, self.num_slots + 1, device=text.device)
         slots = text.gather(1, self.anchors)[:, None, :] + depth[None, :, None]
         return torch.cat([text, slots.flatten(1)], dim=1)
 
     def slot_positions(self) -> Tensor:
         """Position ids [B, M] of the slot that a rollout is at."""
-        return self.ranges.positions().gather(1, self.anchors) + self.slot + 1
+        text = text_positions(self.row_start, self.row_stop)
+        return text.gather(1, self.anchors) + self.slot + 1
 
 
 def text_positions(row_start: Tensor, row_stop: Tensor) -> Tensor:

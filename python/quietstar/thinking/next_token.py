@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quietstar.thinking.attention import layer_keys
 from quietstar.thinking.cuda_graphs import run_slots
-from quietstar.thinking.layout import HandedKeys, TextRanges, ThoughtLayout
+from quietstar.thinking.layout import HandedKeys, ThoughtLayout
 from quietstar.thinking.positions import check_length
 from quietstar.thinking.slots import SlotRun, depth_of_end
 
@@ -53,8 +53,8 @@ def think_at_the_end(
     check_length(td.decoder, end.length, slots)
     # The text as one range per row: the layout needs no more of it than the last position.
     first = end.first[:, None].to(torch.int32)
-    ranges = TextRanges(first, torch.full_like(first, end.length), False)
-    layout = ThoughtLayout(ranges, torch.zeros_like(rows)[:, None], slots, phase="slot")
+    stop = torch.full_like(first, end.length)
+    layout = ThoughtLayout(first, stop, torch.zeros_like(rows)[:, None], slots, phase="slot")
     for index, (keys, values) in end.handed.keys.items():
         if len(rows) < len(keys):
             keys, values = keys.index_select(0, rows), values.index_select(0, rows)

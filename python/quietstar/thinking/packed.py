@@ -30,7 +30,7 @@ def packed_pass(
     count = num_slots or td.config.num_slots
     embed, n = td.decoder.get_input_embeddings(), batch.input_ids.shape[1]
     check_length(td.decoder, n, count)
-    layout = ThoughtLayout(batch.ranges, batch.columns, count, every_position=batch.every_position)
+    layout = ThoughtLayout.over(batch.ranges, batch.columns, count, every_position=batch.every_position)
     inputs = SlotInputs(td.config, embed, td.start_end_embeddings(), batch.input_ids, batch.columns)
     text = embed(batch.input_ids)
     slots = [inputs.embeds(slot, thoughts.ids).to(text.dtype) for slot in range(count)]

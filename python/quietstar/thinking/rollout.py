@@ -67,7 +67,7 @@ def sample_thoughts(td: ThoughtDecoder, batch: TextBatch, keep_slots: int | None
         check_length(td.decoder, batch.input_ids.shape[1], slots)
         text_hidden, keys = text_pass(td.decoder, batch.input_ids, batch.ranges)
         batch = choose_anchors(batch, text_hidden, td.output)
-        layout = ThoughtLayout(batch.ranges, batch.columns, slots, phase="slot")
+        layout = ThoughtLayout.over(batch.ranges, batch.columns, slots, phase="slot")
         layout.keys = keys
         run = SlotRun(start_end, batch.input_ids, layout, last, batch.temperature, seed, batch.shard)
         made = run_slots(td.decoder, config, run)

@@ -114,7 +114,7 @@ def _check_columns(decoder: PreTrainedModel, ids: Tensor) -> None:
     """ids [text + slots]: what is said, both in a packed pass and as texts."""
     text, said = ids[None, :_TEXT], ids[_TEXT:]
     anchors = torch.tensor([_ANCHORS], device=ids.device)
-    layout = ThoughtLayout(text_ranges(None, text), anchors, _SLOTS)
+    layout = ThoughtLayout.over(text_ranges(None, text), anchors, _SLOTS)
     slots = said.repeat_interleave(len(_ANCHORS))[None]
     embeds = decoder.get_input_embeddings()(torch.cat([text, slots], dim=1))
 

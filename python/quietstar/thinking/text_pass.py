@@ -47,7 +47,7 @@ def text_pass(
     and values."""
     check_length(decoder, input_ids.shape[1])
     no_columns = torch.empty(input_ids.shape[0], 0, dtype=torch.int64, device=input_ids.device)
-    layout = ThoughtLayout(ranges, no_columns, 0, phase="text")
+    layout = ThoughtLayout.over(ranges, no_columns, 0, phase="text")
     embeds = decoder.get_input_embeddings()(input_ids)
     hidden = run_decoder(decoder, embeds, ranges.positions(), layout)
     return hidden, layout.keys
