@@ -354,13 +354,10 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
 
     def _check_once(self, device: torch.device) -> None:
         """Run the checks that are due before the first pass, and before the first with thoughts."""
-        wanted = {"logits"}
-        if self.config.thinks and self.config.self_check:
-            wanted.add("thoughts")
-        if not wanted <= self._checked:
-            missing = wanted - self._checked
+        wanted = {"logits"} | ({"thoughts"} if self.config.thinks and self.config.self_check else set())
+        if missing := wanted - self._checked:
             check_decoder(self.base, device, logits="logits" in missing, thoughts="thoughts" in missing)
-            self._checked |= wanted
+            self._checked |= missing
 
 
 def _freeze_other_parts(base: PreTrainedModel) -> None:

@@ -48,26 +48,23 @@ def batch_ranges(batch: Mapping[str, Any]) -> TextRanges:
         said[f"cu_seq_lens_{end}"] = _numbers(batch, end, ids)
     if positions is not None:
         said["position_ids"] = (positions == 0).cumsum(1)
-    ranges, first = None, ""
-    for name, numbers in said.items():
-        if numbers is None:
-            continue
+    given = {name: numbers for name, numbers in said.items() if numbers is not None}
+    first, *others = given or [""]
+    numbers = given.get(first)
+    if numbers is not None and numbers.shape != ids.shape:
+        raise ValueError(
+            f"{first} has shape {list(numbers.shape)}; expected {list(ids.shape)} like input_ids"
+        )
+    ranges = text_ranges(mask, ids, numbers)
+    for name in others:
         # position_ids are compared as such below.
-        if ranges is None:
-            if name != "position_ids" and numbers.shape != ids.shape:
-                raise ValueError(
-                    f"{name} has shape {list(numbers.shape)}; expected {list(ids.shape)} like input_ids"
-                )
-            ranges, first = text_ranges(mask, ids, numbers), name
-        elif name != "position_ids" and not torch.equal(
-            text_ranges(mask, ids, numbers).start, ranges.start
+        if name != "position_ids" and not torch.equal(
+            text_ranges(mask, ids, given[name]).start, ranges.start
         ):
             raise ValueError(
                 f"{name} and {first} disagree about where documents begin; expected one of them, or the"
                 " same documents"
             )
-    if ranges is None:
-        ranges = text_ranges(mask, ids)
     if positions is not None:
         expected = ranges.positions()
         wrong = (positions != expected) & (ranges.start < ranges.stop)
