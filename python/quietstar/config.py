@@ -13,7 +13,12 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
+<<<<<<< HEAD
 from quietstar.errors import UserError, did_you_mean
+=======
+from quietstar.errors import UserError
+from quietstar.think_rules import parse_rule
+>>>>>>> r-think
 
 logger = logging.getLogger("quietstar")
 
@@ -100,8 +105,9 @@ class QuietStarConfig(PretrainedConfig):
         mixing_floor: f, from 0 to 1: a sigmoid weight s becomes f + (1 - f) s; with 1 the thought's
             prediction stands alone.
         think_at: which positions think: ``"all"``, ``"stride:k"`` (every k-th of a document),
-            ``"random:p"`` (a share p of a row's text tokens, drawn anew each step), ``"entropy:p"`` (the
-            share p with the highest base entropy).
+            ``"random:p"`` (a share p of a row's text tokens, drawn anew each step),
+            ``"entropy-share:p"`` (the share p with the highest base entropy; ``"entropy:p"`` for short).
+            The grammar is that of ``thinking`` in generation (:mod:`quietstar.think_rules`).
         thought_kind: ``"sampled"``; ``"pause"`` (a control: the start embedding stands in every thought
             slot, nothing is sampled); ``"none"`` (a control: plain language modelling).
         disable_dropout: switch off, in training mode, what the decoder and its adapters draw at random
@@ -245,19 +251,7 @@ class QuietStarConfig(PretrainedConfig):
 
     def parse_think_at(self) -> tuple[str, float]:
         """``think_at`` as (rule, number); the number is 1 for ``"all"``."""
-        rule, _, number = str(self.think_at).partition(":")
-        try:
-            value = float(number) if number else 1.0
-        except ValueError:
-            value = -1.0
-        share = rule in ("random", "entropy") and 0 < value <= 1
-        stride = rule == "stride" and value >= 1 and value == int(value)
-        if not (self.think_at == "all" or share or stride):
-            raise ValueError(
-                f"think_at is {self.think_at!r}; expected 'all', 'stride:k' with a whole number k >= 1,"
-                " 'random:p' or 'entropy:p' with 0 < p <= 1"
-            )
-        return rule, value
+        return parse_rule("think_at", self.think_at)
 
     def check_thoughts(self) -> None:
         """Raise ``ValueError`` naming the first field that cannot work. Cheap; run before each pass."""

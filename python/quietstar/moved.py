@@ -97,6 +97,7 @@ RENAMED = {
     "like": "sharded_like",
     "text_with_layout": "text_pass",
     "why_unreadable": "unsupported_reason",
+    "rollout": "sample_thoughts",
 }
 
 

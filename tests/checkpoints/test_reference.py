@@ -124,7 +124,7 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
             QuietStarForCausalLM.from_reference(folder, **{"n_ahead": 6, **options})
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    refused(tmp_path / "none", "is neither a folder nor a repository to be had")
+    refused(tmp_path / "none", "is neither a folder nor a repository that can be read")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", r"config.json does not exist")
     no_head = write_checkpoint(tmp_path / "head", drop=("talk_head.0.2.weight",))

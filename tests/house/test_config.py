@@ -13,6 +13,7 @@ from small_training import small_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
+from quietstar.think_rules import parse_rule
 
 MISSPELT = r"no field 'thougth_length'; did you mean thought_length\?"
 
@@ -82,3 +83,15 @@ def test_a_newer_version_s_checkpoint_loads_with_a_warning(
     assert [r.message for r in caplog.records if "thought_lengths, which this version" in r.message]
     assert loaded.config.thought_length == model.config.thought_length
     assert loaded.config.to_dict()["thought_lengths"] == [2, 3]
+
+
+def test_both_settings_of_where_to_think_have_one_grammar():
+    for number in ("0.5", "1"):
+        share, nats = (parse_rule(name, f"entropy:{number}") for name in ("think_at", "thinking"))
+        assert share == nats == ("entropy", float(number))
+        assert parse_rule("think_at", f"entropy-share:{number}") == share
+        assert parse_rule("thinking", f"entropy-nats:{number}") == nats
+    assert parse_rule("thinking", "entropy-nats:2.5") == ("entropy", 2.5)
+    for name, rule in (("think_at", "entropy-nats:0.5"), ("thinking", "entropy-share:0.5")):
+        with pytest.raises(ValueError, match=f"{name} is '{rule}'; expected"):
+            parse_rule(name, rule)

@@ -12,7 +12,7 @@ from torch import Tensor
 from quietstar import QuietStarConfig, QuietStarForCausalLM
 from quietstar.thinking.batch_share import BatchShard
 from quietstar.thinking.layout import text_ranges
-from quietstar.thinking.text_batch import talk_targets, target_labels, which_count
+from quietstar.thinking.text_batch import TextBatch, target_labels
 from quietstar.training.metrics import Average, describe
 
 LAYOUTS: dict[str, Any] = {
@@ -112,13 +112,18 @@ def test_a_thought_counts_from_its_first_token_to_the_last_that_has_another():
     labels[0, 3:6] = -100
     ranges = text_ranges(mask, ids)
     anchors = torch.arange(10)[None]
-    targets = talk_targets(target_labels(labels, ranges), anchors, TALK, ranges)
-    rewarded, averaged = which_count(QuietStarConfig(), anchors, targets != -100, ranges)
+    labels = target_labels(labels, ranges)
+
+    def counts(policy_mean: str) -> tuple[Tensor, Tensor]:
+        config = QuietStarConfig(policy_mean=policy_mean, talk_length=TALK)
+        batch = TextBatch(config, ids, ranges, labels=labels, anchors=anchors)
+        return batch.rewarded, batch.averaged
+
+    rewarded, averaged = counts("rewarded")
     # Anchor 2 speaks of the hidden tokens 3, 4 and 5; anchor 8 is the last token.
     assert rewarded[0].nonzero()[:, 0].tolist() == [1, 3, 4, 5, 6, 7]
     assert torch.equal(rewarded, averaged)
-    paper = QuietStarConfig(policy_mean="paper", talk_length=TALK)
-    rewarded, averaged = which_count(paper, anchors, targets != -100, ranges)
+    rewarded, averaged = counts("paper")
     assert rewarded[0].nonzero()[:, 0].tolist() == [1, 3, 4, 5]
     assert averaged[0].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
 

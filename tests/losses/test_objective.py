@@ -126,7 +126,7 @@ def test_information_gain_needs_its_baseline_while_it_learns():
         own = model.eval()(**inputs)
     assert torch.allclose(own.reward, rewards_by_hand(model, inputs, None), atol=1e-4)
     model.config.reward = "base-gain"
-    with pytest.raises(ValueError, match="baseline_losses was given with reward 'base-gain'"):
+    with pytest.raises(ValueError, match="baseline_losses cannot be combined with reward 'base-gain'"):
         model(**inputs, baseline_losses=torch.zeros(ROWS, LENGTH - 1))
 
 

@@ -33,6 +33,7 @@ IDS = torch.arange(3, 13).view(1, 10)
         ({"thought_kind": "loud"}, "thought_kind is 'loud'"),
         ({"think_at": "every:2"}, "think_at is 'every:2'; expected 'all', 'stride:k'"),
         ({"think_at": "stride:0"}, "think_at is 'stride:0'"),
+        ({"think_at": "entropy-nats:0.5"}, "think_at is 'entropy-nats:0.5'; expected .*entropy-share:p"),
         ({"think_at": "random:1.5"}, "think_at is 'random:1.5'"),
     ],
 )
@@ -79,7 +80,7 @@ def test_n_ahead_too_small():
             r"thought_ids has shape \[1, 10, 2\]; expected \[1, rationales, 10, 2\]",
         ),
         ({"input_ids": IDS, "labels": torch.full_like(IDS, 96)}, "targets"),
-        ({"input_ids": IDS, "head_mask": IDS}, "does not know: 'head_mask'"),
+        ({"input_ids": IDS, "head_mask": IDS}, "unexpected argument 'head_mask'"),
         ({"input_ids": IDS, "inputs_embeds": IDS}, "inputs_embeds were given; expected input_ids"),
         ({"labels": IDS}, "input_ids is missing"),
         ({"input_ids": IDS, "logits_to_keep": 11}, "logits_to_keep is 11; expected 0 to 10"),

@@ -130,7 +130,10 @@ def test_pipeline_and_streaming(capsys):
     assert capsys.readouterr().out.split() == tokenizer.decode(text[0, 6:]).split()
 
 
-@pytest.mark.parametrize("rule", ["sometimes", "every:0", "every", "every:1.5", "entropy", "entropy:x"])
+@pytest.mark.parametrize(
+    "rule",
+    ["sometimes", "every:0", "every", "every:1.5", "entropy", "entropy:x", "entropy-share:0.5", "all"],
+)
 def test_rules_that_are_none_are_refused(rule: str):
     with pytest.raises(ValueError, match="thinking is '" + rule):
         Thinking(rule)
@@ -139,12 +142,12 @@ def test_rules_that_are_none_are_refused(rule: str):
 def test_what_cannot_work_is_refused():
     model = build()
     ids, mask = prompt()
-    with pytest.raises(ValueError, match="thinking_budget was given with num_beams=2"):
+    with pytest.raises(ValueError, match="`thinking_budget` and num_beams=2 cannot be combined"):
         model.generate(ids, num_beams=2, thinking_budget=3)
     with pytest.raises(ValueError, match="thinking_budget is -1"):
         model.generate(ids, thinking_budget=-1)
     cache = StaticCache(config=model.base.config, max_cache_len=32)
     with pytest.raises(ValueError, match="expected a cache that grows"):
         model(ids, attention_mask=mask, past_key_values=cache)
-    with pytest.raises(ValueError, match="labels were given with past_key_values"):
+    with pytest.raises(ValueError, match="`labels` and `past_key_values` cannot be combined"):
         model(ids, labels=ids, past_key_values=cache)

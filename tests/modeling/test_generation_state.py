@@ -72,7 +72,7 @@ def test_the_thoughts_of_a_call_come_with_its_result():
     assert len(thinking.thoughts) == 9 and thinking.step == NEW and len(made.thoughts) == 3 * NEW
     with pytest.raises(ValueError, match="thinking was used by another call"):
         model.generate(ids, thinking=thinking, **options())
-    with pytest.raises(ValueError, match="thinking_budget was given with a Thinking"):
+    with pytest.raises(ValueError, match="`thinking_budget` and a Thinking cannot be combined"):
         model.generate(ids, thinking=Thinking(), thinking_budget=2, **options())
 
 
@@ -192,7 +192,7 @@ def test_guidance_spends_no_budget_and_follows_entropies():
     assert first == {t.row for t in model.thoughts if t.step == 0}
     with pytest.raises(ValueError, match="negative_prompt_ids has 1 rows; expected 3"):
         model.generate(ids, guidance_scale=1.5, negative_prompt_ids=ids[:1], **options())
-    with pytest.raises(ValueError, match="guidance_scale was given with num_beams=2"):
+    with pytest.raises(ValueError, match="`guidance_scale` and num_beams=2 cannot be combined"):
         model.generate(ids, guidance_scale=1.5, num_beams=2, **options())
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from quietstar.thinking.anchors import choose_anchors
 from quietstar.thinking.batch_share import BatchShard
 from quietstar.thinking.layout import text_ranges
+from quietstar.thinking.text_batch import TextBatch
 
 LAYOUTS: dict[str, dict] = {
     "right": {},
@@ -56,7 +57,7 @@ def test_pads_move_no_anchor(rule: str):
 def chosen(rule: str, documents: Tensor, part: BatchShard) -> Tensor:
     model = build(think_at=rule)
     ranges = text_ranges((documents != 0).long(), documents, documents)
-    return choose_anchors(model.config, ranges, None, None, part)
+    return choose_anchors(TextBatch(model.config, documents, ranges, shard=part)).anchors
 
 
 def test_a_stride_begins_anew_in_every_document():

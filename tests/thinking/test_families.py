@@ -70,7 +70,7 @@ def dense_run(model: QuietStarForCausalLM, ids, mask, anchors, thoughts) -> Tens
     base, config = model.base, model.config
     window = getattr(base.config, "sliding_window", None)
     masks = dense_masks(mask, anchors, config.num_slots, window)
-    start, stop, _ = text_ranges(mask, ids)
+    start, stop, *_ = text_ranges(mask, ids)
     text = text_positions(start, stop)
     columns = anchors.shape[1]
     at = text.gather(1, anchors)

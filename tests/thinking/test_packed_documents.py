@@ -160,7 +160,7 @@ def test_what_a_token_sees():
     documents = torch.tensor([[0, 4, 4, 4, 9, 2, 2, 0]])
     ids = torch.zeros_like(documents)
     ranges = text_ranges((documents != 0).long(), ids, documents)
-    start, stop, plain = ranges
+    start, stop, plain, _ = ranges
     assert not plain
     assert start.tolist() == [[1, 1, 1, 1, 4, 5, 5, 8]] and stop.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8]]
     assert text_positions(start, stop)[0, 1:7].tolist() == [0, 1, 2, 0, 0, 1]

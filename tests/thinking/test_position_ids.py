@@ -130,12 +130,12 @@ def test_padding_has_any_position(side: str):
         ({"seq_idx": NUMBERS[:, :4]}, r"seq_idx has shape \[1, 4\]; expected \[1, 16\]"),
         (
             {"seq_idx": NUMBERS.flip(1), "document_ids": NUMBERS},
-            "seq_idx and document_ids put documents at different places",
+            "seq_idx and document_ids disagree about where documents begin",
         ),
         ({"cu_seq_lens_q": torch.tensor([0, 5, 13])}, r"cu_seq_lens_q is \[0, 5, 13\]; expected .* 16"),
         (
             {"cu_seq_lens_k": torch.tensor([0, 16]), "cu_seq_lens_q": torch.tensor([0, 4, 16])},
-            "cu_seq_lens_k and cu_seq_lens_q put documents",
+            "cu_seq_lens_k and cu_seq_lens_q disagree about where documents begin",
         ),
         ({"max_length_q": 8}, "max_length_q was given without cu_seq_lens_q"),
         (
@@ -165,5 +165,5 @@ def test_with_a_cache_they_follow_from_the_mask():
     with pytest.raises(ValueError, match=r"position_ids\[0, 1\] is 1; expected 0: .* attention_mask"):
         model.generate(prompt, position_ids=torch.arange(4)[None], **options)
     cache = model(prompt, attention_mask=mask, use_cache=True, past_key_values=DynamicCache())
-    with pytest.raises(ValueError, match="seq_idx were given with past_key_values"):
+    with pytest.raises(ValueError, match="`seq_idx` and `past_key_values` cannot be combined"):
         model(prompt, past_key_values=cache.past_key_values, seq_idx=torch.zeros_like(prompt))

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,14 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*command, "--master-port", str(port), str(SUPPORT / "two_processes.py"), str(folder)],
-        # DeepSpeed compiles an extension; in the user's cache the lock of a build that was killed lasts.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            # DeepSpeed compiles an extension, with this environment's ninja; in the user's cache the
+            # lock of a build that was killed would last.
+            "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
+            "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
+        },
         cwd=folder,
         capture_output=True,
         text=True,

@@ -47,7 +47,7 @@ def import_peft() -> Any:
 
 
 def quantization(kind: str, name: str, revision: str | None = None) -> dict[str, Any]:
-    """What ``from_pretrained`` has to be told to load a decoder quantized; empty for ``none``.
+    """The options of ``from_pretrained`` that load a decoder quantized; empty for ``none``.
 
     4-bit NormalFloat with double quantization, computing in bf16: QLoRA (Dettmers et al. 2023,
     arXiv 2305.14314). The output layer, and a mixing head where there is one, stay as they are.

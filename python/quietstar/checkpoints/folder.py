@@ -60,7 +60,7 @@ def sweep(run: Path) -> None:
 
 
 def empty_folder(path: Path) -> None:
-    """Make a folder anew."""
+    """Make an empty folder, in place of one that is there."""
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True)
 

@@ -1,4 +1,4 @@
-"""A trained model and its tokenizer, by folder or name: what the commands that use one begin with."""
+"""Open a trained model and its tokenizer by folder or name, as the commands do."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def load_checkpoint(
             " one that quietstar train has made, or a checkpoint of the reference code"
         )
     with blaming(f"cannot load the tokenizer of {tokenizer or name} (--tokenizer names another)"):
-        words = AutoTokenizer.from_pretrained(tokenizer or name)
+        own_tokenizer = AutoTokenizer.from_pretrained(tokenizer or name)
     if is_adapter(name):
-        model = merge(load_adapter(name, words))
+        model = merge(load_adapter(name, own_tokenizer))
     elif theirs:
-        add_meta_tokens(words)
-        model = from_reference(name, tokenizer=words)
+        add_meta_tokens(own_tokenizer)
+        model = from_reference(name, tokenizer=own_tokenizer)
     else:
         with blaming(f"cannot load {name}"):
             model = QuietStarForCausalLM.from_pretrained(name)
-    check_tokenizer(words, model.config)
-    return model.to(place).eval(), words
+    check_tokenizer(own_tokenizer, model.config)
+    return model.to(place).eval(), own_tokenizer
 
 
 def folder_of_run(name: str) -> str:
@@ -89,7 +89,7 @@ def _read_config(name: str) -> dict[str, Any]:
         if is_folder(Path(name)):
             raise UserError(f"model {name} has no readable config.json: {reason(error)}") from error
         raise UserError(
-            f"model {name} is neither a folder nor a name on the Hugging Face Hub that can be had:"
+            f"model {name} is neither a folder nor a name on the Hugging Face Hub that can be read:"
             f" {reason(error)}"
         ) from error
     if not isinstance(settings, dict) or not settings:

@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all.
+"""Checkpoints that exist as a whole or not at all.
 
 A checkpoint is written to ``incomplete-checkpoint-N``, flushed to the disk and renamed; the rename is
 the moment at which it exists. Old ones are renamed before they are deleted. So a folder called
@@ -110,8 +110,8 @@ class CheckpointWriter:
         if self._failed >= SAVE_ATTEMPTS:
             raise UserError(
                 f"checkpoints cannot be written to {final.parent}: {SAVE_ATTEMPTS} attempts failed, the"
-                f" last with: {why}; make room and give the same command again, it continues from the"
-                " last complete checkpoint"
+                f" last with: {why}; free some space and run the same command again; it continues from"
+                " the last complete checkpoint"
             )
         self._retry_at = step + 2 ** (self._failed - 1)
         logger.warning(
@@ -167,6 +167,6 @@ def checkpoint_to_resume(asked: Any, run: str | None) -> Any:
         return get_last_checkpoint(run) or True
     if asked and not Path(asked).is_dir():
         raise UserError(
-            f"resume_from_checkpoint is {str(asked)!r}, which is no folder; expected a checkpoint"
+            f"resume_from_checkpoint is {str(asked)!r}, which is not a folder; expected a checkpoint"
         )
     return asked

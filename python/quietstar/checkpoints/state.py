@@ -212,7 +212,7 @@ def load_scaler(folder: Path, scaler: Any) -> None:
 
 
 def save_data_position(folder: Path, data: Any, rows: int, workers: int) -> None:
-    """Where a streamed data set is behind so many ``rows``, if it can tell; nothing of another one.
+    """Write where a streamed data set is after ``rows`` rows, if it can tell; nothing for others.
 
     With ``workers``, which have streams of their own, a resumed run skips what was trained on.
     """
@@ -232,17 +232,17 @@ def seek_data(checkpoint: Any, data: Any, workers: int) -> bool:
 
 
 def read_plain(path: Path) -> Any:
-    """Plain data of a checkpoint."""
+    """Read plain data of a checkpoint."""
     return json.loads(path.read_text())
 
 
 def write_plain(path: Path, value: Any) -> None:
-    """Plain data of a checkpoint, which is flushed to the disk as a whole."""
+    """Write plain data of a checkpoint, which is flushed to the disk as a whole."""
     path.write_text(json.dumps(value))
 
 
 def write_tensors(tensors: dict[str, Tensor], meta: Any, path: Path) -> None:
-    """Tensors and plain data in one safetensors file."""
+    """Write tensors and plain data into one safetensors file."""
     save_file(tensors, path, metadata={_META: json.dumps(meta)})
 
 

@@ -6,7 +6,6 @@ shards, with torch's weights-only loader.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from quietstar.config import END_TOKEN, START_TOKEN, QuietStarConfig, check_fields
+from quietstar.errors import reason
+from quietstar.files import read_json
 from quietstar.modeling.model import QuietStarForCausalLM
 from quietstar.thinking.text_part import text_config_of
 
@@ -161,7 +162,9 @@ def from_reference(
     """
     check_fields(fields)
     folder = _local_folder(str(name), revision)
-    settings = _read_json(folder / "config.json")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder / 'config.json'} does not exist; expected a folder with a checkpoint")
+    settings = read_json(folder / "config.json")
     if settings.get("model_type") == QuietStarConfig.model_type:
         raise ValueError(f"{name} is a checkpoint of this package; expected one of the reference code")
     for flag, known in HEAD_FLAGS.items():
@@ -233,7 +236,7 @@ def _fill_thought_embeddings(
     fields: Mapping[str, Any],
 ) -> None:
     """Begin where the reference's training begins if the trained embeddings are not there."""
-    words = state["model.embed_tokens.weight"]
+    table = state["model.embed_tokens.weight"]
     scale = float(fields.get("embedding_scale", 100.0))
     for place, key in enumerate(_THOUGHT_EMBEDDINGS):
         # Before its first step the reference holds zeros.
@@ -243,7 +246,7 @@ def _fill_thought_embeddings(
             source, index = "of '---'", tokenizer("---", add_special_tokens=False)["input_ids"][0]
         else:
             source = "of its token in the vocabulary"
-            index = fields.get(key.replace("embedding", "token_id"), len(words) - 2 + place)
+            index = fields.get(key.replace("embedding", "token_id"), len(table) - 2 + place)
         logger.warning(
             "%s has no trained %s; it begins as the embedding %s, and thoughts will be worth less than"
             " those of a trained model",
@@ -251,7 +254,7 @@ def _fill_thought_embeddings(
             key,
             source,
         )
-        state[key] = words[index] / scale
+        state[key] = table[index] / scale
 
 
 # ---- files --------------------------------------------------------------------------------------
@@ -272,21 +275,10 @@ def _local_folder(name: str, revision: str | None) -> Path:
         if not any(folder.glob("*.safetensors")):
             snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*.bin"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{name} is neither a folder nor a repository to be had: {reason}") from error
+        raise ValueError(
+            f"{name} is neither a folder nor a repository that can be read: {reason(error)}"
+        ) from error
     return folder
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; expected a folder with a checkpoint") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: expected a JSON object")
-    return content
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -294,7 +286,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     for stem in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{stem}.index.json"
         if index.is_file():
-            files = sorted(set(_read_json(index).get("weight_map", {}).values()))
+            files = sorted(set(read_json(index).get("weight_map", {}).values()))
         elif (folder / stem).is_file():
             files = [stem]
         else:
@@ -322,8 +314,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path} cannot be read as tensors alone: {reason}") from error
+        raise ValueError(f"{path} cannot be read as tensors alone: {reason(error)}") from error
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise ValueError(f"{path} holds something else than named tensors")
+        raise ValueError(f"{path} holds something other than named tensors")
     return found

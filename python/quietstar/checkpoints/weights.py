@@ -69,12 +69,12 @@ def load_full_weights(folder: Path, model: nn.Module) -> None:
                 if isinstance(target, nn.Parameter):
                     missing.discard(names[target])
     if missing:
-        raise ValueError(f"{folder} has no weight {min(missing)!r}; it is of another model")
+        raise ValueError(f"{folder} has no weight {min(missing)!r}; it belongs to another model")
 
 
 @contextmanager
 def without_embeddings(model: Any) -> Iterator[None]:
-    """Within, an adapter is saved without the tables of its decoder; loading makes their new rows again.
+    """Within the block an adapter is saved without its decoder's tables, which loading makes again.
 
     peft would save them whole, and look for the number of tokens in the decoder's own configuration as
     if it were one of a model with thoughts.

@@ -1,4 +1,4 @@
-"""The next token, thought about first: the text's cache is kept, the thought's keys are dropped.
+"""Generation that thinks before a token: the text's cache is kept, the thought's keys are dropped.
 
 Each new token costs one ordinary decoding step and, if its row thinks, one step per slot of the thought
 (start, T sampled tokens, end) over the thinking rows alone.
@@ -152,19 +152,19 @@ class ThinkingGenerationMixin(GenerationMixin):
         ``return_dict_in_generate=True``.
 
         Args:
-            thinking: ``"always"``, ``"never"``, ``"every:k"``, ``"entropy:x"``, or a :class:`Thinking`
-                of this call's own.
+            thinking: ``"always"``, ``"never"``, ``"every:k"``, ``"entropy-nats:x"``, or a
+                :class:`Thinking` of this call's own.
             thinking_budget: at most so many thoughts per row. Not with beams, which swap rows.
 
         Raises:
-            ValueError: for a rule that is none, a budget with beam search, or a way of decoding that
+            ValueError: for an unknown rule, a budget with beam search, or a way of decoding that
                 needs predictions at several positions (see :mod:`quietstar.modeling.generation_checks`).
         """
         self.config.check_thoughts()
         if not isinstance(thinking, Thinking):
             thinking = Thinking(thinking, thinking_budget)
         elif thinking_budget is not None:
-            raise ValueError("thinking_budget was given with a Thinking; expected the latter's budget")
+            raise ValueError("`thinking_budget` and a Thinking cannot be combined, as it has its own")
         if thinking.taken:
             raise ValueError("thinking was used by another call; expected a new Thinking for each")
         bound = inspect.signature(GenerationMixin.generate).bind_partial(self, *args, **kwargs).arguments
@@ -177,14 +177,14 @@ class ThinkingGenerationMixin(GenerationMixin):
         try:
             made = super().generate(*args, thinking=thinking, **kwargs)
         except BaseException:
-            thinking.taken = thinking.step > 0  # what was refused has used nothing
+            thinking.taken = thinking.step > 0  # what was rejected has used nothing
             raise
         if isinstance(made, ModelOutput):
             made.thoughts = thinking.thoughts
         return made
 
     def generate_batch(self, *_: Any, **__: Any) -> NoReturn:
-        """Refused: continuous batching keeps the text's keys in pages that thoughts cannot read."""
+        """Not supported: continuous batching keeps the text in pages that thoughts cannot read."""
         raise NotImplementedError(
             "generate_batch (continuous batching) is not supported with thoughts; expected generate,"
             " which takes a batch of prompts that are padded at the left"
@@ -205,7 +205,7 @@ class ThinkingGenerationMixin(GenerationMixin):
         if thinking is not None:
             beams = config.num_beams or 1
             if thinking.budget is not None and beams > 1:
-                raise ValueError(f"thinking_budget was given with num_beams={beams}; expected one beam")
+                raise ValueError(f"`thinking_budget` and num_beams={beams} cannot be combined")
             thinking.prefill_chunk_size = config.prefill_chunk_size
             config.prefill_chunk_size = None
         return config, model_kwargs

@@ -1,13 +1,14 @@
-"""How transformers' generate may be used with thoughts; what cannot work is refused in one sentence.
+"""How transformers' generate may be used with thoughts; what cannot work is an error of one sentence.
 
 Each call of the model answers for one new token, since a thought hangs from the end of the text. Ways of
-decoding that check several tokens at once, and caches that do not grow with the text, are refused.
+decoding that check several tokens at once, and caches that do not grow with the text, are rejected.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,11 +33,10 @@ _OTHER_LOOPS = {
     "token_healing": (None, False),
     "compile_config": (None,),
 }
-_NOT_GIVEN = ("output_attentions", "output_hidden_states")
 
 
 def check_loop(arguments: dict[str, Any]) -> None:
-    """Refuse decoding loops that are handed to ``generate``.
+    """Reject decoding loops that are handed to ``generate``.
 
     Raises:
         ValueError: names the argument.
@@ -52,25 +52,20 @@ def check_loop(arguments: dict[str, Any]) -> None:
 
 
 def check_generation_config(config: GenerationConfig) -> None:
-    """Refuse settings of a generation, wherever they were made.
+    """Reject settings of a generation that cannot work, wherever they were made.
 
     Raises:
         ValueError: names the field, its value and what was expected.
     """
-    for name, off in _SEVERAL_POSITIONS.items():
-        value = getattr(config, name, None)
-        if value not in off:
-            raise ValueError(
-                f"{name} is {value!r}; a model that thinks predicts one token at a time, so expected"
-                f" {off[-1]!r}"
-            )
-    for name, off in _OTHER_LOOPS.items():
-        value = getattr(config, name, None)
-        if value not in off:
-            raise ValueError(f"{name} is {value!r}, which thoughts do not support; expected {off[-1]!r}")
-    for name in _NOT_GIVEN:
-        if getattr(config, name, None):
-            raise ValueError(f"{name} is True; {WITHOUT_LAYERS}")
+    for fields, why in (
+        (_SEVERAL_POSITIONS, "; a model that thinks predicts one token at a time, so expected"),
+        (_OTHER_LOOPS, ", which thoughts do not support; expected"),
+    ):
+        for name, off in fields.items():
+            value = getattr(config, name, None)
+            if value not in off:
+                raise ValueError(f"{name} is {value!r}{why} {off[-1]!r}")
+    _check_layers(lambda name: getattr(config, name, None))
     if config.cache_implementation not in (None, "dynamic", "dynamic_full"):
         raise ValueError(
             f"cache_implementation is {config.cache_implementation!r}; expected None or 'dynamic' (a"
@@ -79,31 +74,32 @@ def check_generation_config(config: GenerationConfig) -> None:
     beams = config.num_beams or 1
     if beams > 1 and config.guidance_scale not in (None, 1, 1.0):
         raise ValueError(
-            f"guidance_scale was given with num_beams={beams}; expected one beam, since the passes"
-            " without the prompt do not follow beams"
+            f"`guidance_scale` and num_beams={beams} cannot be combined; expected one beam, since the"
+            " passes without the prompt do not follow beams"
         )
     chunk = config.prefill_chunk_size
     if chunk is not None and chunk < 1:
         raise ValueError(f"prefill_chunk_size is {chunk}; expected a whole number >= 1")
 
 
-WITHOUT_LAYERS = (
-    "a Quiet-STaR model returns no layers of its decoder, expected False (model.base returns them for a"
-    " text without thoughts)"
-)
-
-
 def check_outputs(ignored: dict[str, Any]) -> None:
-    """Refuse keyword arguments of a forward that ask for what it does not return.
+    """Reject keyword arguments of a forward that ask for what it does not return.
 
     Raises:
         ValueError: names the argument.
     """
-    for name in _NOT_GIVEN:
-        if ignored.get(name):
-            raise ValueError(f"{name} is True; {WITHOUT_LAYERS}")
+    _check_layers(ignored.get)
     if ignored.get("return_dict") is False:
         raise ValueError("return_dict is False; expected True, a Quiet-STaR model returns no tuples")
+
+
+def _check_layers(asked: Callable[[str], Any]) -> None:
+    for name in ("output_attentions", "output_hidden_states"):
+        if asked(name):
+            raise ValueError(
+                f"{name} is True; a Quiet-STaR model returns no layers of its decoder, expected False"
+                " (model.base returns them for a text without thoughts)"
+            )
 
 
 def inherited_settings(config: GenerationConfig) -> GenerationConfig:
@@ -125,15 +121,15 @@ def inherited_settings(config: GenerationConfig) -> GenerationConfig:
 
 
 def check_kept(logits_to_keep: Any, max_kept: int, why: str = "") -> None:
-    """Refuse another number of predictions than 0 (all) to ``most``.
+    """Reject numbers of predictions other than 0 (all) to ``max_kept``.
 
     Raises:
         ValueError: names the argument; ``why`` ends the sentence.
     """
     if not isinstance(logits_to_keep, int):
         raise ValueError(
-            f"logits_to_keep is a {type(logits_to_keep).__name__}; expected a whole number, the last so"
-            " many positions"
+            f"logits_to_keep is a {type(logits_to_keep).__name__}; expected a whole number, which counts"
+            " positions from the end"
         )
     if not 0 <= logits_to_keep <= max_kept:
         raise ValueError(f"logits_to_keep is {logits_to_keep}; expected 0 to {max_kept}{why}")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quietstar.think_rules import parse_rule
+
 RULES = ("always", "never", "every", "entropy")
 
 
@@ -33,8 +35,9 @@ class Thinking:
     state would not be the caller's.
 
     Args:
-        rule: ``"always"``, ``"never"``, ``"every:k"`` (at every k-th new token) or ``"entropy:x"``
-            (where the base prediction's entropy exceeds x nats; each row decides for itself).
+        rule: ``"always"``, ``"never"``, ``"every:k"`` (at every k-th new token) or ``"entropy-nats:x"``
+            (where the base prediction's entropy exceeds x nats; each row decides for itself), in the
+            grammar of :mod:`quietstar.think_rules`.
         budget: at most so many thoughts per row; None: no limit.
 
     Attributes:
@@ -45,6 +48,7 @@ class Thinking:
 
     def __init__(self, rule: str = "always", budget: int | None = None) -> None:
         self.rule, self.budget = rule, budget
+        self._name, self._number = parse_rule("thinking", rule)
         self.step = 0
         self.spent: Tensor | None = None
         self.chosen: Tensor | None = None
@@ -53,23 +57,9 @@ class Thinking:
         self.prefill_chunk_size: int | None = None
         # A call has taken it; another would mix its thoughts into that one's.
         self.taken = False
-        name, _, number = str(self.rule).partition(":")
-        try:
-            self._value = float(number) if number else 0.0
-        except ValueError:
-            self._value = -1.0
-        plain = self.rule in ("always", "never")
-        every = name == "every" and self._value >= 1 and self._value == int(self._value)
-        entropy = name == "entropy" and bool(number) and self._value >= 0
-        if not (plain or every or entropy):
-            raise ValueError(
-                f"thinking is {self.rule!r}; expected 'always', 'never', 'every:k' with a whole number"
-                " k >= 1 or 'entropy:x' with x >= 0 nats"
-            )
         whole = isinstance(self.budget, int) and not isinstance(self.budget, bool)
         if self.budget is not None and not (whole and self.budget >= 0):
             raise ValueError(f"thinking_budget is {self.budget!r}; expected a whole number >= 0")
-        self._name = name
 
     def decide(self, logits: Tensor) -> Tensor:
         """Which rows think now, [rows] bool, from the base prediction's logits [rows, V]."""
@@ -78,9 +68,9 @@ class Thinking:
             self.spent = torch.zeros(rows, dtype=torch.int64, device=logits.device)
         if self._name == "entropy":
             # entr(0) is 0, which the banned meta tokens need.
-            chosen = torch.special.entr(logits.float().softmax(-1)).sum(-1) > self._value
+            chosen = torch.special.entr(logits.float().softmax(-1)).sum(-1) > self._number
         else:
-            now = self._name == "always" or (self._name == "every" and self.step % int(self._value) == 0)
+            now = self._name in ("always", "every") and self.step % int(self._number) == 0
             chosen = torch.full((rows,), now, device=logits.device)
         if self.budget is not None:
             chosen &= self.spent < self.budget
@@ -91,7 +81,7 @@ class Thinking:
 
 
 class FollowingThinking(Thinking):
-    """Thinks where another does: for passes beside a generation's own, which count for nothing."""
+    """Thinks where another one does: for guidance, whose extra passes keep no thoughts."""
 
     def __init__(self, leader: Thinking) -> None:
         super().__init__()

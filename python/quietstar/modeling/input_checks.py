@@ -1,4 +1,4 @@
-"""What is refused before a pass, in one sentence that names the argument."""
+"""Checks of a call's arguments before anything is computed; each error names the argument."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def check_ignored(ignored: dict[str, Any]) -> None:
             " (so prompt tuning, which puts its own embeddings before them, cannot be used)"
         )
     if unknown:
-        raise TypeError(f"forward() got an argument it does not know: {unknown[0]!r}")
+        raise TypeError(f"forward() got an unexpected argument {unknown[0]!r}")
 
 
 def check_meta_tokens(config: QuietStarConfig, vocabulary: int) -> None:
@@ -84,7 +84,7 @@ def check_baseline(
         return
     if not wanted:
         raise ValueError(
-            f"baseline_losses was given with reward {config.reward!r} and thought_kind"
+            f"baseline_losses cannot be combined with reward {config.reward!r} and thought_kind"
             f" {config.thought_kind!r}; expected 'information-gain' and 'sampled'"
         )
     shape = [input_ids.shape[0], input_ids.shape[1] - 1]
@@ -96,7 +96,7 @@ def check_baseline(
 
 
 def check_tokens(input_ids: Tensor, embedding: nn.Module) -> None:
-    """Refuse tokens that a decoder has no embedding for, where looking does not wait for a device."""
+    """Reject tokens that a decoder has no embedding for, where looking does not wait for a device."""
     weight = getattr(embedding, "weight", None)
     # A shard, or weights that accelerate moves, lie elsewhere than where they are used.
     plain = type(weight) in (nn.Parameter, Tensor) and not hasattr(embedding, "_hf_hook")

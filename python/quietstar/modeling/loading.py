@@ -1,4 +1,4 @@
-"""Loading weights: a model that is there whole, or a sentence.
+"""Loading weights: a complete model, or an error of one sentence.
 
 transformers gives random values to what a folder lacks, or what has another size there, and says so in a
 table among other lines. For a model that is to think, or to be trained on, that is a model in ruins.
@@ -61,7 +61,7 @@ def _check_whole(name: str | Path, model: PreTrainedModel, info: Mapping[str, An
 
 
 def check_folder(name: str | Path | None) -> None:
-    """Refuse a folder that holds an adapter and no model.
+    """Reject a folder that holds an adapter and no model.
 
     Raises:
         UserError: says how it is opened.

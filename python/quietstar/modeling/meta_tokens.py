@@ -14,8 +14,7 @@ def add_meta_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     """Add ``<|startthought|>`` and ``<|endthought|>`` to a tokenizer that lacks them."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(
-            f"tokenizer is {tokenizer!r}; expected a tokenizer, such as AutoTokenizer.from_pretrained"
-            " gives"
+            f"tokenizer is {tokenizer!r}; expected a tokenizer, e.g. from AutoTokenizer.from_pretrained"
         )
     missing = [t for t in (START_TOKEN, END_TOKEN) if t not in tokenizer.get_vocab()]
     if missing:
@@ -32,7 +31,7 @@ def meta_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     ids = {}
     for token, name in ((START_TOKEN, "start_token_id"), (END_TOKEN, "end_token_id")):
         if token not in vocabulary:
-            raise ValueError(f"the tokenizer has no {token} token; use quietstar.add_meta_tokens on it")
+            raise ValueError(f"the tokenizer has no {token} token; call quietstar.add_meta_tokens first")
         ids[name] = vocabulary[token]
     return ids
 

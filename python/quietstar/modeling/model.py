@@ -45,7 +45,7 @@ from quietstar.thinking.layers import MixingHead, ThoughtEmbedding
 from quietstar.thinking.noise import settle_noise
 from quietstar.thinking.self_check import check_decoder
 from quietstar.thinking.supported import check_reopens, check_supported
-from quietstar.thinking.text_batch import TextBatch, check_labels, target_labels
+from quietstar.thinking.text_batch import TextBatch, check_labels, num_rationales, target_labels
 from quietstar.thinking.text_part import text_body, text_config_of
 
 
@@ -120,7 +120,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
 
         Raises:
             ValueError: for a model family that cannot think or could not be opened again after saving,
-                meta tokens that are nowhere to be had, or a folder that lacks weights.
+                meta tokens that are not given, or a folder that lacks weights.
             TypeError: if base is no model of transformers.
         """
         check_fields(fields)
@@ -210,7 +210,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
         return text_body(self.base)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        """Refused: the decoder's attention function is what lets it think."""
+        """Not supported: the decoder's attention function is what lets it think."""
         raise ValueError(
             f"attn_implementation is {attn_implementation!r}; a Quiet-STaR model keeps its own attention"
             " function (load it with attn_implementation 'sdpa' or 'eager' to choose its text's)"
@@ -321,7 +321,6 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
         temperature = thought_temperature
         if temperature is None:
             temperature = config.thought_temperature if self.training else 0.0
-        rationales = config.num_rationales if labels is not None and self.training else 1
         batch = TextBatch(
             config,
             input_ids,
@@ -330,7 +329,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
             labels,
             baseline_losses,
             anchors,
-            rationales=1 if config.thought_kind == "pause" else rationales,
+            rationales=num_rationales(config, labels is not None and self.training),
             temperature=temperature,
             shard=batch_part,
         )
@@ -347,25 +346,22 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
             return plain_forward(td, batch, logits_to_keep)
         if batch.labels is None:
             if thought_ids is not None and logits_to_keep:
-                raise ValueError("logits_to_keep was given with thought_ids; expected one of them")
+                raise ValueError("`logits_to_keep` and `thought_ids` cannot be combined")
             return prediction_forward(td, batch, thought_ids, logits_to_keep)
         if thought_ids is None:
             return training_forward(td, batch)
         return training_forward(td, *given_thoughts(td, batch, thought_ids))
 
     def _check_once(self, device: torch.device) -> None:
-        """What is compared before the first pass, and before the first with thoughts."""
-        wanted = {"logits"}
-        if self.config.thinks and self.config.self_check:
-            wanted.add("thoughts")
-        if not wanted <= self._checked:
-            missing = wanted - self._checked
+        """Run the checks that are due before the first pass, and before the first with thoughts."""
+        wanted = {"logits"} | ({"thoughts"} if self.config.thinks and self.config.self_check else set())
+        if missing := wanted - self._checked:
             check_decoder(self.base, device, logits="logits" in missing, thoughts="thoughts" in missing)
-            self._checked |= wanted
+            self._checked |= missing
 
 
 def _freeze_other_parts(base: PreTrainedModel) -> None:
-    """Of a model for several modalities no text reaches the others' parts: nothing there could learn."""
+    """Freeze the parts of a model for several modalities that no text reaches: they could not learn."""
     text = [text_body(base), base.get_input_embeddings(), base.get_output_embeddings()]
     reached = {id(p) for module in text for p in module.parameters()}
     for parameter in base.parameters():
@@ -374,7 +370,7 @@ def _freeze_other_parts(base: PreTrainedModel) -> None:
 
 
 def _check_base(base: Any) -> None:
-    """Refuse what is no decoder of transformers without thoughts."""
+    """Reject what is not a plain decoder of transformers."""
     if isinstance(base, QuietStarForCausalLM):
         raise ValueError("base has thoughts already; expected a decoder without (its own is model.base)")
     if isinstance(base, PreTrainedModel):
@@ -389,7 +385,7 @@ def _check_base(base: Any) -> None:
 
 
 def _input_device(base: PreTrainedModel) -> torch.device:
-    """Where a decoder takes its tokens; weights that accelerate has put away lie nowhere."""
+    """The device on which a decoder takes its tokens, also where accelerate has put its weights away."""
     hook = getattr(base.get_input_embeddings(), "_hf_hook", None)
     place = getattr(hook, "execution_device", None)
     return base.device if place is None else torch.device(place)

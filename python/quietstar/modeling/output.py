@@ -29,7 +29,7 @@ class QuietStarOutput(ModelOutput):
         policy_loss: mean over thought tokens of -(advantage · log-probability), unweighted.
         mixing_weight: [K, B, R, A].
         anchors: [B, A], the positions that thought; has_target: [K, B, A] bool; rewarded: [B, A] bool,
-            whether the thoughts there count (:func:`quietstar.thinking.text_batch.which_count`).
+            whether the thoughts there count (:class:`quietstar.thinking.text_batch.TextBatch`).
         thought_ids: [B, R, A, T]; thought_logprobs: [B, R, A, T] if sampled in this call.
         logits: [B, kept, V], mixed; only without labels.
         past_key_values, cache: the text's cache under both of its names, if one is kept.

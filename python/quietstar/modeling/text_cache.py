@@ -40,8 +40,7 @@ def one_cache(past_key_values: Any, cache: Any) -> tuple[str, Any]:
     """
     if past_key_values is not None and cache is not None:
         raise ValueError(
-            "past_key_values and cache were both given; they are two names of one argument, expected"
-            " one of them"
+            "`past_key_values` and `cache` cannot be combined: they are two names of one argument"
         )
     if cache is not None:
         return _NEW, cache
@@ -57,7 +56,7 @@ def with_installed_name(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_grows(name: str, cache: Any) -> None:
-    """Refuse caches that thoughts cannot read.
+    """Reject caches that thoughts cannot read.
 
     Raises:
         ValueError: names the class that came.
@@ -76,7 +75,7 @@ def check_grows(name: str, cache: Any) -> None:
 
 
 def check_prompt_is_longer(cache: Any, prompt: Any) -> None:
-    """Refuse a cache that leaves nothing of a prompt to read: generate would read all of it again.
+    """Reject a cache that leaves nothing of a prompt to read: generate would read all of it again.
 
     Raises:
         ValueError: says how many tokens either has.
@@ -91,11 +90,11 @@ def check_prompt_is_longer(cache: Any, prompt: Any) -> None:
 
 
 def check_alone(name: str, **others: Any) -> None:
-    """Refuse arguments that mean nothing together with the cache argument ``name``.
+    """Reject arguments that mean nothing together with the argument ``name``.
 
     Raises:
         ValueError: names both.
     """
     for other, value in others.items():
         if value is not None:
-            raise ValueError(f"{other} were given with {name}; expected one of them")
+            raise ValueError(f"`{other}` and `{name}` cannot be combined")

@@ -8,22 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from quietstar.config import QuietStarConfig
-from quietstar.thinking.batch_share import WHOLE_BATCH, BatchShard
-from quietstar.thinking.layout import TextRanges, text_positions
+from quietstar.thinking.text_batch import TextBatch
 
 if TYPE_CHECKING:
     from quietstar.thinking.output_layer import OutputLayer
 
 
 def choose_anchors(
-    config: QuietStarConfig,
-    ranges: TextRanges,
-    hidden: Tensor | None,
-    output: OutputLayer | None,
-    shard: BatchShard = WHOLE_BATCH,
-) -> Tensor:
-    """The positions that think, [B, A] int64, ascending.
+    batch: TextBatch, hidden: Tensor | None = None, output: OutputLayer | None = None
+) -> TextBatch:
+    """The batch with the positions that ``config.think_at`` chooses, [B, A] int64, ascending; as it is
+    where it has anchors.
 
     What a row's text chooses does not depend on the padding around it. ``stride`` counts within each
     document; ``random`` and ``entropy`` take a share of a row's text tokens, at least one. A row that
@@ -31,26 +26,29 @@ def choose_anchors(
     columns count nowhere.
 
     Args:
-        ranges: what each of the B x N text tokens sees.
+        batch: random positions are drawn for every part of the larger batch, and its shard's are taken.
         hidden: [B, N, d] of the text, and output: both for the rule ``entropy`` alone.
-        shard: the random positions are drawn for every part, and this one's are taken.
     """
-    batch, length = ranges.start.shape
-    rule, number = config.parse_think_at()
+    return batch if batch.anchors is not None else batch.thinking_at(_chosen(batch, hidden, output))
+
+
+def _chosen(batch: TextBatch, hidden: Tensor | None, output: OutputLayer | None) -> Tensor:
+    ranges, (rows, length) = batch.ranges, batch.input_ids.shape
+    rule, number = batch.config.parse_think_at()
     everywhere = torch.arange(length, device=ranges.start.device)
     if rule == "all":
-        return everywhere.expand(batch, -1)
+        return everywhere.expand(rows, -1)
     is_text = ranges.start < ranges.stop
     if rule == "stride":
-        thinks = is_text & (text_positions(ranges.start, ranges.stop) % int(number) == 0)
+        thinks = is_text & (ranges.positions() % int(number) == 0)
         # With one document in a row the padding decides nothing about the shape (graphs are kept by it).
         max_anchors = math.ceil(length / number) if ranges.end is None else int(thinks.sum(1).max())
     else:
         if rule == "random":
-            drawn = shard.uniform(batch, length).to(is_text.device)
+            drawn = batch.shard.uniform(rows, length).to(is_text.device)
             score = drawn.gather(1, (is_text.cumsum(1) - 1).clamp(min=0))
         elif hidden is None or output is None:
-            raise ValueError("think_at='entropy:p' needs the text's hidden states")
+            raise ValueError("think_at 'entropy' needs the text's hidden states")
         else:
             score = base_entropy(hidden, output)
         order = torch.where(is_text, score, -1.0).argsort(dim=1, descending=True, stable=True)

@@ -4,8 +4,8 @@ It is registered with transformers' AttentionInterface. Without a layout it hand
 ordinary attention; with one it splits the rows: text rows are ordinary causal attention, slot rows go
 to :func:`quietstar_ext.thought_attention`, which never sees or builds a mask.
 
-What makes a model silently wrong is refused here: a family that does not hand the layout down, layers
-that are no softmax attention, windows that live in a mask only, masks that a layer makes for itself and
+What would silently be wrong is rejected with an error: families that do not hand the layout down, layers
+that are not softmax attention, windows that live in a mask only, masks that a layer makes for itself and
 options that this function does not know. What only a comparison can show is left to
 :mod:`quietstar.thinking.self_check`.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from quietstar.thinking.layout import HandedKeys, LayerKeys, ThoughtLayout
-from quietstar.thinking.text_part import text_config_of
+from quietstar.thinking.text_part import kind_of, text_config_of
 from quietstar_ext import thought_attention
 
 # Neutral names: transformers dispatches on names that contain "sdpa", "flash", "flex" or "paged".
@@ -78,9 +78,8 @@ def _attention(name: str, fallback: str) -> Callable[..., tuple[Tensor, Tensor |
                 " (disable_dropout: true switches it off)"
             )
         _check_call(module, attention_mask, kwargs)
-        plain_products = name == "thought_eager"
-        out = _with_thoughts(module, query, key, value, scaling, thought_layout, kwargs, plain_products)
-        return out, None
+        call = _Call(module, query, key, value, scaling, kwargs)
+        return _with_thoughts(call, thought_layout, plain_products=name == "thought_eager"), None
 
     return forward
 
@@ -98,7 +97,7 @@ def _fallback_function(module: nn.Module, fallback: str) -> Callable[..., Any]:
 
 
 def _check_call(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
-    """Refuse what a layer asks of its attention and a pass with thoughts would leave out."""
+    """Reject what a layer asks of its attention that a pass with thoughts would ignore."""
     name = type(module).__name__
     # The mask of run_decoder is one element; cut or cast it stays one.
     if mask is not None and (not isinstance(mask, Tensor) or mask.numel() != 1):
@@ -118,48 +117,51 @@ def _check_call(module: nn.Module, mask: Tensor | None, kwargs: dict[str, Any]) 
             )
 
 
-def _with_thoughts(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | None,
-    layout: ThoughtLayout,
-    kwargs: dict[str, Any],
-    plain_products: bool,
-) -> Tensor:
-    """query, key [B, Hq or Hkv, L, D], value [B, Hkv, L, E] -> [B, L, Hq, E], L as the phase says."""
-    layer = _note_layer(module, layout)
-    window = kwargs.get("sliding_window")
-    _check_window(module, layer, window)
-    options: dict[str, Any] = {
-        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
-        "sliding_window": window,
-        "softcap": kwargs.get("softcap"),
-        "sinks": kwargs.get("s_aux"),
-    }
-    n = layout.text_length
+class _Call(NamedTuple):
+    """What a layer calls its attention with: query [B, Hq, L, D], key [B, Hkv, L, D], value
+    [B, Hkv, L, E], L as the layout's phase says."""
+
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float | None
+    others: dict[str, Any]
+
+    def options(self) -> dict[str, Any]:
+        """The options of :func:`thought_attention`."""
+        return {
+            "scale": self.query.shape[-1] ** -0.5 if self.scaling is None else self.scaling,
+            "sliding_window": self.others.get("sliding_window"),
+            "softcap": self.others.get("softcap"),
+            "sinks": self.others.get("s_aux"),
+        }
+
+
+def _with_thoughts(call: _Call, layout: ThoughtLayout, plain_products: bool) -> Tensor:
+    """[B, L, Hq, E]."""
+    layer = _note_layer(call.module, layout)
+    _check_window(call.module, layer, call.others.get("sliding_window"))
     if layout.phase == "slot":
-        return _slot_step(layout, layout.keys[layer], query, key, value, options)
+        return _slot_step(call, layout, layout.keys[layer])
+    n, (query, key, value) = layout.text_length, call[1:4]
     rows = (query[:, :, :n], key[:, :, :n], value[:, :, :n])
-    if plain_products:
-        text = _text_rows_eager(module, layout, *rows, scaling, window, kwargs)
-    else:
-        text = _text_rows(module, layout, *rows, options)
+    of_text = _Call(call.module, *rows, call.scaling, call.others)
+    text = _text_rows_eager(of_text, layout) if plain_products else _text_rows(of_text, layout)
     if layout.phase == "text":
         layout.keys[layer] = layer_keys(key, value)
         return text
     columns = (layout.num_slots, layout.num_columns)
     slots = _attend(
         query[:, :, n:].unflatten(2, columns),
-        key[:, :, :n],
-        value[:, :, :n],
+        of_text.key,
+        of_text.value,
         key[:, :, n:].unflatten(2, columns),
         value[:, :, n:].unflatten(2, columns),
         layout.text_start,
         layout.text_stop,
         every_position=layout.every_position,
-        **options,
+        **call.options(),
     )
     slots = slots[..., : value.shape[-1]]
     return torch.cat([text, slots.flatten(2, 3).transpose(1, 2)], dim=1)
@@ -188,49 +190,29 @@ def _widened(tensor: Tensor, width: int) -> Tensor:
     return F.pad(tensor, (0, missing)) if missing else tensor
 
 
-def _text_rows(
-    module: nn.Module,
-    layout: ThoughtLayout,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    options: dict[str, Any],
-) -> Tensor:
+def _text_rows(call: _Call, layout: ThoughtLayout) -> Tensor:
     """Text rows [B, Hq, N, D] -> [B, N, Hq, E]: the stock causal kernel where it is exact and enough."""
+    options, (query, key, value) = call.options(), call[1:4]
     window = options["sliding_window"]
     special = options["softcap"] is not None or options["sinks"] is not None
     if layout.plain_text and not special and (window is None or window >= layout.text_length):
-        out, _ = _fallback_function(module, "sdpa")(
-            module, query, key, value, None, dropout=0.0, scaling=options["scale"], is_causal=True
+        scale = options["scale"]
+        out, _ = _fallback_function(call.module, "sdpa")(
+            call.module, query, key, value, None, dropout=0.0, scaling=scale, is_causal=True
         )
         return out
     # A text token is a column without slots that ends with itself.
     batch, heads, _, dim = key.shape
     nothing = key.new_empty(batch, heads, 0, layout.text_length, dim)
     out = _attend(
-        query[:, :, None],
-        key,
-        value,
-        nothing,
-        nothing,
-        layout.row_start,
-        layout.row_stop,
-        **options,
+        query[:, :, None], key, value, nothing, nothing, layout.row_start, layout.row_stop, **options
     )
     return out[:, :, 0, :, : value.shape[-1]].transpose(1, 2)
 
 
-def _text_rows_eager(
-    module: nn.Module,
-    layout: ThoughtLayout,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | None,
-    window: int | None,
-    kwargs: dict[str, Any],
-) -> Tensor:
+def _text_rows_eager(call: _Call, layout: ThoughtLayout) -> Tensor:
     """Text rows by the family's own plain products, as it was loaded to; under a mask [B, 1, N, N]."""
+    query, window = call.query, call.others.get("sliding_window")
     position = torch.arange(layout.text_length, device=query.device)
     seen = position >= layout.row_start[:, :, None]
     seen &= position < layout.row_stop[:, :, None]
@@ -238,44 +220,29 @@ def _text_rows_eager(
         seen &= position > position[:, None] - window
     hidden = torch.finfo(query.dtype).min
     mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill(~seen, hidden)
-    out, _ = _fallback_function(module, "eager")(
-        module, query, key, value, mask[:, None], dropout=0.0, scaling=scaling, **kwargs
+    out, _ = _fallback_function(call.module, "eager")(
+        *call[:4], mask[:, None], dropout=0.0, scaling=call.scaling, **call.others
     )
     return out
 
 
-def _slot_step(
-    layout: ThoughtLayout,
-    keys: LayerKeys,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    options: dict[str, Any],
-) -> Tensor:
+def _slot_step(call: _Call, layout: ThoughtLayout, keys: LayerKeys) -> Tensor:
     """One slot of every column: query [B, Hq, M, D] -> [B, M, Hq, E]; keeps the slot's key and value."""
-    batch, heads, columns, _ = key.shape
-    width, wanted = keys.k_text.shape[-1], value.shape[-1]
-    key, value = _widened(key, width), _widened(value, width)
+    batch, heads, columns, _ = call.key.shape
+    width = keys.k_text.shape[-1]
     if keys.k_thought is None or keys.v_thought is None:
         shape = (batch, heads, layout.num_slots, columns, width)
-        keys.k_thought, keys.v_thought = key.new_empty(shape), value.new_empty(shape)
-    keys.k_thought[:, :, layout.slot] = key
-    keys.v_thought[:, :, layout.slot] = value
-    seen = layout.slot + 1
+        keys.k_thought, keys.v_thought = call.key.new_empty(shape), call.value.new_empty(shape)
+    keys.k_thought[:, :, layout.slot] = _widened(call.key, width)
+    keys.v_thought[:, :, layout.slot] = _widened(call.value, width)
     start, stop = layout.text_start, layout.text_stop
     if keys.offset:
         start, stop = (start - keys.offset).clamp(min=0), (stop - keys.offset).clamp(min=0)
-    out = _attend(
-        query[:, :, None],
-        keys.k_text,
-        keys.v_text,
-        keys.k_thought[:, :, :seen],
-        keys.v_thought[:, :, :seen],
-        start,
-        stop,
-        **options,
-    )
-    return out[:, :, 0, :, :wanted].transpose(1, 2)
+    seen = slice(layout.slot + 1)
+    k_thought, v_thought = keys.k_thought[:, :, seen], keys.v_thought[:, :, seen]
+    text = (keys.k_text, keys.v_text)
+    out = _attend(call.query[:, :, None], *text, k_thought, v_thought, start, stop, **call.options())
+    return out[:, :, 0, :, : call.value.shape[-1]].transpose(1, 2)
 
 
 def _note_layer(module: nn.Module, layout: ThoughtLayout | HandedKeys) -> int:
@@ -289,7 +256,7 @@ def _note_layer(module: nn.Module, layout: ThoughtLayout | HandedKeys) -> int:
 
 
 def _check_window(module: nn.Module, layer: int, window: int | None) -> None:
-    """Refuse a window that the configuration announces but the layer does not hand over."""
+    """Reject a window that the configuration announces and the layer does not hand over."""
     config = getattr(module, "config", None)
     types = getattr(config, "layer_types", None)
     if types is not None:
@@ -307,7 +274,7 @@ def _check_window(module: nn.Module, layer: int, window: int | None) -> None:
 def check_layers(layout: ThoughtLayout | HandedKeys, decoder: PreTrainedModel) -> None:
     """After a pass: every layer must have used the layout exactly once, or thoughts were ignored."""
     config = text_config_of(decoder.config)
-    kind, count = f"model type {config.model_type!r}", config.num_hidden_layers
+    kind, count = kind_of(decoder), config.num_hidden_layers
     seen, layout.layers_seen = layout.layers_seen, {}
     missing = sorted(set(range(count)) - set(seen))
     repeated = sorted(layer for layer, times in seen.items() if times > 1)

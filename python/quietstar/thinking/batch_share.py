@@ -1,4 +1,4 @@
-"""One batch over several processes: what a process has to know of the others to do as one alone would.
+"""One batch over several processes: what each must know of the others to compute what one alone would.
 
 The loss is a sum of means: over the tokens that count, over those of each talk step, over the thoughts
 that can be rewarded. A mean over processes of such means is another number where their counts differ,

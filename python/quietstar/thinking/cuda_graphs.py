@@ -76,9 +76,8 @@ def run_slots(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) -
     """:func:`quietstar.thinking.slots.run_slots_singly`, replayed where the mode says so and
     it can be."""
     mode = _mode.get()
-    if mode == "off" or run.last == 0 or torch.compiler.is_compiling():
-        return run_slots_singly(decoder, config, run)
-    if mode == "auto" and run.layout.anchors.device.type != "cuda":
+    off = mode == "off" or (mode == "auto" and run.layout.anchors.device.type != "cuda")
+    if off or run.last == 0 or torch.compiler.is_compiling():
         return run_slots_singly(decoder, config, run)
     with _one_at_a_time:
         return _run_known(decoder, config, run, mode)
@@ -117,7 +116,7 @@ def _run_known(
 
 
 def _key(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) -> Hashable:
-    """Everything that a graph has fixed and that may be another the next time."""
+    """Everything that a graph fixes and that may differ at the next call."""
     layout, shard = run.layout, run.shard
     device = layout.anchors.device
     kind = device.type
@@ -148,7 +147,7 @@ def _capacity(layout: ThoughtLayout) -> int:
 
 
 def _unsupported_reason(decoder: PreTrainedModel) -> str | None:
-    """What about a decoder cannot be captured, as half a sentence; None where nothing is known."""
+    """Why a decoder cannot be captured in a graph, as half a sentence; None where nothing is known."""
     for module in decoder.modules():
         if "FSDP" in type(module).__name__ or "FullyShardedDataParallel" in type(module).__name__:
             return "the weights are sharded, and gathered ones move"
@@ -254,13 +253,8 @@ def _inputs(run: SlotRun) -> list[Tensor]:
 
 def _empty_copy(layout: ThoughtLayout, capacity: int) -> ThoughtLayout:
     """A layout of the same shapes over memory of its own, with room for ``capacity`` text tokens."""
-    own = ThoughtLayout(
-        layout.row_start.clone(),
-        layout.row_stop.clone(),
-        layout.anchors.clone(),
-        layout.num_slots,
-        phase=layout.phase,
-    )
+    ranges = (layout.row_start.clone(), layout.row_stop.clone())
+    own = ThoughtLayout(*ranges, layout.anchors.clone(), layout.num_slots, phase=layout.phase)
     for layer, keys in layout.keys.items():
         batch, heads, _, size = keys.k_text.shape
         # Zeros: what is behind the text is never used, but a masked NaN would still be one.
@@ -271,9 +265,22 @@ def _empty_copy(layout: ThoughtLayout, capacity: int) -> ThoughtLayout:
     return own
 
 
-_suspended: weakref.WeakKeyDictionary[PreTrainedModel, list[Any]] = weakref.WeakKeyDictionary()
-_suspenders: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
+# How many threads are in passes without checkpointing, and the modules to switch it on again.
+_suspended: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, list[Any]]]
+_suspended = weakref.WeakKeyDictionary()
 _counting = threading.Lock()
+
+
+def _checkpointing(decoder: PreTrainedModel, change: int) -> None:
+    """One thread more (1) or fewer (-1) that wants no checkpointing."""
+    with _counting:
+        threads, modules = _suspended.pop(decoder, (0, []))
+        if not threads:
+            modules = [m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)]
+        if threads + change:
+            _suspended[decoder] = (threads + change, modules)
+        for module in modules:
+            module.gradient_checkpointing = not threads + change
 
 
 @contextlib.contextmanager
@@ -285,19 +292,8 @@ def without_checkpointing(decoder: PreTrainedModel) -> Iterator[None]:
     if not decoder.training:
         yield
         return
-    with _counting:
-        if not _suspenders.get(decoder):
-            _suspended[decoder] = [
-                m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)
-            ]
-            for module in _suspended[decoder]:
-                module.gradient_checkpointing = False
-        _suspenders[decoder] = _suspenders.get(decoder, 0) + 1
+    _checkpointing(decoder, 1)
     try:
         yield
     finally:
-        with _counting:
-            _suspenders[decoder] -= 1
-            if not _suspenders[decoder]:
-                for module in _suspended.pop(decoder):
-                    module.gradient_checkpointing = True
+        _checkpointing(decoder, -1)

@@ -1,4 +1,4 @@
-"""A decoder with what makes it think: the noun of the method beside the batch of text."""
+"""A decoder with what makes it think, and the passes that the method is made of."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from transformers import PreTrainedModel
 
 from quietstar.config import QuietStarConfig
 from quietstar.thinking.anchors import choose_anchors
-from quietstar.thinking.fsdp2 import decoder_gathered
-from quietstar.thinking.layout import text_positions
-from quietstar.thinking.next_token import EndOfText, think_at_the_end
+from quietstar.thinking.next_token import think_at_the_end
 from quietstar.thinking.output_layer import OutputLayer, output_layer
 from quietstar.thinking.packed import packed_pass
-from quietstar.thinking.rollout import Thoughts, rollout
+from quietstar.thinking.rollout import sample_thoughts
 from quietstar.thinking.slots import StartEnd, banned_ids, depth_of_end
 from quietstar.thinking.text_batch import TextBatch
 from quietstar.thinking.text_pass import run_decoder_plain, text_pass
@@ -56,36 +54,21 @@ class ThoughtDecoder:
         ranges = batch.ranges
         if ranges.end is not None:
             return text_pass(self.decoder, batch.input_ids, ranges)[0]
-        positions = text_positions(ranges.start, ranges.stop)
-        return run_decoder_plain(self.decoder, batch.input_ids, batch.attention_mask, positions)
+        mask, positions = batch.attention_mask, ranges.positions()
+        return run_decoder_plain(self.decoder, batch.input_ids, mask, positions)
 
     @torch.no_grad()
     def choose_anchors(self, batch: TextBatch) -> TextBatch:
         """The batch with the positions that ``config.think_at`` chooses, where it has none yet."""
-        if batch.anchors is not None:
-            return batch
         hidden = None
-        if self.config.parse_think_at()[0] == "entropy":
+        if batch.anchors is None and self.config.parse_think_at()[0] == "entropy":
             hidden, _ = text_pass(self.decoder, batch.input_ids, batch.ranges)
-        anchors = choose_anchors(self.config, batch.ranges, hidden, self.output, batch.shard)
-        return batch.thinking_at(anchors)
+        return choose_anchors(batch, hidden, self.output)
 
-    def rollout(self, batch: TextBatch, keep_slots: int | None = None) -> Thoughts:
-        """Sample thoughts (:func:`quietstar.thinking.rollout.rollout`)."""
-        with decoder_gathered(self.decoder):
-            return rollout(self, batch, keep_slots)
-
-    def packed(
-        self, batch: TextBatch, thoughts: Thoughts, num_slots: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Text and thoughts in one pass (:func:`quietstar.thinking.packed.packed_pass`)."""
-        return packed_pass(self, batch, thoughts, num_slots)
-
-    def next_token(
-        self, end: EndOfText, temperature: float, seed: int
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Think before a text's next token (:func:`quietstar.thinking.next_token.think_at_the_end`)."""
-        return think_at_the_end(self, end, temperature, seed)
+    # The passes with thoughts, each in a module of its own.
+    rollout = sample_thoughts
+    packed = packed_pass
+    next_token = think_at_the_end
 
     def talk_hidden(self, slots: Tensor, steps: int) -> Tensor:
         """The slots [B, S, M, d] that the first talk steps read, [K, B, M, d]."""

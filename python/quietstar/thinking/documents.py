@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
-from quietstar.thinking.layout import TextRanges, text_positions, text_ranges
+from quietstar.thinking.layout import TextRanges, text_ranges
 
 # Arguments of the model beside document_ids that describe the documents of its rows.
 DESCRIPTIONS = (
@@ -48,30 +48,27 @@ def batch_ranges(batch: Mapping[str, Any]) -> TextRanges:
         said[f"cu_seq_lens_{end}"] = _numbers(batch, end, ids)
     if positions is not None:
         said["position_ids"] = (positions == 0).cumsum(1)
-    ranges, first = None, ""
-    for name, numbers in said.items():
-        if numbers is None:
-            continue
+    given = {name: numbers for name, numbers in said.items() if numbers is not None}
+    first, *others = given or [""]
+    numbers = given.get(first)
+    if numbers is not None and numbers.shape != ids.shape:
+        raise ValueError(
+            f"{first} has shape {list(numbers.shape)}; expected {list(ids.shape)} like input_ids"
+        )
+    ranges = text_ranges(mask, ids, numbers)
+    for name in others:
         # position_ids are compared as such below.
-        if ranges is None:
-            if name != "position_ids" and numbers.shape != ids.shape:
-                raise ValueError(
-                    f"{name} has shape {list(numbers.shape)}; expected {list(ids.shape)} like input_ids"
-                )
-            ranges, first = text_ranges(mask, ids, numbers), name
-        elif name != "position_ids" and not torch.equal(
-            text_ranges(mask, ids, numbers).start, ranges.start
+        if name != "position_ids" and not torch.equal(
+            text_ranges(mask, ids, given[name]).start, ranges.start
         ):
             raise ValueError(
-                f"{name} and {first} put documents at different places; expected one of them, or the"
+                f"{name} and {first} disagree about where documents begin; expected one of them, or the"
                 " same documents"
             )
-    if ranges is None:
-        ranges = text_ranges(mask, ids)
     if positions is not None:
-        expected = text_positions(ranges.start, ranges.stop)
+        expected = ranges.positions()
         wrong = (positions != expected) & (ranges.start < ranges.stop)
-        _refuse_positions(positions, expected, wrong, "" if first == "position_ids" else first)
+        _check_positions(positions, expected, wrong, "" if first == "position_ids" else first)
     return ranges
 
 
@@ -81,7 +78,7 @@ def check_new_positions(
     input_ids: Tensor,
     past_key_values: Cache | None,
 ) -> None:
-    """Position ids of new tokens have to be the ones that follow from the mask, which are used.
+    """Check that the position ids of new tokens are those that follow from the mask, which are used.
 
     Args:
         position_ids: [B, new] or [1, new]; attention_mask: [B, past + new]; input_ids: [B, new].
@@ -98,10 +95,10 @@ def check_new_positions(
         attention_mask = input_ids.new_ones(rows, past + new)
     is_text = attention_mask != 0
     if is_text.shape != (rows, past + new):
-        return  # refused where it is used
+        return  # an error where it is used
     expected = (is_text.long().cumsum(1) - 1)[:, past:]
     wrong = (positions != expected) & is_text[:, past:]
-    _refuse_positions(positions, expected, wrong, "attention_mask")
+    _check_positions(positions, expected, wrong, "attention_mask")
 
 
 def _positions(position_ids: Tensor | None, input_ids: Tensor) -> Tensor | None:
@@ -117,7 +114,7 @@ def _positions(position_ids: Tensor | None, input_ids: Tensor) -> Tensor | None:
     return position_ids
 
 
-def _refuse_positions(positions: Tensor, expected: Tensor, wrong: Tensor, by: str) -> None:
+def _check_positions(positions: Tensor, expected: Tensor, wrong: Tensor, by: str) -> None:
     if bool(wrong.any()):
         row, place = wrong.nonzero()[0].tolist()
         follows = f", as {by} says" if by else ""

@@ -42,7 +42,7 @@ def _groups(unit: Any) -> list[Any]:
 
 @contextmanager
 def _gathered(units: list[Any], leave: Any = None) -> Iterator[None]:
-    """Gather the units' weights, keep them for the block, and leave FSDP2's own book as it was.
+    """Gather the units' weights, keep them for the block, and leave FSDP2's own bookkeeping as it was.
 
     ``leave``: a unit whose weights stay behind the block as well; backward drops them.
     """

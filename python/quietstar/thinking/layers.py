@@ -64,17 +64,9 @@ class MixingHead(nn.Module):
             # An adapter's head is in fp32 on a decoder in bf16.
             base, thought = base.to(dtype), thought.to(dtype)
         if self._is_its_weights():
-            mixed, weight = mixing_head(
-                base,
-                thought,
-                self.fc1.weight,
-                self.fc1.bias,
-                self.fc2.weight,
-                self.fc2.bias,
-                self.fc3.weight,
-                activation,
-                base_index=base_index,
-            )
+            first, second = (self.fc1.weight, self.fc1.bias), (self.fc2.weight, self.fc2.bias)
+            weights = (*first, *second, self.fc3.weight)
+            mixed, weight = mixing_head(base, thought, *weights, activation, base_index=base_index)
         else:
             mixed, weight = self._called(base, thought, activation, base_index)
         if floor:

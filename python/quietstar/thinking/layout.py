@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,6 +90,12 @@ class ThoughtLayout:
         self.keys: dict[int, LayerKeys] = {}
         self.layers_seen: dict[int, int] = {}
 
+    @classmethod
+    def over(cls, ranges: TextRanges, anchors: Tensor, num_slots: int, **options: Any) -> ThoughtLayout:
+        """The layout of a batch whose text tokens see ``ranges``."""
+        start, stop, plain, _ = ranges
+        return cls(start, stop, anchors, num_slots, plain_text=plain, **options)
+
     @property
     def num_columns(self) -> int:
         """M."""
@@ -113,13 +119,7 @@ def text_positions(row_start: Tensor, row_stop: Tensor) -> Tensor:
     return (row_stop - 1 - row_start).clamp(min=0).long()
 
 
-class _Ranges(NamedTuple):
-    start: Tensor
-    stop: Tensor
-    plain: bool
-
-
-class TextRanges(_Ranges):
+class TextRanges(NamedTuple):
     """Which text each text token sees, and where its document ends.
 
     Attributes:
@@ -130,7 +130,14 @@ class TextRanges(_Ranges):
             several documents, otherwise None.
     """
 
+    start: Tensor
+    stop: Tensor
+    plain: bool
     end: Tensor | None = None
+
+    def positions(self) -> Tensor:
+        """Position ids [B, N] of the text."""
+        return text_positions(self.start, self.stop)
 
     def crosses(self, anchors: Tensor, ahead: Tensor) -> Tensor:
         """Whether positions ``ahead`` [..., B, A] lie behind the documents of ``anchors`` [B, A]."""
@@ -184,9 +191,7 @@ def text_ranges(
     start = torch.where(is_text, first, stop)
     if max_documents <= 1:
         return TextRanges(start, stop, bool(plain))
-    ranges = TextRanges(start, stop, False)
-    ranges.end = _document_ends(is_text, changes, stop)
-    return ranges
+    return TextRanges(start, stop, False, _document_ends(is_text, changes, stop))
 
 
 def _document_ends(is_text: Tensor, changes: Tensor, stop: Tensor) -> Tensor:

@@ -34,20 +34,21 @@ def _gathers_weights(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp.")
 
 
+def _inside_adapters(layer: nn.Module) -> nn.Module:
+    while hasattr(layer, "get_base_layer"):  # peft's layers, one in another
+        layer = layer.get_base_layer()  # type: ignore[operator]
+    return layer
+
+
 def embedding_rows(layer: nn.Module) -> int | None:
     """How many tokens an embedding table has, an adapter's around it or not; None if it is no table."""
-    while hasattr(layer, "get_base_layer"):
-        layer = layer.get_base_layer()  # type: ignore[operator]
-    rows = getattr(layer, "num_embeddings", None)
+    rows = getattr(_inside_adapters(layer), "num_embeddings", None)
     return None if rows is None else int(rows)
 
 
 def input_dtype(layer: nn.Module) -> torch.dtype | None:
     """The floating dtype that a linear layer takes; None where it takes any (its weight is packed)."""
-    inner = layer
-    while hasattr(inner, "get_base_layer"):  # peft's layers, one in another
-        inner = inner.get_base_layer()  # type: ignore[operator]
-    weight = getattr(inner, "weight", None)
+    weight = getattr(_inside_adapters(layer), "weight", None)
     if isinstance(weight, Tensor) and weight.is_floating_point():
         return weight.dtype
     return None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quietstar.thinking.attention import layer_keys
 from quietstar.thinking.cuda_graphs import run_slots
-from quietstar.thinking.layout import HandedKeys, LayerKeys, ThoughtLayout
+from quietstar.thinking.layout import HandedKeys, ThoughtLayout
 from quietstar.thinking.positions import check_length
 from quietstar.thinking.slots import SlotRun, depth_of_end
 
@@ -52,14 +52,14 @@ def think_at_the_end(
     slots = depth_of_end(config)
     check_length(td.decoder, end.length, slots)
     # The text as one range per row: the layout needs no more of it than the last position.
-    layout = ThoughtLayout(
-        end.first[:, None].to(torch.int32),
-        torch.full_like(end.first[:, None], end.length, dtype=torch.int32),
-        torch.zeros(len(rows), 1, dtype=torch.int64, device=rows.device),
-        slots,
-        phase="slot",
-    )
-    layout.keys = chosen_keys(end.handed, rows, end.length)
+    first = end.first[:, None].to(torch.int32)
+    stop = torch.full_like(first, end.length)
+    layout = ThoughtLayout(first, stop, torch.zeros_like(rows)[:, None], slots, phase="slot")
+    for index, (keys, values) in end.handed.keys.items():
+        if len(rows) < len(keys):
+            keys, values = keys.index_select(0, rows), values.index_select(0, rows)
+        # A sliding-window cache holds only the tail of the text.
+        layout.keys[index] = layer_keys(keys, values, offset=end.length - keys.shape[2])
     if temperature:
         seed = int(torch.randint(2**62, ()))
     no_text = rows[:, None]  # no talk slot is run, so none is needed
@@ -69,16 +69,3 @@ def think_at_the_end(
         end.hidden, made.hidden[-1][:, 0], config.mixing_activation, floor=config.mixing_floor
     )
     return mixed, weight[:, 0].float(), None if made.ids is None else made.ids[:, 0]
-
-
-def chosen_keys(handed: HandedKeys, rows: Tensor, total: int) -> dict[int, LayerKeys]:
-    """Every layer's keys and values of the chosen rows, without a copy where all rows are chosen.
-
-    A sliding-window cache holds only the tail of the text.
-    """
-    found = {}
-    for index, (keys, values) in handed.keys.items():
-        if len(rows) < keys.shape[0]:
-            keys, values = keys.index_select(0, rows), values.index_select(0, rows)
-        found[index] = layer_keys(keys, values, offset=total - keys.shape[2])
-    return found

@@ -18,14 +18,14 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from quietstar.thinking.fsdp2 import decoder_gathered
 from quietstar.thinking.output_layer import output_layer
-from quietstar.thinking.text_part import text_body
+from quietstar.thinking.text_part import kind_of, text_body
 
 if TYPE_CHECKING:
     from quietstar.modeling.model import QuietStarForCausalLM
@@ -37,34 +37,27 @@ _NEFTUNE = "neftune_noise_alpha"
 _PROBE_TOKENS = 16
 
 
-class NoiseSource:
-    """A probability that a module draws with: an attribute of it, or an entry of a dictionary there."""
+class Probability(NamedTuple):
+    """What a module draws with: an entry of its attributes, or of a dictionary among them."""
 
-    def __init__(self, module: nn.Module, name: str, values: dict[str, Any], key: str):
-        self._values, self._key = values, key
-        value = values[key]
-        self.described = f"{type(module).__name__}.{name} = {value:g}"
-
-    def switch_off(self) -> None:
-        self._values[self._key] = 0.0
+    values: dict[str, Any]
+    key: str
+    described: str
 
 
-def find_probabilities(model: nn.Module) -> Iterator[NoiseSource]:
+def find_probabilities(model: nn.Module) -> Iterator[Probability]:
     """Every dropout probability above 0 in a model and in what was put into it."""
     for module in model.modules():
-        values = vars(module)
+        kind, attributes = type(module).__name__, vars(module)
         # torch's own dropout modules, and those of others that are named like them.
-        found = [name for name in values if "drop" in name]
-        if "p" in values and "drop" in type(module).__name__.lower():
-            found.append("p")
-        for name in found:
-            value = values[name]
-            if _is_positive(value):
-                yield NoiseSource(module, name, values, name)
-            elif isinstance(value, dict):  # peft: a probability for every adapter
-                for key, inner in value.items():
-                    if _is_positive(inner):
-                        yield NoiseSource(module, name, value, key)
+        names = [n for n in attributes if "drop" in n or (n == "p" and "drop" in kind.lower())]
+        for name in names:
+            inner = attributes[name]
+            # peft: a probability for every adapter.
+            values, keys = (inner, list(inner)) if isinstance(inner, dict) else (attributes, [name])
+            for key in keys:
+                if _is_positive(values[key]):
+                    yield Probability(values, key, f"{kind}.{name} = {values[key]:g}")
 
 
 def find_jitter(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -77,7 +70,7 @@ def find_jitter(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def settle_noise(model: QuietStarForCausalLM, input_ids: Tensor) -> None:
-    """Switch a model's noise off before a pass in training mode, or refuse it.
+    """Switch off what a model draws at random in training mode, or reject it with an error.
 
     Args:
         input_ids: [B, N] of the pass; its first tokens are tried once.
@@ -104,7 +97,7 @@ def settle_noise(model: QuietStarForCausalLM, input_ids: Tensor) -> None:
             )
     else:
         for source in found:
-            source.switch_off()
+            source.values[source.key] = 0.0
         for module, _ in jitter:
             module.training = False
         new = [s.described for s in found] + jittered[model._routers_reported :]
@@ -142,7 +135,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def refusal_of_neftune(alpha: float) -> str:
-    """The sentence for noise on the embeddings, which only a user asks for."""
+    """The error message for noise on the embeddings, which only a user asks for."""
     return (
         f"{_NEFTUNE} is {alpha}; expected none with thoughts, because a thought has to be scored by the"
         " network that sampled it"
@@ -151,13 +144,13 @@ def refusal_of_neftune(alpha: float) -> str:
 
 @torch.no_grad()
 def _probe(model: QuietStarForCausalLM, input_ids: Tensor) -> None:
-    """Refuse a decoder that still draws and whose passes differ (code that is not known here)."""
+    """Reject a decoder that still draws and whose passes differ (code that is not known here)."""
     decoder = model.base
     devices = [input_ids.device] if input_ids.device.type == "cuda" else []
     with torch.random.fork_rng(devices), decoder_gathered(decoder):
         passes, states = [], [_states(input_ids.device)]
         for _ in range(2):
-            # As check_head does, the decoder's ordinary pass; then what thoughts do with its result.
+            # As check_logits does, the decoder's ordinary pass; then what thoughts do with its result.
             hidden = text_body(decoder)(input_ids=input_ids, use_cache=False).last_hidden_state[0]
             _, weight = model.mixing_head(hidden, hidden, model.config.mixing_activation)
             logits = output_layer(decoder).logits(hidden)
@@ -167,7 +160,7 @@ def _probe(model: QuietStarForCausalLM, input_ids: Tensor) -> None:
                 return
     if not torch.equal(*passes):
         raise ValueError(
-            f"model type {decoder.config.model_type!r} draws at random in training mode, in a way that"
+            f"{kind_of(decoder)} draws at random in training mode, in a way that"
             " is not known here and that disable_dropout cannot switch off; a thought has to be scored"
             " by the network that sampled it"
         )

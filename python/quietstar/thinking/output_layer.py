@@ -1,4 +1,4 @@
-"""The decoder's output layer, and what is asked of it.
+"""The decoder's output layer: its logits, losses, entropies and samples.
 
 An ordinary layer is its weight, and the fused operators take it. Any other (with an adapter, quantised,
 with a bias or a hook; :mod:`quietstar.thinking.linear_layers`) is called, chunk of rows by chunk of

@@ -27,18 +27,10 @@ def packed_pass(
         batch: with its anchors.
         num_slots: stops the columns early (default: all S slots).
     """
-    row_start, row_stop, plain = batch.ranges
     count = num_slots or td.config.num_slots
     embed, n = td.decoder.get_input_embeddings(), batch.input_ids.shape[1]
     check_length(td.decoder, n, count)
-    layout = ThoughtLayout(
-        row_start,
-        row_stop,
-        batch.columns,
-        count,
-        plain_text=plain,
-        every_position=batch.every_position,
-    )
+    layout = ThoughtLayout.over(batch.ranges, batch.columns, count, every_position=batch.every_position)
     inputs = SlotInputs(td.config, embed, td.start_end_embeddings(), batch.input_ids, batch.columns)
     text = embed(batch.input_ids)
     slots = [inputs.embeds(slot, thoughts.ids).to(text.dtype) for slot in range(count)]

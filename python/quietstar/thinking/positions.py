@@ -16,7 +16,7 @@ _known_limits: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
 
 def check_length(decoder: PreTrainedModel, text: int, slots: int = 0) -> None:
-    """Refuse positions that a decoder's position embedding cannot reach without side effects.
+    """Reject positions that a decoder's position embedding cannot reach without side effects.
 
     Args:
         decoder: a causal language model.
@@ -37,7 +37,7 @@ def check_length(decoder: PreTrainedModel, text: int, slots: int = 0) -> None:
         if slots and longest > limit:
             raise ValueError(
                 f"{need}; with {kind!r} rotary embeddings a slot past {limit} would change the text's"
-                " own predictions, so it is refused"
+                " own predictions"
             )
 
 

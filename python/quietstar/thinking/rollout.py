@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quietstar.thinking.anchors import choose_anchors
 from quietstar.thinking.cuda_graphs import run_slots
+from quietstar.thinking.fsdp2 import decoder_gathered
 from quietstar.thinking.layout import ThoughtLayout
 from quietstar.thinking.positions import check_length
 from quietstar.thinking.slots import SlotRun
@@ -52,25 +53,24 @@ class Thoughts:
 
 
 @torch.no_grad()
-def rollout(td: ThoughtDecoder, batch: TextBatch, keep_slots: int | None = None) -> Thoughts:
+def sample_thoughts(td: ThoughtDecoder, batch: TextBatch, keep_slots: int | None = None) -> Thoughts:
     """One thought per column. The same seed of the batch's shard gives the same thoughts.
 
     Args:
         keep_slots: run so many slots and keep their hidden states; None: sample only.
     """
-    config, (row_start, row_stop, _) = td.config, batch.ranges
+    config = td.config
     slots = keep_slots or config.num_slots
-    start_end, seed = td.start_end_embeddings(), batch.shard.seed()
-    check_length(td.decoder, batch.input_ids.shape[1], slots)
-    text_hidden, keys = text_pass(td.decoder, batch.input_ids, batch.ranges)
-    anchors = batch.anchors
-    if anchors is None:
-        anchors = choose_anchors(config, batch.ranges, text_hidden, td.output, batch.shard)
-        batch = batch.thinking_at(anchors)
-    layout = ThoughtLayout(row_start, row_stop, batch.columns, slots, phase="slot")
-    layout.keys = keys
     last = keep_slots or (config.thought_length if config.thought_kind == "sampled" else 0)
-    run = SlotRun(start_end, batch.input_ids, layout, last, batch.temperature, seed, batch.shard)
-    made = run_slots(td.decoder, config, run)
+    with decoder_gathered(td.decoder):
+        start_end, seed = td.start_end_embeddings(), batch.shard.seed()
+        check_length(td.decoder, batch.input_ids.shape[1], slots)
+        text_hidden, keys = text_pass(td.decoder, batch.input_ids, batch.ranges)
+        batch = choose_anchors(batch, text_hidden, td.output)
+        layout = ThoughtLayout.over(batch.ranges, batch.columns, slots, phase="slot")
+        layout.keys = keys
+        run = SlotRun(start_end, batch.input_ids, layout, last, batch.temperature, seed, batch.shard)
+        made = run_slots(td.decoder, config, run)
     slot_hidden = torch.stack(made.hidden, dim=1) if keep_slots else None
-    return Thoughts(anchors, made.ids, made.logprobs, text_hidden, slot_hidden)
+    assert batch.anchors is not None
+    return Thoughts(batch.anchors, made.ids, made.logprobs, text_hidden, slot_hidden)

@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from quietstar.thinking.linear_layers import embedding_rows
 from quietstar.thinking.noise import evaluation_mode
 from quietstar.thinking.output_layer import output_layer
 from quietstar.thinking.positions import check_length
-from quietstar.thinking.text_part import text_body, text_config_of
+from quietstar.thinking.text_part import kind_of, text_body, text_config_of
 from quietstar.thinking.text_pass import run_decoder
 
 # The text, its two anchors and the slots behind each: enough for a wrong position, mask or embedding.
@@ -60,7 +60,7 @@ def check_decoder(
         _one_at_a_time,
         torch.no_grad(),
         torch.random.fork_rng(devices=devices),
-        evaluation_mode(decoder),
+        evaluation_mode(decoder),  # two passes with dropout would differ
         decoder_gathered(decoder),
         _errors_as_a_sentence(decoder),
     ):
@@ -74,7 +74,7 @@ def check_decoder(
 
 @contextmanager
 def _errors_as_a_sentence(decoder: PreTrainedModel) -> Iterator[None]:
-    """What the decoder itself raises at a pass that it was not made for says what cannot be done."""
+    """Turn what the decoder's own code raises during the checks into an error of one sentence."""
     try:
         yield
     except (torch.OutOfMemoryError, torch.AcceleratorError):
@@ -84,16 +84,14 @@ def _errors_as_a_sentence(decoder: PreTrainedModel) -> Iterator[None]:
         if frame.f_globals.get("__name__", "").startswith(__package__ + "."):
             raise
         reason = (str(error).splitlines() or [""])[0]
-        kind = text_config_of(decoder.config).model_type
         raise ValueError(
-            f"model type {kind!r} cannot run with thoughts: its own code raised {type(error).__name__}"
+            f"{kind_of(decoder)} cannot run with thoughts: its own code raised {type(error).__name__}"
             f" ({reason})"
         ) from error
 
 
-@torch.no_grad()
 def check_logits(decoder: PreTrainedModel, input_ids: Tensor) -> None:
-    """Compare the model's own logits with :func:`output_layer`'s reading of them, once.
+    """Compare the logits of a model in evaluation mode with :func:`output_layer`'s reading of them.
 
     Args:
         input_ids: [1, N], any text.
@@ -101,15 +99,13 @@ def check_logits(decoder: PreTrainedModel, input_ids: Tensor) -> None:
     Raises:
         ValueError: if a family does something to its logits that is not known here.
     """
-    with evaluation_mode(decoder):  # two passes with dropout would differ
-        own = decoder(input_ids=input_ids, use_cache=False).logits
-        body = text_body(decoder)(input_ids=input_ids, use_cache=False).last_hidden_state
+    own = decoder(input_ids=input_ids, use_cache=False).logits
+    body = text_body(decoder)(input_ids=input_ids, use_cache=False).last_hidden_state
     ours = output_layer(decoder).logits(body)
     error = (own.float() - ours.float()).abs().max() / own.float().abs().max().clamp(min=1e-6)
     if not error < 2e-2:
-        kind = text_config_of(decoder.config).model_type
         raise ValueError(
-            f"model type {kind!r} computes its logits in a way that is not supported (relative"
+            f"{kind_of(decoder)} computes its logits in a way that is not supported (relative"
             f" difference {float(error):.2g})"
         )
 
@@ -118,8 +114,7 @@ def _check_columns(decoder: PreTrainedModel, ids: Tensor) -> None:
     """ids [text + slots]: what is said, both in a packed pass and as texts."""
     text, said = ids[None, :_TEXT], ids[_TEXT:]
     anchors = torch.tensor([_ANCHORS], device=ids.device)
-    start, stop, plain = text_ranges(None, text)
-    layout = ThoughtLayout(start, stop, anchors, _SLOTS, plain_text=plain)
+    layout = ThoughtLayout.over(text_ranges(None, text), anchors, _SLOTS)
     slots = said.repeat_interleave(len(_ANCHORS))[None]
     embeds = decoder.get_input_embeddings()(torch.cat([text, slots], dim=1))
 
@@ -135,10 +130,8 @@ def _check_columns(decoder: PreTrainedModel, ids: Tensor) -> None:
     wanted = (own[-1, :_TEXT], torch.cat(behind))
     found = packed(embeds.clone())  # some decoders scale it in place
     rounded = _is_rounded(decoder, own)
-    nudge = (
-        1
-        + torch.tensor([1, -1], device=embeds.device).repeat(embeds.shape[-1])[: embeds.shape[-1]] / 256
-    )
+    nudge = torch.full(embeds.shape[-1:], 1 + 1 / 256, device=embeds.device)
+    nudge[1::2] = 1 - 1 / 256
     nudged = packed(embeds * nudge.to(embeds.dtype)) if rounded else found
     pairs = zip(("the text", "a thought"), found, wanted, nudged, strict=True)
     for what, ours, theirs, moved in pairs:
@@ -147,7 +140,7 @@ def _check_columns(decoder: PreTrainedModel, ids: Tensor) -> None:
             limit = max(_ROUNDED, _OF_A_NUDGE * _difference(moved, ours, rounded))
         if not error < limit:
             raise ValueError(
-                f"model type {text_config_of(decoder.config).model_type!r} computes {what} in a pass"
+                f"{kind_of(decoder)} computes {what} in a pass"
                 " with thoughts differently from the same tokens as one text (relative difference"
                 f" {error:.2g}), so its thoughts would be wrong (self_check=False in the configuration"
                 " skips this check)"
@@ -180,14 +173,10 @@ def _ordinary_tokens(decoder: PreTrainedModel, count: int) -> Tensor:
     rows = embedding_rows(decoder.get_input_embeddings()) or 1
     size = min(getattr(config, "vocab_size", rows), rows)
     special = {i for part in (config, decoder.config) for i in _special_ids(part)}
-    ordinary = list(islice((i for i in _spread(size) if i not in special), count)) or [0]
+    # Ordinary ones first: those with a meaning stand at the ends of most vocabularies.
+    spread = chain(range(size // 3, size), range(size // 3))
+    ordinary = list(islice((i for i in spread if i not in special), count)) or [0]
     return torch.tensor((ordinary * count)[:count])
-
-
-def _spread(size: int) -> Iterator[int]:
-    """Every id, ordinary ones first: those with a meaning stand at the ends of most vocabularies."""
-    yield from range(size // 3, size)
-    yield from range(size // 3)
 
 
 def _special_ids(config: PretrainedConfig) -> Iterator[int]:

@@ -34,10 +34,9 @@ def banned_ids(config: QuietStarConfig, device: torch.device) -> Tensor:
 
 @dataclass
 class SlotInputs:
-    """What every slot of a batch of columns is made of.
+    """What the slots of a batch of columns are made of.
 
     Attributes:
-        config: says what stands where.
         embed: the decoder's input embeddings.
         start_end: start and end embedding [d] at their size in use.
         input_ids: [B, N], for the talk slots.
@@ -57,20 +56,17 @@ class SlotInputs:
             slot: from 0: start, T thought tokens, end, K - 1 talk tokens.
             thought_ids: [B, M, T], or None where pause tokens stand in the thought.
         """
-        start, end = self.start_end
-        batch, columns = self.anchors.shape
-        depth = slot + 1
-        k = depth - depth_of_end(self.config)
-        if depth == 1 or (k < 0 and thought_ids is None):
-            return start.expand(batch, columns, -1)
-        if k < 0:
-            assert thought_ids is not None
-            return self.embed(thought_ids[:, :, depth - 2])
-        if k == 0:
-            return end.expand(batch, columns, -1)
-        # Past the end of the text anything may stand here: those rows carry no loss.
-        ahead = (self.anchors + k).clamp(max=self.input_ids.shape[1] - 1)
-        return self.embed(self.input_ids.gather(1, ahead))
+        start, end = (embedding.expand(*self.anchors.shape, -1) for embedding in self.start_end)
+        behind_end = slot + 1 - depth_of_end(self.config)
+        if behind_end == 0:
+            return end
+        if behind_end > 0:
+            # Past the end of the text anything may stand here: those rows carry no loss.
+            ahead = (self.anchors + behind_end).clamp(max=self.input_ids.shape[1] - 1)
+            return self.embed(self.input_ids.gather(1, ahead))
+        if slot == 0 or thought_ids is None:
+            return start
+        return self.embed(thought_ids[:, :, slot - 1])
 
 
 @dataclass

@@ -5,14 +5,14 @@ from __future__ import annotations
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from quietstar.thinking.linear_layers import embedding_rows
-from quietstar.thinking.text_part import text_body, text_config_of
+from quietstar.thinking.text_part import kind_of, text_body, text_config_of
 
 # Layer types that are ordinary softmax attention over a prefix or a window of it.
 _KNOWN_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def check_supported(model: PreTrainedModel) -> None:
-    """Refuse, with the reason, a decoder that cannot think in this way (what can be known up front).
+    """Reject a decoder that cannot think, with the reason, as far as it can be known up front.
 
     What only a pass can show (a family that drops the layout) is checked by
     :func:`quietstar.thinking.attention.check_layers`.
@@ -22,7 +22,7 @@ def check_supported(model: PreTrainedModel) -> None:
             or a family outside transformers' attention interface.
     """
     config = text_config_of(model.config)
-    kind = f"model type {config.model_type!r}"
+    kind = kind_of(model)
     types = getattr(config, "layer_types", None) or []
     for layer_type in types:
         if layer_type not in _KNOWN_LAYER_TYPES:
@@ -62,17 +62,14 @@ def check_supported(model: PreTrainedModel) -> None:
 
 
 def check_reopens(model: PreTrainedModel) -> None:
-    """Refuse a decoder that a saved Quiet-STaR model could not be opened with.
+    """Reject a decoder that a saved Quiet-STaR model could not be opened with.
 
     Raises:
         ValueError: transformers' Auto classes do not lead from its configuration to its class.
     """
     config = model.config
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and (
-        CONFIG_MAPPING[config.model_type] is type(config)
-        if config.model_type in CONFIG_MAPPING
-        else False
-    )
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.model_type in CONFIG_MAPPING
+    known = known and CONFIG_MAPPING[config.model_type] is type(config)
     if known:
         opened = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         opened = opened if isinstance(opened, tuple | list) else (opened,)

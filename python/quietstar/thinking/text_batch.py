@@ -32,48 +32,9 @@ def check_labels(labels: Tensor, ranges: TextRanges) -> Tensor:
     return labels
 
 
-def talk_targets(labels: Tensor, anchors: Tensor, talk_length: int, ranges: TextRanges) -> Tensor:
-    """The true token that talk step k of an anchor predicts: labels[anchor + 1 + k], [K, B, A].
-
-    A thought that hangs from padding has nothing to say, and none speaks of the next document.
-    """
-    length = labels.shape[1]
-    ahead = anchors[None] + 1 + torch.arange(talk_length, device=labels.device)[:, None, None]
-    picked = labels.expand(talk_length, -1, -1).gather(2, ahead.clamp(max=length - 1))
-    is_text = (ranges.start < ranges.stop).gather(1, anchors)
-    return torch.where((ahead < length) & is_text & ~ranges.crosses(anchors, ahead), picked, IGNORE)
-
-
-def count_targets(labels: Tensor, targets: Tensor) -> Tensor:
-    """How many tokens each mean of the NLL is over, [1 + K]: the base prediction's, each talk step's.
-
-    Args:
-        labels: [B, N]; targets: [K, B, M] of :func:`talk_targets`.
-    """
-    return torch.cat([(labels[:, 1:] != IGNORE).sum()[None], (targets != IGNORE).sum((1, 2))])
-
-
-def which_count(
-    config: QuietStarConfig, anchors: Tensor, has_target: Tensor, ranges: TextRanges
-) -> tuple[Tensor, Tensor]:
-    """The anchors whose thoughts are rewarded, and those that the policy term's mean is over.
-
-    A thought counts if its anchor is text and at least one of the tokens that it is rewarded for is a
-    target in its own document. With ``policy_mean: paper`` it counts if the row goes on for all of its
-    talk steps, and the mean is over every such position of a row, padding included.
-
-    Args:
-        anchors: [B, A]; has_target: [K, B, A] bool of :class:`TextBatch`.
-
-    Returns:
-        rewarded and averaged, [B, A] bool.
-    """
-    rewarded = has_target.any(0)
-    if config.policy_mean == "rewarded":
-        return rewarded, rewarded
-    ahead = anchors + 1 + has_target.shape[0]
-    complete = ahead < ranges.stop.shape[1]
-    return rewarded & complete & ~ranges.crosses(anchors, ahead), complete
+def num_rationales(config: QuietStarConfig, learns: bool) -> int:
+    """R: more than one thought per position only where they are sampled and compared."""
+    return config.num_rationales if learns and config.thought_kind != "pause" else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,9 +96,17 @@ class TextBatch:
 
     @cached_property
     def talk_targets(self) -> Tensor:
-        """[K, B, M], the true tokens of the talk steps (:func:`talk_targets`)."""
+        """[K, B, M], the true token that talk step k of a column predicts: labels[anchor + 1 + k].
+
+        A thought that hangs from padding has nothing to say, and none speaks of the next document.
+        """
         assert self.labels is not None
-        return talk_targets(self.labels, self.columns, self.config.talk_length, self.ranges)
+        columns, length, steps = self.columns, self.labels.shape[1], self.config.talk_length
+        ahead = columns[None] + 1 + torch.arange(steps, device=columns.device)[:, None, None]
+        picked = self.labels.expand(steps, -1, -1).gather(2, ahead.clamp(max=length - 1))
+        is_text = (self.ranges.start < self.ranges.stop).gather(1, columns)
+        counts = (ahead < length) & is_text & ~self.ranges.crosses(columns, ahead)
+        return torch.where(counts, picked, IGNORE)
 
     @cached_property
     def has_target(self) -> Tensor:
@@ -146,26 +115,41 @@ class TextBatch:
 
     @cached_property
     def counts(self) -> Tensor:
-        """How many tokens each mean of the NLL is over, [1 + K], or [1] without thoughts."""
+        """How many tokens each mean of the NLL is over, [1 + K]: the base prediction's, each talk
+        step's; [1] without thoughts."""
+        base = self.is_target.sum()[None]
         if not self.config.thinks:
-            return self.is_target.sum()[None]
-        assert self.labels is not None
-        return count_targets(self.labels, self.talk_targets)
+            return base
+        return torch.cat([base, (self.talk_targets != IGNORE).sum((1, 2))])
 
     @cached_property
-    def _which_count(self) -> tuple[Tensor, Tensor]:
+    def rewarded(self) -> Tensor:
+        """[B, A] bool: whose thoughts are rewarded.
+
+        A thought counts if its anchor is text and at least one of the tokens that it is rewarded for is
+        a target in its own document; with ``policy_mean: paper`` if its document goes on for all of its
+        talk steps, too.
+        """
         assert self.anchors is not None
-        return which_count(self.config, self.anchors, self.has_target, self.ranges)
+        rewarded = self.has_target.any(0)
+        if self.config.policy_mean == "rewarded":
+            return rewarded
+        ahead = self.anchors + 1 + self.config.talk_length
+        return rewarded & self.averaged & ~self.ranges.crosses(self.anchors, ahead)
 
     @property
-    def rewarded(self) -> Tensor:
-        """[B, A] bool: whose thoughts are rewarded (:func:`which_count`)."""
-        return self._which_count[0]
+    def averaged(self) -> Tensor:
+        """[B, A] bool: the anchors that the policy term's mean is over: the rewarded ones, or with
+        ``policy_mean: paper`` all whose row goes on for all talk steps, padding included."""
+        assert self.anchors is not None
+        if self.config.policy_mean == "rewarded":
+            return self.rewarded
+        return self.anchors + 1 + self.config.talk_length < self.input_ids.shape[1]
 
     @property
     def thought_count(self) -> Tensor:
         """How many thoughts the policy term's mean is over, a scalar."""
-        return self._which_count[1].sum() * self.rationales
+        return self.averaged.sum() * self.rationales
 
     @cached_property
     def target_divisors(self) -> Tensor:

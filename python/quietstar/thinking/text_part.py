@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from transformers import (
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
     """The text decoder's configuration: itself, or the part that describes it."""
     found = config.get_text_config(decoder=True)
     return config if type(found) is type(config) else text_config_of(found)
+
+
+def kind_of(decoder: PreTrainedModel) -> str:
+    """How errors name a decoder: its model type."""
+    return f"model type {text_config_of(decoder.config).model_type!r}"
 
 
 def text_body(decoder: PreTrainedModel) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,12 @@ from transformers import TrainingArguments
 
 from quietstar.errors import UserError
 from quietstar.values import typed
+
+_RANGES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "policy_max_grad_norm": (float | None, lambda n: n is None or n > 0, "a number > 0, or null"),
+    "max_skipped_steps": (int, lambda n: n >= 0, "0 or more"),
+    "ema_decay": (float, lambda n: 0 <= n < 1, "a number from 0 to below 1"),
+}
 
 
 @dataclass
@@ -23,8 +30,9 @@ class QuietStarArguments(TrainingArguments):
         policy_max_grad_norm: clip the gradient of the policy term and entropy bonus to this norm, apart
             from the language-model loss, which then has ``max_grad_norm`` to itself. None: one gradient.
             Costs a second backward pass and a second gradient in memory
-        (:mod:`quietstar.training.clipping`). max_skipped_steps: steps with a loss or gradient that is
-            not finite are skipped; more than this many in a row stop the training.
+            (:mod:`quietstar.training.clipping`).
+        max_skipped_steps: steps with a loss or gradient that is not finite are skipped; more than this
+            many in a row stop the training.
         ema_decay: of the copy that the reward ``information-gain`` measures against.
     """
 
@@ -48,19 +56,11 @@ class QuietStarArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if isinstance(self.thought_schedule, str):
             self.thought_schedule = _read_json("thought_schedule", self.thought_schedule)
-        for name, kind in (
-            ("policy_max_grad_norm", float | None),
-            ("max_skipped_steps", int),
-            ("ema_decay", float),
-        ):
-            setattr(self, name, typed(name, getattr(self, name), kind))
-        norm = self.policy_max_grad_norm
-        if norm is not None and not norm > 0:
-            raise UserError(f"policy_max_grad_norm is {norm!r}; expected a number > 0, or null")
-        if self.max_skipped_steps < 0:
-            raise UserError(f"max_skipped_steps is {self.max_skipped_steps!r}; expected 0 or more")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay is {self.ema_decay!r}; expected a number from 0 to below 1")
+        for name, (kind, fits, expected) in _RANGES.items():
+            value = typed(name, getattr(self, name), kind)
+            if not fits(value):
+                raise UserError(f"{name} is {value!r}; expected {expected}")
+            setattr(self, name, value)
         schedule = self.thought_schedule if isinstance(self.thought_schedule, list) else []
         stages = [stage for stage in schedule if isinstance(stage, dict)]
         plain = any(stage.get("thought_kind") == "none" for stage in stages)

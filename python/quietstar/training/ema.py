@@ -113,7 +113,7 @@ class EmaCopy:
         found = load_file(path)
         for name, value in self.values.items():
             if name not in found or found[name].shape != value.shape:
-                raise ValueError(f"{path} has nothing that fits {name!r}; it is of another model")
+                raise ValueError(f"{path} has no tensor that fits {name!r}; it belongs to another model")
             value.copy_(sharded_like(found[name].to(value.dtype), value))
 
 

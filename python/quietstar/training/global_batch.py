@@ -21,79 +21,74 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 
 from quietstar.checkpoints.save import saved_count
 from quietstar.config import QuietStarConfig
 from quietstar.modeling.input_checks import check_text
 from quietstar.thinking.anchors import choose_anchors
-from quietstar.thinking.batch_share import BatchShard, MeanCount
+from quietstar.thinking.batch_share import WHOLE_BATCH, BatchShard, MeanCount
 from quietstar.thinking.documents import batch_ranges
-from quietstar.thinking.layout import TextRanges
-from quietstar.thinking.output_layer import IGNORE
-from quietstar.thinking.text_batch import (
-    count_targets,
-    talk_targets,
-    target_labels,
-    which_count,
-)
+from quietstar.thinking.text_batch import TextBatch, num_rationales, target_labels
 from quietstar.training.options import check_batch
 
 logger = logging.getLogger("quietstar")
 
 
-def ranges_and_labels(config: QuietStarConfig, batch: dict[str, Any]) -> tuple[TextRanges, Tensor]:
-    """What each token of a batch sees, and the labels of those that the model learns to predict.
+def text_batch(
+    config: QuietStarConfig, batch: dict[str, Any], shard: BatchShard = WHOLE_BATCH
+) -> TextBatch:
+    """A batch as the model will see it while it learns.
 
     Args:
         batch: arguments of the model, with ``input_ids`` and ``labels`` [B, N].
     """
     check_batch(batch)
-    check_text(config, batch["input_ids"], batch["labels"], False)
+    ids, thoughts = batch["input_ids"], batch.get("thought_ids")
+    check_text(config, ids, batch["labels"], False)
     ranges = batch_ranges(batch)
-    return ranges, target_labels(batch["labels"], ranges)
+    return TextBatch(
+        config,
+        ids,
+        ranges,
+        labels=target_labels(batch["labels"], ranges),
+        anchors=batch.get("anchors"),
+        rationales=num_rationales(config, True) if thoughts is None else thoughts.shape[1],
+        shard=shard,
+    )
 
 
 def loss_divisors(
-    config: QuietStarConfig, batch: dict[str, Any], part: BatchShard
+    config: QuietStarConfig, batch: dict[str, Any], shard: BatchShard
 ) -> dict[str, Tensor] | None:
     """The counts of one batch that the model will divide by, by name; None if they depend on the pass.
 
     Args:
         batch: arguments of the model.
-        part: which share of the global batch it is; positions that are drawn are drawn with it.
+        shard: which share of the global batch it is; positions that are drawn are drawn with it.
     """
-    ranges, labels = ranges_and_labels(config, batch)
+    text = text_batch(config, batch, shard)
     if not config.thinks:
-        return {"targets": (labels[:, 1:] != IGNORE).sum()[None]}
-    anchors = batch.get("anchors")
-    if anchors is None:
-        if config.parse_think_at()[0] == "entropy":
-            return None
-        anchors = choose_anchors(config, ranges, None, None, part)
-    rationales = 1 if config.thought_kind == "pause" else config.num_rationales
-    if batch.get("thought_ids") is not None:
-        rationales = batch["thought_ids"].shape[1]
-    targets = talk_targets(labels, anchors, config.talk_length, ranges)
-    counts = count_targets(labels, targets)
-    counts[1:] *= rationales
-    _, averaged = which_count(config, anchors, targets != IGNORE, ranges)
-    return {"targets": counts, "thoughts": averaged.sum() * rationales}
+        return {"targets": text.counts}
+    if text.anchors is None and config.parse_think_at()[0] == "entropy":
+        return None
+    text = choose_anchors(text)
+    return {"targets": text.counts, "thoughts": text.thought_count}
 
 
 class GlobalBatch:
     """The micro-batches of a step on all processes, each of which holds its own share of them.
 
     Args:
-        seed: of the training; what is drawn follows from it, the step and the micro-batch.
+        args: of the training; what is drawn follows from their seed, the step and the micro-batch.
 
     Attributes:
         targets: of each micro-batch of the step, over all processes.
     """
 
-    def __init__(self, accelerator: Accelerator, seed: int):
+    def __init__(self, accelerator: Accelerator, args: TrainingArguments):
         self._accelerator = accelerator
-        self._seed = seed
+        self._args = args
         self._mean_counts: dict[str, Tensor] | None = None
         self.targets: list[int] = []
         self.start([], 0)
@@ -109,7 +104,7 @@ class GlobalBatch:
 
     @property
     def has_target(self) -> bool:
-        """Whether there is anything to learn from; as long as nobody counted, yes."""
+        """Whether there is anything to learn from; True as long as nothing was counted."""
         return any(self.targets) or not self.targets
 
     def skip(self) -> None:
@@ -119,8 +114,7 @@ class GlobalBatch:
     def count_targets(self, config: QuietStarConfig) -> tuple[int, int]:
         """Count :attr:`targets`; returns how many rows have none, and how many there are."""
         self.targets = []
-        labels = [ranges_and_labels(config, batch)[1] for batch in self._micro_batches]
-        per_row = [(of_batch[:, 1:] != IGNORE).sum(1) for of_batch in labels]
+        per_row = [text_batch(config, batch).is_target.sum(1) for batch in self._micro_batches]
         if not per_row:
             return 0, 0
         without = torch.stack([(count == 0).sum() for count in per_row]).sum()
@@ -154,7 +148,7 @@ class GlobalBatch:
 
     def _share(self, number: int, mean_count: MeanCount | None = None) -> BatchShard:
         """This process's share of a micro-batch, with the seed of what is drawn in it."""
-        text = f"{self._seed}/{self._step}/{number}"
+        text = f"{self._args.seed}/{self._step}/{number}"
         seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 2
         processes, index = self._accelerator.num_processes, self._accelerator.process_index
         return BatchShard(index, processes, mean_count, seed)

@@ -1,4 +1,4 @@
-"""What a training step says about itself, added up on the device without keeping a graph alive."""
+"""Metrics of a training step, summed on the device without keeping a graph alive."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quietstar.config import QuietStarConfig
-from quietstar.modeling.model import QuietStarOutput
 
 logger = logging.getLogger("quietstar")
 
@@ -21,14 +20,16 @@ logger = logging.getLogger("quietstar")
 HARD_SHARE = 0.1
 
 
-def describe(output: QuietStarOutput) -> dict[str, tuple[Tensor, Tensor]]:
+def describe(output: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Sums and counts of what is worth watching in one batch, as scalars on its device.
 
     The mean mixing weight hides success where few tokens profit from a thought, so it is split into
     hard tokens (highest base loss), easy ones, and the highest weights.
+
+    Args:
+        output: a :class:`~quietstar.modeling.output.QuietStarOutput` with labels.
     """
     base_losses, is_target = output.base_losses, output.is_target
-    assert base_losses is not None and is_target is not None
     one = torch.ones((), device=base_losses.device)
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -38,8 +39,6 @@ def describe(output: QuietStarOutput) -> dict[str, tuple[Tensor, Tensor]]:
     add("base_loss", base_losses.sum(), is_target.sum())
     if output.talk_losses is None:
         return found
-    assert output.has_target is not None and output.rewarded is not None
-    assert output.anchors is not None and output.mixing_weight is not None
     rationales = output.talk_losses.shape[2]
     for k, losses in enumerate(output.talk_losses):
         add(f"talk_loss_{k}", losses.sum(), output.has_target[k].sum() * rationales)
@@ -55,7 +54,6 @@ def describe(output: QuietStarOutput) -> dict[str, tuple[Tensor, Tensor]]:
     for name, where in shares.items():
         add(f"mixing_weight{name}", torch.where(where, weight, 0.0).sum(), where.sum())
 
-    assert output.reward is not None and output.advantage is not None
     rewarded = output.rewarded[:, None]
     total = rewarded.sum() * rationales
     add("reward", (output.reward * rewarded).sum(), total)
@@ -135,7 +133,7 @@ class ThoughtMetrics:
         self._tokens: Tensor | int = 0
         self._last_log = time.perf_counter()
 
-    def add(self, output: QuietStarOutput, training: bool) -> None:
+    def add(self, output: Any, training: bool) -> None:
         """Add what one batch gave."""
         self.averages[training].add(describe(output))
 

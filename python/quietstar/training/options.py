@@ -1,4 +1,4 @@
-"""What QuietStarTrainer refuses before training: a model, an option or a data set that it cannot use.
+"""What QuietStarTrainer rejects before training: models, options and data sets that it cannot use.
 
 Every option of transformers' Trainer either has its effect on training with thoughts or stands in the
 tables here, or is checked once the devices are known (:func:`check_parallelism`,
@@ -31,7 +31,7 @@ _PARAMETERS = {"compute_loss_func": _OWN_LOSS}
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is no Quiet-STaR model (adapters around one are fine).
+    """Reject what is not a Quiet-STaR model (adapters around one are fine).
 
     Raises:
         TypeError: says how to get one.
@@ -48,7 +48,7 @@ def check_model(model: Any) -> None:
 
 
 def check_options(args: TrainingArguments | None, given: Mapping[str, Any]) -> None:
-    """Refuse options without an effect, loggers that are not installed, and data that are none.
+    """Reject options without an effect, loggers that are not installed, and what is not a data set.
 
     Args:
         given: the arguments of Trainer by name.
@@ -83,7 +83,7 @@ def _check_rows(name: str, rows: Any) -> None:
 
 
 def check_batch(batch: Mapping[str, Any]) -> None:
-    """Refuse a batch that nothing can be learnt from, or that says what the reward is measured against.
+    """Reject a batch without tokens or labels, or with losses of its own to measure the reward against.
 
     Raises:
         ValueError: names what is missing, and what there is.
@@ -103,7 +103,7 @@ def check_batch(batch: Mapping[str, Any]) -> None:
 
 
 def check_parallelism(trainer: Trainer) -> None:
-    """Refuse kinds of parallelism that thoughts do not support.
+    """Reject kinds of parallelism that thoughts do not support.
 
     Raises:
         ValueError: names the kind, and what is supported.
@@ -157,7 +157,7 @@ def _check_several_processes(args: TrainingArguments) -> None:
 
 
 def check_gradients(trainer: Trainer, keeps_copy: bool) -> None:
-    """Refuse what handles gradients or weights in a way that training with thoughts cannot follow.
+    """Reject what handles gradients or weights in a way that training with thoughts cannot follow.
 
     Args:
         keeps_copy: whether an averaged copy is needed.

@@ -58,7 +58,7 @@ class QuietStarTrainer(Trainer):
 
     Rows of different lengths are padded unless a ``data_collator`` is given
     (:class:`~quietstar.data.collator.PaddingCollator`). Options that would have no effect on training
-    with thoughts are refused (:mod:`quietstar.training.options`).
+    with thoughts are rejected (:mod:`quietstar.training.options`).
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -94,7 +94,7 @@ class QuietStarTrainer(Trainer):
         max_norm = argument(self.args, "policy_max_grad_norm")
         self.policy_clipper = None if max_norm is None else PolicyClipper(max_norm)
         self.guard = NonFiniteGuard(argument(self.args, "max_skipped_steps"))
-        self.global_batch = GlobalBatch(self.accelerator, self.args.seed)
+        self.global_batch = GlobalBatch(self.accelerator, self.args)
         self.checkpoints = CheckpointWriter(self.accelerator, self.args.should_save)
 
     def _padding_collator(self) -> PaddingCollator:
@@ -230,7 +230,7 @@ class QuietStarTrainer(Trainer):
         return loss
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """What the optimiser moves."""
+        """The parameters that the optimiser updates."""
         return [p for p in self.model_wrapped.parameters() if p.requires_grad]
 
     def add_up_over_processes(self, tensor: Tensor) -> Tensor:
