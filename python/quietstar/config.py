@@ -13,12 +13,8 @@ from typing import Any
 
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
-<<<<<<< HEAD
 from quietstar.errors import UserError, did_you_mean
-=======
-from quietstar.errors import UserError
 from quietstar.think_rules import parse_rule
->>>>>>> r-think
 
 logger = logging.getLogger("quietstar")
 
