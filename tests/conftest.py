@@ -1,7 +1,5 @@
 """Fixtures that several test files share."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys
@@ -84,13 +82,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def drawn_values(request: pytest.FixtureRequest) -> None:
+def drawn_values(request) -> None:
     """Every test draws from a seed of its own."""
     seeds.begin(request.node.nodeid)
 
 
 @pytest.fixture(params=SIMD_LEVELS)
-def simd(request: pytest.FixtureRequest) -> Iterator[str]:
+def simd(request) -> Iterator[str]:
     """Run the test once per instruction set, and skip those that this machine does not have."""
     level: str = request.param
     if level not in quietstar_ext.build_info()["simd_supported"]:
@@ -121,7 +119,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def poisoned_outputs(request: pytest.FixtureRequest) -> Iterator[None]:
+def poisoned_outputs(request) -> Iterator[None]:
     """In the tests of the operators on a GPU, what a kernel does not write is NaN."""
     on_a_gpu = request.node.get_closest_marker("gpu") is not None
     if on_a_gpu and "_cuda" in request.path.stem:
@@ -151,7 +149,7 @@ def cuda_on_cpu() -> Iterator[ModuleType]:
         pytest.param("cuda", marks=pytest.mark.gpu),
     ]
 )
-def kernel_device(request: pytest.FixtureRequest) -> Iterator[str]:
+def kernel_device(request) -> Iterator[str]:
     """The device of a test's tensors, where the CUDA kernels run: a GPU, or the CPU with the CUDA
     sources compiled for it. That they ran there is asserted."""
     if request.param == "cuda":

@@ -1,7 +1,5 @@
 """The GPU's training-step benchmark: its count of operations, and that it runs (tiny, on the CPU)."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """The published algorithm that the benchmarks compare with computes the same loss and gradients."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A long run leaves nothing behind; ``python -m benchmarks.soak`` is the same over 2,000 steps."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -14,7 +12,7 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 
 
 @pytest.mark.slow
-def test_memory_is_flat(tmp_path: Path):
+def test_memory_is_flat(tmp_path):
     # By its path: the repository's root on sys.path would hide the installed package.
     done = subprocess.run(
         [sys.executable, str(SCRIPT), "300"],

@@ -1,7 +1,5 @@
 """Adapters: trained by a recipe, saved, resumed, opened again, merged; the recipe for a small GPU."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,12 +27,12 @@ TEXT = "The quick brown fox jumps over the lazy dog, and the dog lets it. "
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def offline(monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture
-def decoder_folder(tmp_path: Path) -> Path:
+def decoder_folder(tmp_path) -> Path:
     """A decoder and a tokenizer that lack the two meta tokens."""
     tokenizer = train_tokenizer([TEXT], 300)
     folder = tmp_path / "decoder"
@@ -83,7 +81,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_trained_saved_opened_and_merged(decoder_folder: Path, tmp_path: Path, dtype: str):
+def test_trained_saved_opened_and_merged(decoder_folder: Path, tmp_path, dtype: str):
     here = recipe(decoder_folder, model={"dtype": dtype}, training={"bf16": dtype == "bfloat16"})
     keep = Keep()
     result = run_recipe(here, tmp_path / "run", progress=False, callbacks=[keep])
@@ -112,7 +110,7 @@ def test_trained_saved_opened_and_merged(decoder_folder: Path, tmp_path: Path, d
     assert cli.main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 2
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(decoder_folder: Path, tmp_path: Path):
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(decoder_folder: Path, tmp_path):
     class Interrupt(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 3:
@@ -128,7 +126,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(decoder_folder: Path
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
-def test_an_adapter_that_is_not_whole(decoder_folder: Path, tmp_path: Path):
+def test_an_adapter_that_is_not_whole(decoder_folder: Path, tmp_path):
     """Neither a random mixing head nor half a file."""
     run_recipe(recipe(decoder_folder, training={"max_steps": 2}), tmp_path / "run", progress=False)
     path = tmp_path / "run" / "adapter_model.safetensors"
@@ -180,7 +178,7 @@ def small_decoder(folder: Path) -> Path:
     return folder
 
 
-def test_a_decoder_in_4_bits(decoder_folder: Path, tmp_path: Path):
+def test_a_decoder_in_4_bits(decoder_folder: Path, tmp_path):
     """QLoRA: trained, then opened and merged on the rounded weights that it was fitted to."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     small_decoder(decoder_folder)
@@ -208,7 +206,7 @@ def test_a_decoder_in_4_bits(decoder_folder: Path, tmp_path: Path):
     assert torch.equal(logits(merged), logits(model))
 
 
-def test_gradients_through_4_bits(decoder_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_gradients_through_4_bits(decoder_folder: Path, monkeypatch):
     """After an evaluation pass, on a CPU that has bitsandbytes' kernel without gradients or one that
     claims to have it, they are those of the same weights in 16 bits."""
     modules = pytest.importorskip("bitsandbytes.nn.modules")
@@ -230,7 +228,7 @@ def test_gradients_through_4_bits(decoder_folder: Path, monkeypatch: pytest.Monk
     assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[1].norm()
 
 
-def test_a_model_with_thoughts_in_4_bits(decoder_folder: Path, tmp_path: Path):
+def test_a_model_with_thoughts_in_4_bits(decoder_folder: Path, tmp_path):
     """Continued with adapters, its own layers stay as they are."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     small_decoder(decoder_folder)
@@ -252,7 +250,7 @@ def test_a_model_with_thoughts_in_4_bits(decoder_folder: Path, tmp_path: Path):
     assert torch.isfinite(logits(opened)).all()
 
 
-def test_refused_with_clear_words(decoder_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_refused_with_clear_words(decoder_folder: Path, monkeypatch):
     with pytest.raises(UserError, match="adapter.rank is 0; expected 1 or more"):
         recipe(decoder_folder, adapter={"rank": 0})
     with pytest.raises(UserError, match="section adapter has no rank"):

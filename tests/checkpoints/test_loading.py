@@ -1,7 +1,5 @@
 """Loading: a model is there whole, with every layer set, or a sentence says what is not."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -40,7 +38,7 @@ def loss(model: QuietStarForCausalLM) -> float:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path) -> Path:
     thinking().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -91,7 +89,7 @@ def test_a_whole_folder_tells_as_transformers_does(folder: Path):
 
 
 class TestOtherFolders:
-    def test_a_decoder_without_thoughts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_decoder_without_thoughts(self, tmp_path, monkeypatch):
         tiny_decoder("llama").save_pretrained(tmp_path)
 
         def build(*args: Any, **kwargs: Any) -> None:
@@ -102,12 +100,12 @@ class TestOtherFolders:
             with pytest.raises(ValueError, match=r"'llama'; expected 'quietstar' \(.*from_base gives"):
                 opener.from_pretrained(tmp_path)
 
-    def test_a_checkpoint_of_the_reference_code(self, tmp_path: Path) -> None:
+    def test_a_checkpoint_of_the_reference_code(self, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", "max_thoughts": 9}))
         with pytest.raises(ValueError, match=r"'mistral'; expected 'quietstar' \(.*from_reference"):
             QuietStarForCausalLM.from_pretrained(tmp_path)
 
-    def test_an_adapter_alone(self, tmp_path: Path) -> None:
+    def test_an_adapter_alone(self, tmp_path):
         peft = pytest.importorskip("peft")
         model = thinking()
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
@@ -117,7 +115,7 @@ class TestOtherFolders:
         ):
             QuietStarForCausalLM.from_pretrained(tmp_path)
 
-    def test_a_configuration_without_a_decoder(self, folder: Path) -> None:
+    def test_a_configuration_without_a_decoder(self, folder: Path):
         settings = json.loads((folder / "config.json").read_text())
         del settings["text_config"]
         (folder / "config.json").write_text(json.dumps(settings))
@@ -128,7 +126,7 @@ class TestOtherFolders:
         with pytest.raises(TypeError, match=r"config is a LlamaConfig; expected a QuietStarConfig"):
             QuietStarForCausalLM.from_pretrained(folder, config=AutoConfig.for_model("llama"))
 
-    def test_nothing_in_it(self, tmp_path: Path, folder: Path) -> None:
+    def test_nothing_in_it(self, tmp_path, folder: Path):
         (tmp_path / "empty").mkdir()
         with pytest.raises(OSError, match=r"model.safetensors .*/empty"):
             QuietStarForCausalLM.from_pretrained(tmp_path / "empty")
@@ -143,14 +141,14 @@ class TestOtherFolders:
 
 
 class TestFromBase:
-    def test_a_path(self, tmp_path: Path) -> None:
+    def test_a_path(self, tmp_path):
         tiny_decoder("llama").save_pretrained(tmp_path)
         models = [QuietStarForCausalLM.from_base(p, **TOKENS) for p in (tmp_path, str(tmp_path))]
         assert all(
             torch.equal(m.base.lm_head.weight, tiny_decoder("llama").lm_head.weight) for m in models
         )
 
-    def test_a_decoder_that_lacks_weights(self, tmp_path: Path) -> None:
+    def test_a_decoder_that_lacks_weights(self, tmp_path):
         tiny_decoder("llama").save_pretrained(tmp_path)
         edit_weights(tmp_path, lambda w: w.pop("lm_head.weight"))
         with pytest.raises(
@@ -158,7 +156,7 @@ class TestFromBase:
         ):
             QuietStarForCausalLM.from_base(tmp_path, **TOKENS)
 
-    def test_what_is_no_decoder(self) -> None:
+    def test_what_is_no_decoder(self):
         peft = pytest.importorskip("peft")
         with pytest.raises(ValueError, match=r"base has thoughts already; expected a decoder without"):
             QuietStarForCausalLM.from_base(thinking(), **TOKENS)
@@ -192,7 +190,7 @@ def check_new_layers(model: QuietStarForCausalLM, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("poisoned")
 class TestNewLayersAreInitialised:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_from_config(self, dtype: torch.dtype) -> None:
+    def test_from_config(self, dtype: torch.dtype):
         config = QuietStarConfig(text_config=tiny_decoder("llama").config, **TOKENS)
         check_new_layers(AutoModelForCausalLM.from_config(config, dtype=dtype), dtype)
         if dtype == torch.float32:
@@ -211,7 +209,7 @@ class TestNewLayersAreInitialised:
         ],
         ids=str,
     )
-    def test_on_a_loaded_decoder(self, tmp_path: Path, options: dict[str, Any], place: str) -> None:
+    def test_on_a_loaded_decoder(self, tmp_path, options: dict[str, Any], place: str):
         tiny_decoder("llama").save_pretrained(tmp_path)
         base = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
         with torch.device("meta") if place == "meta-block" else nullcontext():
@@ -225,13 +223,13 @@ class TestNewLayersAreInitialised:
         [{"low_cpu_mem_usage": True}, {"device_map": "auto"}, {"dtype": torch.bfloat16}],
         ids=str,
     )
-    def test_a_trained_folder(self, folder: Path, options: dict[str, Any]) -> None:
+    def test_a_trained_folder(self, folder: Path, options: dict[str, Any]):
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
         want, got = thinking().state_dict(), model.state_dict()
         assert want.keys() == got.keys()
         assert all(torch.equal(got[n], w.to(got[n].dtype)) for n, w in want.items())
 
-    def test_a_decoder_without_memory(self) -> None:
+    def test_a_decoder_without_memory(self):
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(tiny_decoder("llama").config)
         base = base.to("meta")

@@ -4,8 +4,6 @@ They were trained for 30 steps (seed 42) by the commit 865a120: ``full`` a whole
 of rank 2 on ``decoder``. The JSON files hold an input and what that commit made of it.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -20,7 +18,7 @@ SAVED = Path(__file__).parents[1] / "data" / "saved"
 
 
 @pytest.mark.parametrize("name", ["full", "adapter"])
-def test_a_folder_gives_what_it_gave(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_gives_what_it_gave(name: str, monkeypatch):
     if name == "adapter":
         pytest.importorskip("peft")
     monkeypatch.chdir(SAVED)  # the adapter names its decoder by a relative path

@@ -46,20 +46,20 @@ TINY_LLAMA = {
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def offline(monkeypatch) -> None:
     # The environment variable is read once, when the library is imported.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture
-def text_file(tmp_path: Path) -> Path:
+def text_file(tmp_path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(TEXT * 60)
     return path
 
 
 @pytest.fixture
-def recipe_file(tmp_path: Path, text_file: Path) -> Path:
+def recipe_file(tmp_path, text_file: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(json.dumps(small(text_file).to_dict()))  # JSON is YAML
     return path
@@ -95,14 +95,7 @@ class TestErrors:
             (["train", "tiny", "model.config=", "model.name=./no"], "cannot load the tokenizer of"),
         ],
     )
-    def test_one_line(
-        self,
-        words: list[str],
-        message: str,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
+    def test_one_line(self, words: list[str], message: str, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         if "./no" in words[-1]:
             words.append("model.tokenizer=")
@@ -112,16 +105,12 @@ class TestErrors:
         assert errors.count("\n") == 1
         assert not (tmp_path / "quietstar-runs").exists()
 
-    def test_traceback_on_request(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_traceback_on_request(self, monkeypatch, capsys):
         monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
         assert cli.main(["train", "tyni"]) == 2
         assert "Traceback" in capsys.readouterr().err
 
-    def test_a_fault_of_the_program_is_not_hidden(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_fault_of_the_program_is_not_hidden(self, monkeypatch, capsys):
         def broken(args: argparse.Namespace) -> int:
             raise AssertionError("a bug")
 
@@ -129,9 +118,7 @@ class TestErrors:
         assert cli.main(["info"]) == 1
         assert "Traceback" in capsys.readouterr().err
 
-    def test_interrupted(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_interrupted(self, monkeypatch, capsys):
         def interrupted(args: argparse.Namespace) -> int:
             raise KeyboardInterrupt
 
@@ -139,9 +126,7 @@ class TestErrors:
         assert cli.main(["info"]) == 130
         assert capsys.readouterr().err.count("\n") == 1
 
-    def test_a_loss_that_is_not_finite(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_loss_that_is_not_finite(self, monkeypatch, capsys):
         def diverged(args: argparse.Namespace) -> int:
             raise NonFiniteLoss("the loss at step 7 is not finite")
 
@@ -150,20 +135,20 @@ class TestErrors:
         assert capsys.readouterr().err == "quietstar: error: the loss at step 7 is not finite\n"
 
     @pytest.mark.parametrize("words", [[], ["train"], ["fly"], ["train", "tiny", "--fast"]])
-    def test_usage(self, words: list[str]) -> None:
+    def test_usage(self, words: list[str]):
         with pytest.raises(SystemExit) as stop:
             cli.main(words)
         assert stop.value.code == 2
 
 
-def test_words_after_options_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_after_options_are_settings(monkeypatch):
     seen: list[argparse.Namespace] = []
     monkeypatch.setattr(train, "run", lambda args: seen.append(args))
     assert cli.main(["train", "tiny", "a=1", "--output", "x", "b=2"]) == 0
     assert seen[0].settings == ["a=1", "b=2"] and seen[0].output == Path("x")
 
 
-def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info(capsys):
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
     for word in ("transformers", torch.__version__, "threads", "simd", "cuda archs", "operators on cpu"):
@@ -173,7 +158,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         assert line.split()[1] in ("fused", "reference")
 
 
-def test_the_command_line_itself_imports_the_standard_library_alone() -> None:
+def test_the_command_line_itself_imports_the_standard_library_alone():
     """Help takes no longer than Python takes to start: nothing else is loaded for it."""
     code = (
         "import atexit, sys\n"
@@ -190,7 +175,7 @@ def test_the_command_line_itself_imports_the_standard_library_alone() -> None:
         assert set(loaded) - {"quietstar", "quietstar_command"} <= set(sys.stdlib_module_names)
 
 
-def test_as_a_module() -> None:
+def test_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "quietstar", "train", "tyni"], capture_output=True, text=True
     )
@@ -200,9 +185,7 @@ def test_as_a_module() -> None:
 
 
 class TestRun:
-    def test_from_a_text_file_to_a_checkpoint(
-        self, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_from_a_text_file_to_a_checkpoint(self, recipe_file: Path, tmp_path, capsys):
         output = tmp_path / "out"
         words = ["train", str(recipe_file), "eval_blocks=4", "txt_documents=line", "--quiet"]
         lines = tmp_path / "text.txt"
@@ -228,7 +211,7 @@ class TestRun:
         assert "belongs to another run" in capsys.readouterr().err
         assert (output / "model.safetensors").read_bytes() == before
 
-    def test_an_interrupted_run_ends_as_one_that_was_not(self, text_file: Path, tmp_path: Path) -> None:
+    def test_an_interrupted_run_ends_as_one_that_was_not(self, text_file: Path, tmp_path):
         class Interrupt(TrainerCallback):
             def on_step_begin(
                 self, args: object, state: TrainerState, *rest: object, **more: object
@@ -246,7 +229,7 @@ class TestRun:
         for name, value in models[0].items():
             torch.testing.assert_close(models[1][name], value, rtol=0, atol=1e-6, msg=name)
 
-    def test_continuing_from_a_checkpoint(self, text_file: Path, tmp_path: Path) -> None:
+    def test_continuing_from_a_checkpoint(self, text_file: Path, tmp_path):
         first = run_recipe(small(text_file), tmp_path / "first", progress=False)
         second = {"name": str(first.output), "config": None, "tokenizer": None}
         for base_only in (False, True):
@@ -256,14 +239,14 @@ class TestRun:
             result = run_recipe(recipe, tmp_path / f"second-{base_only}", progress=False)
             assert result.metrics["steps"] == 1
 
-    def test_streaming(self, text_file: Path, tmp_path: Path) -> None:
+    def test_streaming(self, text_file: Path, tmp_path):
         recipe = small(
             text_file, data={"streaming": True, "packing": "document", "txt_documents": "line"}
         )
         text_file.write_text((TEXT + "\n") * 60)
         assert run_recipe(recipe, tmp_path / "out", progress=False).metrics["steps"] == 4
 
-    def test_the_wrong_tokenizer(self, text_file: Path, tmp_path: Path) -> None:
+    def test_the_wrong_tokenizer(self, text_file: Path, tmp_path):
         config = LlamaConfig(
             **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=290
         )
@@ -275,7 +258,7 @@ class TestRun:
             run_recipe(recipe, tmp_path / "out", progress=False)
         assert not (tmp_path / "out").exists()
 
-    def test_a_tokenizer_without_the_meta_tokens(self, text_file: Path, tmp_path: Path) -> None:
+    def test_a_tokenizer_without_the_meta_tokens(self, text_file: Path, tmp_path):
         first = run_recipe(small(text_file), tmp_path / "first", progress=False)
         from tokenizers import Tokenizer
         from transformers import PreTrainedTokenizerFast
@@ -289,9 +272,7 @@ class TestRun:
         with pytest.raises(ValueError, match=r"no <\|startthought\|> token"):
             run_recipe(small(text_file, model=model), tmp_path / "out", progress=False)
 
-    def test_data_too_short_is_said_before_the_folder_is_made(
-        self, text_file: Path, tmp_path: Path
-    ) -> None:
+    def test_data_too_short_is_said_before_the_folder_is_made(self, text_file: Path, tmp_path):
         text_file.write_text("short")
         with pytest.raises(UserError, match="too short"):
             run_recipe(small(text_file), tmp_path / "out", progress=False)
@@ -299,20 +280,20 @@ class TestRun:
 
 
 class TestPerplexity:
-    def test_estimate_of_equal_blocks_is_the_textbook_one(self) -> None:
+    def test_estimate_of_equal_blocks_is_the_textbook_one(self):
         values = torch.randn(20, 7, dtype=torch.float64).numpy()
         found = estimate(values, values == values)
         means = values.mean(1)
         assert found.mean == pytest.approx(values.mean())
         assert found.error == pytest.approx(means.std(ddof=1) / 20**0.5)
 
-    def test_estimate_ignores_what_is_not_counted(self) -> None:
+    def test_estimate_ignores_what_is_not_counted(self):
         values = torch.tensor([[1.0, 99.0], [3.0, 5.0], [99.0, 99.0]], dtype=torch.float64).numpy()
         counted = torch.tensor([[True, False], [True, True], [False, False]]).numpy()
         assert estimate(values, counted).mean == 3.0
         assert estimate(values[:1], counted[:1]) == Estimate(1.0, None)
 
-    def test_deciles_are_equally_large(self) -> None:
+    def test_deciles_are_equally_large(self):
         difficulty = torch.randn(10, 10, dtype=torch.float64).numpy()
         decile = deciles(difficulty, difficulty == difficulty)
         for d in range(10):
@@ -320,7 +301,7 @@ class TestPerplexity:
         assert difficulty[decile == 0].max() < difficulty[decile == 9].min()
 
     @pytest.mark.parametrize("side", ["left", "right"])
-    def test_losses_are_the_models_own(self, side: str) -> None:
+    def test_losses_are_the_models_own(self, side: str):
         model = tiny_model()
         rows = [{"input_ids": torch.randint(4, 60, (n,))} for n in (9, 12, 12, 7)]
         items = [
@@ -342,7 +323,7 @@ class TestPerplexity:
             plain["base_nll"]["mean"] - plain["mixed_nll"]["mean"]
         )
 
-    def test_without_thoughts_and_without_traces(self) -> None:
+    def test_without_thoughts_and_without_traces(self):
         model = tiny_model(thought_kind="none").train()
         items = [dict.fromkeys(("input_ids", "attention_mask", "labels"), torch.arange(4, 14))]
         state = torch.get_rng_state()
@@ -350,7 +331,7 @@ class TestPerplexity:
         assert (found.base == found.mixed).all()
         assert model.training and torch.equal(state, torch.get_rng_state())
 
-    def test_no_text(self) -> None:
+    def test_no_text(self):
         with pytest.raises(UserError, match="no text to evaluate on"):
             token_losses(tiny_model(), [], progress=False)
 
@@ -364,7 +345,7 @@ def tiny_model(**fields: str) -> QuietStarForCausalLM:
     return model.eval()
 
 
-def test_demo_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_dispatch(monkeypatch):
     called: list[str] = []
     for name in ("lookup", "text"):
         module = importlib.import_module(f"quietstar.demos.{name}")
@@ -380,7 +361,7 @@ class TestLookup:
         model = {"config": TINY_LLAMA, "tokenizer": "lookup", "init_embedding_from": "—"}
         return parse_recipe({"model": model, "data": content})
 
-    def test_rows_and_the_embeddings_they_begin_with(self) -> None:
+    def test_rows_and_the_embeddings_they_begin_with(self):
         recipe = self.recipe(lookup={"language": 4, "seed": 3, "work": 0.5, "asides": 1})
         tokenizer = build_tokenizer(recipe.model)
         model = build_model(recipe, tokenizer)
@@ -399,7 +380,7 @@ class TestLookup:
             ({"lookup": {"work": "often"}}, "data.lookup.work is 'often'; expected a number"),
         ],
     )
-    def test_refused(self, data: dict, words: str) -> None:
+    def test_refused(self, data: dict, words: str):
         recipe = self.recipe(**data)
         with pytest.raises(UserError) as error:
             build_data(recipe, build_tokenizer(recipe.model))

@@ -1,10 +1,7 @@
 """``quietstar generate``, as a user calls it."""
 
-from __future__ import annotations
-
 import io
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,12 +16,12 @@ PROMPT = "A u v w x ?"
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def offline(monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+def folder(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("model")
     tokenizer = build_tokenizer()
     model = QuietStarForCausalLM.from_base(
@@ -44,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def run(capsys, *words: str) -> str:
     status = cli.main(["generate", *words])
     captured = capsys.readouterr()
     assert status == 0, captured.err
@@ -52,7 +49,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return captured.out
 
 
-def test_it_prints_what_the_model_says(folder: str, capsys: pytest.CaptureFixture[str]):
+def test_it_prints_what_the_model_says(folder: str, capsys):
     text = run(capsys, folder, PROMPT, "--max-new-tokens", "7")
     tokenizer = build_tokenizer()
     model = QuietStarForCausalLM.from_pretrained(folder).eval()
@@ -64,9 +61,7 @@ def test_it_prints_what_the_model_says(folder: str, capsys: pytest.CaptureFixtur
     assert text.strip()
 
 
-def test_where_the_prompt_comes_from(
-    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_where_the_prompt_comes_from(folder: str, capsys, monkeypatch, tmp_path):
     expected = run(capsys, folder, PROMPT, "--max-new-tokens", "5")
     (tmp_path / "prompt.txt").write_text(PROMPT + "\n")
     assert (
@@ -76,19 +71,19 @@ def test_where_the_prompt_comes_from(
     assert run(capsys, folder, "--max-new-tokens", "5") == expected
 
 
-def test_sampling_repeats_with_its_seed(folder: str, capsys: pytest.CaptureFixture[str]):
+def test_sampling_repeats_with_its_seed(folder: str, capsys):
     words = (folder, PROMPT, "--max-new-tokens", "12", "--temperature", "2", "--top-k", "30", "--seed")
     first, again, other = (run(capsys, *words, seed) for seed in ("1", "1", "2"))
     assert first == again != other
 
 
-def test_beams_and_rules(folder: str, capsys: pytest.CaptureFixture[str]):
+def test_beams_and_rules(folder: str, capsys):
     assert len(run(capsys, folder, PROMPT, "--num-beams", "3", "--max-new-tokens", "5").split()) == 5
     for rule in ("never", "every:2", "entropy:1.5"):
         assert run(capsys, folder, PROMPT, "--max-new-tokens", "5", "--thinking", rule).strip()
 
 
-def test_thoughts_beside_their_tokens(folder: str, capsys: pytest.CaptureFixture[str]):
+def test_thoughts_beside_their_tokens(folder: str, capsys):
     plain = run(capsys, folder, PROMPT, "--max-new-tokens", "6", "--thinking", "every:2")
     shown = run(
         capsys, folder, PROMPT, "--max-new-tokens", "6", "--thinking", "every:2", "--show-thoughts"
@@ -120,7 +115,7 @@ def test_thoughts_are_dimmed_on_a_terminal(folder: str):
     assert out.getvalue().count("\x1b[2m") == 3
 
 
-def test_a_checkpoint_of_the_reference_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_checkpoint_of_the_reference_code(tmp_path, capsys):
     folder = write_checkpoint(tmp_path)
     dash_tokenizer().save_pretrained(folder)
     assert run(capsys, str(folder), "t3 t4", "--max-new-tokens", "4").strip()
@@ -143,16 +138,14 @@ def test_a_checkpoint_of_the_reference_code(tmp_path: Path, capsys: pytest.Captu
         (["--tokenizer", "/nowhere"], "cannot load the tokenizer of /nowhere"),
     ],
 )
-def test_refused(words: list[str], message: str, folder: str, capsys: pytest.CaptureFixture[str]):
+def test_refused(words: list[str], message: str, folder: str, capsys):
     assert cli.main(["generate", folder, PROMPT, *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("quietstar: error: ") and error.count("\n") == 1
     assert message in error
 
 
-def test_models_and_prompts_that_are_none(
-    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
+def test_models_and_prompts_that_are_none(folder: str, tmp_path, capsys, monkeypatch):
     def refused(message: str, *words: str) -> None:
         assert cli.main(["generate", *words]) == 2
         error = capsys.readouterr().err

@@ -1,7 +1,5 @@
 """What users get wrong: one sentence and exit status 2, from every command and without a traceback."""
 
-from __future__ import annotations
-
 import io
 import json
 import logging
@@ -36,7 +34,7 @@ CONFIG, TRAINING = "model.config.", "training."
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory) -> Path:
     """A folder with a recipe, a text, a decoder (``plain``) and a model with thoughts (``model``)."""
     folder = tmp_path_factory.mktemp("place")
     tokenizer: PreTrainedTokenizerFast = train_tokenizer([TEXT], 270)
@@ -78,12 +76,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def inside(place: Path, monkeypatch) -> None:
     monkeypatch.chdir(place)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def refused(words: list[str], message: str, capsys) -> None:
     capsys.readouterr()
     status = cli.main(words)
     said = capsys.readouterr().err
@@ -130,15 +128,13 @@ def refused(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) 
         ("data.files=small.pdf", "data file small.pdf does not exist"),
     ],
 )
-def test_settings(setting: str, message: str, capsys: pytest.CaptureFixture[str]):
+def test_settings(setting: str, message: str, capsys):
     refused(["train", "small.yaml", setting, "--output", "out", "--quiet"], message, capsys)
     assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("logger", ["wandb", "tensorboard", "comet_ml", "azure_ml", "flyte"])
-def test_loggers_that_are_not_installed(
-    logger: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_loggers_that_are_not_installed(logger: str, monkeypatch, capsys):
     from transformers.integrations import integration_utils
 
     for name in ("wandb", "tensorboard", "comet", "azureml", "flytekit"):
@@ -161,7 +157,7 @@ def test_loggers_that_are_not_installed(
         ("\0", "it is neither a file nor"),
     ],
 )
-def test_recipes(recipe: str, message: str, capsys: pytest.CaptureFixture[str]):
+def test_recipes(recipe: str, message: str, capsys):
     refused(["train", recipe, "--output", "out"], message, capsys)
     refused(["plan", recipe], message, capsys)
 
@@ -176,14 +172,12 @@ def test_recipes(recipe: str, message: str, capsys: pytest.CaptureFixture[str]):
         ("a\0b", "cannot be written to: embedded null byte"),
     ],
 )
-def test_output_folders(output: str, message: str, capsys: pytest.CaptureFixture[str]):
+def test_output_folders(output: str, message: str, capsys):
     refused(["train", "small.yaml", "--output", output], message, capsys)
     refused(["eval", "model", "--tasks", "perplexity", "--output", output + "/x"], "--output", capsys)
 
 
-def test_overwriting_spares_the_old_run_until_the_new_one_starts(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-):
+def test_overwriting_spares_the_old_run_until_the_new_one_starts(capsys, tmp_path):
     words = ["train", "small.yaml", "--output", str(tmp_path / "run"), "--quiet", "--overwrite"]
     assert cli.main(words) == 0
     refused([*words, "model.config.hidden_size=33"], "not a multiple", capsys)
@@ -208,7 +202,7 @@ def test_overwriting_spares_the_old_run_until_the_new_one_starts(
         ("config", "model config has no readable config.json"),
     ],
 )
-def test_models(model: str, message: str, capsys: pytest.CaptureFixture[str]):
+def test_models(model: str, message: str, capsys):
     refused(["generate", model, "text"], message, capsys)
     refused(["inspect", model, "text.txt", "--output", "page.html"], message, capsys)
     assert not Path("page.html").exists()
@@ -245,12 +239,12 @@ def test_models(model: str, message: str, capsys: pytest.CaptureFixture[str]):
         ),
     ],
 )
-def test_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+def test_words(words: list[str], message: str, capsys):
     refused(words, message, capsys)
     assert not Path("new").exists()
 
 
-def test_a_glob_needs_no_quotes(tmp_path: Path):
+def test_a_glob_needs_no_quotes(tmp_path):
     words = ["train", "small.yaml", "data.files=*.txt", "--output", str(tmp_path / "out"), "--quiet"]
     assert cli.main(words) == 0
 
@@ -268,9 +262,7 @@ def test_a_glob_needs_no_quotes(tmp_path: Path):
         (MemoryError(), "out of memory"),
     ],
 )
-def test_a_machine_that_cannot_do_it(
-    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_a_machine_that_cannot_do_it(error: Exception, message: str, monkeypatch, capsys):
     def fails(args: object) -> int:
         raise error
 
@@ -278,16 +270,12 @@ def test_a_machine_that_cannot_do_it(
     refused(["info"], message, capsys)
 
 
-def test_standard_input_that_is_no_text(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_standard_input_that_is_no_text(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe"), encoding="utf-8"))
     refused(["generate", "model"], "standard input is not UTF-8 text", capsys)
 
 
-def test_only_what_can_be_continued_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_only_what_can_be_continued_says_so(monkeypatch, capsys):
     def interrupted(args: object) -> int:
         raise KeyboardInterrupt
 
@@ -307,9 +295,7 @@ def test_a_fault_of_ours_is_not_put_down_to_the_user():
         text_ranges(None, "no tensor")  # type: ignore[arg-type]
 
 
-def test_bitsandbytes_does_not_ask_for_kernels(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
+def test_bitsandbytes_does_not_ask_for_kernels(monkeypatch, capsys):
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
 
     def imports(args: object) -> int:

@@ -1,7 +1,5 @@
 """The trainer's own collator: rows of any length and kind, and a sentence for those it cannot stack."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +46,7 @@ def with_tokenizer(folder: Path, data: list, processing: Any = None) -> QuietSta
         ({"pad_token": "w1", "padding_side": "left"}, 1, "left"),
     ],
 )
-def test_uneven_rows_train(tmp_path: Path, special: dict | None, pad: int, side: str):
+def test_uneven_rows_train(tmp_path, special: dict | None, pad: int, side: str):
     run = with_tokenizer(tmp_path, uneven(), None if special is None else tokenizer(**special))
     assert isinstance(run.data_collator, PaddingCollator)
     assert (run.data_collator.pad_id, run.data_collator.padding_side) == (pad, side)
@@ -56,7 +54,7 @@ def test_uneven_rows_train(tmp_path: Path, special: dict | None, pad: int, side:
     assert run.state.global_step == 2
 
 
-def test_what_a_row_is_made_of_does_not_matter(tmp_path: Path):
+def test_what_a_row_is_made_of_does_not_matter(tmp_path):
     """Lists, arrays and tensors, with the labels by either name of transformers."""
     found = []
     for kind in (list, np.array, torch.tensor):
@@ -159,7 +157,7 @@ def test_thoughts_that_do_not_fit_their_rows():
         PaddingCollator()(rows)
 
 
-def test_rows_without_a_target_change_nothing(caplog: pytest.LogCaptureFixture):
+def test_rows_without_a_target_change_nothing(caplog):
     whole = {"input_ids": [3, 4, 5, 6, 7], "labels": [3, 4, 5, 6, 7]}
     useless = [
         {"input_ids": [], "labels": []},
@@ -175,7 +173,7 @@ def test_rows_without_a_target_change_nothing(caplog: pytest.LogCaptureFixture):
     torch.testing.assert_close(found.base_losses[1], expected.base_losses[0])
 
 
-def test_batches_of_short_rows_only(tmp_path: Path):
+def test_batches_of_short_rows_only(tmp_path):
     """A row of two tokens has a target, if none to think for: it does not end a run."""
     data = [{"input_ids": [5, 6 + i], "labels": [5, 6 + i]} for i in range(8)]
     run = with_tokenizer(tmp_path, data)

@@ -1,7 +1,5 @@
 """Documents that give no row cost a counted warning that says where they stand, not the run."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator
@@ -38,12 +36,7 @@ def read(path: str) -> Iterator[Document]:
     ],
 )
 def test_they_are_counted(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    packing: str,
-    why: str,
-    named: tuple[int, ...],
-    streamed: bool,
+    tmp_path, caplog, packing: str, why: str, named: tuple[int, ...], streamed: bool
 ):
     path = write(tmp_path / "rows.jsonl", TEXTS)
     tokenizer = stdlib_tokenizer(300)
@@ -63,7 +56,7 @@ def test_they_are_counted(
     ]
 
 
-def test_nothing_usable_at_all_is_an_error(tmp_path: Path):
+def test_nothing_usable_at_all_is_an_error(tmp_path):
     path = write(tmp_path / "rows.jsonl", ("", "b", ""))
     tokenizer = stdlib_tokenizer(300)
     with pytest.raises(UserError, match="the text is too short: 2 tokens in 3 documents give no row"):

@@ -1,7 +1,5 @@
 """The look-up language, and the run that shows that thoughts help."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,10 +1,7 @@
 """Streams: continued from a saved position, row for row, without reading all that was before."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,7 +26,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(params=["files", "hub", "hub shuffled"])
-def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+def source(request, tmp_path, monkeypatch) -> Source:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "set"
     folder.mkdir()
@@ -79,7 +76,7 @@ def test_little_is_read_again(tokenizer: PreTrainedTokenizerFast, source: Source
         inner = source()
 
         class Counted:
-            def __iter__(self) -> Counted:
+            def __iter__(self):
                 return self
 
             def __next__(self) -> Document:
@@ -116,7 +113,7 @@ def test_one_pass_ends_and_a_stream_without_rows_says_so(tokenizer: PreTrainedTo
         next(iter(StreamedBlocks(few, tokenizer, Blocks(24), repeat=True)))
 
 
-def test_a_streamed_run_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_streamed_run_resumes_exactly(tmp_path, monkeypatch):
     (tmp_path / "text.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:40])
     )

@@ -1,7 +1,5 @@
 """Tokenizers, a small model and files of rows for the tests of ``quietstar eval``."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -18,7 +16,7 @@ from quietstar.modeling.meta_tokens import add_meta_tokens
 
 
 @pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def offline(monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
@@ -51,12 +49,7 @@ def splitting() -> PreTrainedTokenizerFast:
     )
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     core.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
@@ -74,11 +67,7 @@ def model(merging: PreTrainedTokenizerFast) -> QuietStarForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def folder(
-    model: QuietStarForCausalLM,
-    merging: PreTrainedTokenizerFast,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> str:
+def folder(model: QuietStarForCausalLM, merging: PreTrainedTokenizerFast, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("model")
     model.save_pretrained(path)
     merging.save_pretrained(path)
@@ -86,14 +75,14 @@ def folder(
 
 
 @pytest.fixture
-def gsm_file(tmp_path: Path) -> Path:
+def gsm_file(tmp_path) -> Path:
     path = tmp_path / "gsm.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in GSM_ROWS))
     return path
 
 
 @pytest.fixture
-def csqa_file(tmp_path: Path) -> Path:
+def csqa_file(tmp_path) -> Path:
     path = tmp_path / "csqa.json"
     path.write_text(json.dumps(CSQA_ROWS))
     return path

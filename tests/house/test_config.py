@@ -1,11 +1,8 @@
 """QuietStarConfig: a field misspelt is refused, whatever else configurations have is not."""
 
-from __future__ import annotations
-
 import copy
 import json
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ from quietstar import QuietStarConfig, QuietStarForCausalLM
 MISSPELT = r"no field 'thougth_length'; did you mean thought_length\?"
 
 
-def test_a_misspelt_field_is_refused_wherever_it_is_given(tmp_path: Path):
+def test_a_misspelt_field_is_refused_wherever_it_is_given(tmp_path):
     model = small_model()
     model.save_pretrained(tmp_path)
     decoder = AutoModelForCausalLM.from_config(model.config.text_config)
@@ -47,14 +44,14 @@ def test_a_misspelt_field_is_refused_wherever_it_is_given(tmp_path: Path):
         QuietStarConfig(hidden_size=64)  # the decoder's
 
 
-def test_fields_are_given_while_loading(tmp_path: Path):
+def test_fields_are_given_while_loading(tmp_path):
     small_model().save_pretrained(tmp_path)
     loaded = QuietStarForCausalLM.from_pretrained(tmp_path, thought_length=3, dtype=torch.float32)
     assert loaded.config.thought_length == 3
     assert AutoConfig.from_pretrained(tmp_path, talk_length=4).talk_length == 4
 
 
-def test_what_configurations_have_is_taken(tmp_path: Path):
+def test_what_configurations_have_is_taken(tmp_path):
     config = small_model().config
     assert config.to_dict() == QuietStarConfig(**config.to_dict()).to_dict()
     made = QuietStarConfig(
@@ -70,9 +67,7 @@ def test_what_configurations_have_is_taken(tmp_path: Path):
     assert copy.deepcopy(again).to_dict() == again.to_dict()
 
 
-def test_a_newer_version_s_checkpoint_loads_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_a_newer_version_s_checkpoint_loads_with_a_warning(tmp_path, caplog):
     model = small_model()
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"

@@ -1,7 +1,5 @@
 """``quietstar inspect``: the numbers on the page, the page in a browser, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -70,7 +68,7 @@ def model(tokenizer) -> QuietStarForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, model, tokenizer) -> Path:
+def folder(tmp_path_factory, model, tokenizer) -> Path:
     path = tmp_path_factory.mktemp("run")
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -80,14 +78,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model, tokenizer) -> Path:
 
 
 @pytest.fixture
-def text_file(tmp_path: Path) -> Path:
+def text_file(tmp_path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return path
 
 
 @pytest.fixture
-def page(folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+def page(folder: Path, text_file: Path, capsys) -> Path:
     output = text_file.with_name("page.html")
     assert cli.main(["inspect", str(folder), str(text_file), "--output", str(output)]) == 0
     captured = capsys.readouterr()
@@ -96,7 +94,7 @@ def page(folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> P
 
 
 @pytest.fixture
-def window(tmp_path: Path) -> Iterator[browser.Browser]:
+def window(tmp_path) -> Iterator[browser.Browser]:
     if browser.MISSING:
         pytest.skip(browser.MISSING)
     with browser.Browser(tmp_path / "profile") as opened:
@@ -235,7 +233,7 @@ def test_figures_say_what_they_were_given():
     assert "a &lt; b" in chart and chart.count("<polyline") == 2 and "nan" not in chart
 
 
-def test_curves_of_a_run(folder: Path, tmp_path: Path):
+def test_curves_of_a_run(folder: Path, tmp_path):
     curves = dict(read_curves(folder))
     assert curves["NLL (nats)"]["without"] == [(10, 1.9), (20, 1.8), (30, 1.7)]
     assert len(curves) == 4
@@ -253,7 +251,7 @@ def test_a_text_that_thinking_changed_nowhere():
 # ---- the page in a browser ----------------------------------------------------------------------
 
 
-def test_in_a_browser(page: Path, window: browser.Browser, tmp_path: Path):
+def test_in_a_browser(page: Path, window: browser.Browser, tmp_path):
     window.open(page)
     title = window.run("return document.title")
     assert title == "text.txt: what thinking gained"
@@ -319,7 +317,7 @@ def test_in_a_browser(page: Path, window: browser.Browser, tmp_path: Path):
     assert window.print_pages(tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_a_narrow_window(page: Path, tmp_path: Path):
+def test_a_narrow_window(page: Path, tmp_path):
     if browser.MISSING:
         pytest.skip(browser.MISSING)
     with browser.Browser(tmp_path / "narrow", 520, 900) as window:
@@ -327,7 +325,7 @@ def test_a_narrow_window(page: Path, tmp_path: Path):
         assert window.run("return document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_nothing_in_a_thought_is_markup(window: browser.Browser, tmp_path: Path):
+def test_nothing_in_a_thought_is_markup(window: browser.Browser, tmp_path):
     evil = "<img src=x onerror=\"document.title='broken'\"></script>"
     thought = SeenThought(evil, "most likely", 0.5, 0.1, None)
     token = SeenToken(evil, 0, 1.0, 0.5, 0.1, ((evil, 0.4, True),), ((evil, 0.6, True),), (thought,))
@@ -342,7 +340,7 @@ def test_nothing_in_a_thought_is_markup(window: browser.Browser, tmp_path: Path)
 # ---- the command --------------------------------------------------------------------------------
 
 
-def test_part_of_a_text(folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
+def test_part_of_a_text(folder: Path, text_file: Path, capsys, monkeypatch):
     monkeypatch.chdir(text_file.parent)
     words = [
         "inspect",
@@ -376,14 +374,7 @@ def test_part_of_a_text(folder: Path, text_file: Path, capsys: pytest.CaptureFix
         (["{folder}", "{binary}"], "is not UTF-8 text"),
     ],
 )
-def test_refused(
-    words: list[str],
-    message: str,
-    folder: Path,
-    text_file: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_refused(words: list[str], message: str, folder: Path, text_file: Path, capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     here = text_file.parent
     (here / "short.txt").write_text("x")
@@ -397,14 +388,14 @@ def test_refused(
     assert text_file.read_text() == TEXT
 
 
-def test_the_demo_ends_with_a_page(tmp_path: Path):
+def test_the_demo_ends_with_a_page(tmp_path):
     model = tiny(build_tokenizer(), init_embedding_from="A")
     model.save_pretrained(tmp_path / "full")
     page = demo.save_page(tmp_path, LookupLanguage(4))
     assert page == tmp_path / "thoughts.html" and page.read_text().count('<p class="text">') == 6
 
 
-def test_write_page_without_a_run(model, tokenizer, tmp_path: Path):
+def test_write_page_without_a_run(model, tokenizer, tmp_path):
     rows = [tokenizer(TEXT)["input_ids"][:14]]
     path = write_page(model, tokenizer, rows, tmp_path / "page.html", samples=0)
     content = path.read_text()

@@ -4,8 +4,6 @@ Every folder under QUIETSTAR_GOLDEN (default: tests/data/golden) is one run on a
 weights, its input, the thoughts that it sampled, and everything that it computed from them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import dataclass

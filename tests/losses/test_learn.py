@@ -1,7 +1,5 @@
 """Which thoughts count: the same rows give the same numbers wherever pads and other documents stand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -63,7 +61,7 @@ def run(model: QuietStarForCausalLM, batches: list[Row], counts: dict[str, Tenso
 
 
 @pytest.fixture(scope="module", params=FIELDS)
-def expected(request: Any) -> tuple[QuietStarForCausalLM, list[Row], dict[str, Tensor], dict[str, Any]]:
+def expected(request) -> tuple[QuietStarForCausalLM, list[Row], dict[str, Tensor], dict[str, Any]]:
     fields = FIELDS[request.param]
     model, made = build(**fields), rows(fields.get("reward") == "information-gain")
     counts: dict[str, Tensor] = {}

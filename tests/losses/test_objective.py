@@ -1,7 +1,5 @@
 """Rewards, advantages, entropy bonus and mixing floor, against values computed by hand."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

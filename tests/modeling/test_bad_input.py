@@ -1,7 +1,5 @@
 """Bad input to the model: one clear sentence that names what is wrong, before anything is computed."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from families import VOCABULARY, tiny_decoder
@@ -70,10 +68,7 @@ def test_n_ahead_too_small():
             {"input_ids": IDS, "attention_mask": torch.ones(1, 4)},
             r"attention_mask has shape \[1, 4\]; expected \[1, 10\]",
         ),
-        (
-            {"input_ids": IDS, "attention_mask": (IDS != 7).long()},
-            "hole in the middle of a row",
-        ),
+        ({"input_ids": IDS, "attention_mask": (IDS != 7).long()}, "hole in the middle of a row"),
         (
             {"input_ids": IDS, "labels": IDS, "thought_ids": torch.ones(1, 10, 2).long()},
             r"thought_ids has shape \[1, 10, 2\]; expected \[1, rationales, 10, 2\]",

@@ -1,7 +1,5 @@
 """What a model looks at when it is used: tokens, devices, the decoder's class, a generation's state."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from families import tiny_decoder

@@ -1,7 +1,5 @@
 """Generation: the cache changes nothing, rows do not notice each other, thinking follows its rule."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from families import FAMILIES

@@ -1,7 +1,5 @@
 """Ways of decoding: right with thoughts, or refused in a sentence that names the argument."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """What a call of generate keeps is its own: threads, prompts in chunks, guidance, forwards beside it."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

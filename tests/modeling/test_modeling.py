@@ -1,7 +1,5 @@
 """Building, saving and loading a model, and its place among transformers' tools."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, tiny_decoder

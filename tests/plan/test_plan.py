@@ -1,7 +1,5 @@
 """The memory and FLOP model of a step against measured peaks and counted operations."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import random
@@ -190,7 +188,7 @@ def test_sizes_are_read(text: str, size: float):
     assert parse_bytes(text) == size
 
 
-def test_the_command(capsys: pytest.CaptureFixture[str]):
+def test_the_command(capsys):
     assert cli.main(["plan", "tiny", "--gpu-memory", "2G"]) == 0
     said = capsys.readouterr().out
     assert "1.1 M parameters" in said and "as the recipe says" in said and "FSDP2" in said

@@ -1,7 +1,5 @@
 """Tiny random models of every tested family."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -31,12 +29,7 @@ _LLAMA_LIKE = {
 FAMILIES: dict[str, dict] = {
     "llama": {**_LLAMA_LIKE},
     "mistral": {**_LLAMA_LIKE, "sliding_window": 7},
-    "qwen2": {
-        **_LLAMA_LIKE,
-        "use_sliding_window": True,
-        "sliding_window": 7,
-        "max_window_layers": 1,
-    },
+    "qwen2": {**_LLAMA_LIKE, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "qwen3": {**_LLAMA_LIKE, "head_dim": 16},
     "gemma2": {
         **_LLAMA_LIKE,

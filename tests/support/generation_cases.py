@@ -1,7 +1,5 @@
 """A small model and prompt that the generation tests share."""
 
-from __future__ import annotations
-
 import torch
 from families import VOCABULARY, tiny_decoder
 

@@ -5,8 +5,6 @@ the imports are paid once. A child is killed with SIGKILL, by itself at a named 
 after a random time; the next child continues. What came out is written to FOLDER/results.json.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """Batches and models of the tests of what is learned from."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

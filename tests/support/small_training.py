@@ -1,7 +1,5 @@
 """A small model, rows and a trainer for the tests of what the trainer does to a step."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -4,8 +4,6 @@ Each case trains a tiny model with QuietStarTrainer and leaves what came out of 
 (process 0 alone). The same functions run in one process, on the whole batch, inside the test.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import shutil
@@ -194,10 +192,7 @@ def train(
     wants_fsdp = "fsdp" in case.get("arguments", {})
     with fsdp_on_the_cpu(wants_fsdp):
         run = QuietStarTrainer(
-            model=build(case),
-            args=arguments,
-            train_dataset=rows(case),
-            callbacks=list(watching),
+            model=build(case), args=arguments, train_dataset=rows(case), callbacks=list(watching)
         )
     if "without" in case:
         in_order = torch.utils.data.SequentialSampler(run.train_dataset)

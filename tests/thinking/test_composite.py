@@ -1,7 +1,5 @@
 """Decoders that are the text's part of a model for several modalities, used for text alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from families import VOCABULARY, tiny_decoder, tiny_gemma3

@@ -1,7 +1,5 @@
 """Every tested model family: the packed pass equals an ordinary run with a dense mask."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, packed_pass, tiny_decoder

@@ -1,7 +1,5 @@
 """Slot steps over buffers that stay, and as CUDA graphs: the same thoughts as kernel by kernel."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import weakref
@@ -23,7 +21,7 @@ WAYS = [
 
 
 @pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> tuple[str, str]:
+def way(request) -> tuple[str, str]:
     device, mode = request.param
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")

@@ -1,9 +1,6 @@
 """Noise: a thought is scored by the network that sampled it, whatever draws while training."""
 
-from __future__ import annotations
-
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,7 +64,7 @@ def test_two_scorings_of_a_thought_agree(family: str):
     assert model.train().base.config.to_dict() == decoder(family).config.to_dict()
 
 
-def test_one_warning_counts_it(caplog: pytest.LogCaptureFixture):
+def test_one_warning_counts_it(caplog):
     model = thinking(decoder("gpt2"))
     with caplog.at_level(logging.WARNING, "quietstar"):
         scored(model.eval())
@@ -80,7 +77,7 @@ def test_one_warning_counts_it(caplog: pytest.LogCaptureFixture):
     assert "switched off in 7 places" in warning and "7 x Dropout.p = 0.3" in warning
 
 
-def test_a_jittering_router_is_counted_once(caplog: pytest.LogCaptureFixture):
+def test_a_jittering_router_is_counted_once(caplog):
     model = thinking(decoder("mixtral"))
     with caplog.at_level(logging.WARNING, "quietstar"):
         for _ in range(2):
@@ -92,7 +89,7 @@ def test_a_jittering_router_is_counted_once(caplog: pytest.LogCaptureFixture):
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "oft"])
-def test_dropout_that_an_adapter_brings(kind: str, caplog: pytest.LogCaptureFixture):
+def test_dropout_that_an_adapter_brings(kind: str, caplog):
     peft = pytest.importorskip("peft")
     configs = {
         "lora": lambda: peft.LoraConfig(
@@ -155,7 +152,7 @@ def test_noise_that_is_not_known_here_is_refused():
     assert torch.equal(scored(model.eval()), want)
 
 
-def test_noise_on_the_embeddings_is_refused(tmp_path: Path):
+def test_noise_on_the_embeddings_is_refused(tmp_path):
     model = thinking(tiny_decoder("llama"))
     with pytest.raises(ValueError, match=r"neftune_noise_alpha is 5.0; expected none with thoughts"):
         trainer(tmp_path, model, rows(4), neftune_noise_alpha=5.0)
@@ -166,7 +163,7 @@ def test_noise_on_the_embeddings_is_refused(tmp_path: Path):
         scored(model.train())
 
 
-def test_the_field_is_saved(tmp_path: Path):
+def test_the_field_is_saved(tmp_path):
     QuietStarConfig(disable_dropout=False).save_pretrained(tmp_path)
     assert QuietStarConfig.from_pretrained(tmp_path).disable_dropout is False
     assert QuietStarConfig().disable_dropout is True

@@ -1,7 +1,5 @@
 """Several documents in a row: the same losses, rewards and gradients as each of them alone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -72,7 +70,7 @@ def alone(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 @pytest.fixture(autouse=True)
-def any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+def any_length(monkeypatch) -> None:
     """Documents too short to think in are refused as rows; here they have to run."""
     monkeypatch.setattr("quietstar.modeling.model.check_text", lambda *arguments: None)
 

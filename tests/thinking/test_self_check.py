@@ -1,7 +1,5 @@
 """The check before a model's first thoughts: what it refuses, what it lets pass, and what it leaves."""
 
-from __future__ import annotations
-
 import copy
 import threading
 

@@ -1,7 +1,5 @@
 """A training step runs on the fused operators; nothing in it is rows x vocabulary or rows x keys."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from families import tiny_decoder

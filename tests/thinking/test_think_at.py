@@ -1,7 +1,5 @@
 """Thinking at fewer positions costs less in proportion: counted operations, not seconds."""
 
-from __future__ import annotations
-
 import pytest
 import seeds
 import torch

@@ -1,7 +1,5 @@
 """What has to hold whatever the weights: rollout = packed pass, columns are independent, and so on."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from families import VOCABULARY, packed_pass, tiny_decoder

@@ -1,7 +1,5 @@
 """A thought longer than the sliding window, against the plain decoder's own run of one sequence."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from families import VOCABULARY, packed_pass, tiny_decoder
@@ -67,7 +65,7 @@ def chain_of(model: QuietStarForCausalLM, ids: Tensor, anchor: int, thought: Ten
 
 
 @pytest.mark.parametrize(("family", "window"), DECODERS)
-def test_packed_pass_with_gradients(family: str, window: int) -> None:
+def test_packed_pass_with_gradients(family: str, window: int):
     model = build(family, window)
     ids = text(1)
     thoughts = torch.randint(3, START, (1, LENGTH, THOUGHT))
@@ -95,7 +93,7 @@ def test_packed_pass_with_gradients(family: str, window: int) -> None:
 
 
 @pytest.mark.parametrize(("family", "window"), DECODERS)
-def test_rollout(family: str, window: int) -> None:
+def test_rollout(family: str, window: int):
     model = build(family, window)
     ids = text(2)
     ranges, shard = text_ranges(None, ids), BatchShard(seed=5)
@@ -112,7 +110,7 @@ def test_rollout(family: str, window: int) -> None:
 
 
 @pytest.mark.parametrize(("family", "window"), DECODERS[1:])
-def test_generation(family: str, window: int) -> None:
+def test_generation(family: str, window: int):
     """Greedy, from a cache that holds only the window's part of the text: each token in its turn is the
     plain decoder's first choice."""
     model = build(family, window)

@@ -1,7 +1,5 @@
 """One step over accumulated micro-batches is the step over all of them; rows without a target."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from pathlib import Path
@@ -76,7 +74,7 @@ def step(folder: Path, layout: str, batch: int, fields: dict, **settings: Any) -
         ("right", "rlp", {"policy_max_grad_norm": 0.5}),
     ],
 )
-def test_eight_small_batches_are_one_large(tmp_path: Path, layout: str, fields: str, settings: dict):
+def test_eight_small_batches_are_one_large(tmp_path, layout: str, fields: str, settings: dict):
     (whole, entry), (pieces, other) = (
         step(tmp_path, layout, batch, FIELDS[fields], **settings) for batch in (8, 1)
     )
@@ -91,7 +89,7 @@ def test_eight_small_batches_are_one_large(tmp_path: Path, layout: str, fields: 
     assert entry["rows_without_targets"] == (0 if layout == "packed" else 2)
 
 
-def test_where_positions_follow_from_the_pass_micro_batches_weigh_as_their_targets(tmp_path: Path):
+def test_where_positions_follow_from_the_pass_micro_batches_weigh_as_their_targets(tmp_path):
     """The base prediction's mean is exact; an empty micro-batch weighs nothing."""
     fields = {"think_at": "entropy:0.5", "base_loss_weight": 1.0, "clamp_advantage": False}
     (whole, _), (pieces, _) = (

@@ -1,7 +1,5 @@
 """Two processes on gloo against one: gradients, what is drawn, gathers of FSDP2, checkpoints."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -21,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(tmp_path_factory) -> Path:
     """Everything that needs two processes, run once."""
     folder = tmp_path_factory.mktemp("two")
     for name, case in two.SAVED.items():
@@ -45,7 +43,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_command_in_two_processes(out: Path, tmp_path: Path):
+def test_the_command_in_two_processes(out: Path, tmp_path):
     """``torchrun -m quietstar train`` ends where one process with twice the batch does."""
     recipe: dict[str, Any] = {
         "name": "small",
@@ -101,7 +99,7 @@ def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("name", two.CASES)
-def test_gradients_are_those_of_one_process(out: Path, name: str, tmp_path: Path):
+def test_gradients_are_those_of_one_process(out: Path, name: str, tmp_path):
     run, gradients = two.alone(two.CASES[name], tmp_path)
     for step, expected in enumerate(gradients.steps):
         found = load_file(out / f"{name}-gradients-{step}.safetensors")
@@ -112,7 +110,7 @@ def test_gradients_are_those_of_one_process(out: Path, name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", two.ZERO)
-def test_deepspeed_ends_where_one_process_does(out: Path, name: str, tmp_path: Path):
+def test_deepspeed_ends_where_one_process_does(out: Path, name: str, tmp_path):
     pytest.importorskip("deepspeed")
     run, _ = two.alone(two.ZERO[name], tmp_path)
     weights, before = two.whole_weights(run), dict(two.build(two.ZERO[name]).named_parameters())
@@ -122,7 +120,7 @@ def test_deepspeed_ends_where_one_process_does(out: Path, name: str, tmp_path: P
     assert json.loads((out / f"{name}.json").read_text()) == {"change": 0, "skipped": 1}
 
 
-def test_a_wrong_share_would_be_noticed(tmp_path: Path):
+def test_a_wrong_share_would_be_noticed(tmp_path):
     """Means of two halves are not the mean: the rows' counts differ enough to tell."""
     case = two.CASES["ddp"]
     model, batch = two.build(case).train(), two.rows(case)[:4]

@@ -1,7 +1,5 @@
 """The averaged copy: how it follows, what it predicts, saved and resumed."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Steps that are not finite are skipped, and nothing poisoned is saved."""
 
-from __future__ import annotations
-
 import copy
 import math
 

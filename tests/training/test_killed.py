@@ -1,7 +1,5 @@
 """SIGKILL at any time: the next run ends where an undisturbed one does, bit for bit."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -15,7 +13,7 @@ SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def results(tmp_path_factory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("killed")
     done = subprocess.run(
         [sys.executable, str(SUPPORT / "killed_runs.py"), str(folder)],

@@ -1,7 +1,5 @@
 """What saves memory or time changes nothing else: checkpointing, offload, accumulation, compile."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +58,7 @@ def train(folder: Path, dtype: torch.dtype = torch.float64, **settings: Any) -> 
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def plain(tmp_path_factory) -> dict[str, torch.Tensor]:
     return train(tmp_path_factory.mktemp("plain"))
 
 
@@ -83,9 +81,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     ],
     ids=lambda s: ",".join(s) + ("+" + ",".join(s.get("activation_checkpointing_kwargs", ()))),
 )
-def test_the_weights_are_the_same(
-    plain: dict[str, torch.Tensor], settings: dict[str, Any], tmp_path: Path
-):
+def test_the_weights_are_the_same(plain: dict[str, torch.Tensor], settings: dict[str, Any], tmp_path):
     found = train(tmp_path, **settings)
     start = dict(small_model().double().named_parameters())
     assert found.keys() == plain.keys()
@@ -96,7 +92,7 @@ def test_the_weights_are_the_same(
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_learns_the_same_direction(
-    plain: dict[str, torch.Tensor], precision: str, tmp_path: Path
+    plain: dict[str, torch.Tensor], precision: str, tmp_path
 ):
     if precision == "fp16" and not torch.cuda.is_available():
         pytest.skip("fp16 training needs a gradient scaler on a GPU")

@@ -1,7 +1,5 @@
 """Stages of thoughts over a training run."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -1,7 +1,5 @@
 """QuietStarTrainer: learns, logs what thinking does, resumes exactly, stops at what is not finite."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
