@@ -1,10 +1,12 @@
 """Fixtures that several test files share."""
 
 import contextlib
+import copy
+import functools
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +16,8 @@ import pytest
 import seeds
 import torch
 
+# Before huggingface_hub is imported, which reads it once: no test asks the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[1]
 # `python -m pytest` puts the repository root first on sys.path, where the sources of quietstar_ext would
 # hide the installed package; with the native module built in place they are what is to be tested.
@@ -98,6 +102,17 @@ def simd(request) -> Iterator[str]:
         yield level
 
 
+@pytest.fixture(scope="session")
+def stdlib_tokenizer_once() -> Iterator[None]:
+    """Recipes whose tokenizer is trained on the standard library share one, which takes seconds."""
+    from quietstar.data import stdlib
+
+    train = functools.cache(stdlib.stdlib_tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stdlib, "stdlib_tokenizer", lambda *given: copy.deepcopy(train(*given)))
+        yield
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Give the number of torch's threads back as it was."""
@@ -116,6 +131,12 @@ def poisoned_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+@pytest.fixture
+def poison() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """``with poison():`` memory that nobody has set holds NaN."""
+    return poisoned_memory
 
 
 @pytest.fixture(autouse=True)

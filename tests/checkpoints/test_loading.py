@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_decoder
+from families import thinking_model, tiny_decoder
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -23,12 +23,7 @@ OPENERS = [QuietStarForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretr
 
 
 def thinking(base: PreTrainedModel | None = None) -> QuietStarForCausalLM:
-    base = tiny_decoder("llama") if base is None else base
-    model = QuietStarForCausalLM.from_base(base, thought_length=2, **TOKENS)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.5)
-    return model
+    return thinking_model(base or "llama", seed=3, mixing=0.5, thought_length=2)
 
 
 def loss(model: QuietStarForCausalLM) -> float:
@@ -170,13 +165,11 @@ class TestFromBase:
 
 
 @pytest.fixture
-def poisoned() -> Iterator[None]:
+def poisoned(poison: Callable[[], Any]) -> Iterator[None]:
     """Memory that nobody has set holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(8).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
+    with poison():
+        assert torch.empty(8).isnan().all()
+        yield
 
 
 def check_new_layers(model: QuietStarForCausalLM, dtype: torch.dtype) -> None:
@@ -213,7 +206,7 @@ class TestNewLayersAreInitialised:
         tiny_decoder("llama").save_pretrained(tmp_path)
         base = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
         with torch.device("meta") if place == "meta-block" else nullcontext():
-            model = QuietStarForCausalLM.from_base(base, **TOKENS)
+            model = thinking_model(base)
         bf16 = options.get("dtype") == torch.bfloat16
         check_new_layers(model, torch.bfloat16 if bf16 else torch.float32)
         assert torch.isfinite(model.eval()(IDS).logits).all()
@@ -233,7 +226,7 @@ class TestNewLayersAreInitialised:
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(tiny_decoder("llama").config)
         base = base.to("meta")
-        model = QuietStarForCausalLM.from_base(base, **TOKENS)
+        model = thinking_model(base)
         assert {p.device.type for p in model.parameters()} == {"meta"}
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints as the reference code saves them: read, equal in their logits, or refused by name."""
+"""Checkpoints as the reference code saves them: read, equal in their logits, or rejected by name."""
 
 import json
 import logging
@@ -121,7 +121,6 @@ def test_damaged_checkpoints_are_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=words):
             QuietStarForCausalLM.from_reference(folder, **{"n_ahead": 6, **options})
 
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     refused(tmp_path / "none", "is neither a folder nor a repository to be had")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", r"config.json does not exist")

@@ -1,4 +1,4 @@
-"""QuietStarConfig: a field misspelt is refused, whatever else configurations have is not."""
+"""QuietStarConfig: a field misspelt is rejected, whatever else configurations have is not."""
 
 import copy
 import json
@@ -77,3 +77,33 @@ def test_a_newer_version_s_checkpoint_loads_with_a_warning(tmp_path, caplog):
     assert [r.message for r in caplog.records if "thought_lengths, which this version" in r.message]
     assert loaded.config.thought_length == model.config.thought_length
     assert loaded.config.to_dict()["thought_lengths"] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"thought_length": 0}, "thought_length is 0; expected a whole number >= 1"),
+        ({"talk_length": 0}, "talk_length is 0"),
+        ({"num_rationales": -1}, "num_rationales is -1"),
+        ({"thought_length": 2.5}, "thought_length is 2.5"),
+        ({"reinforce_temperature": 0}, "reinforce_temperature is 0; expected a number > 0"),
+        ({"policy_weight": -1.0}, "policy_weight is -1.0; expected a number >= 0"),
+        ({"base_loss_weight": 1.5}, "base_loss_weight is 1.5"),
+        ({"mixing_activation": "relu"}, "mixing_activation is 'relu'"),
+        ({"thought_kind": "loud"}, "thought_kind is 'loud'"),
+        ({"think_at": "every:2"}, "think_at is 'every:2'; expected 'all', 'stride:k'"),
+        ({"think_at": "stride:0"}, "think_at is 'stride:0'"),
+        ({"think_at": "random:1.5"}, "think_at is 'random:1.5'"),
+        ({"reward": "gain"}, "reward is 'gain'; expected one of"),
+        ({"advantage": "median"}, "advantage is 'median'; expected one of"),
+        ({"advantage": "normalized", "num_rationales": 1}, "expected at least 2 thoughts to compare"),
+        ({"entropy_bonus": -1.0}, "entropy_bonus is -1.0; expected a number >= 0"),
+        ({"nll_weight": float("nan")}, "nll_weight is nan; expected a number >= 0"),
+        ({"mixing_floor": 1.5}, "mixing_floor is 1.5; expected a number from 0 to 1"),
+        ({"mixing_floor": 0.1}, "expected 'sigmoid', an unbounded weight has no floor"),
+        ({"policy_mean": "all"}, r"policy_mean is 'all'; expected one of \('rewarded', 'paper'\)"),
+    ],
+)
+def test_values_that_no_field_may_have(fields: dict, said: str):
+    with pytest.raises(ValueError, match=said):
+        QuietStarConfig(**fields)
