@@ -5,12 +5,11 @@ of rank 2 on ``decoder``. The JSON files hold an input and what that commit made
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from small_recipes import run_python
 
 from quietstar.checkpoints.load import load_checkpoint
 
@@ -38,10 +37,7 @@ def test_a_folder_gives_what_it_gave(name: str, monkeypatch):
 
 def words_of(code: str) -> list[str]:
     """What a fresh process prints; its argument is the whole model's folder."""
-    command = [sys.executable, "-P", "-c", code, str(SAVED / "full")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.split()
+    return run_python("-P", "-c", code, SAVED / "full").stdout.split()
 
 
 def test_import_of_the_package_alone_teaches_transformers_the_type():

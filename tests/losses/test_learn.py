@@ -144,7 +144,3 @@ def test_the_preset_and_the_default():
     before = QuietStarConfig().to_dict()
     del before["policy_mean"]  # as version 0.1.0 saved it, which counted every thought
     assert QuietStarConfig.from_dict(before).policy_mean == "paper"
-    with pytest.raises(
-        ValueError, match=r"policy_mean is 'all'; expected one of \('rewarded', 'paper'\)"
-    ):
-        QuietStarConfig(policy_mean="all")
