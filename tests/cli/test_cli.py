@@ -3,19 +3,22 @@
 import argparse
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from small_recipes import SIZES, TINY_LLAMA, content, from_files, rejected
+from small_training import Interrupt
+from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    TrainerCallback,
-    TrainerState,
+    PreTrainedTokenizerFast,
 )
 
 import quietstar
@@ -32,23 +35,9 @@ from quietstar.recipes.recipe import Recipe, parse_recipe
 from quietstar.recipes.run import run_recipe
 from quietstar.training.trainer import NonFiniteLoss
 
+pytestmark = pytest.mark.usefixtures("stdlib_tokenizer_once")
 COMMANDS = ("info", "train", "plan", "merge", "generate", "inspect", "eval", "demo")
 TEXT = "the quick brown fox jumps over the lazy dog. "
-TINY_LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-}
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch) -> None:
-    # The environment variable is read once, when the library is imported.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture
@@ -66,16 +55,13 @@ def recipe_file(tmp_path, text_file: Path) -> Path:
 
 
 def small(text_file: Path, **sections: dict) -> Recipe:
-    content = {
-        "name": "small",
-        "model": {"config": TINY_LLAMA, "tokenizer": "stdlib", "vocab_size": 300},
-        "data": {"files": str(text_file), "block_size": 12, "eval_blocks": 0, "max_train_blocks": 40},
-        "thoughts": {"thought_length": 2, "talk_length": 2},
-        "training": {"max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2, "use_cpu": True},
+    changes: dict[str, dict] = {
+        "model": {"tokenizer": "stdlib", "vocab_size": 300},
+        "data": from_files(text_file, block_size=12, max_train_blocks=40, eval_blocks=0),
+        "thoughts": {"talk_length": 2},
+        "training": {},
     }
-    for name, values in sections.items():
-        content[name] = {**content[name], **values}
-    return parse_recipe(content)
+    return parse_recipe(content(**{n: {**v, **sections.get(n, {})} for n, v in changes.items()}))
 
 
 class TestErrors:
@@ -99,10 +85,7 @@ class TestErrors:
         monkeypatch.chdir(tmp_path)
         if "./no" in words[-1]:
             words.append("model.tokenizer=")
-        assert cli.main(words) == 2
-        errors = capsys.readouterr().err
-        assert errors.startswith("quietstar: error: ") and message in errors
-        assert errors.count("\n") == 1
+        rejected(capsys, words, message)
         assert not (tmp_path / "quietstar-runs").exists()
 
     def test_traceback_on_request(self, monkeypatch, capsys):
@@ -110,29 +93,22 @@ class TestErrors:
         assert cli.main(["train", "tyni"]) == 2
         assert "Traceback" in capsys.readouterr().err
 
-    def test_a_fault_of_the_program_is_not_hidden(self, monkeypatch, capsys):
-        def broken(args: argparse.Namespace) -> int:
-            raise AssertionError("a bug")
+    @pytest.mark.parametrize(
+        ("error", "status", "said"),
+        [
+            # A fault of the program is not hidden.
+            (AssertionError("a bug"), 1, "(?s)Traceback.*a bug.*"),
+            (KeyboardInterrupt(), 130, "[^\\n]*\\n"),
+            (NonFiniteLoss("step 7 is not finite"), 2, "quietstar: error: step 7 is not finite\\n"),
+        ],
+    )
+    def test_what_a_command_raises(self, monkeypatch, capsys, error, status: int, said: str):
+        def fails(args: argparse.Namespace) -> int:
+            raise error
 
-        monkeypatch.setattr(info, "run", broken)
-        assert cli.main(["info"]) == 1
-        assert "Traceback" in capsys.readouterr().err
-
-    def test_interrupted(self, monkeypatch, capsys):
-        def interrupted(args: argparse.Namespace) -> int:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(info, "run", interrupted)
-        assert cli.main(["info"]) == 130
-        assert capsys.readouterr().err.count("\n") == 1
-
-    def test_a_loss_that_is_not_finite(self, monkeypatch, capsys):
-        def diverged(args: argparse.Namespace) -> int:
-            raise NonFiniteLoss("the loss at step 7 is not finite")
-
-        monkeypatch.setattr(info, "run", diverged)
-        assert cli.main(["info"]) == 2
-        assert capsys.readouterr().err == "quietstar: error: the loss at step 7 is not finite\n"
+        monkeypatch.setattr(info, "run", fails)
+        assert cli.main(["info"]) == status
+        assert re.fullmatch(said, capsys.readouterr().err)
 
     @pytest.mark.parametrize("words", [[], ["train"], ["fly"], ["train", "tiny", "--fast"]])
     def test_usage(self, words: list[str]):
@@ -204,7 +180,7 @@ class TestRun:
         tokenizer = AutoTokenizer.from_pretrained(output)
         quietstar.check_tokenizer(tokenizer, model.config)
 
-        # The same again is not trained again; another recipe is refused, and nothing is lost.
+        # The same again is not trained again; another recipe is rejected, and nothing is lost.
         before = (output / "model.safetensors").read_bytes()
         assert cli.main([*words, "--output", str(output)]) == 0
         assert cli.main([*words, "--output", str(output), "learning_rate=1"]) == 2
@@ -212,17 +188,10 @@ class TestRun:
         assert (output / "model.safetensors").read_bytes() == before
 
     def test_an_interrupted_run_ends_as_one_that_was_not(self, text_file: Path, tmp_path):
-        class Interrupt(TrainerCallback):
-            def on_step_begin(
-                self, args: object, state: TrainerState, *rest: object, **more: object
-            ) -> None:
-                if state.global_step == 3:
-                    raise KeyboardInterrupt
-
         recipe = small(text_file)
         whole = run_recipe(recipe, tmp_path / "whole", progress=False)
         with pytest.raises(KeyboardInterrupt):
-            run_recipe(recipe, tmp_path / "parts", progress=False, callbacks=[Interrupt()])
+            run_recipe(recipe, tmp_path / "parts", progress=False, callbacks=[Interrupt(3)])
         parts = run_recipe(recipe, tmp_path / "parts", progress=False, resume=True)
         assert parts.metrics["steps"] == 4
         models = [QuietStarForCausalLM.from_pretrained(r.output).state_dict() for r in (whole, parts)]
@@ -247,9 +216,7 @@ class TestRun:
         assert run_recipe(recipe, tmp_path / "out", progress=False).metrics["steps"] == 4
 
     def test_the_wrong_tokenizer(self, text_file: Path, tmp_path):
-        config = LlamaConfig(
-            **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=290
-        )
+        config = LlamaConfig(**SIZES, vocab_size=290)
         LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
         recipe = small(text_file, model={"name": str(tmp_path / "base"), "config": None})
         with pytest.raises(
@@ -260,9 +227,6 @@ class TestRun:
 
     def test_a_tokenizer_without_the_meta_tokens(self, text_file: Path, tmp_path):
         first = run_recipe(small(text_file), tmp_path / "first", progress=False)
-        from tokenizers import Tokenizer
-        from transformers import PreTrainedTokenizerFast
-
         core = json.loads(
             (first.output / "tokenizer.json").read_text().replace("<|startthought|>", "<|no|>")
         )
@@ -338,7 +302,7 @@ class TestPerplexity:
 
 def tiny_model(**fields: str) -> QuietStarForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(**{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=64)
+    config = LlamaConfig(**SIZES, vocab_size=64)
     thoughts = QuietStarConfig(config, thought_length=2, start_token_id=1, end_token_id=2, **fields)
     model = QuietStarForCausalLM(thoughts)
     torch.nn.init.normal_(model.mixing_head.fc3.weight)  # zeros would hide what thoughts do

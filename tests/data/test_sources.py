@@ -2,11 +2,13 @@
 
 import gzip
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from quietstar.data.sources import hub_documents, local_documents, open_documents
+from quietstar.data.stdlib import Document
 from quietstar.errors import UserError
 
 TEXTS = [f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (i + 1) for i in range(9)]
@@ -17,6 +19,21 @@ def texts_of(path: Path | str, **options: str) -> list[str]:
 
 
 CUT_GZ = gzip.compress(b"words " * 99, mtime=0)[:-20]
+Source = Callable[[], Iterator[Document]]
+
+
+@pytest.fixture
+def data_set(tmp_path, monkeypatch) -> Callable[..., Source]:
+    """A folder with a data set of these lines, opened by its name."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+
+    def write(texts: list[str | None], *more: str, split: str = "train", **options) -> Source:
+        lines = [*(json.dumps({"text": text}) for text in texts), *more]
+        (tmp_path / "set" / "train.jsonl").write_text("\n".join(lines))
+        return open_documents(name=str(tmp_path / "set"), files=None, split=split, **options)
+
+    return write
 
 
 class TestLocalFiles:
@@ -162,11 +179,7 @@ class TestLeftOut:
             ("b.json", b'[{"text": "x"}, {"te', "b.json is not JSON"),
             ("b.parquet", b"PAR1", "b.parquet cannot be read as parquet"),
             ("b.txt.gz", b"not gzip", "b.txt.gz cannot be read to its end"),
-            (
-                "b.txt.gz",
-                gzip.compress(b"words " * 99, mtime=0)[:-20],
-                "b.txt.gz cannot be read to its end",
-            ),
+            ("b.txt.gz", CUT_GZ, "b.txt.gz cannot be read to its end"),
         ],
     )
     def test_a_file_of_a_glob(self, tmp_path, caplog, name: str, content: bytes, words: str):
@@ -203,17 +216,12 @@ class TestLeftOut:
         assert said == [f"{number} so far)" for number in (1, 2, 3, 10, 100)]
 
     @pytest.mark.parametrize("streaming", [False, True])
-    def test_rows_of_a_data_set(self, tmp_path, monkeypatch, streaming: bool):
-        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-        (tmp_path / "set").mkdir()
-        lines = [json.dumps({"text": text}) for text in ("a", None, "b", " ", "c")]
-        (tmp_path / "set" / "train.jsonl").write_text("\n".join(lines))
-        source = open_documents(
-            name=str(tmp_path / "set"), files=None, split="train", streaming=streaming
-        )
+    def test_rows_of_a_data_set(self, data_set, streaming: bool):
+        texts = ["a", None, "b", " ", "c"]
+        source = data_set(texts, streaming=streaming)
         assert [d.text for d in source()] == ["a", "", "b", "", "c"]
         # What the data set's own reader cannot read is its last word.
-        (tmp_path / "set" / "train.jsonl").write_text("\n".join([*lines, '{"text": "\\ud83d"}']))
+        data_set(texts, '{"text": "\\ud83d"}')
         with pytest.raises(UserError, match="data set .*set"):
             list(source())
 
@@ -225,26 +233,14 @@ class TestLeftOut:
 
 
 class TestHub:
-    def test_a_local_folder_through_datasets(self, tmp_path, monkeypatch):
-        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-        (tmp_path / "set").mkdir()
-        lines = "".join(json.dumps({"text": t}) + "\n" for t in TEXTS)
-        (tmp_path / "set" / "train.jsonl").write_text(lines)
+    def test_a_local_folder_through_datasets(self, data_set):
         for streaming in (False, True):
-            source = open_documents(
-                name=str(tmp_path / "set"),
-                files=None,
-                split="train",
-                streaming=streaming,
-                shuffle_buffer=0,
-            )
+            source = data_set(TEXTS, streaming=streaming, shuffle_buffer=0)
             assert [d.text for d in source()] == TEXTS
-        wrong = open_documents(name=str(tmp_path / "set"), files=None, split="train", text_column="body")
         with pytest.raises(UserError, match="no text column 'body'; its columns are: text"):
-            list(wrong())
-        wrong = open_documents(name=str(tmp_path / "set"), files=None, split="tset")
+            list(data_set(TEXTS, text_column="body")())
         with pytest.raises(UserError, match="cannot load split 'tset' of data set"):
-            list(wrong())
+            list(data_set(TEXTS, split="tset")())
 
     def test_a_stream_that_does_not_tell_its_columns(self, tmp_path, monkeypatch, caplog):
         monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from families import tiny_decoder
+from families import thinking_model
 
 from quietstar import QuietStarForCausalLM
 from quietstar.thinking import cuda_graphs as graphs
@@ -29,14 +29,8 @@ def way(request) -> tuple[str, str]:
 
 
 def build(family: str = "llama", device: str = "cpu", **fields) -> QuietStarForCausalLM:
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder(family),
-        **{"start_token_id": 39, "end_token_id": 40, "thought_length": 3, "talk_length": 2, **fields},
-    ).eval()
-    with torch.no_grad():
-        model.thought_embedding.start.normal_(0, 0.003)
-        model.thought_embedding.end.normal_(0, 0.003)
-        model.mixing_head.fc3.weight.normal_(0, 0.3)
+    fields = {"start_token_id": 39, "end_token_id": 40, "thought_length": 3, "talk_length": 2, **fields}
+    model = thinking_model(family, mixing=0.3, embeddings=0.003, **fields).eval()
     model.generation_config.eos_token_id = None
     return model.to(device)
 

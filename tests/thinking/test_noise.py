@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, tiny_decoder
+from families import FAMILIES, thinking_model, tiny_decoder
 from small_training import rows, trainer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -41,8 +41,7 @@ def decoder(family: str) -> PreTrainedModel:
 
 
 def thinking(base: PreTrainedModel, **fields: Any) -> QuietStarForCausalLM:
-    settings = {"thought_length": THOUGHT, "talk_length": 2, **fields}
-    return QuietStarForCausalLM.from_base(base, start_token_id=94, end_token_id=95, **settings)
+    return thinking_model(base, **{"thought_length": THOUGHT, "talk_length": 2, **fields})
 
 
 def scored(model: nn.Module) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Documents told apart by position_ids and their kin: the same as with document_ids, or refused."""
+"""Documents told apart by position_ids and their kin: the same as with document_ids, or rejected."""
 
 from typing import Any
 
