@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_recipes import SIZES, content, from_files, rejected
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from quietstar import QuietStarForCausalLM
@@ -22,14 +23,6 @@ from quietstar.errors import UserError, blaming
 from quietstar.files import RUN_FILE
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 40
-SIZES = {
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-}
 CONFIG, TRAINING = "model.config.", "training."
 
 
@@ -44,12 +37,11 @@ def place(tmp_path_factory) -> Path:
     plain.save_pretrained(folder / "plain")
     QuietStarForCausalLM.from_base(plain, tokenizer, thought_length=2).save_pretrained(folder / "model")
     (folder / "text.txt").write_text(TEXT)
-    recipe = {
-        "model": {"config": {"model_type": "llama", **SIZES}, "tokenizer": "plain"},
-        "data": {"files": "text.txt", "block_size": 12, "max_train_blocks": 20},
-        "thoughts": {"thought_length": 2},
-        "training": {"max_steps": 2, "save_strategy": "no", "use_cpu": True},
-    }
+    recipe = content(
+        model={"tokenizer": "plain"},
+        data=from_files(Path("text.txt"), block_size=12),
+        training={"max_steps": 2, "save_strategy": "no"},
+    )
     (folder / "small.yaml").write_text(json.dumps(recipe))
     (folder / "empty.yaml").write_text("")
     (folder / "deep.yaml").write_text("a: " + "[" * 1200)
@@ -78,17 +70,10 @@ def place(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def inside(place: Path, monkeypatch) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def refused(words: list[str], message: str, capsys) -> None:
-    capsys.readouterr()
-    status = cli.main(words)
-    said = capsys.readouterr().err
-    assert status == 2, said
-    *_, last = said.splitlines()
-    assert last.startswith("quietstar: error: ") and message in last
-    assert "Traceback" not in said
+    rejected(capsys, words, message, alone=False)
 
 
 @pytest.mark.parametrize(

@@ -4,21 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from evaluation_cases import CSQA_ROWS, GSM_ROWS
-from families import tiny_decoder
+from families import thinking_model, tiny_decoder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from quietstar import QuietStarForCausalLM
 from quietstar.data.stdlib import train_tokenizer
 from quietstar.modeling.meta_tokens import add_meta_tokens
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +52,7 @@ def splitting() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def model(merging: PreTrainedTokenizerFast) -> QuietStarForCausalLM:
     decoder = tiny_decoder("llama", vocab_size=len(merging), max_position_embeddings=400)
-    model = QuietStarForCausalLM.from_base(decoder, merging, thought_length=3).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.3)
-    return model
+    return thinking_model(decoder, merging, seed=1, mixing=0.3, thought_length=3).eval()
 
 
 @pytest.fixture(scope="module")

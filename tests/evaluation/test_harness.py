@@ -38,6 +38,7 @@ def task_folder(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_task_of_the_harness(folder: str, task_folder: Path, tmp_path, capsys):
     output = tmp_path / "out.json"
     words = ["--tasks", "quietstar_toy", "--include-path", task_folder, "--output", output]
