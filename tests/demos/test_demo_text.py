@@ -14,6 +14,8 @@ from quietstar.demos import text as demo_text
 from quietstar.evaluation.perplexity import Estimate
 from quietstar.files import read_json
 
+pytestmark = pytest.mark.usefixtures("stdlib_tokenizer_once")
+
 
 def test_the_control_differs_in_the_thoughts_alone():
     recipes = demo_text.stage_recipes(Path("x"), quick=False)

@@ -1,4 +1,4 @@
-"""``quietstar inspect``: the numbers on the page, the page in a browser, and what is refused."""
+"""``quietstar inspect``: the numbers on the page, the page in a browser, and what is rejected."""
 
 import json
 import math
@@ -13,7 +13,8 @@ import browser
 import numpy as np
 import pytest
 import torch
-from families import tiny_decoder
+from families import thinking_model, tiny_decoder
+from small_recipes import rejected
 
 from quietstar import QuietStarForCausalLM
 from quietstar.cli import app as cli
@@ -31,14 +32,9 @@ TEXT = (
 )
 LOG = [
     {
-        "step": step,
-        "loss": 2.0,
-        "base_loss": 2.0 - step / 100,
-        "talk_loss_0": 1.9 - step / 90,
-        "gain": 0.1 + step / 900,
-        "mixing_weight_hard": 0.01 * step,
-        "mixing_weight_easy": 0.001 * step,
-        "thought_entropy": 1.0,
+        **{"step": step, "loss": 2.0, "base_loss": 2.0 - step / 100, "talk_loss_0": 1.9 - step / 90},
+        **{"gain": 0.1 + step / 900, "mixing_weight_hard": 0.01 * step},
+        **{"mixing_weight_easy": 0.001 * step, "thought_entropy": 1.0},
     }
     for step in (10, 20, 30)
 ]
@@ -46,13 +42,10 @@ LOG = [
 
 def tiny(tokenizer, **fields) -> QuietStarForCausalLM:
     torch.manual_seed(5)
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder("llama", vocab_size=len(tokenizer)),
-        tokenizer,
-        **{"thought_length": 3, "talk_length": 2, **fields},
-    )
+    decoder = tiny_decoder("llama", vocab_size=len(tokenizer))
+    fields = {"thought_length": 3, "talk_length": 2, **fields}
+    model = thinking_model(decoder, tokenizer, mixing=0.5, **fields)
     with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.5)
         model.get_output_embeddings().weight.normal_(0, 0.3)
     return model.eval()
 
@@ -342,18 +335,8 @@ def test_nothing_in_a_thought_is_markup(window: browser.Browser, tmp_path):
 
 def test_part_of_a_text(folder: Path, text_file: Path, capsys, monkeypatch):
     monkeypatch.chdir(text_file.parent)
-    words = [
-        "inspect",
-        str(folder),
-        str(text_file),
-        "--tokens",
-        "16",
-        "--context",
-        "9",
-        "--samples",
-        "0",
-    ]
-    assert cli.main(words) == 0
+    words = ["--tokens", "16", "--context", "9", "--samples", "0"]
+    assert cli.main(["inspect", str(folder), str(text_file), *words]) == 0
     assert capsys.readouterr().out == "page: text.html\n"
     content = (text_file.parent / "text.html").read_text()
     assert content.count('class="t"') == 15 and "the first 16 of" in content
@@ -375,16 +358,13 @@ def test_part_of_a_text(folder: Path, text_file: Path, capsys, monkeypatch):
     ],
 )
 def test_refused(words: list[str], message: str, folder: Path, text_file: Path, capsys, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     here = text_file.parent
     (here / "short.txt").write_text("x")
     (here / "empty.txt").write_text(" \n")
     (here / "binary.txt").write_bytes(b"\xff\xfe\x00")
     names = {"folder": folder, "text": text_file}
     names |= {name: here / f"{name}.txt" for name in ("short", "empty", "binary")}
-    assert cli.main(["inspect", *(word.format(**names) for word in words)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("quietstar: error: ") and error.count("\n") == 1 and message in error
+    rejected(capsys, ["inspect", *(word.format(**names) for word in words)], message)
     assert text_file.read_text() == TEXT
 
 

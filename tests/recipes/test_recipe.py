@@ -1,4 +1,4 @@
-"""Recipes: what is shipped, what is refused and with which words, and changes by key=value."""
+"""Recipes: what is shipped, what is rejected and with which words, and changes by key=value."""
 
 import pytest
 
@@ -120,12 +120,8 @@ def test_numbers_as_people_write_them(tmp_path):
         "training: {learning_rate: 1e-6, max_steps: 1_000, eval_strategy: no, adam_beta2: '0.98'}\n"
     )
     recipe = load_recipe(str(path))
-    assert recipe.training == {
-        "learning_rate": 1e-6,
-        "max_steps": 1000,
-        "eval_strategy": "no",
-        "adam_beta2": 0.98,
-    }
+    expected = {"learning_rate": 1e-6, "max_steps": 1000, "eval_strategy": "no", "adam_beta2": 0.98}
+    assert recipe.training == expected
     assert recipe.data.block_size == 100 and isinstance(recipe.data.block_size, int)
     assert recipe.data.files == ["x.txt"]
 
@@ -137,15 +133,9 @@ def test_yaml_is_data_only_and_unambiguous():
         load_yaml("a: 1\na: 2", "r.yaml")
     with pytest.raises(UserError, match="r.yaml, line 2 is not valid YAML"):
         load_yaml("a: 1\nb: [", "r.yaml")
-    assert load_yaml("[1e-6, 1E5, -.5, 010, no, true, 12:30]", "r") == [
-        1e-6,
-        1e5,
-        -0.5,
-        10,
-        "no",
-        True,
-        "12:30",
-    ]
+    numbers = [1e-6, 1e5, -0.5, 10]
+    text = "[1e-6, 1E5, -.5, 010, no, true, 12:30]"
+    assert load_yaml(text, "r") == [*numbers, "no", True, "12:30"]
 
 
 def test_overrides():
