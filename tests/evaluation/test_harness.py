@@ -55,6 +55,8 @@ def test_the_harness_thinks(
     from lm_eval.api.instance import Instance
     from lm_eval.api.registry import get_model
 
+    import quietstar.evaluation.harness  # noqa: F401 - registers the model
+
     adapter = get_model("quietstar")
     context, rest = "Q: 1 2?\nA:", " 18"
     start, ids = reasoning.split_answer(merging, context, rest)

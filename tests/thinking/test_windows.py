@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from families import VOCABULARY, packed_pass, tiny_decoder
+from families import VOCABULARY, packed_pass, thinking_model, tiny_decoder
+from families import gradients as gradients_of
 from torch import Tensor
 
 from quietstar import QuietStarForCausalLM
@@ -23,19 +24,9 @@ DECODERS = [
 
 def build(family: str, window: int) -> QuietStarForCausalLM:
     """Mixing weight 1: the thought's prediction stands alone."""
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder(family, sliding_window=window),
-        start_token_id=START,
-        end_token_id=END,
-        thought_length=THOUGHT,
-        talk_length=TALK,
-        mixing_activation="sigmoid",
-        mixing_floor=1.0,
-    ).eval()
-    torch.manual_seed(11)
-    with torch.no_grad():
-        model.thought_embedding.start.normal_(0, 0.004)
-        model.thought_embedding.end.normal_(0, 0.004)
+    decoder = tiny_decoder(family, sliding_window=window)
+    fields = {"thought_length": THOUGHT, "talk_length": TALK, "mixing_activation": "sigmoid"}
+    model = thinking_model(decoder, seed=11, embeddings=0.004, mixing_floor=1.0, **fields).eval()
     model.generation_config.eos_token_id = None
     return model
 
@@ -75,7 +66,7 @@ def test_packed_pass_with_gradients(family: str, window: int):
     def gradients(slots: Tensor) -> dict[str, Tensor]:
         model.zero_grad()
         (slots * direction).sum().backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return gradients_of(model)
 
     _, slots = packed_pass(model, ids, text_ranges(None, ids), anchors, thoughts)
     wanted = torch.stack(
