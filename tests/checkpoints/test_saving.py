@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_training
 import torch
-from families import tiny_decoder
+from small_training import small_model
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
@@ -30,29 +31,12 @@ from quietstar.errors import UserError
 from quietstar.recipes import disk
 
 
-def small_model(**fields: Any) -> QuietStarForCausalLM:
-    decoder = tiny_decoder("llama", vocab_size=48)
-    return QuietStarForCausalLM.from_base(
-        decoder, start_token_id=39, end_token_id=40, thought_length=2, **fields
-    )
-
-
 def trainer(folder: Path, *callbacks: TrainerCallback, **settings: Any) -> QuietStarTrainer:
-    generator = torch.Generator().manual_seed(4)
-    ids = torch.randint(3, 9, (32, 10), generator=generator)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        learning_rate=3e-3,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        **{"max_steps": 8, "save_steps": 4, **settings},
-    )
+    ids = torch.randint(3, 9, (32, 10), generator=torch.Generator().manual_seed(4))
     rows = [{"input_ids": row, "labels": row} for row in ids]
-    return QuietStarTrainer(
-        model=small_model(), args=arguments, train_dataset=rows, callbacks=list(callbacks)
-    )
+    # No logs: what is printed may go to a file that may not grow.
+    fixed = {"max_steps": 8, "save_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 500}
+    return small_training.trainer(folder, small_model(), rows, *callbacks, **{**fixed, **settings})
 
 
 class DiskFull(TrainerCallback):

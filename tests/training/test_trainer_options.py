@@ -1,4 +1,4 @@
-"""Options of the Trainer: each has its effect, or is refused by name before training."""
+"""Options of the Trainer: each has its effect, or is rejected by name before training."""
 
 import importlib.util
 from pathlib import Path
