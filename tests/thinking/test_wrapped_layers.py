@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_decoder
+from families import thinking_model, tiny_decoder
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -28,13 +28,7 @@ HEADS = ["fc1", "fc2", "fc3", "lm_head"]
 def thinking(family: str = "llama", **changes: Any) -> QuietStarForCausalLM:
     fields = {"thought_length": THOUGHT, "talk_length": 2, "entropy_bonus": 0.1, "policy_weight": 1.0}
     fields |= {"clamp_advantage": False, "reward": "base-gain"}
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder(family, **changes), start_token_id=94, end_token_id=95, **fields
-    )
-    torch.manual_seed(3)
-    with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.5)
-    return model
+    return thinking_model(tiny_decoder(family, **changes), seed=3, mixing=0.5, **fields)
 
 
 def step(model: nn.Module) -> Any:
