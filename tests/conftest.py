@@ -1,12 +1,12 @@
 """Fixtures that several test files share."""
 
-from __future__ import annotations
-
 import contextlib
+import copy
+import functools
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +16,8 @@ import pytest
 import seeds
 import torch
 
+# Before huggingface_hub is imported, which reads it once: no test asks the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[1]
 # `python -m pytest` puts the repository root first on sys.path, where the sources of quietstar_ext would
 # hide the installed package; with the native module built in place they are what is to be tested.
@@ -86,13 +88,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def drawn_values(request: pytest.FixtureRequest) -> None:
+def drawn_values(request) -> None:
     """Every test draws from a seed of its own."""
     seeds.begin(request.node.nodeid)
 
 
 @pytest.fixture(params=SIMD_LEVELS)
-def simd(request: pytest.FixtureRequest) -> Iterator[str]:
+def simd(request) -> Iterator[str]:
     """Run the test once per instruction set, and skip those that this machine does not have."""
     level: str = request.param
     if level not in quietstar_ext.build_info()["simd_supported"]:
@@ -100,6 +102,17 @@ def simd(request: pytest.FixtureRequest) -> Iterator[str]:
     with quietstar_ext.use_simd(level):
         assert quietstar_ext.build_info()["simd"] == level
         yield level
+
+
+@pytest.fixture(scope="session")
+def stdlib_tokenizer_once() -> Iterator[None]:
+    """Recipes whose tokenizer is trained on the standard library share one, which takes seconds."""
+    from quietstar.data import stdlib
+
+    train = functools.cache(stdlib.stdlib_tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stdlib, "stdlib_tokenizer", lambda *given: copy.deepcopy(train(*given)))
+        yield
 
 
 @pytest.fixture
@@ -122,8 +135,14 @@ def poisoned_memory() -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
+@pytest.fixture
+def poison() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """``with poison():`` memory that nobody has set holds NaN."""
+    return poisoned_memory
+
+
 @pytest.fixture(autouse=True)
-def poisoned_outputs(request: pytest.FixtureRequest) -> Iterator[None]:
+def poisoned_outputs(request) -> Iterator[None]:
     """In the tests of the operators on a GPU, what a kernel does not write is NaN."""
     on_a_gpu = request.node.get_closest_marker("gpu") is not None
     if on_a_gpu and "_cuda" in request.path.stem:
@@ -153,7 +172,7 @@ def cuda_on_cpu() -> Iterator[ModuleType]:
         pytest.param("cuda", marks=pytest.mark.gpu),
     ]
 )
-def kernel_device(request: pytest.FixtureRequest) -> Iterator[str]:
+def kernel_device(request) -> Iterator[str]:
     """The device of a test's tensors, where the CUDA kernels run: a GPU, or the CPU with the CUDA
     sources compiled for it. That they ran there is asserted."""
     if request.param == "cuda":

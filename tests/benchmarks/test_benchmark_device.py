@@ -57,7 +57,7 @@ def capture(graph: Graph) -> Iterator[None]:
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def device(monkeypatch) -> ModuleType:
     fakes: dict[str, Any] = {
         "Event": Event,
         "Stream": Stream,
@@ -96,7 +96,7 @@ def busy(ms: float, can_be_captured: bool = True) -> Callable[[], None]:
     return run
 
 
-def test_compare_times_each_and_captures_what_is_short(device, capsys) -> None:
+def test_compare_times_each_and_captures_what_is_short(device, capsys):
     device.GRAPH_BELOW_MS = 20  # far from either, on a busy machine
     pieces = [busy(0.2) for _ in range(3)]
     results = device.compare(
@@ -123,7 +123,7 @@ def test_compare_times_each_and_captures_what_is_short(device, capsys) -> None:
     assert device.compare({"ours": busy(0.2)}, graph=False)["ours"]["graph"] == 0
 
 
-def test_rates_are_of_the_ceiling(device, monkeypatch) -> None:
+def test_rates_are_of_the_ceiling(device, monkeypatch):
     monkeypatch.setattr(device, "ceilings", lambda: {"copy_gb_per_s": 4000.0})
     row = {"ms": 0.5}
     line = device.rates(row, megabytes=1000, gflop=50)
@@ -131,7 +131,7 @@ def test_rates_are_of_the_ceiling(device, monkeypatch) -> None:
     assert "50.0% of a copy" in line and "100.0 TFLOP/s" in line
 
 
-def test_ceilings_are_named_as_the_report_reads_them(device, monkeypatch) -> None:
+def test_ceilings_are_named_as_the_report_reads_them(device, monkeypatch):
     # A graph of the copy and the copy itself are no ceilings where a kernel is faster.
     monkeypatch.setattr(
         device,
@@ -149,7 +149,7 @@ def test_ceilings_are_named_as_the_report_reads_them(device, monkeypatch) -> Non
         assert found[f"matmul_{name}_gflop_per_s"] == pytest.approx(1e-6 * size**3, rel=1e-6)
 
 
-def test_finished_is_the_call_itself_without_a_device(device) -> None:
+def test_finished_is_the_call_itself_without_a_device(device):
     calls = []
     device.finished(lambda: calls.append(1))()
     assert calls == [1]

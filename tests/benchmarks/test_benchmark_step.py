@@ -1,15 +1,13 @@
 """The GPU's training-step benchmark: its count of operations, and that it runs (tiny, on the CPU)."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from small_recipes import SIZES, run_python
 from transformers import LlamaConfig
 
 from quietstar import QuietStarConfig
@@ -28,22 +26,10 @@ def load_flops():
 
 
 def test_operations_by_hand():
-    decoder = LlamaConfig(
-        vocab_size=10,
-        hidden_size=4,
-        intermediate_size=6,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    config = QuietStarConfig(
-        text_config=decoder,
-        start_token_id=8,
-        end_token_id=9,
-        thought_length=2,
-        talk_length=2,
-        num_rationales=2,
-    )
+    sizes = {"hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 2}
+    decoder = LlamaConfig(**{**SIZES, **sizes}, vocab_size=10)
+    fields = {"start_token_id": 8, "end_token_id": 9, "thought_length": 2, "talk_length": 2}
+    config = QuietStarConfig(text_config=decoder, num_rationales=2, **fields)
     sizes = decoder_sizes(decoder)
     # q and o 4x4, k and v 4x2, gate, up and down 4x6; twice.
     assert sizes.linear == 2 * (2 * 16 + 2 * 8 + 3 * 24) == 240
@@ -73,14 +59,8 @@ from benchmarks import bench_gpu_step as bench
 tables = bench.training_step("tiny", 1, 24, rounds=1), bench.slot_step("tiny", 2, 20, rounds=1)
 print(json.dumps(tables))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), *sys.path])},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    path = os.pathsep.join([str(ROOT / "python"), *sys.path])
+    done = run_python("-c", code, cwd=ROOT, PYTHONPATH=path)
     step, slots = json.loads(done.stdout.splitlines()[-1])
     assert list(step) == [
         "quietstar",

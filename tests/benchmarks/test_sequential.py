@@ -1,14 +1,11 @@
 """The published algorithm that the benchmarks compare with computes the same loss and gradients."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 import torch
-from families import tiny_decoder
-
-from quietstar import QuietStarForCausalLM
+from families import gradients as gradients_of
+from families import thinking_model, tiny_decoder
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,20 +27,10 @@ def test_packed_step_equals_the_sequential_one(
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import sequential
 
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder("llama", num_key_value_heads=kv_heads),
-        start_token_id=94,
-        end_token_id=95,
-        thought_length=thought,
-        talk_length=talk,
-        num_rationales=rationales,
-        policy_weight=20.0,
-        policy_mean=mean,
-        reinforce_temperature=2.0,
-    ).train()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.3)
+    fields = {"thought_length": thought, "talk_length": talk, "num_rationales": rationales}
+    fields |= {"policy_weight": 20.0, "policy_mean": mean, "reinforce_temperature": 2.0}
+    decoder = tiny_decoder("llama", num_key_value_heads=kv_heads)
+    model = thinking_model(decoder, seed=1, mixing=0.3, **fields).train()
     ids = torch.randint(3, 90, (2, 12))
     thoughts = torch.randint(3, 90, (2, rationales, 12, thought))
     gradients = []
@@ -56,7 +43,7 @@ def test_packed_step_equals_the_sequential_one(
         loss = step()
         loss.backward()
         losses.append(loss.detach())
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+        gradients.append(gradients_of(model))
     assert torch.allclose(losses[0], losses[1], rtol=1e-5)
     for name, ours in gradients[0].items():
         theirs = gradients[1][name]

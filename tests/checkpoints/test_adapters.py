@@ -1,15 +1,15 @@
 """Adapters: trained by a recipe, saved, resumed, opened again, merged; the recipe for a small GPU."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import tiny_decoder
+from families import thinking_model, tiny_decoder
 from safetensors.torch import load_file, save_file
+from small_recipes import content, from_files
+from small_training import Interrupt
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from quietstar import QuietStarForCausalLM, add_meta_tokens
@@ -28,40 +28,28 @@ pytest.importorskip("peft")
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog lets it. "
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture
-def decoder_folder(tmp_path: Path) -> Path:
+def decoder_folder(tmp_path) -> Path:
     """A decoder and a tokenizer that lack the two meta tokens."""
     tokenizer = train_tokenizer([TEXT], 300)
     folder = tmp_path / "decoder"
-    tiny_decoder("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
+    # In 4 bits, 64 numbers share a scale.
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    tiny_decoder("llama", vocab_size=len(tokenizer), **sizes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (tmp_path / "text.txt").write_text(TEXT * 40)
     return folder
 
 
 def recipe(decoder: Path, **sections: dict[str, Any]) -> Recipe:
-    content: dict[str, Any] = {
-        "name": "adapted",
-        "model": {"name": str(decoder)},
-        "data": {"files": [str(decoder.parent / "text.txt")], "block_size": 16, "max_train_blocks": 20},
-        "thoughts": {"thought_length": 2, "talk_length": 2},
-        "training": {
-            "max_steps": 4,
-            "per_device_train_batch_size": 2,
-            "learning_rate": 1e-2,
-            "save_steps": 2,
-            "use_cpu": True,
-        },
+    changes: dict[str, Any] = {
+        "model": {"config": None, "tokenizer": None, "name": str(decoder)},
+        "data": from_files(decoder.parent / "text.txt"),
+        "thoughts": {"talk_length": 2},
+        "training": {"learning_rate": 1e-2},
         "adapter": {"rank": 2, "alpha": 4},
     }
-    for name, values in sections.items():
-        content[name] = {**content[name], **values}
-    return parse_recipe(content)
+    return parse_recipe(content(**{n: {**v, **sections.get(n, {})} for n, v in changes.items()}))
 
 
 class Keep(TrainerCallback):
@@ -83,7 +71,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_trained_saved_opened_and_merged(decoder_folder: Path, tmp_path: Path, dtype: str):
+def test_trained_saved_opened_and_merged(decoder_folder: Path, tmp_path, dtype: str):
     here = recipe(decoder_folder, model={"dtype": dtype}, training={"bf16": dtype == "bfloat16"})
     keep = Keep()
     result = run_recipe(here, tmp_path / "run", progress=False, callbacks=[keep])
@@ -112,23 +100,18 @@ def test_trained_saved_opened_and_merged(decoder_folder: Path, tmp_path: Path, d
     assert cli.main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 2
 
 
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(decoder_folder: Path, tmp_path: Path):
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 3:
-                raise KeyboardInterrupt
-
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(decoder_folder: Path, tmp_path):
     here = recipe(decoder_folder)
     run_recipe(here, tmp_path / "whole", progress=False)
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(here, tmp_path / "parts", progress=False, callbacks=[Interrupt()])
+        run_recipe(here, tmp_path / "parts", progress=False, callbacks=[Interrupt(3)])
     run_recipe(here, tmp_path / "parts", progress=False)
     whole, parts = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "parts"))
     assert whole.keys() == parts.keys()
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
-def test_an_adapter_that_is_not_whole(decoder_folder: Path, tmp_path: Path):
+def test_an_adapter_that_is_not_whole(decoder_folder: Path, tmp_path):
     """Neither a random mixing head nor half a file."""
     run_recipe(recipe(decoder_folder, training={"max_steps": 2}), tmp_path / "run", progress=False)
     path = tmp_path / "run" / "adapter_model.safetensors"
@@ -159,31 +142,19 @@ def test_new_rows_are_the_same_at_every_loading():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
 def test_what_is_adapted(family: str):
-    model = QuietStarForCausalLM.from_base(tiny_decoder(family), start_token_id=94, end_token_id=95)
+    model = thinking_model(family)
     wrapped = add_adapters(model, "nowhere", rank=2, alpha=32)
     adapted = {n.partition(".lora_A")[0] for n, _ in wrapped.named_parameters() if ".lora_A" in n}
     inner = [n.removeprefix("base_model.model.") for n in adapted]
     assert len(inner) >= 2 * 4 and all(n.startswith("base.") for n in inner)
     assert not any(part in n for n in inner for part in ("lm_head", "embed_out", "mixing_head"))
     with pytest.raises(UserError, match="adapter.targets names 'q'; expected linear layers"):
-        target_pattern(
-            QuietStarForCausalLM.from_base(tiny_decoder(family), start_token_id=94, end_token_id=95),
-            ["q"],
-        )
+        target_pattern(thinking_model(family), ["q"])
 
 
-def small_decoder(folder: Path) -> Path:
-    """As ``decoder_folder``, wide enough for the 64 numbers that share a scale in 4 bits."""
-    words = train_tokenizer([TEXT], 300)
-    decoder = tiny_decoder("llama", vocab_size=len(words), hidden_size=64, intermediate_size=128)
-    decoder.save_pretrained(folder)
-    return folder
-
-
-def test_a_decoder_in_4_bits(decoder_folder: Path, tmp_path: Path):
+def test_a_decoder_in_4_bits(decoder_folder: Path, tmp_path):
     """QLoRA: trained, then opened and merged on the rounded weights that it was fitted to."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    small_decoder(decoder_folder)
     keep = Keep()
     here = recipe(
         decoder_folder,
@@ -208,12 +179,11 @@ def test_a_decoder_in_4_bits(decoder_folder: Path, tmp_path: Path):
     assert torch.equal(logits(merged), logits(model))
 
 
-def test_gradients_through_4_bits(decoder_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_gradients_through_4_bits(decoder_folder: Path, monkeypatch):
     """After an evaluation pass, on a CPU that has bitsandbytes' kernel without gradients or one that
     claims to have it, they are those of the same weights in 16 bits."""
     modules = pytest.importorskip("bitsandbytes.nn.modules")
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
-    small_decoder(decoder_folder)
     gradients = []
     for rounded in (True, False):
         options = {"dtype": torch.bfloat16, **quantization("4bit", str(decoder_folder))}
@@ -230,10 +200,9 @@ def test_gradients_through_4_bits(decoder_folder: Path, monkeypatch: pytest.Monk
     assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[1].norm()
 
 
-def test_a_model_with_thoughts_in_4_bits(decoder_folder: Path, tmp_path: Path):
+def test_a_model_with_thoughts_in_4_bits(decoder_folder: Path, tmp_path):
     """Continued with adapters, its own layers stay as they are."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    small_decoder(decoder_folder)
     words = train_tokenizer([TEXT], 300)
     QuietStarForCausalLM.from_base(str(decoder_folder), words).save_pretrained(tmp_path / "thinks")
     words.save_pretrained(tmp_path / "thinks")
@@ -252,7 +221,7 @@ def test_a_model_with_thoughts_in_4_bits(decoder_folder: Path, tmp_path: Path):
     assert torch.isfinite(logits(opened)).all()
 
 
-def test_refused_with_clear_words(decoder_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_refused_with_clear_words(decoder_folder: Path, monkeypatch):
     with pytest.raises(UserError, match="adapter.rank is 0; expected 1 or more"):
         recipe(decoder_folder, adapter={"rank": 0})
     with pytest.raises(UserError, match="section adapter has no rank"):
@@ -276,7 +245,7 @@ def test_wrapped_by_peft_itself(task_type: str | None):
     from peft import LoraConfig, get_peft_model
 
     ids = torch.arange(3, 15)[None]
-    model = QuietStarForCausalLM.from_base(tiny_decoder("llama"), start_token_id=94, end_token_id=95)
+    model = thinking_model()
     options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
     before = model.eval().generate(ids, attention_mask=torch.ones_like(ids), **options)
     config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type=task_type)
@@ -293,7 +262,7 @@ def test_embeddings_in_place_of_tokens_are_refused():
     from peft import PromptTuningConfig, get_peft_model
 
     ids = torch.arange(3, 15)[None]
-    model = QuietStarForCausalLM.from_base(tiny_decoder("llama"), start_token_id=94, end_token_id=95)
+    model = thinking_model()
     with pytest.raises(ValueError, match=r"inputs_embeds were given; expected input_ids"):
         model(inputs_embeds=model.get_input_embeddings()(ids))
     prompted = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))

@@ -1,7 +1,5 @@
 """Loading: a model is there whole, with every layer set, or a sentence says what is not."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -10,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_decoder
+from families import thinking_model, tiny_decoder
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -25,12 +23,7 @@ OPENERS = [QuietStarForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretr
 
 
 def thinking(base: PreTrainedModel | None = None) -> QuietStarForCausalLM:
-    base = tiny_decoder("llama") if base is None else base
-    model = QuietStarForCausalLM.from_base(base, thought_length=2, **TOKENS)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.5)
-    return model
+    return thinking_model(base or "llama", seed=3, mixing=0.5, thought_length=2)
 
 
 def loss(model: QuietStarForCausalLM) -> float:
@@ -40,7 +33,7 @@ def loss(model: QuietStarForCausalLM) -> float:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path) -> Path:
     thinking().save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
@@ -91,7 +84,7 @@ def test_a_whole_folder_tells_as_transformers_does(folder: Path):
 
 
 class TestOtherFolders:
-    def test_a_decoder_without_thoughts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_decoder_without_thoughts(self, tmp_path, monkeypatch):
         tiny_decoder("llama").save_pretrained(tmp_path)
 
         def build(*args: Any, **kwargs: Any) -> None:
@@ -102,12 +95,12 @@ class TestOtherFolders:
             with pytest.raises(ValueError, match=r"'llama'; expected 'quietstar' \(.*from_base gives"):
                 opener.from_pretrained(tmp_path)
 
-    def test_a_checkpoint_of_the_reference_code(self, tmp_path: Path) -> None:
+    def test_a_checkpoint_of_the_reference_code(self, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", "max_thoughts": 9}))
         with pytest.raises(ValueError, match=r"'mistral'; expected 'quietstar' \(.*from_reference"):
             QuietStarForCausalLM.from_pretrained(tmp_path)
 
-    def test_an_adapter_alone(self, tmp_path: Path) -> None:
+    def test_an_adapter_alone(self, tmp_path):
         peft = pytest.importorskip("peft")
         model = thinking()
         peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
@@ -117,7 +110,7 @@ class TestOtherFolders:
         ):
             QuietStarForCausalLM.from_pretrained(tmp_path)
 
-    def test_a_configuration_without_a_decoder(self, folder: Path) -> None:
+    def test_a_configuration_without_a_decoder(self, folder: Path):
         settings = json.loads((folder / "config.json").read_text())
         del settings["text_config"]
         (folder / "config.json").write_text(json.dumps(settings))
@@ -128,7 +121,7 @@ class TestOtherFolders:
         with pytest.raises(TypeError, match=r"config is a LlamaConfig; expected a QuietStarConfig"):
             QuietStarForCausalLM.from_pretrained(folder, config=AutoConfig.for_model("llama"))
 
-    def test_nothing_in_it(self, tmp_path: Path, folder: Path) -> None:
+    def test_nothing_in_it(self, tmp_path, folder: Path):
         (tmp_path / "empty").mkdir()
         with pytest.raises(OSError, match=r"model.safetensors .*/empty"):
             QuietStarForCausalLM.from_pretrained(tmp_path / "empty")
@@ -143,14 +136,14 @@ class TestOtherFolders:
 
 
 class TestFromBase:
-    def test_a_path(self, tmp_path: Path) -> None:
+    def test_a_path(self, tmp_path):
         tiny_decoder("llama").save_pretrained(tmp_path)
         models = [QuietStarForCausalLM.from_base(p, **TOKENS) for p in (tmp_path, str(tmp_path))]
         assert all(
             torch.equal(m.base.lm_head.weight, tiny_decoder("llama").lm_head.weight) for m in models
         )
 
-    def test_a_decoder_that_lacks_weights(self, tmp_path: Path) -> None:
+    def test_a_decoder_that_lacks_weights(self, tmp_path):
         tiny_decoder("llama").save_pretrained(tmp_path)
         edit_weights(tmp_path, lambda w: w.pop("lm_head.weight"))
         with pytest.raises(
@@ -158,7 +151,7 @@ class TestFromBase:
         ):
             QuietStarForCausalLM.from_base(tmp_path, **TOKENS)
 
-    def test_what_is_no_decoder(self) -> None:
+    def test_what_is_no_decoder(self):
         peft = pytest.importorskip("peft")
         with pytest.raises(ValueError, match=r"base has thoughts already; expected a decoder without"):
             QuietStarForCausalLM.from_base(thinking(), **TOKENS)
@@ -172,13 +165,11 @@ class TestFromBase:
 
 
 @pytest.fixture
-def poisoned() -> Iterator[None]:
+def poisoned(poison: Callable[[], Any]) -> Iterator[None]:
     """Memory that nobody has set holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.empty(8).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
+    with poison():
+        assert torch.empty(8).isnan().all()
+        yield
 
 
 def check_new_layers(model: QuietStarForCausalLM, dtype: torch.dtype) -> None:
@@ -192,7 +183,7 @@ def check_new_layers(model: QuietStarForCausalLM, dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("poisoned")
 class TestNewLayersAreInitialised:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_from_config(self, dtype: torch.dtype) -> None:
+    def test_from_config(self, dtype: torch.dtype):
         config = QuietStarConfig(text_config=tiny_decoder("llama").config, **TOKENS)
         check_new_layers(AutoModelForCausalLM.from_config(config, dtype=dtype), dtype)
         if dtype == torch.float32:
@@ -211,11 +202,11 @@ class TestNewLayersAreInitialised:
         ],
         ids=str,
     )
-    def test_on_a_loaded_decoder(self, tmp_path: Path, options: dict[str, Any], place: str) -> None:
+    def test_on_a_loaded_decoder(self, tmp_path, options: dict[str, Any], place: str):
         tiny_decoder("llama").save_pretrained(tmp_path)
         base = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
         with torch.device("meta") if place == "meta-block" else nullcontext():
-            model = QuietStarForCausalLM.from_base(base, **TOKENS)
+            model = thinking_model(base)
         bf16 = options.get("dtype") == torch.bfloat16
         check_new_layers(model, torch.bfloat16 if bf16 else torch.float32)
         assert torch.isfinite(model.eval()(IDS).logits).all()
@@ -225,17 +216,17 @@ class TestNewLayersAreInitialised:
         [{"low_cpu_mem_usage": True}, {"device_map": "auto"}, {"dtype": torch.bfloat16}],
         ids=str,
     )
-    def test_a_trained_folder(self, folder: Path, options: dict[str, Any]) -> None:
+    def test_a_trained_folder(self, folder: Path, options: dict[str, Any]):
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
         want, got = thinking().state_dict(), model.state_dict()
         assert want.keys() == got.keys()
         assert all(torch.equal(got[n], w.to(got[n].dtype)) for n, w in want.items())
 
-    def test_a_decoder_without_memory(self) -> None:
+    def test_a_decoder_without_memory(self):
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(tiny_decoder("llama").config)
         base = base.to("meta")
-        model = QuietStarForCausalLM.from_base(base, **TOKENS)
+        model = thinking_model(base)
         assert {p.device.type for p in model.parameters()} == {"meta"}
 
 

@@ -4,15 +4,12 @@ They were trained for 30 steps (seed 42) by the commit 865a120: ``full`` a whole
 of rank 2 on ``decoder``. The JSON files hold an input and what that commit made of it.
 """
 
-from __future__ import annotations
-
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from small_recipes import run_python
 
 from quietstar.checkpoints.load import load_checkpoint
 
@@ -20,7 +17,7 @@ SAVED = Path(__file__).parents[1] / "data" / "saved"
 
 
 @pytest.mark.parametrize("name", ["full", "adapter"])
-def test_a_folder_gives_what_it_gave(name: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_gives_what_it_gave(name: str, monkeypatch):
     if name == "adapter":
         pytest.importorskip("peft")
     monkeypatch.chdir(SAVED)  # the adapter names its decoder by a relative path
@@ -40,10 +37,7 @@ def test_a_folder_gives_what_it_gave(name: str, monkeypatch: pytest.MonkeyPatch)
 
 def words_of(code: str) -> list[str]:
     """What a fresh process prints; its argument is the whole model's folder."""
-    command = [sys.executable, "-P", "-c", code, str(SAVED / "full")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.split()
+    return run_python("-P", "-c", code, SAVED / "full").stdout.split()
 
 
 def test_import_of_the_package_alone_teaches_transformers_the_type():

@@ -1,7 +1,5 @@
 """Checkpoints: what they hold, what is unpickled (nothing), full disks, read-only folders."""
 
-from __future__ import annotations
-
 import json
 import logging
 import pickle
@@ -13,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_training
 import torch
-from families import tiny_decoder
+from small_training import small_model
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
@@ -32,29 +31,12 @@ from quietstar.errors import UserError
 from quietstar.recipes import disk
 
 
-def small_model(**fields: Any) -> QuietStarForCausalLM:
-    decoder = tiny_decoder("llama", vocab_size=48)
-    return QuietStarForCausalLM.from_base(
-        decoder, start_token_id=39, end_token_id=40, thought_length=2, **fields
-    )
-
-
 def trainer(folder: Path, *callbacks: TrainerCallback, **settings: Any) -> QuietStarTrainer:
-    generator = torch.Generator().manual_seed(4)
-    ids = torch.randint(3, 9, (32, 10), generator=generator)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        learning_rate=3e-3,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        **{"max_steps": 8, "save_steps": 4, **settings},
-    )
+    ids = torch.randint(3, 9, (32, 10), generator=torch.Generator().manual_seed(4))
     rows = [{"input_ids": row, "labels": row} for row in ids]
-    return QuietStarTrainer(
-        model=small_model(), args=arguments, train_dataset=rows, callbacks=list(callbacks)
-    )
+    # No logs: what is printed may go to a file that may not grow.
+    fixed = {"max_steps": 8, "save_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 500}
+    return small_training.trainer(folder, small_model(), rows, *callbacks, **{**fixed, **settings})
 
 
 class DiskFull(TrainerCallback):
@@ -87,7 +69,7 @@ def weights(run: QuietStarTrainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in run.model.named_parameters()}
 
 
-def test_a_save_that_fails_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_a_save_that_fails_is_tried_again(tmp_path, caplog):
     whole = trainer(tmp_path / "whole")
     whole.train()
     with full_disk(4, 6) as full, caplog.at_level(logging.WARNING, "quietstar"):
@@ -101,7 +83,7 @@ def test_a_save_that_fails_is_tried_again(tmp_path: Path, caplog: pytest.LogCapt
 
 
 @pytest.mark.slow
-def test_it_gives_up_and_keeps_what_is_there(tmp_path: Path):
+def test_it_gives_up_and_keeps_what_is_there(tmp_path):
     with full_disk(3, 100) as full:
         run = trainer(tmp_path, full, max_steps=40, save_steps=2)
         with pytest.raises(UserError, match=r"checkpoints cannot be written to .*5 attempts failed"):
@@ -112,7 +94,7 @@ def test_it_gives_up_and_keeps_what_is_there(tmp_path: Path):
     assert again.state.global_step == 4
 
 
-def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_nothing_is_unpickled(tmp_path, monkeypatch):
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("something is being unpickled")
 
@@ -125,7 +107,7 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     QuietStarForCausalLM.from_pretrained(folder)
 
 
-def test_weights_are_read_from_safetensors_alone(tmp_path: Path):
+def test_weights_are_read_from_safetensors_alone(tmp_path):
     """A folder from the hub may hold a pickle beside nothing else; it is never opened."""
     model = small_model()
     model.save_pretrained(tmp_path / "ours")
@@ -139,7 +121,7 @@ def test_weights_are_read_from_safetensors_alone(tmp_path: Path):
         QuietStarForCausalLM.from_base(str(tmp_path / "base"), start_token_id=1, end_token_id=2)
 
 
-def test_a_checkpoint_with_pickles_is_refused(tmp_path: Path):
+def test_a_checkpoint_with_pickles_is_refused(tmp_path):
     trainer(tmp_path, max_steps=2, save_steps=2).train()
     (tmp_path / "checkpoint-2" / "scheduler.pt").write_bytes(b"x")
     with pytest.raises(UserError, match="holds scheduler.pt, which would have to be unpickled"):
@@ -153,7 +135,7 @@ def test_a_checkpoint_with_pickles_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["sgd", "momentum", "adamw", "adafactor"])
-def test_optimizer_state_there_and_back(tmp_path: Path, kind: str):
+def test_optimizer_state_there_and_back(tmp_path, kind: str):
     def build() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(1)
         model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3, bias=False))
@@ -206,7 +188,7 @@ def test_random_states_there_and_back():
     assert drawn[0] == drawn[1]
 
 
-def test_old_checkpoints_go_but_not_the_best(tmp_path: Path):
+def test_old_checkpoints_go_but_not_the_best(tmp_path):
     for step in (2, 4, 10, 12):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "incomplete-checkpoint-14").mkdir()
@@ -221,13 +203,13 @@ def test_old_checkpoints_go_but_not_the_best(tmp_path: Path):
 
 
 class TestDisk:
-    def test_a_folder_that_cannot_be_written(self, tmp_path: Path) -> None:
+    def test_a_folder_that_cannot_be_written(self, tmp_path):
         with pytest.raises(UserError, match=r"output folder /proc/.* cannot be written to"):
             files.check_writable(Path("/proc/quietstar/run"))
         files.check_writable(tmp_path / "a" / "b")
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_disk_without_room(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_disk_without_room(self, tmp_path, monkeypatch):
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**12, 0, 40 * 10**9))
 
@@ -241,7 +223,7 @@ class TestDisk:
             disk.check_room(tmp_path / "x", arguments(save_total_limit=3), 3 * 10**9, 12 * 10**9)
         disk.check_room(tmp_path / "x", arguments(save_strategy="no"), 3 * 10**9, 12 * 10**9)
 
-    def test_the_estimate_is_what_is_written(self, tmp_path: Path) -> None:
+    def test_the_estimate_is_what_is_written(self, tmp_path):
         run = trainer(tmp_path, max_steps=4)
         expected = disk.checkpoint_bytes(run.model, str(run.args.optim.value))
         run.train()

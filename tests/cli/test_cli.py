@@ -3,19 +3,22 @@
 import argparse
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from small_recipes import SIZES, TINY_LLAMA, content, from_files, rejected
+from small_training import Interrupt
+from tokenizers import Tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    TrainerCallback,
-    TrainerState,
+    PreTrainedTokenizerFast,
 )
 
 import quietstar
@@ -32,50 +35,33 @@ from quietstar.recipes.recipe import Recipe, parse_recipe
 from quietstar.recipes.run import run_recipe
 from quietstar.training.trainer import NonFiniteLoss
 
+pytestmark = pytest.mark.usefixtures("stdlib_tokenizer_once")
 COMMANDS = ("info", "train", "plan", "merge", "generate", "inspect", "eval", "demo")
 TEXT = "the quick brown fox jumps over the lazy dog. "
-TINY_LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-}
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The environment variable is read once, when the library is imported.
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture
-def text_file(tmp_path: Path) -> Path:
+def text_file(tmp_path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(TEXT * 60)
     return path
 
 
 @pytest.fixture
-def recipe_file(tmp_path: Path, text_file: Path) -> Path:
+def recipe_file(tmp_path, text_file: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(json.dumps(small(text_file).to_dict()))  # JSON is YAML
     return path
 
 
 def small(text_file: Path, **sections: dict) -> Recipe:
-    content = {
-        "name": "small",
-        "model": {"config": TINY_LLAMA, "tokenizer": "stdlib", "vocab_size": 300},
-        "data": {"files": str(text_file), "block_size": 12, "eval_blocks": 0, "max_train_blocks": 40},
-        "thoughts": {"thought_length": 2, "talk_length": 2},
-        "training": {"max_steps": 4, "per_device_train_batch_size": 2, "save_steps": 2, "use_cpu": True},
+    changes: dict[str, dict] = {
+        "model": {"tokenizer": "stdlib", "vocab_size": 300},
+        "data": from_files(text_file, block_size=12, max_train_blocks=40, eval_blocks=0),
+        "thoughts": {"talk_length": 2},
+        "training": {},
     }
-    for name, values in sections.items():
-        content[name] = {**content[name], **values}
-    return parse_recipe(content)
+    return parse_recipe(content(**{n: {**v, **sections.get(n, {})} for n, v in changes.items()}))
 
 
 class TestErrors:
@@ -98,75 +84,50 @@ class TestErrors:
             (["train", "tiny", "model.config=", "model.name=./no"], "cannot load the tokenizer of"),
         ],
     )
-    def test_one_line(
-        self,
-        words: list[str],
-        message: str,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str],
-    ) -> None:
+    def test_one_line(self, words: list[str], message: str, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         if "./no" in words[-1]:
             words.append("model.tokenizer=")
-        assert cli.main(words) == 2
-        errors = capsys.readouterr().err
-        assert errors.startswith("quietstar: error: ") and message in errors
-        assert errors.count("\n") == 1
+        rejected(capsys, words, message)
         assert not (tmp_path / "quietstar-runs").exists()
 
-    def test_traceback_on_request(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_traceback_on_request(self, monkeypatch, capsys):
         monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
         assert cli.main(["train", "tyni"]) == 2
         assert "Traceback" in capsys.readouterr().err
 
-    def test_a_fault_of_the_program_is_not_hidden(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        def broken(args: argparse.Namespace) -> int:
-            raise AssertionError("a bug")
+    @pytest.mark.parametrize(
+        ("error", "status", "said"),
+        [
+            # A fault of the program is not hidden.
+            (AssertionError("a bug"), 1, "(?s)Traceback.*a bug.*"),
+            (KeyboardInterrupt(), 130, "[^\\n]*\\n"),
+            (NonFiniteLoss("step 7 is not finite"), 2, "quietstar: error: step 7 is not finite\\n"),
+        ],
+    )
+    def test_what_a_command_raises(self, monkeypatch, capsys, error, status: int, said: str):
+        def fails(args: argparse.Namespace) -> int:
+            raise error
 
-        monkeypatch.setattr(info, "run", broken)
-        assert cli.main(["info"]) == 1
-        assert "Traceback" in capsys.readouterr().err
-
-    def test_interrupted(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        def interrupted(args: argparse.Namespace) -> int:
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(info, "run", interrupted)
-        assert cli.main(["info"]) == 130
-        assert capsys.readouterr().err.count("\n") == 1
-
-    def test_a_loss_that_is_not_finite(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        def diverged(args: argparse.Namespace) -> int:
-            raise NonFiniteLoss("the loss at step 7 is not finite")
-
-        monkeypatch.setattr(info, "run", diverged)
-        assert cli.main(["info"]) == 2
-        assert capsys.readouterr().err == "quietstar: error: the loss at step 7 is not finite\n"
+        monkeypatch.setattr(info, "run", fails)
+        assert cli.main(["info"]) == status
+        assert re.fullmatch(said, capsys.readouterr().err)
 
     @pytest.mark.parametrize("words", [[], ["train"], ["fly"], ["train", "tiny", "--fast"]])
-    def test_usage(self, words: list[str]) -> None:
+    def test_usage(self, words: list[str]):
         with pytest.raises(SystemExit) as stop:
             cli.main(words)
         assert stop.value.code == 2
 
 
-def test_words_after_options_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_after_options_are_settings(monkeypatch):
     seen: list[argparse.Namespace] = []
     monkeypatch.setattr(train, "run", lambda args: seen.append(args))
     assert cli.main(["train", "tiny", "a=1", "--output", "x", "b=2"]) == 0
     assert seen[0].settings == ["a=1", "b=2"] and seen[0].output == Path("x")
 
 
-def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info(capsys):
     assert cli.main(["info"]) == 0
     printed = capsys.readouterr().out
     for word in ("transformers", torch.__version__, "threads", "simd", "cuda archs", "operators on cpu"):
@@ -176,7 +137,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         assert line.split()[1] in ("fused", "reference")
 
 
-def test_the_command_line_itself_imports_the_standard_library_alone() -> None:
+def test_the_command_line_itself_imports_the_standard_library_alone():
     """Help takes no longer than Python takes to start: nothing else is loaded for it."""
     code = (
         "import atexit, sys\n"
@@ -193,7 +154,7 @@ def test_the_command_line_itself_imports_the_standard_library_alone() -> None:
         assert set(loaded) - {"quietstar", "quietstar_command"} <= set(sys.stdlib_module_names)
 
 
-def test_as_a_module() -> None:
+def test_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "quietstar", "train", "tyni"], capture_output=True, text=True
     )
@@ -203,9 +164,7 @@ def test_as_a_module() -> None:
 
 
 class TestRun:
-    def test_from_a_text_file_to_a_checkpoint(
-        self, recipe_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_from_a_text_file_to_a_checkpoint(self, recipe_file: Path, tmp_path, capsys):
         output = tmp_path / "out"
         words = ["train", str(recipe_file), "eval_blocks=4", "txt_documents=line", "--quiet"]
         lines = tmp_path / "text.txt"
@@ -224,32 +183,25 @@ class TestRun:
         tokenizer = AutoTokenizer.from_pretrained(output)
         quietstar.check_tokenizer(tokenizer, model.config)
 
-        # The same again is not trained again; another recipe is refused, and nothing is lost.
+        # The same again is not trained again; another recipe is rejected, and nothing is lost.
         before = (output / "model.safetensors").read_bytes()
         assert cli.main([*words, "--output", str(output)]) == 0
         assert cli.main([*words, "--output", str(output), "learning_rate=1"]) == 2
         assert "belongs to another run" in capsys.readouterr().err
         assert (output / "model.safetensors").read_bytes() == before
 
-    def test_an_interrupted_run_ends_as_one_that_was_not(self, text_file: Path, tmp_path: Path) -> None:
-        class Interrupt(TrainerCallback):
-            def on_step_begin(
-                self, args: object, state: TrainerState, *rest: object, **more: object
-            ) -> None:
-                if state.global_step == 3:
-                    raise KeyboardInterrupt
-
+    def test_an_interrupted_run_ends_as_one_that_was_not(self, text_file: Path, tmp_path):
         recipe = small(text_file)
         whole = run_recipe(recipe, tmp_path / "whole", progress=False)
         with pytest.raises(KeyboardInterrupt):
-            run_recipe(recipe, tmp_path / "parts", progress=False, callbacks=[Interrupt()])
+            run_recipe(recipe, tmp_path / "parts", progress=False, callbacks=[Interrupt(3)])
         parts = run_recipe(recipe, tmp_path / "parts", progress=False, resume=True)
         assert parts.metrics["steps"] == 4
         models = [QuietStarForCausalLM.from_pretrained(r.output).state_dict() for r in (whole, parts)]
         for name, value in models[0].items():
             torch.testing.assert_close(models[1][name], value, rtol=0, atol=1e-6, msg=name)
 
-    def test_continuing_from_a_checkpoint(self, text_file: Path, tmp_path: Path) -> None:
+    def test_continuing_from_a_checkpoint(self, text_file: Path, tmp_path):
         first = run_recipe(small(text_file), tmp_path / "first", progress=False)
         second = {"name": str(first.output), "config": None, "tokenizer": None}
         for base_only in (False, True):
@@ -259,17 +211,15 @@ class TestRun:
             result = run_recipe(recipe, tmp_path / f"second-{base_only}", progress=False)
             assert result.metrics["steps"] == 1
 
-    def test_streaming(self, text_file: Path, tmp_path: Path) -> None:
+    def test_streaming(self, text_file: Path, tmp_path):
         recipe = small(
             text_file, data={"streaming": True, "packing": "document", "txt_documents": "line"}
         )
         text_file.write_text((TEXT + "\n") * 60)
         assert run_recipe(recipe, tmp_path / "out", progress=False).metrics["steps"] == 4
 
-    def test_the_wrong_tokenizer(self, text_file: Path, tmp_path: Path) -> None:
-        config = LlamaConfig(
-            **{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=290
-        )
+    def test_the_wrong_tokenizer(self, text_file: Path, tmp_path):
+        config = LlamaConfig(**SIZES, vocab_size=290)
         LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
         recipe = small(text_file, model={"name": str(tmp_path / "base"), "config": None})
         with pytest.raises(
@@ -278,11 +228,8 @@ class TestRun:
             run_recipe(recipe, tmp_path / "out", progress=False)
         assert not (tmp_path / "out").exists()
 
-    def test_a_tokenizer_without_the_meta_tokens(self, text_file: Path, tmp_path: Path) -> None:
+    def test_a_tokenizer_without_the_meta_tokens(self, text_file: Path, tmp_path):
         first = run_recipe(small(text_file), tmp_path / "first", progress=False)
-        from tokenizers import Tokenizer
-        from transformers import PreTrainedTokenizerFast
-
         core = json.loads(
             (first.output / "tokenizer.json").read_text().replace("<|startthought|>", "<|no|>")
         )
@@ -292,9 +239,7 @@ class TestRun:
         with pytest.raises(ValueError, match=r"no <\|startthought\|> token"):
             run_recipe(small(text_file, model=model), tmp_path / "out", progress=False)
 
-    def test_data_too_short_is_said_before_the_folder_is_made(
-        self, text_file: Path, tmp_path: Path
-    ) -> None:
+    def test_data_too_short_is_said_before_the_folder_is_made(self, text_file: Path, tmp_path):
         text_file.write_text("short")
         with pytest.raises(UserError, match="too short"):
             run_recipe(small(text_file), tmp_path / "out", progress=False)
@@ -302,20 +247,20 @@ class TestRun:
 
 
 class TestPerplexity:
-    def test_estimate_of_equal_blocks_is_the_textbook_one(self) -> None:
+    def test_estimate_of_equal_blocks_is_the_textbook_one(self):
         values = torch.randn(20, 7, dtype=torch.float64).numpy()
         found = estimate(values, values == values)
         means = values.mean(1)
         assert found.mean == pytest.approx(values.mean())
         assert found.error == pytest.approx(means.std(ddof=1) / 20**0.5)
 
-    def test_estimate_ignores_what_is_not_counted(self) -> None:
+    def test_estimate_ignores_what_is_not_counted(self):
         values = torch.tensor([[1.0, 99.0], [3.0, 5.0], [99.0, 99.0]], dtype=torch.float64).numpy()
         counted = torch.tensor([[True, False], [True, True], [False, False]]).numpy()
         assert estimate(values, counted).mean == 3.0
         assert estimate(values[:1], counted[:1]) == Estimate(1.0, None)
 
-    def test_deciles_are_equally_large(self) -> None:
+    def test_deciles_are_equally_large(self):
         difficulty = torch.randn(10, 10, dtype=torch.float64).numpy()
         decile = deciles(difficulty, difficulty == difficulty)
         for d in range(10):
@@ -323,7 +268,7 @@ class TestPerplexity:
         assert difficulty[decile == 0].max() < difficulty[decile == 9].min()
 
     @pytest.mark.parametrize("side", ["left", "right"])
-    def test_losses_are_the_models_own(self, side: str) -> None:
+    def test_losses_are_the_models_own(self, side: str):
         model = tiny_model()
         rows = [{"input_ids": torch.randint(4, 60, (n,))} for n in (9, 12, 12, 7)]
         items = [
@@ -345,7 +290,7 @@ class TestPerplexity:
             plain["base_nll"]["mean"] - plain["mixed_nll"]["mean"]
         )
 
-    def test_without_thoughts_and_without_traces(self) -> None:
+    def test_without_thoughts_and_without_traces(self):
         model = tiny_model(thought_kind="none").train()
         items = [dict.fromkeys(("input_ids", "attention_mask", "labels"), torch.arange(4, 14))]
         state = torch.get_rng_state()
@@ -353,21 +298,21 @@ class TestPerplexity:
         assert (found.base == found.mixed).all()
         assert model.training and torch.equal(state, torch.get_rng_state())
 
-    def test_no_text(self) -> None:
+    def test_no_text(self):
         with pytest.raises(UserError, match="no text to evaluate on"):
             token_losses(tiny_model(), [], progress=False)
 
 
 def tiny_model(**fields: str) -> QuietStarForCausalLM:
     torch.manual_seed(0)
-    config = LlamaConfig(**{k: v for k, v in TINY_LLAMA.items() if k != "model_type"}, vocab_size=64)
+    config = LlamaConfig(**SIZES, vocab_size=64)
     thoughts = QuietStarConfig(config, thought_length=2, start_token_id=1, end_token_id=2, **fields)
     model = QuietStarForCausalLM(thoughts)
     torch.nn.init.normal_(model.mixing_head.fc3.weight)  # zeros would hide what thoughts do
     return model.eval()
 
 
-def test_demo_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_dispatch(monkeypatch):
     called: list[str] = []
     for name in ("lookup", "text"):
         module = importlib.import_module(f"quietstar.demos.{name}")
@@ -383,7 +328,7 @@ class TestLookup:
         model = {"config": TINY_LLAMA, "tokenizer": "lookup", "init_embedding_from": "—"}
         return parse_recipe({"model": model, "data": content})
 
-    def test_rows_and_the_embeddings_they_begin_with(self) -> None:
+    def test_rows_and_the_embeddings_they_begin_with(self):
         recipe = self.recipe(lookup={"language": 4, "seed": 3, "work": 0.5, "asides": 1})
         tokenizer = build_tokenizer(recipe.model)
         model = build_model(recipe, tokenizer)
@@ -402,7 +347,7 @@ class TestLookup:
             ({"lookup": {"work": "often"}}, "data.lookup.work is 'often'; expected a number"),
         ],
     )
-    def test_refused(self, data: dict, words: str) -> None:
+    def test_refused(self, data: dict, words: str):
         recipe = self.recipe(**data)
         with pytest.raises(UserError) as error:
             build_data(recipe, build_tokenizer(recipe.model))

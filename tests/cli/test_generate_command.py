@@ -1,14 +1,13 @@
 """``quietstar generate``, as a user calls it."""
 
-from __future__ import annotations
-
 import io
 import sys
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from families import tiny_decoder
+from families import thinking_model, tiny_decoder
+from small_recipes import rejected
 from upstream_folders import dash_tokenizer, write_checkpoint
 
 from quietstar import QuietStarForCausalLM
@@ -18,24 +17,14 @@ from quietstar.data.lookup import build_tokenizer
 PROMPT = "A u v w x ?"
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+def folder(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("model")
     tokenizer = build_tokenizer()
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder("llama", vocab_size=len(tokenizer)),
-        tokenizer,
-        thought_length=3,
-        init_embedding_from="A",
-    )
-    torch.manual_seed(1)
+    decoder = tiny_decoder("llama", vocab_size=len(tokenizer))
+    fields = {"thought_length": 3, "init_embedding_from": "A"}
+    model = thinking_model(decoder, tokenizer, seed=1, mixing=0.3, **fields)
     with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.3)
         model.get_output_embeddings().weight.normal_(0, 0.3)
     model.generation_config.eos_token_id = None
     model.save_pretrained(path)
@@ -44,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def run(capsys, *words: str) -> str:
     status = cli.main(["generate", *words])
     captured = capsys.readouterr()
     assert status == 0, captured.err
@@ -52,7 +41,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return captured.out
 
 
-def test_it_prints_what_the_model_says(folder: str, capsys: pytest.CaptureFixture[str]):
+def test_it_prints_what_the_model_says(folder: str, capsys):
     text = run(capsys, folder, PROMPT, "--max-new-tokens", "7")
     tokenizer = build_tokenizer()
     model = QuietStarForCausalLM.from_pretrained(folder).eval()
@@ -64,9 +53,7 @@ def test_it_prints_what_the_model_says(folder: str, capsys: pytest.CaptureFixtur
     assert text.strip()
 
 
-def test_where_the_prompt_comes_from(
-    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
+def test_where_the_prompt_comes_from(folder: str, capsys, monkeypatch, tmp_path):
     expected = run(capsys, folder, PROMPT, "--max-new-tokens", "5")
     (tmp_path / "prompt.txt").write_text(PROMPT + "\n")
     assert (
@@ -76,32 +63,29 @@ def test_where_the_prompt_comes_from(
     assert run(capsys, folder, "--max-new-tokens", "5") == expected
 
 
-def test_sampling_repeats_with_its_seed(folder: str, capsys: pytest.CaptureFixture[str]):
+def test_sampling_repeats_with_its_seed(folder: str, capsys):
     words = (folder, PROMPT, "--max-new-tokens", "12", "--temperature", "2", "--top-k", "30", "--seed")
     first, again, other = (run(capsys, *words, seed) for seed in ("1", "1", "2"))
     assert first == again != other
 
 
-def test_beams_and_rules(folder: str, capsys: pytest.CaptureFixture[str]):
+def test_beams_and_rules(folder: str, capsys):
     assert len(run(capsys, folder, PROMPT, "--num-beams", "3", "--max-new-tokens", "5").split()) == 5
     for rule in ("never", "every:2", "entropy:1.5"):
         assert run(capsys, folder, PROMPT, "--max-new-tokens", "5", "--thinking", rule).strip()
 
 
-def test_thoughts_beside_their_tokens(folder: str, capsys: pytest.CaptureFixture[str]):
-    plain = run(capsys, folder, PROMPT, "--max-new-tokens", "6", "--thinking", "every:2")
-    shown = run(
-        capsys, folder, PROMPT, "--max-new-tokens", "6", "--thinking", "every:2", "--show-thoughts"
-    )
+def test_thoughts_beside_their_tokens(folder: str, capsys):
+    words = (folder, PROMPT, "--max-new-tokens", "6", "--thinking", "every:2")
+    plain = run(capsys, *words)
+    shown = run(capsys, *words, "--show-thoughts")
     lines, text = shown.rstrip("\n").split("\n\n")
     assert text.split() == plain.split()
     rows = lines.splitlines()
     assert [row.split()[0] for row in rows] == plain.split()
     for step, row in enumerate(rows):  # three thought tokens and a weight, at every second token
         assert len(row.split()) == (5 if step % 2 == 0 else 1)
-    budget = run(
-        capsys, folder, PROMPT, "--max-new-tokens", "6", "--thinking-budget", "2", "--show-thoughts"
-    )
+    budget = run(capsys, *words[:4], "--thinking-budget", "2", "--show-thoughts")
     assert [("(" in row) for row in budget.splitlines()[:6]] == [True] * 2 + [False] * 4
 
 
@@ -120,7 +104,7 @@ def test_thoughts_are_dimmed_on_a_terminal(folder: str):
     assert out.getvalue().count("\x1b[2m") == 3
 
 
-def test_a_checkpoint_of_the_reference_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_checkpoint_of_the_reference_code(tmp_path, capsys):
     folder = write_checkpoint(tmp_path)
     dash_tokenizer().save_pretrained(folder)
     assert run(capsys, str(folder), "t3 t4", "--max-new-tokens", "4").strip()
@@ -146,37 +130,27 @@ def test_a_checkpoint_of_the_reference_code(tmp_path: Path, capsys: pytest.Captu
         (["--tokenizer", "/nowhere"], "cannot load the tokenizer of /nowhere"),
     ],
 )
-def test_refused(words: list[str], message: str, folder: str, capsys: pytest.CaptureFixture[str]):
-    assert cli.main(["generate", folder, PROMPT, *words]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("quietstar: error: ") and error.count("\n") == 1
-    assert message in error
+def test_refused(words: list[str], message: str, folder: str, capsys):
+    rejected(capsys, ["generate", folder, PROMPT, *words], message)
 
 
-def test_models_and_prompts_that_are_none(
-    folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    def refused(message: str, *words: str) -> None:
-        assert cli.main(["generate", *words]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("quietstar: error: ") and error.count("\n") == 1, error
-        assert message in error
+def test_models_and_prompts_that_are_none(folder: str, tmp_path, capsys, monkeypatch):
+    def refused(message: str, *words: Any) -> None:
+        rejected(capsys, ["generate", *words], message)
 
     refused("is neither a folder nor a name", "no-such/model", PROMPT)
-    refused("holds no model (no config.json)", str(tmp_path), PROMPT)
+    refused("holds no model (no config.json)", tmp_path, PROMPT)
     (tmp_path / "file").write_text("x")
-    refused("is a file; expected a folder", str(tmp_path / "file"), PROMPT)
+    refused("is a file; expected a folder", tmp_path / "file", PROMPT)
     tiny_decoder("llama", vocab_size=48).save_pretrained(tmp_path / "plain")
-    refused("is a model without thoughts (llama)", str(tmp_path / "plain"), PROMPT)
+    refused("is a model without thoughts (llama)", tmp_path / "plain", PROMPT)
     refused("prompt file no.txt does not exist", folder, "--file", "no.txt")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    refused("is not UTF-8 text", folder, "--file", str(tmp_path / "binary"))
+    refused("is not UTF-8 text", folder, "--file", tmp_path / "binary")
     refused("the prompt is empty", folder, "")
     refused("the prompt has no tokens", folder, " ")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     refused("the prompt is empty", folder)
     other = dash_tokenizer(200)
     other.save_pretrained(tmp_path / "other")
-    refused(
-        "start_token_id is 200 in the tokenizer", folder, PROMPT, "--tokenizer", str(tmp_path / "other")
-    )
+    refused("start_token_id is 200 in the tokenizer", folder, PROMPT, "--tokenizer", tmp_path / "other")

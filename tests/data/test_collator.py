@@ -1,19 +1,17 @@
 """The trainer's own collator: rows of any length and kind, and a sentence for those it cannot stack."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from families import tiny_decoder
+from families import thinking_model
 from small_training import small_model, trainer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from quietstar import QuietStarForCausalLM, QuietStarTrainer
+from quietstar import QuietStarTrainer
 from quietstar.data.collator import PaddingCollator
 
 
@@ -33,10 +31,7 @@ def tokenizer(**special: Any) -> PreTrainedTokenizerFast:
 
 
 def with_tokenizer(folder: Path, data: list, processing: Any = None) -> QuietStarTrainer:
-    template = trainer(folder, small_model(), data, max_steps=2)
-    return QuietStarTrainer(
-        model=small_model(), args=template.args, train_dataset=data, processing_class=processing
-    )
+    return trainer(folder, small_model(), data, max_steps=2, processing_class=processing)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +43,7 @@ def with_tokenizer(folder: Path, data: list, processing: Any = None) -> QuietSta
         ({"pad_token": "w1", "padding_side": "left"}, 1, "left"),
     ],
 )
-def test_uneven_rows_train(tmp_path: Path, special: dict | None, pad: int, side: str):
+def test_uneven_rows_train(tmp_path, special: dict | None, pad: int, side: str):
     run = with_tokenizer(tmp_path, uneven(), None if special is None else tokenizer(**special))
     assert isinstance(run.data_collator, PaddingCollator)
     assert (run.data_collator.pad_id, run.data_collator.padding_side) == (pad, side)
@@ -56,7 +51,7 @@ def test_uneven_rows_train(tmp_path: Path, special: dict | None, pad: int, side:
     assert run.state.global_step == 2
 
 
-def test_what_a_row_is_made_of_does_not_matter(tmp_path: Path):
+def test_what_a_row_is_made_of_does_not_matter(tmp_path):
     """Lists, arrays and tensors, with the labels by either name of transformers."""
     found = []
     for kind in (list, np.array, torch.tensor):
@@ -73,28 +68,17 @@ def test_what_a_row_is_made_of_does_not_matter(tmp_path: Path):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_every_column_finds_its_place(side: str):
     """Padded rows with given thoughts have the losses that each has alone."""
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder("llama"), start_token_id=94, end_token_id=95, thought_length=2, talk_length=1,
-        reward="information-gain",
-    )  # fmt: skip
-    with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.3)
-    model.eval()
+    fields = {"thought_length": 2, "talk_length": 1, "reward": "information-gain"}
+    model = thinking_model(mixing=0.3, **fields).eval()
     torch.manual_seed(4)
     rows = []
     for length in (6, 9, 4):
         ids = torch.randint(3, 90, (length,))
-        rows.append(
-            {
-                "input_ids": ids,
-                "labels": ids,
-                "document_ids": torch.tensor([1, 1] + [2] * (length - 2)),
-                "position_ids": torch.cat([torch.arange(2), torch.arange(length - 2)]),
-                "thought_ids": torch.randint(3, 90, (2, length, 2)),
-                "anchors": torch.tensor([0, length - 3, length - 2]),
-                "baseline_losses": torch.rand(length - 1),
-            }
-        )
+        row = {"input_ids": ids, "labels": ids, "thought_ids": torch.randint(3, 90, (2, length, 2))}
+        row["document_ids"] = torch.tensor([1, 1] + [2] * (length - 2))
+        row["position_ids"] = torch.cat([torch.arange(2), torch.arange(length - 2)])
+        row["anchors"] = torch.tensor([0, length - 3, length - 2])
+        rows.append({**row, "baseline_losses": torch.rand(length - 1)})
     collate = PaddingCollator(7, side)
     batch = collate(rows)
     assert batch["thought_ids"].shape == (3, 2, 9, 2)
@@ -113,14 +97,9 @@ def test_every_column_finds_its_place(side: str):
 
 
 def test_thoughts_of_anchors_are_stacked_as_they_are():
-    rows = [
-        {
-            "input_ids": list(range(3, 3 + n)),
-            "anchors": [0, 2],
-            "thought_ids": np.ones((1, 2, 4), dtype=np.int64),
-        }
-        for n in (5, 7)
-    ]
+    thoughts = np.ones((1, 2, 4), dtype=np.int64)
+    ids = [list(range(3, 3 + n)) for n in (5, 7)]
+    rows = [{"input_ids": row, "anchors": [0, 2], "thought_ids": thoughts} for row in ids]
     batch = PaddingCollator(0, "left")(rows)
     assert batch["anchors"].tolist() == [[2, 4], [0, 2]] and batch["thought_ids"].shape == (2, 1, 2, 4)
 
@@ -159,7 +138,7 @@ def test_thoughts_that_do_not_fit_their_rows():
         PaddingCollator()(rows)
 
 
-def test_rows_without_a_target_change_nothing(caplog: pytest.LogCaptureFixture):
+def test_rows_without_a_target_change_nothing(caplog):
     whole = {"input_ids": [3, 4, 5, 6, 7], "labels": [3, 4, 5, 6, 7]}
     useless = [
         {"input_ids": [], "labels": []},
@@ -175,7 +154,7 @@ def test_rows_without_a_target_change_nothing(caplog: pytest.LogCaptureFixture):
     torch.testing.assert_close(found.base_losses[1], expected.base_losses[0])
 
 
-def test_batches_of_short_rows_only(tmp_path: Path):
+def test_batches_of_short_rows_only(tmp_path):
     """A row of two tokens has a target, if none to think for: it does not end a run."""
     data = [{"input_ids": [5, 6 + i], "labels": [5, 6 + i]} for i in range(8)]
     run = with_tokenizer(tmp_path, data)

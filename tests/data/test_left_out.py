@@ -1,7 +1,5 @@
 """Documents that give no row cost a counted warning that says where they stand, not the run."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Iterator
@@ -9,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from quietstar.data.blocks import Blocks, StreamedBlocks, read_blocks
 from quietstar.data.sources import open_documents
@@ -16,6 +15,11 @@ from quietstar.data.stdlib import Document, stdlib_tokenizer
 from quietstar.errors import UserError
 
 TEXTS = ("", "a text that is long enough to think in", "b", "", "another one of the same kind", "c")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return stdlib_tokenizer(300)
 
 
 def write(path: Path, texts: tuple[str, ...]) -> str:
@@ -37,16 +41,8 @@ def read(path: str) -> Iterator[Document]:
         ("concat", "has no text", (1, 4)),
     ],
 )
-def test_they_are_counted(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    packing: str,
-    why: str,
-    named: tuple[int, ...],
-    streamed: bool,
-):
+def test_they_are_counted(tmp_path, caplog, tokenizer, packing: str, why: str, named, streamed: bool):
     path = write(tmp_path / "rows.jsonl", TEXTS)
-    tokenizer = stdlib_tokenizer(300)
     blocks = Blocks(12, packing, min_tokens=5)
     with caplog.at_level(logging.WARNING, logger="quietstar"):
         if streamed:
@@ -63,8 +59,7 @@ def test_they_are_counted(
     ]
 
 
-def test_nothing_usable_at_all_is_an_error(tmp_path: Path):
+def test_nothing_usable_at_all_is_an_error(tmp_path, tokenizer):
     path = write(tmp_path / "rows.jsonl", ("", "b", ""))
-    tokenizer = stdlib_tokenizer(300)
     with pytest.raises(UserError, match="the text is too short: 2 tokens in 3 documents give no row"):
         read_blocks(partial(read, path), tokenizer, Blocks(12, "document", min_tokens=5), progress=False)

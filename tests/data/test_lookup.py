@@ -1,7 +1,5 @@
 """The look-up language, and the run that shows that thoughts help."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os
@@ -9,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from families import tiny_decoder
+from families import thinking_model, tiny_decoder
 
 from quietstar import QuietStarForCausalLM
 from quietstar.data import lookup
@@ -109,11 +107,7 @@ def test_partners_have_the_same_token_and_are_others():
 
 
 def test_scores_are_the_models_own():
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder("llama", vocab_size=48), start_token_id=39, end_token_id=40, thought_length=3
-    )
-    with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.3)
+    model = thinking_model(tiny_decoder("llama", vocab_size=48), mixing=0.3, thought_length=3)
     rows = torch.from_numpy(LookupLanguage(0).blocks(6, 20, TextMix(), 1))
     own = token_scores(model, rows, batch_size=4)
     none = token_scores(model, rows, thoughts="none")

@@ -2,11 +2,13 @@
 
 import gzip
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from quietstar.data.sources import hub_documents, local_documents, open_documents
+from quietstar.data.stdlib import Document
 from quietstar.errors import UserError
 
 TEXTS = [f"document {i}: " + "the quick brown fox jumps over the lazy dog. " * (i + 1) for i in range(9)]
@@ -17,17 +19,32 @@ def texts_of(path: Path | str, **options: str) -> list[str]:
 
 
 CUT_GZ = gzip.compress(b"words " * 99, mtime=0)[:-20]
+Source = Callable[[], Iterator[Document]]
+
+
+@pytest.fixture
+def data_set(tmp_path, monkeypatch) -> Callable[..., Source]:
+    """A folder with a data set of these lines, opened by its name."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+
+    def write(texts: list[str | None], *more: str, split: str = "train", **options) -> Source:
+        lines = [*(json.dumps({"text": text}) for text in texts), *more]
+        (tmp_path / "set" / "train.jsonl").write_text("\n".join(lines))
+        return open_documents(name=str(tmp_path / "set"), files=None, split=split, **options)
+
+    return write
 
 
 class TestLocalFiles:
-    def test_txt(self, tmp_path: Path) -> None:
+    def test_txt(self, tmp_path):
         path = tmp_path / "a.txt"
         path.write_bytes(b"\xef\xbb\xbffirst\nsecond\n\n\nthird \xc3\xa9\n")
         assert texts_of(path) == ["first\nsecond\n\n\nthird é\n"]
         assert texts_of(path, txt_documents="paragraph") == ["first\nsecond\n", "third é\n"]
         assert texts_of(path, txt_documents="line") == ["first", "second", "third é"]
 
-    def test_jsonl_and_gz(self, tmp_path: Path) -> None:
+    def test_jsonl_and_gz(self, tmp_path):
         lines = "".join(json.dumps({"body": t, "n": 1}) + "\n" for t in TEXTS)
         (tmp_path / "a.jsonl").write_text(lines)
         with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
@@ -35,7 +52,7 @@ class TestLocalFiles:
         assert texts_of(tmp_path / "a.jsonl", text_column="body") == TEXTS
         assert texts_of(tmp_path / "*.jsonl*", text_column="body") == TEXTS * 2
 
-    def test_parquet(self, tmp_path: Path) -> None:
+    def test_parquet(self, tmp_path):
         pyarrow = pytest.importorskip("pyarrow")
         parquet = pytest.importorskip("pyarrow.parquet")
         parquet.write_table(pyarrow.table({"text": TEXTS, "n": range(9)}), tmp_path / "a.parquet")
@@ -43,7 +60,7 @@ class TestLocalFiles:
         with pytest.raises(UserError, match=r"has no text column 'body'; its columns are: n, text"):
             texts_of(tmp_path / "a.parquet", text_column="body")
 
-    def test_globs_are_sorted_and_counted_once(self, tmp_path: Path) -> None:
+    def test_globs_are_sorted_and_counted_once(self, tmp_path):
         for name in "cab":
             (tmp_path / f"{name}.txt").write_text(name)
         found = local_documents([f"{tmp_path}/*.txt", f"{tmp_path}/a.txt"])
@@ -70,7 +87,7 @@ class TestLocalFiles:
             ("a.txt.gz", b"not gzip", "cannot be read"),
         ],
     )
-    def test_bad_files(self, tmp_path: Path, name: str, content: bytes | None, words: str) -> None:
+    def test_bad_files(self, tmp_path, name: str, content: bytes | None, words: str):
         path = tmp_path / name
         if content is not None:
             path.write_bytes(content)
@@ -79,7 +96,7 @@ class TestLocalFiles:
         assert words in str(error.value)
         assert "\n" not in str(error.value)
 
-    def test_csv_tsv_and_json(self, tmp_path: Path) -> None:
+    def test_csv_tsv_and_json(self, tmp_path):
         texts = ["plain", 'with, comma and "quotes"', "two\nlines", "é"]
         (tmp_path / "a.csv").write_text(
             'id,text\r\n1,plain\r\n2,"with, comma and ""quotes"""\r\n3,"two\nlines"\r\n4,é\r\n',
@@ -93,9 +110,7 @@ class TestLocalFiles:
             assert texts_of(tmp_path / name) == texts, name
         assert texts_of(tmp_path / "a.tsv") == ["a, b", "c"]
 
-    def test_a_place_is_the_line_in_which_a_row_begins(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_place_is_the_line_in_which_a_row_begins(self, tmp_path, caplog):
         path = tmp_path / "a.csv"
         path.write_text('id,text\n1,"two\nlines"\n2\n3,"two\nmore"\n4,"fields\n",too many\n')
         assert [d.name for d in local_documents(str(path))] == [f"{path}:2", f"{path}:5"]
@@ -110,15 +125,15 @@ class TestLocalFiles:
             (['"a ""tab""\there"\t1', '"two\nlines"\t2'], ['a "tab"\there', "two\nlines"]),
         ],
     )
-    def test_quotes_in_a_tsv(self, tmp_path: Path, rows: list[str], expected: list[str]) -> None:
+    def test_quotes_in_a_tsv(self, tmp_path, rows: list[str], expected: list[str]):
         (tmp_path / "a.tsv").write_text("\n".join(["text\tid", *rows, ""]))
         assert texts_of(tmp_path / "a.tsv") == expected
 
-    def test_a_folder(self, tmp_path: Path) -> None:
+    def test_a_folder(self, tmp_path):
         with pytest.raises(UserError, match="is a folder; name its files"):
             texts_of(tmp_path)
 
-    def test_a_missing_file_is_found_before_reading(self, tmp_path: Path) -> None:
+    def test_a_missing_file_is_found_before_reading(self, tmp_path):
         with pytest.raises(UserError, match="does not exist"):
             open_documents(name=None, files=[str(tmp_path / "no.txt")], split="train")
 
@@ -143,9 +158,7 @@ class TestLeftOut:
             ("a.csv", b"caf\xe9", "line 3 is not UTF-8 text"),
         ],
     )
-    def test_a_row(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, bad: bytes, place: str
-    ) -> None:
+    def test_a_row(self, tmp_path, caplog, name: str, bad: bytes, place: str):
         good = b'{"text": "first"}' if name.startswith("a.json") else b"first"
         head = [b"text"] if name == "a.csv" else []
         path = tmp_path / name
@@ -166,23 +179,17 @@ class TestLeftOut:
             ("b.json", b'[{"text": "x"}, {"te', "b.json is not JSON"),
             ("b.parquet", b"PAR1", "b.parquet cannot be read as parquet"),
             ("b.txt.gz", b"not gzip", "b.txt.gz cannot be read to its end"),
-            (
-                "b.txt.gz",
-                gzip.compress(b"words " * 99, mtime=0)[:-20],
-                "b.txt.gz cannot be read to its end",
-            ),
+            ("b.txt.gz", CUT_GZ, "b.txt.gz cannot be read to its end"),
         ],
     )
-    def test_a_file_of_a_glob(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, content: bytes, words: str
-    ) -> None:
+    def test_a_file_of_a_glob(self, tmp_path, caplog, name: str, content: bytes, words: str):
         for other in "ac":
             (tmp_path / f"{other}.txt").write_text(other)
         (tmp_path / name).write_bytes(content)
         assert texts_of(tmp_path / "*") == ["a", "c"]
         assert words in caplog.records[0].getMessage()
 
-    def test_a_picture_of_a_glob(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_picture_of_a_glob(self, tmp_path, caplog):
         (tmp_path / "a.png").write_bytes(b"\x89PNG")
         picture = "a.png cannot be read; expected plain text"
         with pytest.raises(UserError, match=picture):
@@ -195,15 +202,13 @@ class TestLeftOut:
         with pytest.raises(UserError, match=picture):
             texts_of(tmp_path / "a.png")
 
-    def test_a_column_that_no_row_of_a_file_has_is_an_error(self, tmp_path: Path) -> None:
+    def test_a_column_that_no_row_of_a_file_has_is_an_error(self, tmp_path):
         (tmp_path / "a.txt").write_text("words")
         (tmp_path / "b.jsonl").write_text('{"body": "x"}\n' * 2000)
         with pytest.raises(UserError, match="b.jsonl, line 1 has no text column 'text'"):
             texts_of(tmp_path / "*")
 
-    def test_many_are_counted_and_few_are_named(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_many_are_counted_and_few_are_named(self, tmp_path, caplog):
         rows = [{"text": "good" if i % 10 == 0 else i} for i in range(200)]
         (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
         assert texts_of(tmp_path / "a.jsonl") == ["good"] * 20
@@ -211,26 +216,16 @@ class TestLeftOut:
         assert said == [f"{number} so far)" for number in (1, 2, 3, 10, 100)]
 
     @pytest.mark.parametrize("streaming", [False, True])
-    def test_rows_of_a_data_set(
-        self,
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        streaming: bool,
-    ) -> None:
-        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-        (tmp_path / "set").mkdir()
-        lines = [json.dumps({"text": text}) for text in ("a", None, "b", " ", "c")]
-        (tmp_path / "set" / "train.jsonl").write_text("\n".join(lines))
-        source = open_documents(
-            name=str(tmp_path / "set"), files=None, split="train", streaming=streaming
-        )
+    def test_rows_of_a_data_set(self, data_set, streaming: bool):
+        texts = ["a", None, "b", " ", "c"]
+        source = data_set(texts, streaming=streaming)
         assert [d.text for d in source()] == ["a", "", "b", "", "c"]
         # What the data set's own reader cannot read is its last word.
-        (tmp_path / "set" / "train.jsonl").write_text("\n".join([*lines, '{"text": "\\ud83d"}']))
+        data_set(texts, '{"text": "\\ud83d"}')
         with pytest.raises(UserError, match="data set .*set"):
             list(source())
 
-    def test_rows_without_text_are_documents_without_text(self, tmp_path: Path) -> None:
+    def test_rows_without_text_are_documents_without_text(self, tmp_path):
         (tmp_path / "a.jsonl").write_text(
             "\n".join(json.dumps({"text": t}) for t in (None, "", " ", "a"))
         )
@@ -238,32 +233,16 @@ class TestLeftOut:
 
 
 class TestHub:
-    def test_a_local_folder_through_datasets(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-        (tmp_path / "set").mkdir()
-        lines = "".join(json.dumps({"text": t}) + "\n" for t in TEXTS)
-        (tmp_path / "set" / "train.jsonl").write_text(lines)
+    def test_a_local_folder_through_datasets(self, data_set):
         for streaming in (False, True):
-            source = open_documents(
-                name=str(tmp_path / "set"),
-                files=None,
-                split="train",
-                streaming=streaming,
-                shuffle_buffer=0,
-            )
+            source = data_set(TEXTS, streaming=streaming, shuffle_buffer=0)
             assert [d.text for d in source()] == TEXTS
-        wrong = open_documents(name=str(tmp_path / "set"), files=None, split="train", text_column="body")
         with pytest.raises(UserError, match="no text column 'body'; its columns are: text"):
-            list(wrong())
-        wrong = open_documents(name=str(tmp_path / "set"), files=None, split="tset")
+            list(data_set(TEXTS, text_column="body")())
         with pytest.raises(UserError, match="cannot load split 'tset' of data set"):
-            list(wrong())
+            list(data_set(TEXTS, split="tset")())
 
-    def test_a_stream_that_does_not_tell_its_columns(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-    ) -> None:
+    def test_a_stream_that_does_not_tell_its_columns(self, tmp_path, monkeypatch, caplog):
         monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
         class Rows(list[dict[str, str]]):

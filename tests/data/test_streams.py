@@ -1,16 +1,15 @@
 """Streams: continued from a saved position, row for row, without reading all that was before."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from small_recipes import content, from_files
+from small_training import Interrupt
+from transformers import PreTrainedTokenizerFast
 
 from quietstar.data.blocks import TOKENIZER_BATCH, Blocks, StreamedBlocks
 from quietstar.data.sources import open_documents
@@ -19,6 +18,7 @@ from quietstar.errors import UserError
 from quietstar.recipes.recipe import parse_recipe
 from quietstar.recipes.run import run_recipe
 
+pytestmark = pytest.mark.usefixtures("stdlib_tokenizer_once")
 TEXTS = [f"{i} " + "the quick brown fox jumps over the lazy dog " * (1 + i * 7 % 5) for i in range(300)]
 Source = Callable[[], Iterator[Document]]
 
@@ -29,7 +29,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(params=["files", "hub", "hub shuffled"])
-def source(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Source:
+def source(request, tmp_path, monkeypatch) -> Source:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "set"
     folder.mkdir()
@@ -79,7 +79,7 @@ def test_little_is_read_again(tokenizer: PreTrainedTokenizerFast, source: Source
         inner = source()
 
         class Counted:
-            def __iter__(self) -> Counted:
+            def __iter__(self):
                 return self
 
             def __next__(self) -> Document:
@@ -116,51 +116,24 @@ def test_one_pass_ends_and_a_stream_without_rows_says_so(tokenizer: PreTrainedTo
         next(iter(StreamedBlocks(few, tokenizer, Blocks(24), repeat=True)))
 
 
-def test_a_streamed_run_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.slow
+def test_a_streamed_run_resumes_exactly(tmp_path, monkeypatch):
     (tmp_path / "text.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:40])
     )
     recipe = parse_recipe(
-        {
-            "name": "streamed",
-            "model": {
-                "config": {
-                    "model_type": "llama",
-                    "hidden_size": 16,
-                    "intermediate_size": 32,
-                    "num_hidden_layers": 1,
-                    "num_attention_heads": 2,
-                    "max_position_embeddings": 64,
-                },
-                "tokenizer": "stdlib",
-                "vocab_size": 300,
-            },
-            "data": {
-                "files": [str(tmp_path / "text.jsonl")],
-                "streaming": True,
-                "packing": "packed",
-                "block_size": 16,
-                "max_train_blocks": 15,
-            },
-            "thoughts": {"thought_length": 2, "think_at": "random:0.5"},
-            "training": {
-                "max_steps": 9,
-                "per_device_train_batch_size": 2,
-                "gradient_accumulation_steps": 2,
-                "save_steps": 4,
-                "use_cpu": True,
-            },
-        }
+        content(
+            model={"tokenizer": "stdlib", "vocab_size": 300},
+            data=from_files(
+                tmp_path / "text.jsonl", streaming=True, packing="packed", max_train_blocks=15
+            ),
+            thoughts={"think_at": "random:0.5"},
+            training={"max_steps": 9, "gradient_accumulation_steps": 2, "save_steps": 4},
+        )
     )
-
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 6:
-                raise KeyboardInterrupt
-
     run_recipe(recipe, tmp_path / "whole", progress=False)
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe, tmp_path / "parts", progress=False, callbacks=[Interrupt()])
+        run_recipe(recipe, tmp_path / "parts", progress=False, callbacks=[Interrupt(6)])
     assert (tmp_path / "parts" / "checkpoint-4" / "data_position.json").is_file()
     fetched: list[int] = []
     original = StreamedBlocks.__iter__

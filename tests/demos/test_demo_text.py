@@ -14,8 +14,10 @@ from quietstar.demos import text as demo_text
 from quietstar.evaluation.perplexity import Estimate
 from quietstar.files import read_json
 
+pytestmark = pytest.mark.usefixtures("stdlib_tokenizer_once")
 
-def test_the_control_differs_in_the_thoughts_alone() -> None:
+
+def test_the_control_differs_in_the_thoughts_alone():
     recipes = demo_text.stage_recipes(Path("x"), quick=False)
     ours, control = recipes["quiet-star"].to_dict(), recipes["control"].to_dict()
     assert control["thoughts"].pop("thought_kind") == "none"
@@ -34,14 +36,12 @@ def test_the_control_differs_in_the_thoughts_alone() -> None:
         (Estimate(0.05, None), "one block cannot tell"),
     ],
 )
-def test_verdict(gain: Estimate, words: str) -> None:
+def test_verdict(gain: Estimate, words: str):
     assert words in demo_text.verdict(gain)
 
 
 @pytest.mark.slow
-def test_whole_demo_and_its_continuation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_whole_demo_and_its_continuation(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo_text, "QUICK", {"base_steps": 3, "steps": 2, "blocks": 3})
     seen: list[torch.Tensor] = []
     record_batches(monkeypatch, seen)
@@ -73,7 +73,7 @@ def test_whole_demo_and_its_continuation(
     assert json.dumps(again["nll"]) == json.dumps(metrics["nll"])
 
 
-def record_batches(monkeypatch: pytest.MonkeyPatch, seen: list[torch.Tensor]) -> None:
+def record_batches(monkeypatch, seen: list[torch.Tensor]) -> None:
     """Record the rows of every training batch."""
     from quietstar.recipes import run as train
 

@@ -1,26 +1,17 @@
 """Tokenizers, a small model and files of rows for the tests of ``quietstar eval``."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
 import pytest
-import torch
 from evaluation_cases import CSQA_ROWS, GSM_ROWS
-from families import tiny_decoder
+from families import thinking_model, tiny_decoder
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from quietstar import QuietStarForCausalLM
 from quietstar.data.stdlib import train_tokenizer
 from quietstar.modeling.meta_tokens import add_meta_tokens
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +42,7 @@ def splitting() -> PreTrainedTokenizerFast:
     )
     core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     core.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
@@ -66,19 +52,11 @@ def splitting() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def model(merging: PreTrainedTokenizerFast) -> QuietStarForCausalLM:
     decoder = tiny_decoder("llama", vocab_size=len(merging), max_position_embeddings=400)
-    model = QuietStarForCausalLM.from_base(decoder, merging, thought_length=3).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.3)
-    return model
+    return thinking_model(decoder, merging, seed=1, mixing=0.3, thought_length=3).eval()
 
 
 @pytest.fixture(scope="module")
-def folder(
-    model: QuietStarForCausalLM,
-    merging: PreTrainedTokenizerFast,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> str:
+def folder(model: QuietStarForCausalLM, merging: PreTrainedTokenizerFast, tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("model")
     model.save_pretrained(path)
     merging.save_pretrained(path)
@@ -86,14 +64,14 @@ def folder(
 
 
 @pytest.fixture
-def gsm_file(tmp_path: Path) -> Path:
+def gsm_file(tmp_path) -> Path:
     path = tmp_path / "gsm.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in GSM_ROWS))
     return path
 
 
 @pytest.fixture
-def csqa_file(tmp_path: Path) -> Path:
+def csqa_file(tmp_path) -> Path:
     path = tmp_path / "csqa.json"
     path.write_text(json.dumps(CSQA_ROWS))
     return path

@@ -1,11 +1,8 @@
-"""QuietStarConfig: a field misspelt is refused, whatever else configurations have is not."""
-
-from __future__ import annotations
+"""QuietStarConfig: a field misspelt is rejected, whatever else configurations have is not."""
 
 import copy
 import json
 import logging
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +15,7 @@ from quietstar.think_rules import parse_rule
 MISSPELT = r"no field 'thougth_length'; did you mean thought_length\?"
 
 
-def test_a_misspelt_field_is_refused_wherever_it_is_given(tmp_path: Path):
+def test_a_misspelt_field_is_refused_wherever_it_is_given(tmp_path):
     model = small_model()
     model.save_pretrained(tmp_path)
     decoder = AutoModelForCausalLM.from_config(model.config.text_config)
@@ -48,14 +45,14 @@ def test_a_misspelt_field_is_refused_wherever_it_is_given(tmp_path: Path):
         QuietStarConfig(hidden_size=64)  # the decoder's
 
 
-def test_fields_are_given_while_loading(tmp_path: Path):
+def test_fields_are_given_while_loading(tmp_path):
     small_model().save_pretrained(tmp_path)
     loaded = QuietStarForCausalLM.from_pretrained(tmp_path, thought_length=3, dtype=torch.float32)
     assert loaded.config.thought_length == 3
     assert AutoConfig.from_pretrained(tmp_path, talk_length=4).talk_length == 4
 
 
-def test_what_configurations_have_is_taken(tmp_path: Path):
+def test_what_configurations_have_is_taken(tmp_path):
     config = small_model().config
     assert config.to_dict() == QuietStarConfig(**config.to_dict()).to_dict()
     made = QuietStarConfig(
@@ -71,9 +68,7 @@ def test_what_configurations_have_is_taken(tmp_path: Path):
     assert copy.deepcopy(again).to_dict() == again.to_dict()
 
 
-def test_a_newer_version_s_checkpoint_loads_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-):
+def test_a_newer_version_s_checkpoint_loads_with_a_warning(tmp_path, caplog):
     model = small_model()
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -95,3 +90,34 @@ def test_both_settings_of_where_to_think_have_one_grammar():
     for name, rule in (("think_at", "entropy-nats:0.5"), ("thinking", "entropy-share:0.5")):
         with pytest.raises(ValueError, match=f"{name} is '{rule}'; expected"):
             parse_rule(name, rule)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"thought_length": 0}, "thought_length is 0; expected a whole number >= 1"),
+        ({"talk_length": 0}, "talk_length is 0"),
+        ({"num_rationales": -1}, "num_rationales is -1"),
+        ({"thought_length": 2.5}, "thought_length is 2.5"),
+        ({"reinforce_temperature": 0}, "reinforce_temperature is 0; expected a number > 0"),
+        ({"policy_weight": -1.0}, "policy_weight is -1.0; expected a number >= 0"),
+        ({"base_loss_weight": 1.5}, "base_loss_weight is 1.5"),
+        ({"mixing_activation": "relu"}, "mixing_activation is 'relu'"),
+        ({"thought_kind": "loud"}, "thought_kind is 'loud'"),
+        ({"think_at": "every:2"}, "think_at is 'every:2'; expected 'all', 'stride:k'"),
+        ({"think_at": "stride:0"}, "think_at is 'stride:0'"),
+        ({"think_at": "entropy-nats:0.5"}, "think_at is 'entropy-nats:0.5'; expected .*entropy-share:p"),
+        ({"think_at": "random:1.5"}, "think_at is 'random:1.5'"),
+        ({"reward": "gain"}, "reward is 'gain'; expected one of"),
+        ({"advantage": "median"}, "advantage is 'median'; expected one of"),
+        ({"advantage": "normalized", "num_rationales": 1}, "expected at least 2 thoughts to compare"),
+        ({"entropy_bonus": -1.0}, "entropy_bonus is -1.0; expected a number >= 0"),
+        ({"nll_weight": float("nan")}, "nll_weight is nan; expected a number >= 0"),
+        ({"mixing_floor": 1.5}, "mixing_floor is 1.5; expected a number from 0 to 1"),
+        ({"mixing_floor": 0.1}, "expected 'sigmoid', an unbounded weight has no floor"),
+        ({"policy_mean": "all"}, r"policy_mean is 'all'; expected one of \('rewarded', 'paper'\)"),
+    ],
+)
+def test_values_that_no_field_may_have(fields: dict, said: str):
+    with pytest.raises(ValueError, match=said):
+        QuietStarConfig(**fields)

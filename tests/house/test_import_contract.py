@@ -1,7 +1,5 @@
 """Which room may import which: only downwards (docs/architecture.md), and no circle."""
 
-from __future__ import annotations
-
 import ast
 import graphlib
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """README's Python examples run as they stand (with a small local model in place of a large one)."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

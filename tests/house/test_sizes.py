@@ -1,7 +1,5 @@
 """Signatures that one can read: at most eight parameters behind the public names."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

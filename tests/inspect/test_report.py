@@ -1,6 +1,4 @@
-"""``quietstar inspect``: the numbers on the page, the page in a browser, and what is refused."""
-
-from __future__ import annotations
+"""``quietstar inspect``: the numbers on the page, the page in a browser, and what is rejected."""
 
 import json
 import math
@@ -15,7 +13,8 @@ import browser
 import numpy as np
 import pytest
 import torch
-from families import tiny_decoder
+from families import thinking_model, tiny_decoder
+from small_recipes import rejected
 
 from quietstar import QuietStarForCausalLM
 from quietstar.cli import app as cli
@@ -33,14 +32,9 @@ TEXT = (
 )
 LOG = [
     {
-        "step": step,
-        "loss": 2.0,
-        "base_loss": 2.0 - step / 100,
-        "talk_loss_0": 1.9 - step / 90,
-        "gain": 0.1 + step / 900,
-        "mixing_weight_hard": 0.01 * step,
-        "mixing_weight_easy": 0.001 * step,
-        "thought_entropy": 1.0,
+        **{"step": step, "loss": 2.0, "base_loss": 2.0 - step / 100, "talk_loss_0": 1.9 - step / 90},
+        **{"gain": 0.1 + step / 900, "mixing_weight_hard": 0.01 * step},
+        **{"mixing_weight_easy": 0.001 * step, "thought_entropy": 1.0},
     }
     for step in (10, 20, 30)
 ]
@@ -48,13 +42,10 @@ LOG = [
 
 def tiny(tokenizer, **fields) -> QuietStarForCausalLM:
     torch.manual_seed(5)
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder("llama", vocab_size=len(tokenizer)),
-        tokenizer,
-        **{"thought_length": 3, "talk_length": 2, **fields},
-    )
+    decoder = tiny_decoder("llama", vocab_size=len(tokenizer))
+    fields = {"thought_length": 3, "talk_length": 2, **fields}
+    model = thinking_model(decoder, tokenizer, mixing=0.5, **fields)
     with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.5)
         model.get_output_embeddings().weight.normal_(0, 0.3)
     return model.eval()
 
@@ -70,7 +61,7 @@ def model(tokenizer) -> QuietStarForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, model, tokenizer) -> Path:
+def folder(tmp_path_factory, model, tokenizer) -> Path:
     path = tmp_path_factory.mktemp("run")
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -80,14 +71,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory, model, tokenizer) -> Path:
 
 
 @pytest.fixture
-def text_file(tmp_path: Path) -> Path:
+def text_file(tmp_path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text(TEXT)
     return path
 
 
 @pytest.fixture
-def page(folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+def page(folder: Path, text_file: Path, capsys) -> Path:
     output = text_file.with_name("page.html")
     assert cli.main(["inspect", str(folder), str(text_file), "--output", str(output)]) == 0
     captured = capsys.readouterr()
@@ -96,7 +87,7 @@ def page(folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> P
 
 
 @pytest.fixture
-def window(tmp_path: Path) -> Iterator[browser.Browser]:
+def window(tmp_path) -> Iterator[browser.Browser]:
     if browser.MISSING:
         pytest.skip(browser.MISSING)
     with browser.Browser(tmp_path / "profile") as opened:
@@ -235,7 +226,7 @@ def test_figures_say_what_they_were_given():
     assert "a &lt; b" in chart and chart.count("<polyline") == 2 and "nan" not in chart
 
 
-def test_curves_of_a_run(folder: Path, tmp_path: Path):
+def test_curves_of_a_run(folder: Path, tmp_path):
     curves = dict(read_curves(folder))
     assert curves["NLL (nats)"]["without"] == [(10, 1.9), (20, 1.8), (30, 1.7)]
     assert len(curves) == 4
@@ -253,7 +244,7 @@ def test_a_text_that_thinking_changed_nowhere():
 # ---- the page in a browser ----------------------------------------------------------------------
 
 
-def test_in_a_browser(page: Path, window: browser.Browser, tmp_path: Path):
+def test_in_a_browser(page: Path, window: browser.Browser, tmp_path):
     window.open(page)
     title = window.run("return document.title")
     assert title == "text.txt: what thinking gained"
@@ -319,7 +310,7 @@ def test_in_a_browser(page: Path, window: browser.Browser, tmp_path: Path):
     assert window.print_pages(tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_a_narrow_window(page: Path, tmp_path: Path):
+def test_a_narrow_window(page: Path, tmp_path):
     if browser.MISSING:
         pytest.skip(browser.MISSING)
     with browser.Browser(tmp_path / "narrow", 520, 900) as window:
@@ -327,7 +318,7 @@ def test_a_narrow_window(page: Path, tmp_path: Path):
         assert window.run("return document.documentElement.scrollWidth <= window.innerWidth")
 
 
-def test_nothing_in_a_thought_is_markup(window: browser.Browser, tmp_path: Path):
+def test_nothing_in_a_thought_is_markup(window: browser.Browser, tmp_path):
     evil = "<img src=x onerror=\"document.title='broken'\"></script>"
     thought = SeenThought(evil, "most likely", 0.5, 0.1, None)
     token = SeenToken(evil, 0, 1.0, 0.5, 0.1, ((evil, 0.4, True),), ((evil, 0.6, True),), (thought,))
@@ -342,20 +333,10 @@ def test_nothing_in_a_thought_is_markup(window: browser.Browser, tmp_path: Path)
 # ---- the command --------------------------------------------------------------------------------
 
 
-def test_part_of_a_text(folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
+def test_part_of_a_text(folder: Path, text_file: Path, capsys, monkeypatch):
     monkeypatch.chdir(text_file.parent)
-    words = [
-        "inspect",
-        str(folder),
-        str(text_file),
-        "--tokens",
-        "16",
-        "--context",
-        "9",
-        "--samples",
-        "0",
-    ]
-    assert cli.main(words) == 0
+    words = ["--tokens", "16", "--context", "9", "--samples", "0"]
+    assert cli.main(["inspect", str(folder), str(text_file), *words]) == 0
     assert capsys.readouterr().out == "page: text.html\n"
     content = (text_file.parent / "text.html").read_text()
     assert content.count('class="t"') == 15 and "the first 16 of" in content
@@ -376,35 +357,25 @@ def test_part_of_a_text(folder: Path, text_file: Path, capsys: pytest.CaptureFix
         (["{folder}", "{binary}"], "is not UTF-8 text"),
     ],
 )
-def test_refused(
-    words: list[str],
-    message: str,
-    folder: Path,
-    text_file: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_refused(words: list[str], message: str, folder: Path, text_file: Path, capsys, monkeypatch):
     here = text_file.parent
     (here / "short.txt").write_text("x")
     (here / "empty.txt").write_text(" \n")
     (here / "binary.txt").write_bytes(b"\xff\xfe\x00")
     names = {"folder": folder, "text": text_file}
     names |= {name: here / f"{name}.txt" for name in ("short", "empty", "binary")}
-    assert cli.main(["inspect", *(word.format(**names) for word in words)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("quietstar: error: ") and error.count("\n") == 1 and message in error
+    rejected(capsys, ["inspect", *(word.format(**names) for word in words)], message)
     assert text_file.read_text() == TEXT
 
 
-def test_the_demo_ends_with_a_page(tmp_path: Path):
+def test_the_demo_ends_with_a_page(tmp_path):
     model = tiny(build_tokenizer(), init_embedding_from="A")
     model.save_pretrained(tmp_path / "full")
     page = demo.save_page(tmp_path, LookupLanguage(4))
     assert page == tmp_path / "thoughts.html" and page.read_text().count('<p class="text">') == 6
 
 
-def test_write_page_without_a_run(model, tokenizer, tmp_path: Path):
+def test_write_page_without_a_run(model, tokenizer, tmp_path):
     rows = [tokenizer(TEXT)["input_ids"][:14]]
     path = write_page(model, tokenizer, rows, tmp_path / "page.html", samples=0)
     content = path.read_text()

@@ -4,8 +4,6 @@ Every folder under QUIETSTAR_GOLDEN (default: tests/data/golden) is one run on a
 weights, its input, the thoughts that it sampled, and everything that it computed from them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from dataclasses import dataclass
@@ -68,15 +66,9 @@ def case(request) -> Case:
     meta = json.loads((folder / "meta.json").read_text())
     data = load_file(folder / "golden.safetensors")
     state = {name[6:]: value for name, value in data.items() if name.startswith("param/")}
-    model = quietstar.load_reference(
-        state,
-        meta["config"],
-        n_ahead=meta["n_ahead"],
-        n_ahead_talk=meta["n_ahead_talk"],
-        n_passes=meta["n_passes"],
-        start_token_id=meta["start_token_id"],
-        end_token_id=meta["end_token_id"],
-    )
+    names = ("n_ahead", "n_ahead_talk", "n_passes", "start_token_id", "end_token_id")
+    fields = {name: meta[name] for name in names}
+    model = quietstar.load_reference(state, meta["config"], **fields)
     model.train()
     length = model.config.thought_length
     rationales = meta["n_passes"]

@@ -1,10 +1,8 @@
 """What a model looks at when it is used: tokens, devices, the decoder's class, a generation's state."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from families import tiny_decoder
+from families import FAMILIES, thinking_model, tiny_decoder
 from torch.distributed.utils import _apply_to_tensors
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -14,11 +12,8 @@ from quietstar.thinking.batch_share import BatchShard
 from quietstar.thinking.output_layer import CalledOutputLayer, output_layer
 
 
-def thinking_model(family: str = "llama", **fields) -> QuietStarForCausalLM:
-    settings = {"thought_length": 2, "talk_length": 1, **fields}
-    return QuietStarForCausalLM.from_base(
-        tiny_decoder(family), start_token_id=94, end_token_id=95, **settings
-    )
+def build(family: str = "llama", **fields) -> QuietStarForCausalLM:
+    return thinking_model(family, **{"thought_length": 2, "talk_length": 1, **fields})
 
 
 @pytest.mark.parametrize("token", [96, -1])
@@ -26,12 +21,12 @@ def test_a_token_without_an_embedding(token: int):
     ids = torch.full((1, 6), 7)
     ids[0, 3] = token
     with pytest.raises(ValueError, match=f"input_ids contains {token}; expected values from 0 to 95"):
-        thinking_model()(ids)
+        build()(ids)
 
 
 def test_tokens_on_another_device():
     with pytest.raises(ValueError, match="input_ids is on meta; expected cpu like the model"):
-        thinking_model()(torch.full((1, 6), 7, device="meta"))
+        build()(torch.full((1, 6), 7, device="meta"))
 
 
 def test_a_decoder_whose_class_would_not_be_opened_again():
@@ -52,16 +47,7 @@ def test_a_decoder_that_with_a_configuration_of_its_own():
     class OwnDecoder(LlamaForCausalLM):
         config_class = OwnConfig
 
-    own = OwnDecoder(
-        OwnConfig(
-            vocab_size=96,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    )
+    own = OwnDecoder(OwnConfig(**{**FAMILIES["llama"], "num_hidden_layers": 1}))
     with pytest.raises(ValueError, match="OwnDecoder could not be opened again.*OwnConfig"):
         QuietStarForCausalLM.from_base(own, start_token_id=94, end_token_id=95)
 
@@ -73,7 +59,7 @@ def test_the_state_of_a_generation_passes_through_a_cast_of_inputs():
 
 
 def test_a_refused_call_leaves_its_state_unused():
-    model, ids = thinking_model().eval(), torch.full((1, 4), 7)
+    model, ids = build().eval(), torch.full((1, 4), 7)
     state = Thinking()
     with pytest.raises(ValueError, match="num_beam_groups|constraints|penalty_alpha|dola|prompt_lookup"):
         model.generate(ids, thinking=state, max_new_tokens=2, prompt_lookup_num_tokens=2)
@@ -84,7 +70,7 @@ def test_a_refused_call_leaves_its_state_unused():
 @pytest.mark.parametrize("family", ["llama", "phi"])
 def test_a_part_without_a_target_has_every_gradient(family: str):
     """Other processes wait for them: zeros, not nothing, also where the output layer is called."""
-    model = thinking_model(family).train()
+    model = build(family).train()
     assert isinstance(output_layer(model.base), CalledOutputLayer) == (family == "phi")
     ids = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(1))
     labels = torch.full_like(ids, -100)
@@ -110,7 +96,7 @@ class Around(torch.nn.Module):
 @pytest.mark.parametrize("place", ["a layer", "the output layer", "the mixing head"])
 @pytest.mark.parametrize("before", [0, 1])
 def test_noise_is_looked_for_wherever_and_whenever_it_comes(place: str, before: int):
-    model = thinking_model().train()
+    model = build().train()
     ids = torch.randint(3, 90, (1, 8), generator=torch.Generator().manual_seed(2))
     for _ in range(before):
         model(ids, labels=ids)
@@ -129,7 +115,7 @@ def test_noise_is_looked_for_wherever_and_whenever_it_comes(place: str, before: 
 
 
 def test_a_wrapper_in_the_mixing_head_is_called():
-    model, ids = thinking_model().eval(), torch.randint(3, 90, (1, 8))
+    model, ids = build().eval(), torch.randint(3, 90, (1, 8))
     torch.nn.init.normal_(model.mixing_head.fc3.weight)
     want = model(ids).logits
     model.mixing_head.fc1 = Around(model.mixing_head.fc1)
@@ -137,7 +123,7 @@ def test_a_wrapper_in_the_mixing_head_is_called():
 
 
 def test_a_cache_of_the_whole_prompt_is_refused():
-    model, ids = thinking_model().eval(), torch.randint(3, 90, (1, 6))
+    model, ids = build().eval(), torch.randint(3, 90, (1, 6))
     cache = model(input_ids=ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="holds 6 tokens and the prompt has 6"):
         model.generate(ids, past_key_values=cache, max_new_tokens=2, do_sample=False)

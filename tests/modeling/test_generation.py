@@ -1,11 +1,9 @@
 """Generation: the cache changes nothing, rows do not notice each other, thinking follows its rule."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from families import FAMILIES
-from generation_cases import build, prompt
+from generation_cases import build
 from transformers import StaticCache, TextStreamer, pipeline
 
 from quietstar.data.lookup import build_tokenizer
@@ -15,10 +13,9 @@ NEW = 6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_cache_changes_nothing(family: str):
+def test_the_cache_changes_nothing(ids, mask, family: str):
     """Greedy, windows of 7 active: with the cache, without it, and by the mixed logits themselves."""
     model = build(family)
-    ids, mask = prompt()
     options = {"max_new_tokens": NEW, "do_sample": False}
     cached = model.generate(ids, attention_mask=mask, **options)
     thoughts = list(model.thoughts)
@@ -43,9 +40,7 @@ def test_the_cache_changes_nothing(family: str):
 
 
 @pytest.mark.parametrize("rule", ["always", "every:2", "entropy:2.5"])
-def test_a_batch_is_its_single_rows(rule: str):
-    model = build()
-    ids, mask = prompt()
+def test_a_batch_is_its_single_rows(model, ids, mask, rule: str):
     options = {"max_new_tokens": NEW, "do_sample": False, "thinking": rule}
     together = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :]
     for row, padding in enumerate((3, 0, 0)):
@@ -53,9 +48,7 @@ def test_a_batch_is_its_single_rows(rule: str):
         assert torch.equal(alone[0, ids.shape[1] - padding :], together[row])
 
 
-def test_rules_and_budget():
-    model = build()
-    ids, mask = prompt()
+def test_rules_and_budget(model, ids, mask):
 
     def thinks(**how) -> list[tuple[int, int]]:
         model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **how)
@@ -77,28 +70,22 @@ def test_rules_and_budget():
     )
 
 
-def test_without_thinking_it_is_the_base_model():
-    model = build()
-    ids, mask = prompt()
+def test_without_thinking_it_is_the_base_model(model, ids, mask):
     options = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False}
     ours = model.generate(ids, thinking="never", **options)
     theirs = model.base.generate(ids, suppress_tokens=[39, 40], eos_token_id=None, **options)
     assert torch.equal(ours, theirs)
 
 
-def test_meta_tokens_are_never_emitted():
-    model = build()
+def test_meta_tokens_are_never_emitted(model, ids, mask):
     with torch.no_grad():  # both would win every time
         model.get_output_embeddings().weight[[39, 40]] *= 50
-    ids, mask = prompt()
     for options in ({"do_sample": False}, {"do_sample": True}, {"num_beams": 3, "do_sample": False}):
         made = model.generate(ids, attention_mask=mask, max_new_tokens=8, **options)
         assert not torch.isin(made[:, ids.shape[1] :], torch.tensor([39, 40])).any()
 
 
-def test_sampling_repeats_with_torchs_seed():
-    model = build()
-    ids, mask = prompt()
+def test_sampling_repeats_with_torchs_seed(model, ids, mask):
     runs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
@@ -106,9 +93,7 @@ def test_sampling_repeats_with_torchs_seed():
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
-def test_beams_are_the_same_with_and_without_the_cache():
-    model = build()
-    ids, mask = prompt()
+def test_beams_are_the_same_with_and_without_the_cache(model, ids, mask):
     options = {"attention_mask": mask, "max_new_tokens": NEW, "num_beams": 3, "do_sample": False}
     assert torch.equal(model.generate(ids, **options), model.generate(ids, use_cache=False, **options))
 
@@ -139,9 +124,7 @@ def test_rules_that_are_none_are_refused(rule: str):
         Thinking(rule)
 
 
-def test_what_cannot_work_is_refused():
-    model = build()
-    ids, mask = prompt()
+def test_what_cannot_work_is_refused(model, ids, mask):
     with pytest.raises(ValueError, match="`thinking_budget` and num_beams=2 cannot be combined"):
         model.generate(ids, num_beams=2, thinking_budget=3)
     with pytest.raises(ValueError, match="thinking_budget is -1"):

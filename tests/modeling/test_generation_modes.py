@@ -1,13 +1,11 @@
-"""Ways of decoding: right with thoughts, or refused in a sentence that names the argument."""
-
-from __future__ import annotations
+"""Ways of decoding: right with thoughts, or rejected in a sentence that names the argument."""
 
 import json
 
 import pytest
 import torch
-from families import tiny_decoder
-from generation_cases import build, prompt
+from families import thinking_model, tiny_decoder
+from generation_cases import NEW, build, options, prompt
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
@@ -27,12 +25,7 @@ from quietstar import QuietStarConfig, QuietStarForCausalLM
 from quietstar.modeling.generation import Thinking
 from quietstar.modeling.text_cache import CACHE_NAME, cache_argument
 
-NEW = 5
 NAMES = ("past_key_values", "cache")
-
-
-def options(**more) -> dict:
-    return {"attention_mask": prompt()[1], "max_new_tokens": NEW, "do_sample": False, **more}
 
 
 REFUSED = {
@@ -66,17 +59,14 @@ def test_what_generate_cannot_do_is_refused_by_name(name: str):
 
 
 @pytest.mark.parametrize("kind", ["static", "offloaded", "offloaded_static", "quantized", "paged"])
-def test_caches_that_do_not_grow_are_refused(kind: str):
-    model = build()
+def test_caches_that_do_not_grow_are_refused(model, kind: str):
     with pytest.raises(
         ValueError, match=f"cache_implementation is '{kind}'; expected None or 'dynamic'"
     ):
         model.generate(prompt()[0], **options(cache_implementation=kind))
 
 
-def test_settings_are_refused_wherever_they_were_made():
-    model = build()
-    ids, mask = prompt()
+def test_settings_are_refused_wherever_they_were_made(model, ids, mask):
     settings = GenerationConfig(max_new_tokens=2, prompt_lookup_num_tokens=3)
     with pytest.raises(ValueError, match="^prompt_lookup_num_tokens is 3"):
         model.generate(ids, settings, attention_mask=mask)
@@ -88,8 +78,7 @@ def test_settings_are_refused_wherever_they_were_made():
         model.generate(ids, **options())
 
 
-def test_continuous_batching_is_refused():
-    model = build()
+def test_continuous_batching_is_refused(model):
     for start in (
         lambda: model.generate_batch([[3, 4]]),
         lambda: model.init_continuous_batching(),
@@ -101,18 +90,14 @@ def test_continuous_batching_is_refused():
             start()
 
 
-def test_as_a_draft_it_changes_nothing():
-    model = build()
-    ids, _ = prompt()
+def test_as_a_draft_it_changes_nothing(model, ids):
     base = tiny_decoder("llama")
     more = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
     made = base.generate(ids[1:2], assistant_model=model, **more)
     assert torch.equal(made, base.generate(ids[1:2], **more))
 
 
-def test_padding_anywhere_but_at_the_left_is_refused():
-    model = build()
-    ids, mask = prompt()
+def test_padding_anywhere_but_at_the_left_is_refused(model, ids, mask):
     right, hole = mask.clone(), mask.clone()
     right[1, -2:] = 0
     hole[2, 4] = 0
@@ -139,9 +124,7 @@ def test_padding_anywhere_but_at_the_left_is_refused():
         model(ids, attention_mask=mask[:, :5], thinking=Thinking())
 
 
-def test_what_a_forward_does_not_return_is_refused():
-    model = build()
-    ids, _ = prompt()
+def test_what_a_forward_does_not_return_is_refused(model, ids):
     for name in ("output_attentions", "output_hidden_states"):
         with pytest.raises(ValueError, match=f"^{name} is True; .* returns no layers"):
             model(ids, **{name: True})
@@ -158,10 +141,8 @@ def test_what_a_forward_does_not_return_is_refused():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_cache_has_two_names(name: str):
+def test_the_cache_has_two_names(model, ids, mask, name: str):
     """A text in three calls, in generate and by hand, is the text in one."""
-    model = build()
-    ids, mask = prompt()
     whole = model.generate(ids, **options())
     cache = DynamicCache(config=model.base.config)
     with torch.no_grad():
@@ -183,9 +164,7 @@ def test_the_cache_has_two_names(name: str):
     assert not issubclass(QuantizedCache, DynamicCache)
 
 
-def test_the_cache_under_both_names_at_once_is_refused():
-    model = build()
-    ids, _ = prompt()
+def test_the_cache_under_both_names_at_once_is_refused(model, ids):
     both = dict.fromkeys(NAMES, DynamicCache())
     for call in (model, model.generate):
         with pytest.raises(ValueError, match="`past_key_values` and `cache` cannot be combined"):
@@ -207,9 +186,8 @@ def test_a_decoder_gets_its_cache_under_the_name_that_it_knows():
 
 
 @pytest.mark.parametrize("kind", ["sampled", "none"])
-def test_a_forward_that_keeps_its_cache_can_be_gone_on_from(kind: str):
+def test_a_forward_that_keeps_its_cache_can_be_gone_on_from(ids, mask, kind: str):
     model = build(thought_kind=kind)
-    ids, mask = prompt()
     with torch.no_grad():
         plain = model(ids[:, :-1], attention_mask=mask[:, :-1])
         kept = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True)
@@ -225,9 +203,8 @@ def test_a_forward_that_keeps_its_cache_can_be_gone_on_from(kind: str):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_training_mode_with_checkpointing_generates_the_same(family: str):
+def test_training_mode_with_checkpointing_generates_the_same(ids, family: str):
     model = build(family)
-    ids, _ = prompt()
     expected = model.generate(ids, **options())
     model.gradient_checkpointing_enable()
     model.train()
@@ -241,12 +218,10 @@ def test_training_mode_with_checkpointing_generates_the_same(family: str):
         model(ids, labels=ids).loss.backward()
 
 
-def test_processors_and_criteria_see_the_same_with_and_without_the_cache():
+def test_processors_and_criteria_see_the_same_with_and_without_the_cache(model, ids):
     letters = Tokenizer(BPE({chr(32 + token): token for token in range(95)}, []))
     letters.decoder = Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters)
-    model = build()
-    ids, _ = prompt()
     greedy = model.generate(ids, **options(max_new_tokens=8))
     stop = tokenizer.decode(greedy[1, 13:15])
     first = int(greedy[2, 12])
@@ -264,9 +239,7 @@ def test_processors_and_criteria_see_the_same_with_and_without_the_cache():
         assert not torch.isin(made[:, 12:], torch.tensor([39, 40])).any()
 
 
-def test_scores_and_logits_are_those_of_the_tokens():
-    model = build()
-    ids, _ = prompt()
+def test_scores_and_logits_are_those_of_the_tokens(model, ids):
     made = model.generate(
         ids, **options(return_dict_in_generate=True, output_scores=True, output_logits=True)
     )
@@ -281,7 +254,7 @@ def test_scores_and_logits_are_those_of_the_tokens():
 def test_the_configuration_answers_for_its_decoder(tmp_path):
     base = tiny_decoder("gpt2")
     base.generation_config.update(eos_token_id=[2, 5], temperature=0.7, do_sample=True)
-    model = QuietStarForCausalLM.from_base(base, start_token_id=39, end_token_id=40)
+    model = thinking_model(base)
     names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "eos_token_id")
     for name in names:
         assert getattr(model.config, name) == getattr(base.config, name), name
@@ -311,7 +284,7 @@ def test_settings_that_could_not_be_saved_are_left_out(tmp_path, caplog):
     base = tiny_decoder("llama")
     base.generation_config = GenerationConfig(temperature=0.9, do_sample=False, eos_token_id=[2, 5])
     with caplog.at_level("WARNING", logger="quietstar"):
-        model = QuietStarForCausalLM.from_base(base, start_token_id=39, end_token_id=40)
+        model = thinking_model(base)
     assert "generation settings are left out" in caplog.text and "temperature" in caplog.text
     assert model.generation_config.eos_token_id == [2, 5] and not model.generation_config.temperature
     model.save_pretrained(tmp_path)

@@ -1,12 +1,10 @@
 """What a call of generate keeps is its own: threads, prompts in chunks, guidance, forwards beside it."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest
 import torch
-from generation_cases import build, prompt
+from generation_cases import NEW, build, options, prompt
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
@@ -20,12 +18,7 @@ from quietstar import QuietStarForCausalLM
 from quietstar.modeling.generation import SpokenThought, Thinking
 from quietstar.thinking.cuda_graphs import use_graphs
 
-NEW = 5
 META = [39, 40]
-
-
-def options(**more) -> dict:
-    return {"attention_mask": prompt()[1], "max_new_tokens": NEW, "do_sample": False, **more}
 
 
 def told(thoughts: list[SpokenThought]) -> list[tuple]:
@@ -33,9 +26,7 @@ def told(thoughts: list[SpokenThought]) -> list[tuple]:
 
 
 @pytest.mark.parametrize("graphs", ["off", "buffers"])
-def test_threads_keep_their_own_rules_and_thoughts(graphs: str):
-    model = build()
-    ids, _ = prompt()
+def test_threads_keep_their_own_rules_and_thoughts(model, ids, graphs: str):
     rules = [("always", None), ("never", None), ("every:2", None), ("always", 2)]
     alone = []
     for rule, budget in rules:
@@ -61,9 +52,7 @@ def test_threads_keep_their_own_rules_and_thoughts(graphs: str):
         assert torch.equal(tokens, alone[number][0]) and thoughts == alone[number][1]
 
 
-def test_the_thoughts_of_a_call_come_with_its_result():
-    model = build()
-    ids, _ = prompt()
+def test_the_thoughts_of_a_call_come_with_its_result(model, ids):
     made = model.generate(ids, return_dict_in_generate=True, **options())
     assert made.thoughts is model.thoughts and len(made.thoughts) == 3 * NEW
     thinking = Thinking("every:2")
@@ -105,9 +94,7 @@ class Beside(BaseStreamer, LogitsProcessor, StoppingCriteria):
 
 
 @pytest.mark.parametrize("place", ["streamer", "processor", "criterion"])
-def test_a_forward_beside_a_generation_is_a_forward(place: str):
-    model = build()
-    ids, _ = prompt()
+def test_a_forward_beside_a_generation_is_a_forward(model, ids, place: str):
     ids, rule = ids[1:], {"thinking": "every:2", "thinking_budget": 2}
     more = {"max_new_tokens": NEW, "do_sample": False, **rule}
     quiet = model.generate(ids, **more)
@@ -131,10 +118,9 @@ def test_a_forward_beside_a_generation_is_a_forward(place: str):
 
 @pytest.mark.parametrize("chunk", [1, 5, 12])
 @pytest.mark.parametrize("rule", [{}, {"thinking": "every:2"}, {"thinking_budget": 1}])
-def test_a_prompt_in_chunks_is_one_decision(chunk: int, rule: dict):
+def test_a_prompt_in_chunks_is_one_decision(ids, chunk: int, rule: dict):
     """Chunks of 1 hold nothing but padding at first; windows of 7 end inside chunks of 5."""
     model = build("gemma2")
-    ids, _ = prompt()
     whole = model.generate(ids, **options(**rule))
     thoughts = told(model.thoughts)
     assert torch.equal(model.generate(ids, prefill_chunk_size=chunk, **options(**rule)), whole)
@@ -163,9 +149,7 @@ def guided(model: QuietStarForCausalLM, ids, mask, negative, scale: float, rule:
 
 @pytest.mark.parametrize("rule", ["always", "never", "every:2"])
 @pytest.mark.parametrize("scale", [1.7, 0.0])
-def test_guidance_thinks_where_the_generation_does(rule: str, scale: float):
-    model = build()
-    ids, mask = prompt()
+def test_guidance_thinks_where_the_generation_does(model, ids, mask, rule: str, scale: float):
     negative = ids.flip(0)[:, 3:9]
     expected = guided(model, ids, mask, negative, scale, rule)
     more = options(thinking=rule, guidance_scale=scale, negative_prompt_ids=negative)
@@ -179,9 +163,7 @@ def test_guidance_thinks_where_the_generation_does(rule: str, scale: float):
         assert torch.equal(model.generate(ids, **more), expected)
 
 
-def test_guidance_spends_no_budget_and_follows_entropies():
-    model = build()
-    ids, _ = prompt()
+def test_guidance_spends_no_budget_and_follows_entropies(model, ids):
     model.generate(ids, guidance_scale=1.5, thinking_budget=3, **options())
     assert [(t.row, t.step) for t in model.thoughts] == [(r, s) for s in range(3) for r in range(3)]
     model.generate(ids, thinking="entropy:3.9", **options())
@@ -196,9 +178,7 @@ def test_guidance_spends_no_budget_and_follows_entropies():
         model.generate(ids, guidance_scale=1.5, num_beams=2, **options())
 
 
-def test_several_sequences_of_a_prompt_are_rows_of_their_own():
-    model = build()
-    ids, mask = prompt()
+def test_several_sequences_of_a_prompt_are_rows_of_their_own(model, ids, mask):
     more = options(do_sample=True, thinking="every:2", thinking_budget=2)
     torch.manual_seed(5)
     made = model.generate(ids, num_return_sequences=2, **more)
@@ -211,9 +191,7 @@ def test_several_sequences_of_a_prompt_are_rows_of_their_own():
 
 
 @pytest.mark.parametrize("rule", ["every:2", "entropy:3.9"])
-def test_beams_decide_by_the_rule(rule: str):
-    model = build()
-    ids, _ = prompt()
+def test_beams_decide_by_the_rule(model, ids, rule: str):
     more = options(num_beams=3, num_return_sequences=2, thinking=rule)
     cached = model.generate(ids, **more)
     thoughts = told(model.thoughts)

@@ -1,10 +1,8 @@
 """Building, saving and loading a model, and its place among transformers' tools."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, tiny_decoder
+from families import FAMILIES, VOCABULARY, thinking_model, tiny_decoder
 from transformers import AutoModelForCausalLM
 
 from quietstar import (
@@ -35,9 +33,7 @@ def small_tokenizer(with_meta: bool):
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "gpt_oss"])
 def test_saved_and_loaded_it_is_the_same(family: str, tmp_path):
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder(family), start_token_id=94, end_token_id=95, thought_length=3, talk_length=2
-    ).eval()
+    model = thinking_model(family, thought_length=3, talk_length=2).eval()
     with torch.no_grad():
         for parameter in (*model.thought_embedding.parameters(), *model.mixing_head.parameters()):
             parameter.normal_(0, 0.1)
@@ -107,11 +103,7 @@ def test_tokenizers_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_generation_is_the_argmax_of_the_mixed_logits(family: str):
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder(family), start_token_id=94, end_token_id=95, thought_length=2
-    ).eval()
-    with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.3)
+    model = thinking_model(family, mixing=0.3, thought_length=2).eval()
     mask = torch.ones_like(IDS)
     mask[0, :2] = 0
     made = model.generate(IDS, attention_mask=mask, max_new_tokens=4, do_sample=False, eos_token_id=None)
@@ -126,9 +118,7 @@ def test_greedy_generation_is_the_argmax_of_the_mixed_logits(family: str):
 
 def test_adapters_train_with_the_head_and_the_embeddings(tmp_path):
     peft = pytest.importorskip("peft")
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder("llama"), start_token_id=94, end_token_id=95, thought_length=2
-    )
+    model = thinking_model(thought_length=2)
     adapters = peft.LoraConfig(
         r=2, target_modules=["q_proj"], modules_to_save=["mixing_head", "thought_embedding"]
     )

@@ -1,7 +1,5 @@
 """The memory and FLOP model of a step against measured peaks and counted operations."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import random
@@ -9,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from families import thinking_model
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from quietstar import QuietStarForCausalLM
 from quietstar.cli import app as cli
 from quietstar.cli.plan import parse_bytes
 from quietstar.errors import UserError
@@ -24,15 +22,9 @@ RANK = 4
 
 def build(mode: str, checkpointing: bool, decoder: dict[str, Any], **thoughts: Any) -> Any:
     config = LlamaConfig(**{"max_position_embeddings": 512, **decoder})
-    model: Any = QuietStarForCausalLM.from_base(
-        LlamaForCausalLM(config),
-        start_token_id=config.vocab_size - 2,
-        end_token_id=config.vocab_size - 1,
-        **thoughts,
-    )
-    with torch.no_grad():
-        # An untrained head gives no reward, and rows without one would be skipped.
-        model.mixing_head.fc3.weight.normal_(0, 0.2)
+    tokens = {"start_token_id": config.vocab_size - 2, "end_token_id": config.vocab_size - 1}
+    # An untrained head gives no reward, and rows without one would be skipped.
+    model: Any = thinking_model(LlamaForCausalLM(config), mixing=0.2, **tokens, **thoughts)
     if mode == "bfloat16":
         model = model.bfloat16()
     if mode == "adapters":
@@ -190,7 +182,7 @@ def test_sizes_are_read(text: str, size: float):
     assert parse_bytes(text) == size
 
 
-def test_the_command(capsys: pytest.CaptureFixture[str]):
+def test_the_command(capsys):
     assert cli.main(["plan", "tiny", "--gpu-memory", "2G"]) == 0
     said = capsys.readouterr().out
     assert "1.1 M parameters" in said and "as the recipe says" in said and "FSDP2" in said

@@ -1,6 +1,4 @@
-"""Recipes: what is shipped, what is refused and with which words, and changes by key=value."""
-
-from pathlib import Path
+"""Recipes: what is shipped, what is rejected and with which words, and changes by key=value."""
 
 import pytest
 
@@ -22,7 +20,7 @@ def changed(**sections: dict) -> dict:
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_shipped_recipes_are_valid_and_read_back_unchanged(name: str, tmp_path: Path) -> None:
+def test_shipped_recipes_are_valid_and_read_back_unchanged(name: str, tmp_path):
     recipe = load_recipe(name)
     assert recipe.name == name
     written = tmp_path / "copy.yaml"
@@ -31,7 +29,7 @@ def test_shipped_recipes_are_valid_and_read_back_unchanged(name: str, tmp_path: 
     assert load_recipe(str(written)).fingerprint() == recipe.fingerprint()
 
 
-def test_both_names_of_what_transformers_has_renamed() -> None:
+def test_both_names_of_what_transformers_has_renamed():
     """Which of them it knows depends on its release."""
     for name in ("gradient_checkpointing", "activation_checkpointing"):
         by_word = load_recipe("tiny", [f"{name}=true"]).training
@@ -41,7 +39,7 @@ def test_both_names_of_what_transformers_has_renamed() -> None:
             assert set(training) <= set(known_keys("training"))
 
 
-def test_a_renamed_key_is_taken_by_the_name_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_renamed_key_is_taken_by_the_name_that_is_known(monkeypatch):
     for old, new in list(recipe_module.RENAMED.items()):
         known = {k: v for k, v in known_keys("training").items() if k != new} | {old: bool}
         fake = {"training": known}
@@ -50,11 +48,11 @@ def test_a_renamed_key_is_taken_by_the_name_that_is_known(monkeypatch: pytest.Mo
         assert recipe_module.resolve_key(new) == ["training", old]
 
 
-def test_the_promised_recipes_are_shipped() -> None:
+def test_the_promised_recipes_are_shipped():
     assert {"tiny", "qwen2.5-0.5b", "llama-3.2-1b", "mistral-7b-paper"} <= set(shipped_recipes())
 
 
-def test_the_paper_recipe_has_the_reference_constants() -> None:
+def test_the_paper_recipe_has_the_reference_constants():
     recipe = load_recipe("mistral-7b-paper")
     reference = QuietStarConfig.from_reference(n_ahead=12, n_ahead_talk=4, n_passes=2)
     ours = QuietStarConfig(**recipe.thoughts)
@@ -67,7 +65,7 @@ def test_the_paper_recipe_has_the_reference_constants() -> None:
     assert recipe.data.block_size == 256 and recipe.data.streaming
 
 
-def test_thoughts_take_every_configuration_field() -> None:
+def test_thoughts_take_every_configuration_field():
     fields = {"thought_length", "talk_length", "num_rationales", "thought_temperature", "policy_weight"}
     fields |= {"reinforce_temperature", "base_loss_weight", "embedding_scale", "mixing_activation"}
     assert fields | {"think_at", "thought_kind"} <= set(known_keys("thoughts"))
@@ -108,49 +106,39 @@ def test_thoughts_take_every_configuration_field() -> None:
         ({**MINIMAL, "model": "llama"}, "section model is str; expected a mapping"),
     ],
 )
-def test_refused_with_clear_words(content: dict, words: str) -> None:
+def test_refused_with_clear_words(content: dict, words: str):
     with pytest.raises(UserError) as error:
         parse_recipe(content)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_numbers_as_people_write_them(tmp_path: Path) -> None:
+def test_numbers_as_people_write_them(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(
         "model: {name: a}\ndata: {files: x.txt, block_size: 1e2}\n"
         "training: {learning_rate: 1e-6, max_steps: 1_000, eval_strategy: no, adam_beta2: '0.98'}\n"
     )
     recipe = load_recipe(str(path))
-    assert recipe.training == {
-        "learning_rate": 1e-6,
-        "max_steps": 1000,
-        "eval_strategy": "no",
-        "adam_beta2": 0.98,
-    }
+    expected = {"learning_rate": 1e-6, "max_steps": 1000, "eval_strategy": "no", "adam_beta2": 0.98}
+    assert recipe.training == expected
     assert recipe.data.block_size == 100 and isinstance(recipe.data.block_size, int)
     assert recipe.data.files == ["x.txt"]
 
 
-def test_yaml_is_data_only_and_unambiguous() -> None:
+def test_yaml_is_data_only_and_unambiguous():
     with pytest.raises(UserError, match="not valid YAML"):
         load_yaml("a: !!python/object/apply:os.system ['true']", "r.yaml")
     with pytest.raises(UserError, match=r"r.yaml: key 'a' appears twice \(line 2\)"):
         load_yaml("a: 1\na: 2", "r.yaml")
     with pytest.raises(UserError, match="r.yaml, line 2 is not valid YAML"):
         load_yaml("a: 1\nb: [", "r.yaml")
-    assert load_yaml("[1e-6, 1E5, -.5, 010, no, true, 12:30]", "r") == [
-        1e-6,
-        1e5,
-        -0.5,
-        10,
-        "no",
-        True,
-        "12:30",
-    ]
+    numbers = [1e-6, 1e5, -0.5, 10]
+    text = "[1e-6, 1E5, -.5, 010, no, true, 12:30]"
+    assert load_yaml(text, "r") == [*numbers, "no", True, "12:30"]
 
 
-def test_overrides() -> None:
+def test_overrides():
     words = ["training.learning_rate=1e-4", "thoughts.thought_length=8", "max_steps=7"]
     recipe = load_recipe("tiny", [*words, "kind=pause", "model.config.hidden_size=32", "eval_split="])
     assert recipe.training["learning_rate"] == 1e-4
@@ -173,18 +161,18 @@ def test_overrides() -> None:
         ("xyzzy=1", "unknown key 'xyzzy'"),
     ],
 )
-def test_refused_overrides(word: str, words: str) -> None:
+def test_refused_overrides(word: str, words: str):
     with pytest.raises(UserError) as error:
         load_recipe("tiny", [word])
     assert words in str(error.value)
 
 
-def test_unknown_recipe_names_the_nearest() -> None:
+def test_unknown_recipe_names_the_nearest():
     with pytest.raises(UserError, match="did you mean tiny"):
         load_recipe("tyni")
 
 
-def test_fingerprint_ignores_what_does_not_change_the_result() -> None:
+def test_fingerprint_ignores_what_does_not_change_the_result():
     tiny = load_recipe("tiny")
     assert load_recipe("tiny", ["logging_steps=3", "save_steps=7"]).fingerprint() == tiny.fingerprint()
     assert load_recipe("tiny", ["learning_rate=3e-4"]).fingerprint() != tiny.fingerprint()
@@ -193,14 +181,14 @@ def test_fingerprint_ignores_what_does_not_change_the_result() -> None:
 class TestOutputFolder:
     recipe = load_recipe("tiny")
 
-    def test_a_new_folder_and_one_of_the_same_recipe(self, tmp_path: Path) -> None:
+    def test_a_new_folder_and_one_of_the_same_recipe(self, tmp_path):
         folder = open_run(tmp_path / "new", self.recipe)
         assert folder.checkpoint is None and not (tmp_path / "new").exists()
         start_run(folder, self.recipe)
         assert open_run(tmp_path / "new", self.recipe).metrics is None
         assert load_recipe(str(tmp_path / "new" / "recipe.yaml")) == self.recipe
 
-    def test_another_run(self, tmp_path: Path) -> None:
+    def test_another_run(self, tmp_path):
         start_run(open_run(tmp_path / "run", self.recipe), self.recipe)
         other = load_recipe("tiny", ["learning_rate=5e-4"])
         with pytest.raises(UserError) as error:
@@ -217,21 +205,21 @@ class TestOutputFolder:
         assert not (tmp_path / "run" / METRICS_FILE).exists()
         assert load_recipe(str(tmp_path / "run" / "recipe.yaml")) == other
 
-    def test_somebody_elses_files_are_never_overwritten(self, tmp_path: Path) -> None:
+    def test_somebody_elses_files_are_never_overwritten(self, tmp_path):
         (tmp_path / "thesis.txt").write_text("chapter one")
         for overwrite in (False, True):
             with pytest.raises(UserError, match="belongs to something else"):
                 open_run(tmp_path, self.recipe, overwrite=overwrite)
         assert (tmp_path / "thesis.txt").read_text() == "chapter one"
 
-    def test_resume_needs_something_to_resume(self, tmp_path: Path) -> None:
+    def test_resume_needs_something_to_resume(self, tmp_path):
         with pytest.raises(UserError, match="holds no run to resume"):
             open_run(tmp_path / "new", self.recipe, resume=True)
         start_run(open_run(tmp_path / "new", self.recipe), self.recipe)
         with pytest.raises(UserError, match="holds no checkpoint to resume from"):
             open_run(tmp_path / "new", self.recipe, resume=True)
 
-    def test_the_last_complete_checkpoint_counts(self, tmp_path: Path) -> None:
+    def test_the_last_complete_checkpoint_counts(self, tmp_path):
         for step in (5, 20, 100):
             (tmp_path / f"checkpoint-{step}").mkdir()
         for step in (5, 20):
@@ -239,14 +227,14 @@ class TestOutputFolder:
         assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-20"
 
 
-def test_changed_checks_again() -> None:
+def test_changed_checks_again():
     recipe = load_recipe("tiny").changed(thoughts={"thought_length": 3}, name="other")
     assert isinstance(recipe, Recipe) and recipe.name == "other"
     with pytest.raises(UserError, match="thought_length is 0"):
         recipe.changed(thoughts={"thought_length": 0})
 
 
-def test_lookup_settings_belong_to_lookup() -> None:
+def test_lookup_settings_belong_to_lookup():
     with pytest.raises(UserError, match="data.lookup is given, but data.name is None, not"):
         parse_recipe(changed(data={"lookup": {"seed": 1}}))
     with pytest.raises(UserError, match="never ends; set data.max_train_blocks"):

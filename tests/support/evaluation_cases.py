@@ -1,7 +1,5 @@
 """Rows of data sets and a model with known probabilities, for the tests of ``quietstar eval``."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import torch

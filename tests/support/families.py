@@ -1,13 +1,18 @@
 """Tiny random models of every tested family."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from quietstar import QuietStarForCausalLM
 from quietstar.thinking.layout import TextRanges
 from quietstar.thinking.rollout import Thoughts
 from quietstar.thinking.text_batch import TextBatch
@@ -27,33 +32,27 @@ _LLAMA_LIKE = {
     "eos_token_id": 2,
 }
 
+_WINDOWED = {
+    **_LLAMA_LIKE,
+    "head_dim": 16,
+    "sliding_window": 7,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
 # A window of 7 is shorter than the tests' texts, so that it is active.
 FAMILIES: dict[str, dict] = {
     "llama": {**_LLAMA_LIKE},
     "mistral": {**_LLAMA_LIKE, "sliding_window": 7},
-    "qwen2": {
-        **_LLAMA_LIKE,
-        "use_sliding_window": True,
-        "sliding_window": 7,
-        "max_window_layers": 1,
-    },
+    "qwen2": {**_LLAMA_LIKE, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
     "qwen3": {**_LLAMA_LIKE, "head_dim": 16},
     "gemma2": {
-        **_LLAMA_LIKE,
-        "head_dim": 16,
+        **_WINDOWED,
         "query_pre_attn_scalar": 16,
-        "sliding_window": 7,
         "attn_logit_softcapping": 5.0,
         "final_logit_softcapping": 8.0,
-        "layer_types": ["sliding_attention", "full_attention"],
     },
-    "gemma3_text": {
-        **_LLAMA_LIKE,
-        "head_dim": 16,
-        "query_pre_attn_scalar": 16,
-        "sliding_window": 7,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
+    "gemma3_text": {**_WINDOWED, "query_pre_attn_scalar": 16},
     "phi": {**_LLAMA_LIKE, "num_key_value_heads": 4},  # its output layer has a bias
     "phi3": {**_LLAMA_LIKE, "sliding_window": 7},
     "gpt2": {
@@ -70,14 +69,7 @@ FAMILIES: dict[str, dict] = {
     },
     "gpt_neox": {**_LLAMA_LIKE, "rotary_pct": 0.5},
     "olmo2": {**_LLAMA_LIKE},
-    "gpt_oss": {
-        **_LLAMA_LIKE,
-        "head_dim": 16,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "sliding_window": 7,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
+    "gpt_oss": {**_WINDOWED, **_EXPERTS},
     # Latent attention: keys of 8 + 4 against values of 8, and a cache of what both are made from.
     "deepseek_v3": {
         **_LLAMA_LIKE,
@@ -95,13 +87,7 @@ FAMILIES: dict[str, dict] = {
         "first_k_dense_replace": 1,
     },
     # Keys are repeated for the experts behind its cache.
-    "jetmoe": {
-        **_LLAMA_LIKE,
-        "num_key_value_heads": 4,
-        "kv_channels": 8,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-    },
+    "jetmoe": {**_LLAMA_LIKE, **_EXPERTS, "num_key_value_heads": 4, "kv_channels": 8},
 }
 
 
@@ -120,20 +106,16 @@ def tiny_gemma3(**changes) -> PreTrainedModel:
         **{"image_token_index": 90, "boi_token_index": 91, "eoi_token_index": 92},
         **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.25)
-    return model
+    return _drawn(config, 0)
 
 
 def tiny_decoder(family: str, seed: int = 0, **changes) -> PreTrainedModel:
     """A random decoder whose weights are large enough for its attention to matter."""
+    return _drawn(AutoConfig.for_model(family, **{**FAMILIES[family], **changes}), seed)
+
+
+def _drawn(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     torch.manual_seed(seed)
-    settings = {**FAMILIES[family], **changes}
-    config = AutoConfig.for_model(family, **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -142,6 +124,42 @@ def tiny_decoder(family: str, seed: int = 0, **changes) -> PreTrainedModel:
             elif "sinks" in name:
                 parameter.normal_(0, 1.0)
     return model
+
+
+def thinking_model(
+    decoder: str | PreTrainedModel = "llama",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    seed: int | None = None,
+    mixing: float = 0.0,
+    embeddings: float = 0.0,
+    **fields: Any,
+) -> QuietStarForCausalLM:
+    """A model with thoughts around a decoder, or around the tiny one of a family.
+
+    A new one predicts what its decoder does. With ``mixing`` and ``embeddings`` the mixing head's last
+    layer and the start and end embeddings are drawn with that deviation, from a seed if there is one.
+    """
+    if isinstance(decoder, str):
+        decoder = tiny_decoder(decoder)
+    if tokenizer is None:
+        start = 94 if decoder.config.get_text_config().vocab_size == VOCABULARY else 39
+        fields = {"start_token_id": start, "end_token_id": start + 1, **fields}
+    model = QuietStarForCausalLM.from_base(decoder, tokenizer, **fields)
+    if seed is not None:
+        torch.manual_seed(seed)
+    with torch.no_grad():
+        if embeddings:
+            model.thought_embedding.start.normal_(0, embeddings)
+            model.thought_embedding.end.normal_(0, embeddings)
+        if mixing:
+            model.mixing_head.fc3.weight.normal_(0, mixing)
+    return model
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """A copy of every gradient that there is, by its parameter's name."""
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 def packed_pass(model: Any, ids: Tensor, ranges: TextRanges, anchors: Tensor, thoughts: Tensor | None):

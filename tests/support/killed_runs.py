@@ -5,8 +5,6 @@ the imports are paid once. A child is killed with SIGKILL, by itself at a named 
 after a random time; the next child continues. What came out is written to FOLDER/results.json.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from small_recipes import content
 
 import quietstar.checkpoints.save
 import quietstar.recipes.run  # noqa: F401 - paid before the forks
@@ -26,26 +25,12 @@ import quietstar.training.trainer  # noqa: F401
 from quietstar.checkpoints import state as plain_state
 from quietstar.cli import app as cli
 
-RECIPE = {
-    "name": "killed",
-    "model": {
-        "config": {
-            "model_type": "llama",
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "max_position_embeddings": 64,
-        },
-        "tokenizer": "lookup",
-    },
+RECIPE = content(
     # 5 steps to an epoch, so that runs stop within the second as well.
-    "data": {"name": "lookup", "block_size": 16, "max_train_blocks": 20, "eval_blocks": 2},
-    "thoughts": {"thought_length": 2, "talk_length": 2, "think_at": "random:0.5"},
-    "training": {
+    data={"eval_blocks": 2},
+    thoughts={"talk_length": 2, "think_at": "random:0.5"},
+    training={
         "max_steps": 8,
-        "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-2,
         "lr_scheduler_type": "cosine",
@@ -54,9 +39,8 @@ RECIPE = {
         "logging_steps": 1,
         "eval_strategy": "steps",
         "eval_steps": 4,
-        "use_cpu": True,
     },
-}
+)
 
 
 def die() -> None:

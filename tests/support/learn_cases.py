@@ -1,11 +1,9 @@
 """Batches and models of the tests of what is learned from."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
-from families import tiny_decoder
+from families import thinking_model, tiny_decoder
 from torch import Tensor
 
 from quietstar import QuietStarForCausalLM
@@ -38,9 +36,7 @@ Row = dict[str, Tensor]
 
 def build(**fields: Any) -> QuietStarForCausalLM:
     settings = {"thought_length": THOUGHT, "talk_length": TALK, "num_rationales": RATIONALES}
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder("llama", seed=2), start_token_id=94, end_token_id=95, **settings, **fields
-    )
+    model = thinking_model(tiny_decoder("llama", seed=2), **settings, **fields)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         model.mixing_head.fc3.weight.normal_(0, 0.3, generator=generator)

@@ -3,8 +3,6 @@
 Each test starts from a seed of its own, made of its name, so it draws the same alone as among others.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import zlib

@@ -4,8 +4,6 @@ Each case trains a tiny model with QuietStarTrainer and leaves what came out of 
 (process 0 alone). The same functions run in one process, on the whole batch, inside the test.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import shutil
@@ -19,15 +17,15 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, is_deepspeed_available
-from families import tiny_decoder
+from families import thinking_model, tiny_decoder
 from safetensors.torch import save_file
+from small_training import trainer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer
-from quietstar.training.arguments import QuietStarArguments
 
 ROWS, LENGTH = 16, 11
 TOO_LONG = 420  # seconds; processes that wait for each other say where, before pytest's limit ends them
@@ -90,19 +88,8 @@ SAVING: dict[str, Any] = {"steps": 4, "save_strategy": "steps", "save_steps": 2}
 
 def build(case: dict[str, Any]) -> QuietStarForCausalLM:
     decoder = tiny_decoder("llama", vocab_size=48, tie_word_embeddings=case.get("tied", False))
-    model = QuietStarForCausalLM.from_base(
-        decoder,
-        start_token_id=39,
-        end_token_id=40,
-        thought_length=2,
-        talk_length=2,
-        policy_weight=3.0,
-        think_at=case.get("think_at", "all"),
-        **case.get("fields", {}),
-    )
-    with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.3)
-    return model
+    fields = {"thought_length": 2, "talk_length": 2, "policy_weight": 3.0, **case.get("fields", {})}
+    return thinking_model(decoder, mixing=0.3, think_at=case.get("think_at", "all"), **fields)
 
 
 def rows(case: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
@@ -171,37 +158,25 @@ def train(
     callbacks: tuple[TrainerCallback, ...] = (),
     **more: Any,
 ) -> tuple[QuietStarTrainer, Gradients]:
-    settings = {"save_strategy": "no", "logging_steps": 1, "max_grad_norm": 0.0, **more}
-    arguments = QuietStarArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=case.get("accumulate", 1),
-        learning_rate=1e-2,
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": case.get("accumulate", 1),
+        "learning_rate": 1e-2,
         # Near zero Adam's step is the gradient's sign, so the last bit of a gradient that nearly cancels
         # would decide it; with this much in the denominator a step is about linear in the gradient.
-        adam_epsilon=1e-2,
-        lr_scheduler_type="constant",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=3,
-        remove_unused_columns=False,
-        **{**settings, **case.get("settings", {}), **case.get("arguments", {})},
-    )
+        "adam_epsilon": 1e-2,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "seed": 3,
+        "in_order": "without" in case,
+        **{**more, **case.get("settings", {}), **case.get("arguments", {})},
+    }
     gradients = Gradients()
     watching = (*callbacks,) if "deepspeed" in case.get("arguments", {}) else (gradients, *callbacks)
     wants_fsdp = "fsdp" in case.get("arguments", {})
     with fsdp_on_the_cpu(wants_fsdp):
-        run = QuietStarTrainer(
-            model=build(case),
-            args=arguments,
-            train_dataset=rows(case),
-            callbacks=list(watching),
-        )
-    if "without" in case:
-        in_order = torch.utils.data.SequentialSampler(run.train_dataset)
-        run._get_train_sampler = lambda *arguments: in_order
+        run = trainer(folder, build(case), rows(case), *watching, **settings)
     assert run.is_fsdp_enabled == wants_fsdp
     run.train(resume_from_checkpoint=True if resume else None)
     assert wants_fsdp == all(isinstance(p, DTensor) for p in run.model.parameters())

@@ -1,7 +1,5 @@
 """Folders as the reference implementation writes them, made of small random models."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

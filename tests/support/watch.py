@@ -1,7 +1,5 @@
 """What a computation allocates, seen operation by operation."""
 
-from __future__ import annotations
-
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -1,7 +1,5 @@
 """Which positions think: the same ones of a text, wherever pads stand around it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from learn_cases import Row, build, lay, rows

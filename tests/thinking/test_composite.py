@@ -1,10 +1,8 @@
 """Decoders that are the text's part of a model for several modalities, used for text alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from families import VOCABULARY, tiny_decoder, tiny_gemma3
+from families import VOCABULARY, thinking_model, tiny_decoder, tiny_gemma3
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quietstar import QuietStarForCausalLM
@@ -12,12 +10,12 @@ from quietstar.checkpoints.adapters import target_pattern
 from quietstar.plan.costs import decoder_sizes
 from quietstar.thinking.text_part import text_body, text_config_of
 
-FIELDS = {"start_token_id": 94, "end_token_id": 95, "thought_length": 3, "talk_length": 2}
+FIELDS = {"thought_length": 3, "talk_length": 2}
 IDS = torch.randint(3, 89, (2, 14), generator=torch.Generator().manual_seed(1))
 
 
 def build(**changes) -> QuietStarForCausalLM:
-    return QuietStarForCausalLM.from_base(tiny_gemma3(**changes), **FIELDS).eval()
+    return thinking_model(tiny_gemma3(**changes), **FIELDS).eval()
 
 
 def test_the_text_is_that_of_the_same_decoder_alone():
@@ -28,7 +26,7 @@ def test_the_text_is_that_of_the_same_decoder_alone():
         "lm_head.weight": whole["lm_head.weight"]
     }
     alone.load_state_dict(text)
-    other = QuietStarForCausalLM.from_base(alone, **FIELDS).eval()
+    other = thinking_model(alone, **FIELDS).eval()
     other.thought_embedding.load_state_dict(model.thought_embedding.state_dict())
     other.mixing_head.load_state_dict(model.mixing_head.state_dict())
     thoughts = torch.randint(3, 89, (2, 1, 14, 3))
@@ -85,6 +83,6 @@ def test_images_alone_may_be_seen_in_both_directions(kind: str, allowed: str | N
     decoder = AutoModelForCausalLM.from_config(config)
     if allowed == "all":
         with pytest.raises(ValueError, match="both directions"):
-            QuietStarForCausalLM.from_base(decoder, **FIELDS)
+            thinking_model(decoder, **FIELDS)
     else:
-        assert QuietStarForCausalLM.from_base(decoder, **FIELDS)(IDS, labels=IDS).loss.isfinite()
+        assert thinking_model(decoder, **FIELDS)(IDS, labels=IDS).loss.isfinite()

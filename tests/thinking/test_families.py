@@ -1,10 +1,9 @@
 """Every tested model family: the packed pass equals an ordinary run with a dense mask."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, packed_pass, tiny_decoder
+from families import FAMILIES, VOCABULARY, packed_pass, thinking_model, tiny_decoder
+from families import gradients as gradients_of
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -15,13 +14,8 @@ ROWS, LENGTH, THOUGHT, TALK = 2, 14, 3, 2
 
 
 def build(family: str, **changes) -> QuietStarForCausalLM:
-    return QuietStarForCausalLM.from_base(
-        tiny_decoder(family, **changes),
-        thought_length=THOUGHT,
-        talk_length=TALK,
-        start_token_id=VOCABULARY - 2,
-        end_token_id=VOCABULARY - 1,
-    )
+    decoder = tiny_decoder(family, **changes)
+    return thinking_model(decoder, thought_length=THOUGHT, talk_length=TALK)
 
 
 def inputs(padding: str) -> tuple[Tensor, Tensor]:
@@ -123,7 +117,7 @@ def test_packed_pass_equals_a_dense_mask(family: str, padding: str):
     def gradients(hidden: Tensor) -> dict[str, Tensor]:
         model.zero_grad()
         (hidden * direction).sum().backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return gradients_of(model)
 
     text, slots = packed_pass(model, ids, text_ranges(mask, ids), anchors, thoughts)
     packed = torch.cat([text, slots.flatten(1, 2)], 1)
@@ -163,7 +157,7 @@ def test_ordinary_forward_is_untouched(family: str):
     ids, mask = inputs("left")
     with torch.no_grad():
         before = decoder(ids, attention_mask=mask).logits
-        model = QuietStarForCausalLM.from_base(decoder, start_token_id=94, end_token_id=95)
+        model = thinking_model(decoder)
         after = model.base(ids, attention_mask=mask).logits
     real = mask.bool()
     assert torch.allclose(before[real], after[real], atol=1e-5)
@@ -175,6 +169,9 @@ _ENCODER_DECODER = {
     **{"is_decoder": True, "is_encoder_decoder": False, "bos_token_id": 1, "eos_token_id": 2},
     "decoder_start_token_id": 1,
 }
+
+
+_PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
 
 
 @pytest.mark.parametrize(
@@ -193,31 +190,16 @@ _ENCODER_DECODER = {
         ("doge", {}, "mask of its own"),
         ("diffllama", {}, "layers 0, 1 of 2 attended more than once"),
         ("nemotron", {}, "does not hand the thought layout down"),
-        (
-            "gemma3n_text",
-            {
-                "hidden_size_per_layer_input": 8,
-                "vocab_size_per_layer_input": 96,
-                "num_kv_shared_layers": 0,
-            },
-            "hidden_size_per_layer_input is 8",
-        ),
+        ("gemma3n_text", {**_PER_LAYER, "num_kv_shared_layers": 0}, "hidden_size_per_layer_input is 8"),
     ],
 )
 def test_families_that_would_be_wrong_are_refused(kind: str, changes: dict, message: str):
-    common = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "pad_token_id": 0,
-    }
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "pad_token_id": 0}
+    common = {**sizes, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}
     config = AutoConfig.for_model(kind, **{**common, **changes})
     decoder = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match=message):
-        model = QuietStarForCausalLM.from_base(decoder, start_token_id=94, end_token_id=95)
+        model = thinking_model(decoder)
         ids, _ = inputs("none")
         model(ids, labels=ids, thought_ids=torch.ones(ROWS, 1, LENGTH, 5, dtype=torch.long))
 
@@ -248,19 +230,13 @@ def test_positions_past_a_length_dependent_rope_are_refused():
 )
 def test_learned_positions_are_not_exceeded(family: str, changes: dict):
     sizes = {
-        **{
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-        },
+        **{"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2},
+        "num_attention_heads": 4,
         **{"word_embed_proj_dim": 32, "ffn_dim": 48, "intermediate_size": 48},
         **{"attn_pdrop": 0.0, "attention_dropout": 0.0, "attention_probs_dropout_prob": 0.0},
     }
     decoder = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **changes}))
-    model = QuietStarForCausalLM.from_base(
-        decoder, start_token_id=94, end_token_id=95, thought_length=THOUGHT, talk_length=TALK
-    ).eval()
+    model = thinking_model(decoder, thought_length=THOUGHT, talk_length=TALK).eval()
     ids, _ = inputs("none")
     limit = rf"'{family}' has 16 learned ones"
     with pytest.raises(ValueError, match=f"text and thought need 20 positions; {limit}"):
@@ -306,9 +282,7 @@ def test_the_implementation_that_was_loaded_is_obeyed(implementation: str, tmp_p
     )
     decoder.load_state_dict(model.base.state_dict())
     opened = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=implementation).eval()
-    fresh = QuietStarForCausalLM.from_base(
-        decoder, thought_length=THOUGHT, talk_length=TALK, start_token_id=94, end_token_id=95
-    ).eval()
+    fresh = thinking_model(decoder, thought_length=THOUGHT, talk_length=TALK).eval()
     fresh.load_state_dict(model.state_dict())
     for again in (opened, fresh):
         calls.clear()
@@ -328,7 +302,7 @@ def test_an_implementation_that_cannot_be_combined_is_refused():
     with pytest.raises(
         ValueError, match="attn_implementation is 'flash_attention_2'; expected 'sdpa' or"
     ):
-        QuietStarForCausalLM.from_base(decoder, start_token_id=94, end_token_id=95)
+        thinking_model(decoder)
     model = build("llama").eval()
     model.base.set_attn_implementation("eager")
     with pytest.raises(ValueError, match="attn_implementation of the decoder was set to 'eager' after"):
@@ -339,7 +313,7 @@ def test_how_experts_run_is_kept():
     decoder = tiny_decoder("gpt_oss")
     loaded = decoder.config._experts_implementation
     assert loaded is not None
-    model = QuietStarForCausalLM.from_base(decoder, start_token_id=94, end_token_id=95)
+    model = thinking_model(decoder)
     assert model.base.config._experts_implementation == loaded
 
 
@@ -368,9 +342,7 @@ def test_what_attention_would_ignore_is_refused(more: dict, message: str | None)
     decoder = tiny_decoder("llama")
     layer = decoder.model.layers[1]
     layer.self_attn = _Asks(layer.self_attn, **more)
-    model = QuietStarForCausalLM.from_base(
-        decoder, start_token_id=94, end_token_id=95, self_check=False
-    ).eval()
+    model = thinking_model(decoder, self_check=False).eval()
     model._checked = {"logits"}
     if message is None:
         assert model(inputs("none")[0]).logits.isfinite().all()

@@ -1,7 +1,5 @@
 """scripts/families.py: its verdicts are right, and README and docs/families.md state the same counts."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections import Counter

@@ -1,14 +1,12 @@
 """Slot steps over buffers that stay, and as CUDA graphs: the same thoughts as kernel by kernel."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import weakref
 
 import pytest
 import torch
-from families import tiny_decoder
+from families import thinking_model
 
 from quietstar import QuietStarForCausalLM
 from quietstar.thinking import cuda_graphs as graphs
@@ -23,7 +21,7 @@ WAYS = [
 
 
 @pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> tuple[str, str]:
+def way(request) -> tuple[str, str]:
     device, mode = request.param
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -31,14 +29,8 @@ def way(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 
 def build(family: str = "llama", device: str = "cpu", **fields) -> QuietStarForCausalLM:
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder(family),
-        **{"start_token_id": 39, "end_token_id": 40, "thought_length": 3, "talk_length": 2, **fields},
-    ).eval()
-    with torch.no_grad():
-        model.thought_embedding.start.normal_(0, 0.003)
-        model.thought_embedding.end.normal_(0, 0.003)
-        model.mixing_head.fc3.weight.normal_(0, 0.3)
+    fields = {"start_token_id": 39, "end_token_id": 40, "thought_length": 3, "talk_length": 2, **fields}
+    model = thinking_model(family, mixing=0.3, embeddings=0.003, **fields).eval()
     model.generation_config.eos_token_id = None
     return model.to(device)
 

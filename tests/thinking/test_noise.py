@@ -1,14 +1,11 @@
 """Noise: a thought is scored by the network that sampled it, whatever draws while training."""
 
-from __future__ import annotations
-
 import logging
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, tiny_decoder
+from families import FAMILIES, thinking_model, tiny_decoder
 from small_training import rows, trainer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -44,8 +41,7 @@ def decoder(family: str) -> PreTrainedModel:
 
 
 def thinking(base: PreTrainedModel, **fields: Any) -> QuietStarForCausalLM:
-    settings = {"thought_length": THOUGHT, "talk_length": 2, **fields}
-    return QuietStarForCausalLM.from_base(base, start_token_id=94, end_token_id=95, **settings)
+    return thinking_model(base, **{"thought_length": THOUGHT, "talk_length": 2, **fields})
 
 
 def scored(model: nn.Module) -> torch.Tensor:
@@ -67,7 +63,7 @@ def test_two_scorings_of_a_thought_agree(family: str):
     assert model.train().base.config.to_dict() == decoder(family).config.to_dict()
 
 
-def test_one_warning_counts_it(caplog: pytest.LogCaptureFixture):
+def test_one_warning_counts_it(caplog):
     model = thinking(decoder("gpt2"))
     with caplog.at_level(logging.WARNING, "quietstar"):
         scored(model.eval())
@@ -80,7 +76,7 @@ def test_one_warning_counts_it(caplog: pytest.LogCaptureFixture):
     assert "switched off in 7 places" in warning and "7 x Dropout.p = 0.3" in warning
 
 
-def test_a_jittering_router_is_counted_once(caplog: pytest.LogCaptureFixture):
+def test_a_jittering_router_is_counted_once(caplog):
     model = thinking(decoder("mixtral"))
     with caplog.at_level(logging.WARNING, "quietstar"):
         for _ in range(2):
@@ -92,7 +88,7 @@ def test_a_jittering_router_is_counted_once(caplog: pytest.LogCaptureFixture):
 
 
 @pytest.mark.parametrize("kind", ["lora", "loha", "oft"])
-def test_dropout_that_an_adapter_brings(kind: str, caplog: pytest.LogCaptureFixture):
+def test_dropout_that_an_adapter_brings(kind: str, caplog):
     peft = pytest.importorskip("peft")
     configs = {
         "lora": lambda: peft.LoraConfig(
@@ -155,7 +151,7 @@ def test_noise_that_is_not_known_here_is_refused():
     assert torch.equal(scored(model.eval()), want)
 
 
-def test_noise_on_the_embeddings_is_refused(tmp_path: Path):
+def test_noise_on_the_embeddings_is_refused(tmp_path):
     model = thinking(tiny_decoder("llama"))
     with pytest.raises(ValueError, match=r"neftune_noise_alpha is 5.0; expected none with thoughts"):
         trainer(tmp_path, model, rows(4), neftune_noise_alpha=5.0)
@@ -166,7 +162,7 @@ def test_noise_on_the_embeddings_is_refused(tmp_path: Path):
         scored(model.train())
 
 
-def test_the_field_is_saved(tmp_path: Path):
+def test_the_field_is_saved(tmp_path):
     QuietStarConfig(disable_dropout=False).save_pretrained(tmp_path)
     assert QuietStarConfig.from_pretrained(tmp_path).disable_dropout is False
     assert QuietStarConfig().disable_dropout is True

@@ -1,12 +1,11 @@
 """Several documents in a row: the same losses, rewards and gradients as each of them alone."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
 import torch
-from families import tiny_decoder
+from families import gradients as gradients_of
+from families import thinking_model, tiny_decoder
 from torch import Tensor
 
 from quietstar import QuietStarForCausalLM
@@ -20,21 +19,9 @@ LENGTHS = ([9, 1, 6, 4], [2, 12, 3], [5, 7, 5])
 
 
 def build(family: str, dtype: torch.dtype, **fields: Any) -> QuietStarForCausalLM:
+    fields |= {"thought_length": THOUGHT, "talk_length": TALK, "num_rationales": RATIONALES}
     decoder = tiny_decoder(family, seed=int(torch.randint(1000, ())))
-    model = QuietStarForCausalLM.from_base(
-        decoder,
-        start_token_id=94,
-        end_token_id=95,
-        thought_length=THOUGHT,
-        talk_length=TALK,
-        num_rationales=RATIONALES,
-        policy_weight=2.0,
-        **fields,
-    )
-    with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.3)
-        model.thought_embedding.start.normal_(0, 0.01)
-        model.thought_embedding.end.normal_(0, 0.01)
+    model = thinking_model(decoder, mixing=0.3, embeddings=0.01, policy_weight=2.0, **fields)
     return model.to(dtype).train()
 
 
@@ -72,8 +59,8 @@ def alone(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 @pytest.fixture(autouse=True)
-def any_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents too short to think in are refused as rows; here they have to run."""
+def any_length(monkeypatch) -> None:
+    """Documents too short to think in are rejected as rows; here they have to run."""
     monkeypatch.setattr("quietstar.modeling.model.check_text", lambda *arguments: None)
 
 
@@ -97,8 +84,7 @@ def run(
         output.loss.backward()
         loss += float(output.loss)
         reward += float(output.reward.abs().sum()) if output.reward is not None else 0.0
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return loss, reward, gradients
+    return loss, reward, gradients_of(model)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -1,8 +1,5 @@
-"""Documents told apart by position_ids and their kin: the same as with document_ids, or refused."""
+"""Documents told apart by position_ids and their kin: the same as with document_ids, or rejected."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,7 +69,7 @@ def test_whoever_counts_sees_the_same_documents():
 
 
 @pytest.mark.parametrize("reward", ["mixture-gain", "information-gain"])
-def test_training_on_them(tmp_path: Path, reward: str):
+def test_training_on_them(tmp_path, reward: str):
     """Accumulated, evaluated and measured against the averaged copy, they train as packed rows do."""
 
     class Packed(DataCollatorWithFlattening):
@@ -95,7 +92,7 @@ def test_training_on_them(tmp_path: Path, reward: str):
     assert found[0] == found[1]
 
 
-def test_rows_that_have_position_ids_keep_them(tmp_path: Path):
+def test_rows_that_have_position_ids_keep_them(tmp_path):
     """The Trainer drops what forward does not name."""
     row = {"input_ids": torch.arange(3, 19), "labels": torch.arange(3, 19), "position_ids": POSITIONS[0]}
     run = trainer(tmp_path, small_model(), [row] * 4, per_device_train_batch_size=1)

@@ -1,13 +1,11 @@
-"""The check before a model's first thoughts: what it refuses, what it lets pass, and what it leaves."""
-
-from __future__ import annotations
+"""The check before a model's first thoughts: what it rejects, what it lets pass, and what it leaves."""
 
 import copy
 import threading
 
 import pytest
 import torch
-from families import FAMILIES, VOCABULARY, tiny_decoder
+from families import FAMILIES, VOCABULARY, thinking_model, tiny_decoder
 from torch import nn
 
 from quietstar import QuietStarForCausalLM
@@ -17,8 +15,7 @@ IDS = torch.randint(3, VOCABULARY - 2, (2, 9), generator=torch.Generator().manua
 
 
 def thinking(decoder, **fields) -> QuietStarForCausalLM:
-    settings = {"thought_length": 2, "start_token_id": VOCABULARY - 2, "end_token_id": VOCABULARY - 1}
-    return QuietStarForCausalLM.from_base(decoder, **{**settings, **fields})
+    return thinking_model(decoder, **{"thought_length": 2, **fields})
 
 
 class OwnPositions(nn.Module):

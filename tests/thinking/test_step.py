@@ -1,13 +1,10 @@
 """A training step runs on the fused operators; nothing in it is rows x vocabulary or rows x keys."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from families import tiny_decoder
+from families import thinking_model, tiny_decoder
 from watch import Watch
 
-from quietstar import QuietStarForCausalLM
 from quietstar_ext import use_impl
 
 VOCABULARY, LENGTH, ROWS = 4096, 64, 2
@@ -15,11 +12,8 @@ VOCABULARY, LENGTH, ROWS = 4096, 64, 2
 
 def step(padding: str) -> Watch:
     decoder = tiny_decoder("llama", vocab_size=VOCABULARY, num_hidden_layers=2)
-    model = QuietStarForCausalLM.from_base(
-        decoder, start_token_id=4094, end_token_id=4095, thought_length=4, talk_length=2
-    ).train()
-    with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.3)
+    fields = {"start_token_id": 4094, "end_token_id": 4095, "thought_length": 4, "talk_length": 2}
+    model = thinking_model(decoder, mixing=0.3, **fields).train()
     ids = torch.randint(0, 4000, (ROWS, LENGTH))
     mask = torch.ones_like(ids)
     if padding == "left":

@@ -1,15 +1,12 @@
 """Thinking at fewer positions costs less in proportion: counted operations, not seconds."""
 
-from __future__ import annotations
-
 import pytest
 import seeds
 import torch
-from families import tiny_decoder
+from families import thinking_model, tiny_decoder
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from quietstar import QuietStarForCausalLM
 from quietstar_ext import use_impl
 
 LENGTH = 64
@@ -33,16 +30,9 @@ class Operations(TorchDispatchMode):
 def cost():
     """Operations of a training step by its settings."""
     # Every thought's policy term is computed: with the clamp the rows that are left out vary.
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder("llama", vocab_size=512),
-        start_token_id=510,
-        end_token_id=511,
-        thought_length=4,
-        talk_length=2,
-        clamp_advantage=False,
-    ).train()
-    with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.3)
+    decoder = tiny_decoder("llama", vocab_size=512)
+    fields = {"start_token_id": 510, "end_token_id": 511, "thought_length": 4, "talk_length": 2}
+    model = thinking_model(decoder, mixing=0.3, clamp_advantage=False, **fields).train()
     seeds.reseed()
     ids = torch.randint(3, 500, (2, LENGTH))
     model(ids, labels=ids)  # the output layer is checked at the first call

@@ -1,10 +1,8 @@
 """What has to hold whatever the weights: rollout = packed pass, columns are independent, and so on."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from families import VOCABULARY, packed_pass, tiny_decoder
+from families import VOCABULARY, gradients, packed_pass, thinking_model
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
 from quietstar.thinking.batch_share import BatchShard
@@ -16,16 +14,8 @@ ROWS, LENGTH = 2, 12
 
 
 def build(family: str = "llama", **fields) -> QuietStarForCausalLM:
-    settings = {"thought_length": 3, "talk_length": 2, "num_rationales": 2, **fields}
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder(family), start_token_id=94, end_token_id=95, **settings
-    )
-    torch.manual_seed(11)
-    with torch.no_grad():
-        model.thought_embedding.start.normal_(0, 0.003)
-        model.thought_embedding.end.normal_(0, 0.003)
-        model.mixing_head.fc3.weight.normal_(0, 0.3)
-    return model
+    fields = {"thought_length": 3, "talk_length": 2, "num_rationales": 2, **fields}
+    return thinking_model(family, seed=11, mixing=0.3, embeddings=0.003, **fields)
 
 
 def text(padding: str = "none") -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,6 +74,16 @@ def test_same_torch_seed_same_thoughts():
         runs.append(model(ids, labels=ids).thought_ids)
     assert torch.equal(runs[0], runs[1])
     assert not torch.equal(runs[0], runs[2])
+
+
+def test_every_slot_and_place_draws_numbers_of_its_own():
+    """Where all tokens are as likely, two that are drawn with the same numbers would be the same."""
+    model = build().train()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    drawn = model(text()[0], labels=text()[0]).thought_ids
+    for other in (drawn.roll(1, -1), drawn.roll(1, -2), drawn.roll(1, 1), drawn.roll(1, 0)):
+        assert (drawn == other).float().mean() < 0.2
 
 
 def forced(model: QuietStarForCausalLM, ids, mask, thoughts, **more):
@@ -160,7 +160,7 @@ def test_text_rows_do_not_notice_the_thoughts():
 
 
 def test_gradient_checkpointing_changes_nothing():
-    gradients = []
+    found = []
     for checkpointing in (False, True):
         model = build().train()
         if checkpointing:
@@ -168,10 +168,10 @@ def test_gradient_checkpointing_changes_nothing():
         ids, mask = text()
         torch.manual_seed(2)
         model(ids, attention_mask=mask, labels=ids).loss.backward()
-        gradients.append({n: p.grad for n, p in model.named_parameters()})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]), name
+        found.append(gradients(model))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert torch.equal(gradient, found[1][name]), name
 
 
 def test_evaluation_is_deterministic_and_equals_the_packed_pass():

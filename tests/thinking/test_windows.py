@@ -1,10 +1,9 @@
 """A thought longer than the sliding window, against the plain decoder's own run of one sequence."""
 
-from __future__ import annotations
-
 import pytest
 import torch
-from families import VOCABULARY, packed_pass, tiny_decoder
+from families import VOCABULARY, packed_pass, thinking_model, tiny_decoder
+from families import gradients as gradients_of
 from torch import Tensor
 
 from quietstar import QuietStarForCausalLM
@@ -25,19 +24,9 @@ DECODERS = [
 
 def build(family: str, window: int) -> QuietStarForCausalLM:
     """Mixing weight 1: the thought's prediction stands alone."""
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder(family, sliding_window=window),
-        start_token_id=START,
-        end_token_id=END,
-        thought_length=THOUGHT,
-        talk_length=TALK,
-        mixing_activation="sigmoid",
-        mixing_floor=1.0,
-    ).eval()
-    torch.manual_seed(11)
-    with torch.no_grad():
-        model.thought_embedding.start.normal_(0, 0.004)
-        model.thought_embedding.end.normal_(0, 0.004)
+    decoder = tiny_decoder(family, sliding_window=window)
+    fields = {"thought_length": THOUGHT, "talk_length": TALK, "mixing_activation": "sigmoid"}
+    model = thinking_model(decoder, seed=11, embeddings=0.004, mixing_floor=1.0, **fields).eval()
     model.generation_config.eos_token_id = None
     return model
 
@@ -67,7 +56,7 @@ def chain_of(model: QuietStarForCausalLM, ids: Tensor, anchor: int, thought: Ten
 
 
 @pytest.mark.parametrize(("family", "window"), DECODERS)
-def test_packed_pass_with_gradients(family: str, window: int) -> None:
+def test_packed_pass_with_gradients(family: str, window: int):
     model = build(family, window)
     ids = text(1)
     thoughts = torch.randint(3, START, (1, LENGTH, THOUGHT))
@@ -77,7 +66,7 @@ def test_packed_pass_with_gradients(family: str, window: int) -> None:
     def gradients(slots: Tensor) -> dict[str, Tensor]:
         model.zero_grad()
         (slots * direction).sum().backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return gradients_of(model)
 
     _, slots = packed_pass(model, ids, text_ranges(None, ids), anchors, thoughts)
     wanted = torch.stack(
@@ -95,7 +84,7 @@ def test_packed_pass_with_gradients(family: str, window: int) -> None:
 
 
 @pytest.mark.parametrize(("family", "window"), DECODERS)
-def test_rollout(family: str, window: int) -> None:
+def test_rollout(family: str, window: int):
     model = build(family, window)
     ids = text(2)
     ranges, shard = text_ranges(None, ids), BatchShard(seed=5)
@@ -112,7 +101,7 @@ def test_rollout(family: str, window: int) -> None:
 
 
 @pytest.mark.parametrize(("family", "window"), DECODERS[1:])
-def test_generation(family: str, window: int) -> None:
+def test_generation(family: str, window: int):
     """Greedy, from a cache that holds only the window's part of the text: each token in its turn is the
     plain decoder's first choice."""
     model = build(family, window)

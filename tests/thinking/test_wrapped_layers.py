@@ -1,7 +1,5 @@
 """Wrapped and replaced layers (adapters, quantised ones, hooks): they act, and they are trained."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_decoder
+from families import thinking_model, tiny_decoder
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -30,13 +28,7 @@ HEADS = ["fc1", "fc2", "fc3", "lm_head"]
 def thinking(family: str = "llama", **changes: Any) -> QuietStarForCausalLM:
     fields = {"thought_length": THOUGHT, "talk_length": 2, "entropy_bonus": 0.1, "policy_weight": 1.0}
     fields |= {"clamp_advantage": False, "reward": "base-gain"}
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder(family, **changes), start_token_id=94, end_token_id=95, **fields
-    )
-    torch.manual_seed(3)
-    with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.5)
-    return model
+    return thinking_model(tiny_decoder(family, **changes), seed=3, mixing=0.5, **fields)
 
 
 def step(model: nn.Module) -> Any:
@@ -202,7 +194,7 @@ class TestCalledOutputLayer:
     """Against the operators on the same weight, with chunks that do not come out even."""
 
     @pytest.fixture
-    def heads(self, monkeypatch: pytest.MonkeyPatch) -> tuple[OutputLayer, OutputLayer]:
+    def heads(self, monkeypatch) -> tuple[OutputLayer, OutputLayer]:
         torch.manual_seed(8)
         layer = nn.Linear(16, 40, bias=False)
         other = copy.deepcopy(layer)
@@ -224,7 +216,7 @@ class TestCalledOutputLayer:
         for got, want in zip(*results, strict=True):
             assert got.dtype == want.dtype and torch.allclose(got, want, atol=1e-5, rtol=1e-4)
 
-    def test_cross_entropy(self, heads: tuple[OutputLayer, OutputLayer]) -> None:
+    def test_cross_entropy(self, heads: tuple[OutputLayer, OutputLayer]):
         targets = torch.tensor([3, -100, 5, 0, 39, 7, -100, 1, 2, 30, 31])
         banned = torch.tensor([6, 38])
         weights = torch.tensor([0.5, 1, 0, 2, 1, 0, 0, 3, 1, 1, 0.1])
@@ -241,12 +233,12 @@ class TestCalledOutputLayer:
             with pytest.raises(ValueError, match="targets"):
                 head.cross_entropy(torch.zeros(11, 16), targets + 1)
 
-    def test_entropy(self, heads: tuple[OutputLayer, OutputLayer]) -> None:
+    def test_entropy(self, heads: tuple[OutputLayer, OutputLayer]):
         weights = torch.tensor([0.5, 1, 0, 2, 1, 0, 0, 3, 1, 1, 0.1])
         for options in ((1.0, None), (2.5, torch.tensor([6, 38]))):
             self.compare(heads, lambda h, x, o=options: h.at(*o).entropy_sum(x, weights))
 
-    def test_sample(self, heads: tuple[OutputLayer, OutputLayer]) -> None:
+    def test_sample(self, heads: tuple[OutputLayer, OutputLayer]):
         hidden = 3 * torch.randn(500, 16)
         for temperature in (0.0, 1.0):
             drawn = [
@@ -256,7 +248,7 @@ class TestCalledOutputLayer:
             assert torch.equal(drawn[0][0], drawn[1][0])
             assert torch.allclose(drawn[0][1], drawn[1][1], atol=1e-5)
 
-    def test_the_backward_pass_holds_no_logits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_backward_pass_holds_no_logits(self, monkeypatch):
         rows, vocabulary = 64, 500
         layer = nn.Linear(4, vocabulary, bias=False)
         head = CalledOutputLayer(layer, vocabulary, None, 1.0)
@@ -296,7 +288,7 @@ def test_a_mixing_head_with_another_last_layer():
 
 class TestBitsandbytes:
     @pytest.fixture
-    def folder(self, tmp_path: Path) -> Path:
+    def folder(self, tmp_path) -> Path:
         pytest.importorskip("bitsandbytes")
         model = thinking(hidden_size=64, intermediate_size=128)
         model.save_pretrained(tmp_path / "model")
@@ -304,7 +296,7 @@ class TestBitsandbytes:
 
     @pytest.mark.parametrize("bits", [4, 8])
     @pytest.mark.parametrize("whole", [False, True], ids=["default", "output-layer-too"])
-    def test_a_trained_folder(self, folder: Path, tmp_path: Path, bits: int, whole: bool) -> None:
+    def test_a_trained_folder(self, folder: Path, tmp_path, bits: int, whole: bool):
         """Opened, asked, trained with adapters, saved and opened again."""
         from transformers import BitsAndBytesConfig
 
@@ -341,7 +333,7 @@ class TestBitsandbytes:
         updates = [p for n, p in wrapped.named_parameters() if "lora_" in n]
         assert len(updates) == 2 * (2 + 4) and all(bool(p.grad.any()) for p in updates)
 
-    def test_a_quantized_output_layer_cannot_grow(self, folder: Path) -> None:
+    def test_a_quantized_output_layer_cannot_grow(self, folder: Path):
         from transformers import BitsAndBytesConfig
 
         settings = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["thought_embedding"])

@@ -1,8 +1,5 @@
 """One step over accumulated micro-batches is the step over all of them; rows without a target."""
 
-from __future__ import annotations
-
-import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -10,12 +7,10 @@ from typing import Any
 import pytest
 import torch
 from learn_cases import FIELDS, Row, build, lay, rows
-from small_training import small_model, trainer
+from small_training import Interrupt, Snapshots, small_model, trainer
 from torch import Tensor
-from transformers import TrainerCallback
 
 from quietstar import QuietStarTrainer
-from quietstar.training.arguments import QuietStarArguments
 
 
 def data(layout: str) -> list[list[Row]]:
@@ -35,22 +30,9 @@ def step(folder: Path, layout: str, batch: int, fields: dict, **settings: Any) -
     """What one step of plain gradient descent does to all weights, and the log entry."""
     model = build(**{"policy_weight": 2.0, **fields})
     before = [p.detach().clone() for p in model.parameters()]
-    arguments = QuietStarArguments(
-        output_dir=str(folder),
-        max_steps=1,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=8 // batch,
-        optim="sgd",
-        learning_rate=1.0,
-        max_grad_norm=0.0,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        **settings,
-    )
+    settings |= {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
+    settings |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 8 // batch}
+    run = trainer(folder, model, data(layout), lr_scheduler_type="constant", **settings)
 
     def collate(texts: list[list[Row]]) -> Row:
         found = lay(texts, right=layout != "left")
@@ -58,12 +40,16 @@ def step(folder: Path, layout: str, batch: int, fields: dict, **settings: Any) -
             del found["document_ids"]
         return found
 
-    run = QuietStarTrainer(
-        model=model, args=arguments, train_dataset=data(layout), data_collator=collate
-    )
+    run.data_collator = collate
     run.train()
     moved = [(old - p.detach()).flatten() for old, p in zip(before, model.parameters(), strict=True)]
     return torch.cat(moved), run.state.log_history[0]
+
+
+def in_order(folder: Path, data: list[Row], model: Any = None, **settings: Any) -> QuietStarTrainer:
+    """Row after row."""
+    settings = {"per_device_train_batch_size": 1, "in_order": True, **settings}
+    return trainer(folder, model or small_model(), data, **settings)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +62,7 @@ def step(folder: Path, layout: str, batch: int, fields: dict, **settings: Any) -
         ("right", "rlp", {"policy_max_grad_norm": 0.5}),
     ],
 )
-def test_eight_small_batches_are_one_large(tmp_path: Path, layout: str, fields: str, settings: dict):
+def test_eight_small_batches_are_one_large(tmp_path, layout: str, fields: str, settings: dict):
     (whole, entry), (pieces, other) = (
         step(tmp_path, layout, batch, FIELDS[fields], **settings) for batch in (8, 1)
     )
@@ -91,7 +77,7 @@ def test_eight_small_batches_are_one_large(tmp_path: Path, layout: str, fields: 
     assert entry["rows_without_targets"] == (0 if layout == "packed" else 2)
 
 
-def test_where_positions_follow_from_the_pass_micro_batches_weigh_as_their_targets(tmp_path: Path):
+def test_where_positions_follow_from_the_pass_micro_batches_weigh_as_their_targets(tmp_path):
     """The base prediction's mean is exact; an empty micro-batch weighs nothing."""
     fields = {"think_at": "entropy:0.5", "base_loss_weight": 1.0, "clamp_advantage": False}
     (whole, _), (pieces, _) = (
@@ -114,26 +100,6 @@ def texts(count: int, without: set[int]) -> list[Row]:
     return made
 
 
-class InOrder(QuietStarTrainer):
-    """Takes the rows in order."""
-
-    def _get_train_sampler(self, *args: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-
-class Weights(TrainerCallback):
-    """Weights, optimiser state and averaged copy after every step."""
-
-    def __init__(self, run: QuietStarTrainer):
-        self.run, self.steps = run, []
-
-    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        copied = {} if self.run.ema is None else self.run.ema.values
-        optimiser = [v for s in optimizer.state_dict()["state"].values() for v in s.values()]
-        values = [*model.state_dict().values(), *optimiser, *copied.values()]
-        self.steps.append(copy.deepcopy(values))
-
-
 @pytest.mark.parametrize(
     "settings",
     [{}, {"gradient_accumulation_steps": 2}, {"policy_max_grad_norm": 1.0}],
@@ -146,18 +112,10 @@ def test_a_step_without_a_target_changes_nothing(tmp_path, caplog, settings: dic
     per_step = settings.get("gradient_accumulation_steps", 1)
     # All rows of the second step, and one of the third if it has two.
     without = set(range(per_step, 2 * per_step)) | ({5} if per_step == 2 else set())
-    model = small_model(**fields)
-    run = trainer(
-        tmp_path,
-        model,
-        texts(4 * per_step, without),
-        per_device_train_batch_size=1,
-        max_skipped_steps=0,
-        **settings,
+    run = in_order(
+        tmp_path, texts(4 * per_step, without), small_model(**fields), max_skipped_steps=0, **settings
     )
-    run.__class__ = InOrder
-    after = Weights(run)
-    run.add_callback(after)
+    after = Snapshots(run)
     with caplog.at_level(logging.WARNING, "quietstar"):
         run.train()
     entries = [e for e in run.state.log_history if "steps_without_targets" in e]
@@ -165,19 +123,15 @@ def test_a_step_without_a_target_changes_nothing(tmp_path, caplog, settings: dic
     assert entries[-1]["rows_without_targets"] == len(without)
     assert entries[-1]["skipped_steps"] == 0
     assert "base_loss" in entries[0] and "base_loss" not in entries[1]
-    for number, (old, new) in enumerate(zip(after.steps, after.steps[1:], strict=False)):
-        same = [torch.equal(a, b) for a, b in zip(old, new, strict=True)]
-        assert all(same) if number == 0 else not all(same)
+    assert [after.same(step, step + 1) for step in range(3)] == [True, False, False]
     said = [r.getMessage() for r in caplog.records if "no target" in r.getMessage()]
     assert len(said) == 2 and "of step 2 have no target" in said[0]
     assert f"{len(without)} rows of the training had no target, and 1 of 4 steps" in said[1]
 
 
 def test_the_counts_go_on_in_a_resumed_run(tmp_path):
-    settings = {"per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2}
     for steps in (2, 4):
-        run = trainer(tmp_path, small_model(), texts(8, {1, 2}), max_steps=steps, **settings)
-        run.__class__ = InOrder
+        run = in_order(tmp_path, texts(8, {1, 2}), max_steps=steps, save_steps=2)
         run.train(resume_from_checkpoint=steps == 4)
     entries = [e["rows_without_targets"] for e in run.state.log_history if "loss" in e]
     assert entries == [0, 1, 2, 2]
@@ -212,8 +166,7 @@ def test_short_rows_alone_in_a_batch_are_trained_on(tmp_path):
         {"input_ids": row["input_ids"][:n], "labels": row["labels"][:n]}
         for row, n in zip(texts(4, set()), (10, 1, 2, 3), strict=True)
     ]
-    run = trainer(tmp_path, small_model(talk_length=2), made, per_device_train_batch_size=1)
-    run.__class__ = InOrder
+    run = in_order(tmp_path, made)
     run.train()
     entries = [e for e in run.state.log_history if "loss" in e]
     assert [e["steps_without_targets"] for e in entries] == [0, 1, 1, 1]
@@ -223,25 +176,15 @@ def test_short_rows_alone_in_a_batch_are_trained_on(tmp_path):
 @pytest.mark.parametrize("first", [{3}, {0, 1}], ids=["later", "before"])
 def test_a_resumed_run_has_perhaps_learnt_before(tmp_path, first: set[int]):
     """The steps of one call are not the whole training, nor is the last log entry its last step."""
-    settings = {"per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 1}
-    settings |= {"reward": "information-gain"} if 0 in first else {}
-    reward = settings.pop("reward", "mixture-gain")
+    reward = "information-gain" if 0 in first else "mixture-gain"
     ends = []
     for folder, stops in (("whole", (4,)), ("parts", (1 if 0 in first else 3, 4))):
         for steps in stops:
-            model = small_model(reward=reward)
-            run = trainer(
-                tmp_path / folder,
-                model,
-                texts(4, first),
-                max_steps=steps,
-                logging_steps=3 if steps < 4 else 4,
-                **settings,
-            )
-            run.__class__ = InOrder
+            settings = {"max_steps": steps, "logging_steps": 3 if steps < 4 else 4, "save_steps": 1}
+            run = in_order(tmp_path / folder, texts(4, first), small_model(reward=reward), **settings)
             if steps == 1:
                 # Killed after its first checkpoint, not at an end.
-                run.add_callback(Kill())
+                run.add_callback(Interrupt(at_save=True))
                 with pytest.raises(KeyboardInterrupt):
                     run.train()
                 continue
@@ -250,20 +193,8 @@ def test_a_resumed_run_has_perhaps_learnt_before(tmp_path, first: set[int]):
     assert ends[0] == ends[1] == {n: len(first) for n in ends[0]}
 
 
-class Kill(TrainerCallback):
-    def on_save(self, *args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-
 def test_mean_losses_are_over_steps_with_a_target(tmp_path):
-    run = trainer(
-        tmp_path,
-        small_model(thought_kind="none"),
-        texts(4, {1, 2, 3}),
-        per_device_train_batch_size=1,
-        logging_steps=2,
-    )
-    run.__class__ = InOrder
+    run = in_order(tmp_path, texts(4, {1, 2, 3}), small_model(thought_kind="none"), logging_steps=2)
     result = run.train()
     first, second = [e for e in run.state.log_history if "loss" in e]
     assert first["loss"] == pytest.approx(first["base_loss"], rel=1e-4)
@@ -273,27 +204,17 @@ def test_mean_losses_are_over_steps_with_a_target(tmp_path):
 
 
 def test_a_gradient_scaler_without_clipping_meets_a_step_without_a_target(tmp_path):
-    run = trainer(
-        tmp_path,
-        small_model(),
-        texts(3, {1}),
-        per_device_train_batch_size=1,
-        max_grad_norm=0.0,
-        max_steps=3,
-    )
-    run.__class__ = InOrder
+    run = in_order(tmp_path, texts(3, {1}), max_grad_norm=0.0, max_steps=3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     accelerator = run.accelerator
     accelerator.scaler, accelerator.native_amp = scaler, True
     accelerator.state._mixed_precision = "fp16"
-    after = Weights(run)
-    run.add_callback(after)
+    after = Snapshots(run)
     try:
         run.train()
     finally:
         accelerator.state._mixed_precision = "no"
-    same = [torch.equal(a, b) for a, b in zip(after.steps[0], after.steps[1], strict=True)]
-    assert all(same) and run.without_targets["steps_without_targets"] == 1
+    assert after.same(0, 1) and run.without_targets["steps_without_targets"] == 1
 
 
 def test_predictions_need_no_target(tmp_path):

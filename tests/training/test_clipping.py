@@ -1,10 +1,7 @@
 """Two gradients, clipped apart."""
 
-from __future__ import annotations
-
 import copy
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,7 +41,7 @@ def two_gradients(model, batches: list[dict]) -> list[dict[str, torch.Tensor]]:
     return parts
 
 
-def first_step(tmp_path: Path, model, data: list, **settings: Any) -> tuple[Any, list[dict]]:
+def first_step(tmp_path, model, data: list, **settings: Any) -> tuple[Any, list[dict]]:
     """One optimiser step; the gradients that it was given, and the two of its batches by hand."""
     by_hand = copy.deepcopy(model)
     seen: list[dict] = []

@@ -1,28 +1,24 @@
 """Two processes on gloo against one: gradients, what is drawn, gathers of FSDP2, checkpoints."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import socket
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import two_processes as two
 from safetensors.torch import load_file
+from small_recipes import content, run_python
 
 SUPPORT = Path(__file__).parents[1] / "support"
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def out(tmp_path_factory) -> Path:
     """Everything that needs two processes, run once."""
     folder = tmp_path_factory.mktemp("two")
     for name, case in two.SAVED.items():
@@ -33,57 +29,29 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, "--master-port", str(port), str(SUPPORT / "two_processes.py"), str(folder)],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            # DeepSpeed compiles an extension, with this environment's ninja; in the user's cache the
-            # lock of a build that was killed would last.
-            "PATH": os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]),
-            "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
-        },
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    # DeepSpeed compiles an extension, with this environment's ninja; in the user's cache the lock of a
+    # build that was killed would last.
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+    settings = {"PATH": path, "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    run_python(*launch, SUPPORT / "two_processes.py", folder, cwd=folder, **settings)
     return folder
 
 
-def test_the_command_in_two_processes(out: Path, tmp_path: Path):
+def test_the_command_in_two_processes(out: Path, tmp_path):
     """``torchrun -m quietstar train`` ends where one process with twice the batch does."""
-    recipe: dict[str, Any] = {
-        "name": "small",
-        "model": {
-            "config": {
-                "model_type": "llama",
-                "hidden_size": 16,
-                "intermediate_size": 32,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "max_position_embeddings": 64,
-            },
-            "tokenizer": "lookup",
-        },
-        "data": {"name": "lookup", "block_size": 16, "max_train_blocks": 40, "eval_blocks": 4},
-        "thoughts": {"thought_length": 2, "think_at": "random:0.5"},
-        "training": {"max_steps": 4, "save_steps": 2, "use_cpu": True, "learning_rate": 0.1},
-    }
-    recipe["training"]["optim"] = "sgd"  # Adam magnifies the rounding of small gradients
+    recipe = content(
+        data={"max_train_blocks": 40, "eval_blocks": 4},
+        thoughts={"think_at": "random:0.5"},
+        # Adam magnifies the rounding of small gradients.
+        training={"learning_rate": 0.1, "optim": "sgd"},
+    )
     (tmp_path / "small.yaml").write_text(json.dumps(recipe))
     for processes, batch in ((2, 2), (1, 4)):
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         words = ["train", "small.yaml", "--quiet", "--output", str(tmp_path / str(processes))]
-        done = subprocess.run(
-            [sys.executable, *launch, "-m", "quietstar", *words, f"per_device_train_batch_size={batch}"],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        words.append(f"per_device_train_batch_size={batch}")
+        done = run_python(*launch, "-m", "quietstar", *words, cwd=tmp_path)
         assert done.stdout.count("4 steps of recipe small") == 1
     one, twice = (load_file(tmp_path / n / "model.safetensors") for n in ("1", "2"))
     # The start embedding's gradient is a sum that nearly cancels; everything else agrees to 1e-6.
@@ -108,7 +76,7 @@ def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -
 
 
 @pytest.mark.parametrize("name", two.CASES)
-def test_gradients_are_those_of_one_process(out: Path, name: str, tmp_path: Path):
+def test_gradients_are_those_of_one_process(out: Path, name: str, tmp_path):
     run, gradients = two.alone(two.CASES[name], tmp_path)
     for step, expected in enumerate(gradients.steps):
         found = load_file(out / f"{name}-gradients-{step}.safetensors")
@@ -119,7 +87,7 @@ def test_gradients_are_those_of_one_process(out: Path, name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", two.ZERO)
-def test_deepspeed_ends_where_one_process_does(out: Path, name: str, tmp_path: Path):
+def test_deepspeed_ends_where_one_process_does(out: Path, name: str, tmp_path):
     pytest.importorskip("deepspeed")
     run, _ = two.alone(two.ZERO[name], tmp_path)
     weights, before = two.whole_weights(run), dict(two.build(two.ZERO[name]).named_parameters())
@@ -129,7 +97,7 @@ def test_deepspeed_ends_where_one_process_does(out: Path, name: str, tmp_path: P
     assert json.loads((out / f"{name}.json").read_text()) == {"change": 0, "skipped": 1}
 
 
-def test_a_wrong_share_would_be_noticed(tmp_path: Path):
+def test_a_wrong_share_would_be_noticed(tmp_path):
     """Means of two halves are not the mean: the rows' counts differ enough to tell."""
     case = two.CASES["ddp"]
     model, batch = two.build(case).train(), two.rows(case)[:4]

@@ -1,7 +1,5 @@
 """The averaged copy: how it follows, what it predicts, saved and resumed."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 
@@ -9,9 +7,8 @@ import pytest
 import seeds
 import torch
 from safetensors.torch import load_file
-from small_training import LENGTH, rows, small_model, trainer
+from small_training import LENGTH, Interrupt, rows, small_model, trainer
 from torch import nn
-from transformers import TrainerCallback
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer
 from quietstar.training.ema import EmaCopy
@@ -104,17 +101,12 @@ def test_training_measures_against_the_copy(tmp_path):
 def test_the_copy_is_saved_and_resumed(tmp_path, reward: str):
     seeds.reseed()
     data = rows()
-    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "ema_decay": 0.9}
-
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 4:
-                raise KeyboardInterrupt
+    settings = {"max_steps": 6, "save_steps": 3, "ema_decay": 0.9}
 
     whole = trainer(tmp_path / "whole", small_model(reward=reward), data, **settings)
     whole.train()
     first = trainer(tmp_path / "parts", small_model(reward=reward), data, **settings)
-    first.add_callback(Interrupt())
+    first.add_callback(Interrupt(4))
     with pytest.raises(KeyboardInterrupt):
         first.train()
     second = trainer(tmp_path / "parts", small_model(reward=reward), data, **settings)

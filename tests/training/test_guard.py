@@ -1,14 +1,12 @@
 """Steps that are not finite are skipped, and nothing poisoned is saved."""
 
-from __future__ import annotations
-
 import copy
 import math
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_training import rows, small_model, trainer
+from small_training import Snapshots, rows, small_model, trainer
 from torch import nn
 from transformers import TrainerCallback
 
@@ -31,29 +29,6 @@ class Poison:
         return torch.full_like(gradient, self.value) if self.count in self.passes else gradient
 
 
-class Snapshots(TrainerCallback):
-    """Weights and optimiser state after every step."""
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[dict, dict]] = []
-
-    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        optimiser = optimizer.state_dict()["state"]
-        self.steps.append(copy.deepcopy((model.state_dict(), optimiser)))
-
-
-def same(first: dict, second: dict) -> bool:
-    if first.keys() != second.keys():
-        return False
-    for key, value in first.items():
-        other = second[key]
-        if isinstance(value, dict) and not same(value, other):
-            return False
-        if isinstance(value, torch.Tensor) and not torch.equal(value, other):
-            return False
-    return True
-
-
 @pytest.mark.parametrize(
     ("apart", "value"), [(False, float("inf")), (True, float("nan"))], ids=["one-clip", "two-clips"]
 )
@@ -62,32 +37,15 @@ def test_a_step_with_a_bad_gradient_changes_nothing(tmp_path, apart: bool, value
     settings = {"policy_max_grad_norm": 1.0} if apart else {}
     model = small_model(reward="information-gain")
     Poison(model, {8 if apart else 4}, value)
-    run = trainer(
-        tmp_path,
-        model,
-        rows(),
-        max_steps=5,
-        gradient_accumulation_steps=2,
-        save_strategy="steps",
-        save_steps=1,
-        **settings,
-    )
-    after = Snapshots()
-    run.add_callback(after)
-    copies = []
-
-    class Copies(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            copies.append(copy.deepcopy(run.ema.values))
-
-    run.add_callback(Copies())
+    settings |= {"max_steps": 5, "gradient_accumulation_steps": 2, "save_steps": 1}
+    run = trainer(tmp_path, model, rows(), **settings)
+    after = Snapshots(run)
     run.train()
     assert [e["skipped_steps"] for e in run.state.log_history if "skipped_steps" in e] == [0, 0, 1, 1, 1]
     assert run.guard.in_a_row == 0
-    assert same(after.steps[1][0], after.steps[2][0]) and same(after.steps[1][1], after.steps[2][1])
-    assert same(copies[1], copies[2]) and not same(copies[2], copies[3])
-    for earlier, later in ((0, 1), (2, 3), (3, 4)):
-        assert not same(after.steps[earlier][0], after.steps[later][0])
+    assert run.ema is not None and after.same(1, 2) and not after.same(2, 3, "copy")
+    for earlier in (0, 2, 3):
+        assert not after.same(earlier, earlier + 1, "weights")
     for folder in tmp_path.glob("checkpoint-*"):
         for file in folder.glob("*.safetensors"):
             assert all(torch.isfinite(t).all() for t in load_file(file).values()), file
@@ -117,23 +75,22 @@ def test_it_stops_after_too_many_skipped_steps_in_a_row(tmp_path):
     before = copy.deepcopy(model.state_dict())
     # Steps 1 and 2 are bad, 3 is good, and then all are bad.
     Poison(model, {0, 1, *range(3, 20)})
-    run = trainer(
-        tmp_path, model, rows(), max_steps=12, max_skipped_steps=3, save_strategy="steps", save_steps=3
-    )
-    at = Snapshots()
-    run.add_callback(at)
+    run = trainer(tmp_path, model, rows(), max_steps=12, max_skipped_steps=3, save_steps=3)
+    at = Snapshots(run)
     with pytest.raises(
         NonFiniteLoss, match=r"gradient at step 7 is not finite \(4 skipped steps in a row\)"
     ):
         run.train()
-    assert same(at.steps[1][0], before) and not same(at.steps[2][0], before)
+    equal = [all(map(torch.equal, at.steps[n]["weights"], before.values())) for n in (1, 2)]
+    assert equal == [True, False]
     # What was saved on the way holds the weights of the last good step.
+    kept = dict(zip(before, at.steps[2]["weights"], strict=True))
     saved = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
-    assert torch.equal(saved["mixing_head.fc1.weight"], at.steps[2][0]["mixing_head.fc1.weight"])
+    assert torch.equal(saved["mixing_head.fc1.weight"], kept["mixing_head.fc1.weight"])
 
 
 def test_a_resumed_run_counts_on(tmp_path):
-    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    settings = {"max_steps": 4, "save_steps": 2}
     model = small_model()
     Poison(model, {0})
     first = trainer(tmp_path, model, rows(), **{**settings, "max_steps": 2})
@@ -150,7 +107,7 @@ def test_poisoned_weights_are_never_saved(tmp_path):
                 with torch.no_grad():
                     model.mixing_head.fc1.bias[0] = float("inf")
 
-    run = trainer(tmp_path, small_model(), rows(), save_strategy="steps", save_steps=2)
+    run = trainer(tmp_path, small_model(), rows(), save_steps=2)
     run.add_callback(PoisonWeights())
     with pytest.raises(
         NonFiniteLoss, match="weights after step 4 are not finite.*last checkpoint is kept"

@@ -1,43 +1,30 @@
 """SIGKILL at any time: the next run ends where an undisturbed one does, bit for bit."""
 
-from __future__ import annotations
-
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_recipes import run_python
 
 SUPPORT = Path(__file__).parents[1] / "support"
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def results(tmp_path_factory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("killed")
-    done = subprocess.run(
-        [sys.executable, str(SUPPORT / "killed_runs.py"), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    log = folder / "log.txt"
-    assert done.returncode == 0, done.stderr[-3000:] + (log.read_text()[-3000:] if log.is_file() else "")
+    run_python(SUPPORT / "killed_runs.py", folder, cwd=folder)
     found: dict[str, dict[str, Any]] = json.loads((folder / "results.json").read_text())
     return found
 
 
-@pytest.mark.slow
 def test_every_run_ends_in_the_same_weights(results: dict[str, dict[str, Any]]):
     """Weights, optimiser, schedule, random numbers, what was logged, what was evaluated."""
     for name, result in results.items():
         assert result["ends"][-1] == 0 and not result["different"], (name, result)
 
 
-@pytest.mark.slow
 def test_the_runs_were_killed_where_they_should_be(results: dict[str, dict[str, Any]]):
     named = {name: result for name, result in results.items() if not name.startswith("random")}
     assert len(named) > 10

@@ -1,16 +1,16 @@
 """What saves memory or time changes nothing else: checkpointing, offload, accumulation, compile."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import pytest
+import small_training
 import torch
-from families import tiny_decoder
+from families import gradients
+from small_training import trainer
 from transformers import TrainingArguments
 
-from quietstar import QuietStarForCausalLM, QuietStarTrainer
+from quietstar import QuietStarForCausalLM
 
 needs_kwargs = pytest.mark.skipif(
     "activation_checkpointing_kwargs" not in TrainingArguments.__dataclass_fields__,
@@ -20,16 +20,7 @@ IDS = torch.randint(3, 30, (16, 10), generator=torch.Generator().manual_seed(4))
 
 
 def small_model() -> QuietStarForCausalLM:
-    model = QuietStarForCausalLM.from_base(
-        tiny_decoder("llama", vocab_size=48, num_hidden_layers=3),
-        start_token_id=39,
-        end_token_id=40,
-        thought_length=2,
-        talk_length=2,
-    )
-    with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.3)
-    return model
+    return small_training.small_model(layers=3)
 
 
 def train(folder: Path, dtype: torch.dtype = torch.float64, **settings: Any) -> dict[str, torch.Tensor]:
@@ -43,24 +34,20 @@ def train(folder: Path, dtype: torch.dtype = torch.float64, **settings: Any) -> 
         {"input_ids": ids, "labels": ids, "thought_ids": thought}
         for ids, thought in zip(IDS, thoughts, strict=True)
     ]
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=3,
-        learning_rate=1e-2,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        save_strategy="no",
-        remove_unused_columns=False,
-        **{"per_device_train_batch_size": 4, "optim": "sgd", **settings},
-    )
-    run = QuietStarTrainer(model=small_model().to(dtype), args=arguments, train_dataset=rows)
+    settings = {"learning_rate": 1e-2, "per_device_train_batch_size": 4, "optim": "sgd", **settings}
+    run = trainer(folder, small_model().to(dtype), rows, max_steps=3, **settings)
     run.train()
     return {n.replace("_orig_mod.", ""): p.detach().clone() for n, p in run.model.named_parameters()}
 
 
+def step(model: QuietStarForCausalLM, thoughts: torch.Tensor) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(IDS[:2], labels=IDS[:2], thought_ids=thoughts).loss.backward()
+    return gradients(model)
+
+
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def plain(tmp_path_factory) -> dict[str, torch.Tensor]:
     return train(tmp_path_factory.mktemp("plain"))
 
 
@@ -83,9 +70,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     ],
     ids=lambda s: ",".join(s) + ("+" + ",".join(s.get("activation_checkpointing_kwargs", ()))),
 )
-def test_the_weights_are_the_same(
-    plain: dict[str, torch.Tensor], settings: dict[str, Any], tmp_path: Path
-):
+def test_the_weights_are_the_same(plain: dict[str, torch.Tensor], settings: dict[str, Any], tmp_path):
     found = train(tmp_path, **settings)
     start = dict(small_model().double().named_parameters())
     assert found.keys() == plain.keys()
@@ -96,7 +81,7 @@ def test_the_weights_are_the_same(
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_learns_the_same_direction(
-    plain: dict[str, torch.Tensor], precision: str, tmp_path: Path
+    plain: dict[str, torch.Tensor], precision: str, tmp_path
 ):
     if precision == "fp16" and not torch.cuda.is_available():
         pytest.skip("fp16 training needs a gradient scaler on a GPU")
@@ -113,12 +98,7 @@ def test_activations_may_lie_elsewhere():
     model = small_model().train()
     thoughts = torch.randint(3, 30, (2, 2, 10, 2))
 
-    def gradients() -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        model(IDS[:2], labels=IDS[:2], thought_ids=thoughts).loss.backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters()}
-
-    expected, moved = gradients(), []
+    expected, moved = step(model, thoughts), []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         moved.append(tensor.numel())
@@ -129,7 +109,7 @@ def test_activations_may_lie_elsewhere():
             model.gradient_checkpointing_enable()
         moved.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            found = gradients()
+            found = step(model, thoughts)
         assert sum(moved) > 10_000
         for name, value in expected.items():
             assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name
@@ -140,23 +120,17 @@ def test_the_packed_pass_compiles_in_one_graph():
     model = small_model().train()
     thoughts = torch.randint(3, 30, (2, 2, 10, 2))
 
-    def gradients() -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        model(IDS[:2], labels=IDS[:2], thought_ids=thoughts).loss.backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters()}
-
-    expected = gradients()
+    expected = step(model, thoughts)
     body = model.base.base_model
     eager = body.forward
     body.forward = torch.compile(eager, fullgraph=True, backend="aot_eager")
-    compiled = gradients()
+    compiled = step(model, thoughts)
     body.forward = eager
     # The whole model breaks into several graphs, where the host looks at the data.
     torch._dynamo.reset()
-    model.zero_grad()
     whole = torch.compile(model, backend="aot_eager")
-    whole(IDS[:2], labels=IDS[:2], thought_ids=thoughts).loss.backward()
-    broken = {n: p.grad for n, p in model.named_parameters()}
+    broken = step(whole, thoughts)
+    broken = {name.removeprefix("_orig_mod."): gradient for name, gradient in broken.items()}
     for found in (compiled, broken):
         for name, value in expected.items():
             assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name

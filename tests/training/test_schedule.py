@@ -1,14 +1,11 @@
 """Stages of thoughts over a training run."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 
 import pytest
 import seeds
-from small_training import rows, small_model, trainer
-from transformers import TrainerCallback
+from small_training import Interrupt, rows, small_model, trainer
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
 from quietstar.errors import UserError
@@ -65,57 +62,49 @@ def test_refused_schedules(stages: Any, words: str):
     assert "thought_schedule" in str(refused.value)
 
 
-@pytest.mark.parametrize("interrupted_after", [2, 3, 5])
-def test_a_schedule_survives_a_resume(tmp_path, caplog, interrupted_after: int):
+@pytest.mark.slow
+def test_a_schedule_survives_a_resume(tmp_path, caplog):
     seeds.reseed()
     data = rows()
-    settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 1, "thought_schedule": STAGES}
+    settings = {"max_steps": 7, "save_steps": 1, "thought_schedule": STAGES}
     lengths: dict[int, tuple[int, int, str]] = {}
 
-    class Note(TrainerCallback):
-        def __init__(self, stop: int | None):
-            self.stop = stop
-
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            config = model.config
+    class Note(Interrupt):
+        def on_step_end(self, args, state, control, **kwargs):
+            config = kwargs["model"].config
             lengths[state.global_step] = config.thought_length, config.talk_length, config.thought_kind
-            if state.global_step == self.stop:
-                raise KeyboardInterrupt
+            super().on_step_end(args, state, control)
 
     with caplog.at_level(logging.INFO, logger="quietstar"):
-        whole = trainer(tmp_path / "whole", small_model(), data, **settings)
-        whole.add_callback(Note(None))
+        whole = trainer(tmp_path / "whole", small_model(), data, Note(), **settings)
         whole.train()
     said = [r.message for r in caplog.records if ": stage " in r.message]
     assert [line.partition(" (")[0] for line in said] == [
-        "step 0: stage 1 of 4",
-        "step 2: stage 2 of 4",
-        "step 3: stage 3 of 4",
-        "step 5: stage 4 of 4",
+        f"step {step}: stage {stage} of 4" for stage, step in enumerate((0, 2, 3, 5), 1)
     ]
     stages = [entry["stage"] for entry in whole.state.log_history if "stage" in entry]
     assert stages == [1, 1, 2, 3, 3, 4, 4]
     expected = {1: (4, 3, "sampled"), 2: (4, 3, "sampled"), 3: (3, 2, "sampled")}
     expected |= {4: (1, 2, "sampled"), 5: (1, 2, "sampled"), 6: (1, 2, "none"), 7: (1, 2, "none")}
     assert lengths == expected
-    lengths.clear()
-    first = trainer(tmp_path / "parts", small_model(), data, **settings)
-    first.add_callback(Note(interrupted_after + 1))
-    with pytest.raises(KeyboardInterrupt):
-        first.train()
-    checkpoint = tmp_path / "parts" / f"checkpoint-{interrupted_after}"
-    # Built from the checkpoint, whose configuration is that of its stage, as well as from anew.
-    for model, tolerance in (
-        (small_model(), 0.0),
-        # Mapped from a file, weights lie at addresses at which sums may be rounded another way.
-        (QuietStarForCausalLM.from_pretrained(checkpoint), 1e-4),
-    ):
-        second = trainer(tmp_path / "again", model, data, **settings)
-        second.add_callback(Note(None))
-        second.train(resume_from_checkpoint=str(checkpoint))
-        for name, value in whole.model.state_dict().items():
-            assert (value - second.model.state_dict()[name]).abs().max() <= tolerance, name
-    assert lengths == expected
+    for interrupted_after in (2, 3, 5):
+        lengths.clear()
+        parts = tmp_path / f"parts-{interrupted_after}"
+        first = trainer(parts, small_model(), data, Note(interrupted_after + 1), **settings)
+        with pytest.raises(KeyboardInterrupt):
+            first.train()
+        checkpoint = parts / f"checkpoint-{interrupted_after}"
+        # Built from the checkpoint, whose configuration is that of its stage, as well as from anew.
+        for model, tolerance in (
+            (small_model(), 0.0),
+            # Mapped from a file, weights lie at addresses at which sums may be rounded another way.
+            (QuietStarForCausalLM.from_pretrained(checkpoint), 1e-4),
+        ):
+            second = trainer(tmp_path / "again", model, data, Note(), **settings)
+            second.train(resume_from_checkpoint=str(checkpoint))
+            for name, value in whole.model.state_dict().items():
+                assert (value - second.model.state_dict()[name]).abs().max() <= tolerance, name
+        assert lengths == expected
 
 
 def test_the_longest_talk_of_a_schedule_has_to_fit():

@@ -1,54 +1,38 @@
 """QuietStarTrainer: learns, logs what thinking does, resumes exactly, stops at what is not finite."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
+import small_training
 import torch
-from families import tiny_decoder
+from families import thinking_model, tiny_decoder
+from small_training import Interrupt, small_model
 from transformers import TrainerCallback, TrainingArguments
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer
 from quietstar.data.lookup import build_tokenizer
-from quietstar.training.arguments import QuietStarArguments
 from quietstar.training.metrics import Watch
 from quietstar.training.trainer import NonFiniteLoss
 
-
-def small_model(**fields) -> QuietStarForCausalLM:
-    decoder = tiny_decoder("llama", vocab_size=48)
-    return QuietStarForCausalLM.from_base(
-        decoder, start_token_id=39, end_token_id=40, thought_length=2, **fields
-    )
+DATA = [
+    {"input_ids": row, "labels": row}
+    for row in torch.randint(3, 9, (32, 10), generator=torch.Generator().manual_seed(4))
+]
 
 
-def rows(count: int = 32) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(4)
-    ids = torch.randint(3, 9, (count, 10), generator=generator)
-    return [{"input_ids": row, "labels": row} for row in ids]
-
-
-def trainer(folder, model, *, steps: int = 8, **settings) -> QuietStarTrainer:
-    arguments = QuietStarArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        learning_rate=3e-3,
-        logging_steps=2,
-        save_steps=4,
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        seed=7,
-        **settings,
-    )
-    return QuietStarTrainer(model=model, args=arguments, train_dataset=rows(), eval_dataset=rows(8))
+def trainer(folder, model, *callbacks, steps: int = 8, **settings) -> QuietStarTrainer:
+    settings |= {
+        "max_steps": steps,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 2,
+        "save_steps": 4,
+    }
+    settings |= {"per_device_eval_batch_size": 2}
+    return small_training.trainer(folder, model, DATA, *callbacks, **settings)
 
 
 def test_it_learns_and_logs(tmp_path):
-    run = trainer(tmp_path, small_model(talk_length=2), steps=30)
+    run = trainer(tmp_path, small_model(mixing=0.0), steps=30)
     before = run.evaluate()
     run.train()
     after = run.evaluate()
@@ -73,28 +57,29 @@ def test_the_logged_numbers_are_those_of_the_batches(tmp_path):
     logged = run.evaluate()
     model.eval()
     with torch.no_grad():
-        ids = torch.stack([row["input_ids"] for row in rows(8)])
-        outputs = [model(part, labels=part) for part in ids.split(4)]
+        ids = torch.stack([row["input_ids"] for row in DATA[:4]])
+        outputs = [model(part, labels=part) for part in ids.split(2)]
     expected = sum(float(output.base_loss) for output in outputs) / 2
     assert logged["eval_base_loss"] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, checkpointing: bool):
-    more = {"gradient_checkpointing": checkpointing, "gradient_accumulation_steps": 2}
-    whole = trainer(tmp_path / "whole", small_model(), steps=8, **more)
+@pytest.mark.parametrize("kind", ["plain", "checkpointing", "dropout"])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, kind: str):
+    """Also where the decoder draws, from torch's generator, as the thoughts do not."""
+    more = {"gradient_checkpointing": kind == "checkpointing", "gradient_accumulation_steps": 2}
+
+    def build() -> QuietStarForCausalLM:
+        if kind != "dropout":
+            return small_model()
+        loud = tiny_decoder("gpt2", vocab_size=48, resid_pdrop=0.3)
+        return thinking_model(loud, thought_kind="none", disable_dropout=False)
+
+    whole = trainer(tmp_path / "whole", build(), **more)
     whole.train()
-
-    class Interrupt(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 5:
-                raise KeyboardInterrupt
-
-    first = trainer(tmp_path / "parts", small_model(), steps=8, **more)
-    first.add_callback(Interrupt())
+    first = trainer(tmp_path / "parts", build(), Interrupt(5), **more)
     with pytest.raises(KeyboardInterrupt):
         first.train()
-    second = trainer(tmp_path / "parts", small_model(), steps=8, **more)
+    second = trainer(tmp_path / "parts", build(), **more)
     second.train(resume_from_checkpoint=True)
     resumed = second.model.state_dict()
     for name, value in whole.model.state_dict().items():
@@ -128,7 +113,7 @@ def test_it_stops_at_a_gradient_that_is_not_finite(tmp_path, clip: float):
 
 def test_no_graph_stays_alive_in_the_metrics(tmp_path):
     run = trainer(tmp_path, small_model(), steps=2)
-    run.compute_loss(run.model.train(), {k: v[None] for k, v in rows(1)[0].items()})
+    run.compute_loss(run.model.train(), {k: v[None] for k, v in DATA[0].items()})
     for total, count in run.metrics.averages[True]._sums.values():
         assert not total.requires_grad and not count.requires_grad
 
@@ -139,7 +124,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_before_training(tmp_path):
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
     with pytest.raises(ValueError, match="end_token_id is 40 in the tokenizer and 41 in the model"):
         QuietStarTrainer(
-            model=model, args=arguments, train_dataset=rows(), processing_class=build_tokenizer()
+            model=model, args=arguments, train_dataset=DATA, processing_class=build_tokenizer()
         )
 
 

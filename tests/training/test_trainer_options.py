@@ -1,6 +1,4 @@
-"""Options of the Trainer: each has its effect, or is refused by name before training."""
-
-from __future__ import annotations
+"""Options of the Trainer: each has its effect, or is rejected by name before training."""
 
 import importlib.util
 from pathlib import Path
@@ -44,20 +42,20 @@ def build(folder: Path, *, fields: dict[str, Any] | None = None, **given: Any) -
         ({"liger_kernel_config": {"rope": True}}, "liger_kernel_config is .* which has no effect"),
     ],
 )
-def test_arguments_without_an_effect(tmp_path: Path, fields: dict[str, Any], said: str):
+def test_arguments_without_an_effect(tmp_path, fields: dict[str, Any], said: str):
     with pytest.raises(ValueError, match=said):
         build(tmp_path, fields=fields)
     assert set(fields) <= set(_ARGUMENTS)
     assert hasattr(arguments(tmp_path), next(iter(fields)))
 
 
-def test_a_loss_of_the_user_s_own_is_refused(tmp_path: Path):
+def test_a_loss_of_the_user_s_own_is_refused(tmp_path):
     with pytest.raises(ValueError, match="compute_loss_func was given, which has no effect"):
         build(tmp_path, compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.loss)
     check_options(arguments(tmp_path), {"compute_loss_func": None, "train_dataset": rows(1)})
 
 
-def test_metrics_of_the_user_s_own_see_the_mixed_prediction(tmp_path: Path):
+def test_metrics_of_the_user_s_own_see_the_mixed_prediction(tmp_path):
     model, data = small_model(), rows(5)
     seen: list[Any] = []
 
@@ -84,7 +82,7 @@ def test_metrics_of_the_user_s_own_see_the_mixed_prediction(tmp_path: Path):
     assert found["eval_base_loss"] > 0 and found["eval_loss"] > 0
 
 
-def test_metrics_batch_by_batch(tmp_path: Path):
+def test_metrics_batch_by_batch(tmp_path):
     calls: list[bool] = []
 
     def count(prediction: Any, compute_result: bool) -> dict[str, float]:
@@ -96,7 +94,7 @@ def test_metrics_batch_by_batch(tmp_path: Path):
     assert run.evaluate()["eval_batches"] == 3 and calls == [False, False, True]
 
 
-def test_predictions(tmp_path: Path):
+def test_predictions(tmp_path):
     model, data = small_model(), rows(6)
     run = build(tmp_path, model=model, fields={"eval_accumulation_steps": 1})
     found = run.predict(data)
@@ -112,7 +110,7 @@ def test_predictions(tmp_path: Path):
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_rows_without_labels(tmp_path: Path, accumulated: int):
+def test_rows_without_labels(tmp_path, accumulated: int):
     data = [{"input_ids": row["input_ids"]} for row in rows(8)]
     said = "the batch has no labels, only input_ids, attention_mask; expected input_ids and labels"
     run = build(
@@ -142,14 +140,14 @@ def test_rows_without_labels(tmp_path: Path, accumulated: int):
         (torch.nn.Linear(2, 2), "model is a Linear; expected a Quiet-STaR model"),
     ],
 )  # fmt: skip
-def test_what_is_no_thinking_model(tmp_path: Path, model: Any, said: str):
+def test_what_is_no_thinking_model(tmp_path, model: Any, said: str):
     with pytest.raises(TypeError, match=said):
         build(tmp_path, model=model)
     with pytest.raises(TypeError, match=said):
         build(tmp_path, model=None, model_init=lambda: model)
 
 
-def test_a_model_made_anew_for_every_training(tmp_path: Path):
+def test_a_model_made_anew_for_every_training(tmp_path):
     run = build(tmp_path, model=None, model_init=lambda: small_model(reward="information-gain"))
     for _ in range(2):
         before, copy = run.model, run.ema
@@ -157,7 +155,7 @@ def test_a_model_made_anew_for_every_training(tmp_path: Path):
         assert run.model is not before and run.ema is not copy and run.state.global_step == 2
 
 
-def test_a_search_for_hyperparameters_sets_what_thoughts_add(tmp_path: Path):
+def test_a_search_for_hyperparameters_sets_what_thoughts_add(tmp_path):
     run = build(tmp_path)
     assert run.policy_clipper is None
     # As transformers does before every trial.
@@ -184,26 +182,26 @@ class Endless(IterableDataset):
         ({"train_dataset": Endless(), "fields": {"max_steps": -1}}, "max_steps has to be specified"),
     ],
 )  # fmt: skip
-def test_data_sets_that_are_none(tmp_path: Path, given: dict[str, Any], said: str):
+def test_data_sets_that_are_none(tmp_path, given: dict[str, Any], said: str):
     with pytest.raises(ValueError, match=said):
         build(tmp_path, **given)
 
 
-def test_training_needs_rows(tmp_path: Path):
+def test_training_needs_rows(tmp_path):
     with pytest.raises(ValueError, match="requires a train_dataset"):
         build(tmp_path, train_dataset=None).train()
     build(tmp_path, train_dataset=Endless()).train()
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard", "comet_ml"])
-def test_a_logger_that_is_not_installed(tmp_path: Path, name: str):
+def test_a_logger_that_is_not_installed(tmp_path, name: str):
     if importlib.util.find_spec(name) is not None:
         pytest.skip(f"{name} is installed")
     with pytest.raises(ValueError, match=f"report_to is '{name}', which is not installed: pip install"):
         build(tmp_path, fields={"report_to": name})
 
 
-def test_order_and_batch_size_are_the_trainer_s_own(tmp_path: Path):
+def test_order_and_batch_size_are_the_trainer_s_own(tmp_path):
     def first_rows(**fields: Any) -> list[list[int]]:
         torch.manual_seed(1)
         run = build(tmp_path, fields=fields)
@@ -215,7 +213,7 @@ def test_order_and_batch_size_are_the_trainer_s_own(tmp_path: Path):
     assert first_rows(train_sampling_strategy="sequential") != first_rows(data_seed=3)
 
 
-def test_a_batch_size_that_fits_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_batch_size_that_fits_is_found(tmp_path, monkeypatch):
     fields = {"auto_find_batch_size": True, "per_device_train_batch_size": 4}
     run = build(tmp_path, fields={**fields, "include_num_input_tokens_seen": "all"})
     forward, sizes = type(run.model).forward, []
@@ -232,7 +230,7 @@ def test_a_batch_size_that_fits_is_found(tmp_path: Path, monkeypatch: pytest.Mon
     assert run.state.num_input_tokens_seen == sum(sizes[-2:]) * 10
 
 
-def test_arguments_from_a_command_line(tmp_path: Path):
+def test_arguments_from_a_command_line(tmp_path):
     stages = [{"steps": 2, "thought_length": 3}, {"thought_length": 1}]
     words = ["--output_dir", str(tmp_path), "--policy_max_grad_norm", "0.5", "--max_skipped_steps", "3"]
     words += ["--thought_schedule", '[{"steps": 2, "thought_length": 3}, {"thought_length": 1}]']
@@ -256,12 +254,12 @@ def test_arguments_from_a_command_line(tmp_path: Path):
         ({"max_skipped_steps": 1.5}, "max_skipped_steps is 1.5; expected a whole number"),
     ],
 )
-def test_arguments_that_cannot_be_read(tmp_path: Path, fields: dict[str, Any], said: str):
+def test_arguments_that_cannot_be_read(tmp_path, fields: dict[str, Any], said: str):
     with pytest.raises(ValueError, match=said):
         build(tmp_path, fields=fields)
 
 
-def test_transformers_own_arguments_do_as_well(tmp_path: Path):
+def test_transformers_own_arguments_do_as_well(tmp_path):
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=1)
     QuietStarTrainer(small_model(), args, None, rows(8)).train()
     run = trainer(tmp_path, small_model(), rows(8), bf16_full_eval=True)

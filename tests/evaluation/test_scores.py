@@ -1,7 +1,5 @@
 """The metric by hand, its tokens and prompts, and intervals."""
 
-from __future__ import annotations
-
 import json
 import re
 
@@ -107,7 +105,7 @@ def test_number_tokens_of_a_tokenizer_that_merges(merging: PreTrainedTokenizerFa
 
 
 @pytest.mark.parametrize("name", ["merging", "splitting"])
-def test_letter_tokens(name: str, request: pytest.FixtureRequest):
+def test_letter_tokens(name: str, request):
     """The letters as they stand behind a space: one token with it, not the bare letter."""
     tokenizer = request.getfixturevalue(name)
     valid = reasoning.letter_tokens(tokenizer)

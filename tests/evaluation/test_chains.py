@@ -1,7 +1,5 @@
 """Chains of thought with a majority vote, and perplexity with its controls."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 
@@ -17,8 +15,7 @@ from quietstar.evaluation.perplexity import token_losses
 
 
 @pytest.mark.parametrize(
-    "text, number",
-    [(" 18.", 18), (" $1,234 a day", 1234), (" -3", -3), (" 2.50", 2.5), (" none", None)],
+    "text, number", [(" 18.", 18), (" $1,234 a day", 1234), (" -3", -3), (" 2.50", 2.5), (" none", None)]
 )
 def test_numbers(text: str, number: float | None):
     assert chains.find_number(text) == number
@@ -114,7 +111,7 @@ def test_controls_of_a_model(model: QuietStarForCausalLM):
     assert shares == sorted(shares)
 
 
-def test_controls_are_what_they_say(model: QuietStarForCausalLM, monkeypatch: pytest.MonkeyPatch):
+def test_controls_are_what_they_say(model: QuietStarForCausalLM, monkeypatch):
     """Each control against the model itself, brought to the same by its public arguments."""
     torch.manual_seed(3)
     ids = torch.randint(5, 200, (1, 20))

@@ -1,7 +1,5 @@
 """lm-evaluation-harness with a model that thinks."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -27,7 +25,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 
 @pytest.fixture
-def task_folder(tmp_path: Path) -> Path:
+def task_folder(tmp_path) -> Path:
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra: eval)")
     path = tmp_path / "tasks"
     path.mkdir()
@@ -40,9 +38,8 @@ def task_folder(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_task_of_the_harness(
-    folder: str, task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+@pytest.mark.slow
+def test_a_task_of_the_harness(folder: str, task_folder: Path, tmp_path, capsys):
     output = tmp_path / "out.json"
     words = ["--tasks", "quietstar_toy", "--include-path", task_folder, "--output", output]
     assert run(folder, *words) == 0
@@ -57,6 +54,8 @@ def test_the_harness_thinks(
     """Its log-likelihoods are those of the mixed prediction; ``thoughts=False`` gives the base's."""
     from lm_eval.api.instance import Instance
     from lm_eval.api.registry import get_model
+
+    import quietstar.evaluation.harness  # noqa: F401 - registers the model
 
     adapter = get_model("quietstar")
     context, rest = "Q: 1 2?\nA:", " 18"
