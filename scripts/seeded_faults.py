@@ -134,7 +134,7 @@ FAULTS: tuple[Fault, ...] = (
         "csrc/cuda/linear_cross_entropy.cuh",
         "= p;\n  __syncthreads();\n  const bool there",
         "= p;\n  const bool there",
-        "tests/operators/test_linear_cross_entropy_cuda.py",
+        "tests/operators/test_linear_cross_entropy_cuda_kernel.py",
     ),
 )
 

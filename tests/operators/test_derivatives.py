@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from contract import Operator
+from operator_table import OPERATORS
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jvp, vmap
@@ -14,54 +16,27 @@ from quietstar_ext import (
     linear_cross_entropy,
     linear_cross_entropy_sum,
     linear_sample,
-    mixing_head,
     sample_tokens,
-    thought_attention,
 )
 from quietstar_ext.linear_entropy import linear_entropy_sum
 
 ROWS, WIDTH, VOCABULARY = 6, 8, 20
 
 
-def scalar_functions() -> dict[str, tuple[Callable[..., Tensor], Tensor]]:
-    """For each operator a scalar function of one of its inputs, and a point."""
-    generator = torch.Generator().manual_seed(0)
+def scalar_function(operator: Operator) -> tuple[Callable[..., Tensor], Tensor]:
+    """A scalar function of the operator's first input, and a point."""
+    torch.manual_seed(0)
+    call = operator.derived() if operator.derived else operator.calls(torch.float32)[0]
+    call = {k: v.detach() if isinstance(v, Tensor) else v for k, v in call.items()}
+    first = next(k for k, v in call.items() if isinstance(v, Tensor) and v.ndim > 1)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+    def function(x: Tensor, impl: str = "auto") -> Tensor:
+        return operator.outputs(call | {first: x}, impl)[0].square().mean()
 
-    hidden, weight = draw(ROWS, WIDTH), draw(VOCABULARY, WIDTH)
-    targets = torch.randint(VOCABULARY, (ROWS,), generator=generator)
-    shares = torch.rand(ROWS, generator=generator)
-    shapes = ((WIDTH, 2 * WIDTH), (WIDTH,), (WIDTH, WIDTH), (WIDTH,), (1, WIDTH))
-    head = [0.3 * draw(*shape) for shape in shapes]  # not so large that the sigmoid is flat
-    thought = draw(ROWS, WIDTH)
-    text, slots = draw(2, 1, 2, 5, 4), draw(2, 1, 2, 3, 5, 4)
-    stop = torch.arange(1, 6, dtype=torch.int32)[None]
-    start = torch.zeros_like(stop)
-    return {
-        "linear_cross_entropy": (
-            lambda x, **impl: linear_cross_entropy(x, weight, targets, **impl).square().mean(),
-            hidden,
-        ),
-        "linear_cross_entropy_sum": (
-            lambda x, **impl: linear_cross_entropy_sum(x, weight, targets, shares, **impl)[0],
-            hidden,
-        ),
-        "mixing_head": (
-            lambda x, **impl: mixing_head(x, thought, *head, "sigmoid", **impl)[0].square().mean(),
-            hidden,
-        ),
-        "thought_attention": (
-            lambda x, **impl: (
-                thought_attention(x, *text, *slots, start, stop, **impl).square().mean()  # type: ignore[union-attr]
-            ),
-            draw(1, 4, 3, 5, 4),
-        ),
-    }
+    return function, call[first]
 
 
-FUNCTIONS = scalar_functions()
+FUNCTIONS = {o.name: scalar_function(o) for o in OPERATORS if o.plain is not None}
 
 
 @pytest.mark.parametrize("operator", FUNCTIONS)
@@ -100,19 +75,19 @@ def test_second_derivatives_of_the_reference(operator: str):
     x = x.double() if operator.startswith("linear") else x
     leaf = x.clone().requires_grad_()
     if operator.startswith("linear"):
+        eye, targets = torch.eye(x.shape[1], dtype=x.dtype), torch.arange(len(x)) % x.shape[1]
+        ones = torch.ones(len(x), dtype=x.dtype)
         function = {
-            "linear_cross_entropy": lambda y, **impl: linear_cross_entropy(
-                y, torch.eye(WIDTH, dtype=y.dtype), torch.arange(ROWS), **impl
-            ).sum(),
-            "linear_cross_entropy_sum": lambda y, **impl: linear_cross_entropy_sum(
-                y, torch.eye(WIDTH, dtype=y.dtype), torch.arange(ROWS), y.new_ones(ROWS), **impl
+            "linear_cross_entropy": lambda y, **i: linear_cross_entropy(y, eye, targets, **i).sum(),
+            "linear_cross_entropy_sum": lambda y, **i: linear_cross_entropy_sum(
+                y, eye, targets, ones, **i
             )[0],
         }[operator]
         # With the identity for a weight it is softmax's own: diag(p) - p pᵀ in every row.
         p = x.softmax(1)
         want = torch.diag_embed(p) - p[:, :, None] * p[:, None]
         found = hessian(function)(x)
-        for row in range(ROWS):
+        for row in range(len(x)):
             torch.testing.assert_close(found[row, :, row], want[row])
     (first,) = torch.autograd.grad(function(leaf, impl="reference"), leaf, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), leaf)

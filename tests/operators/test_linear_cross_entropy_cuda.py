@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from linear_cross_entropy_cases import OPTIONS, Watch, make, row_by_row
+from contract import Operator, captured, within_budget
+from linear_cross_entropy_cases import IN_CHUNKS, WAYS, Watch, row_by_row
+from linear_cross_entropy_cases import made as made_there
+from operator_table import OPERATORS
+from places import CUDA
 from torch import Tensor
 
 from quietstar_ext import checks, operators
@@ -16,168 +21,28 @@ from quietstar_ext.linear_cross_entropy.softmax import SoftmaxCrossEntropy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
-# How the rows that take part are found: looked up by waiting, or all rows worked on, as in a capture.
-WAYS = ["waiting", "capturing"]
-
-
-@pytest.fixture
-def device(kernel_device: str) -> str:
-    return kernel_device
-
-
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    take(request.param, monkeypatch)
-    return str(request.param)
 
 
 def take(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "WAIT_FOR_FLOP", 0 if way == "waiting" else float("inf"))
+    monkeypatch.setattr(cuda, "WAIT_FOR_FLOP", WAYS[way])
 
 
-def made(
-    device: str, *sizes: int, dtype: torch.dtype = torch.float32, **options: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, targets = make(*sizes, dtype=dtype, **options)
-    there = [t.detach().to(device).requires_grad_() for t in (hidden, weight)]
-    return there[0], there[1], targets.to(device)
+def made(device: str, *sizes: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    return made_there(replace(CUDA, device=device), *sizes, dtype=dtype)
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_rows_equal_row_by_row(device: str, way: str, options: dict[str, Any]) -> None:
-    hidden, weight, targets = made(device)
-    with torch.no_grad():
-        hidden[1] = torch.nan  # an ignored row
-    nll = linear_cross_entropy(hidden, weight, targets, **options, impl="fused")
-    clean = hidden.detach().clone().nan_to_num_().requires_grad_()
-    wanted = row_by_row(clean, weight, targets, **options)
-    torch.testing.assert_close(nll, wanted, **CLOSE)
-    grad = torch.randn_like(nll)
-    grad[4] = 0
-    got = torch.autograd.grad(nll, (hidden, weight), grad)
-    torch.testing.assert_close(got, torch.autograd.grad(wanted, (clean, weight), grad), **CLOSE)
-    assert not got[0][[1, 4]].any()
-
-
-@pytest.mark.parametrize("skip", [True, False], ids=["skip", "keep"])
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_sum_equals_row_by_row(device: str, way: str, options: dict[str, Any], skip: bool) -> None:
-    hidden, weight, targets = made(device)
-    row_weights = torch.randn(len(targets), device=device)
-    row_weights[[3, 6]] = 0
-    loss, nll = linear_cross_entropy_sum(
-        *(hidden, weight, targets, row_weights), **options, skip_zero_weight=skip, impl="fused"
-    )
-    wanted = row_by_row(hidden, weight, targets, **options)
-    wanted_loss = (wanted * row_weights).sum()
-    torch.testing.assert_close(loss, wanted_loss, **CLOSE)
-    shown = torch.where((row_weights == 0) & skip, 0, wanted)
-    torch.testing.assert_close(nll, shown.detach(), **CLOSE)
-    got = torch.autograd.grad(3 * loss, (hidden, weight))
-    torch.testing.assert_close(got, torch.autograd.grad(3 * wanted_loss, (hidden, weight)), **CLOSE)
-    assert not got[0][[1, 3, 6]].any()
-
-
-@pytest.mark.parametrize(
-    ("rows", "size", "vocabulary"),
-    [(0, 4, 7), (1, 1, 1), (3, 1, 2), (5, 17, 1)],
-    ids=["no rows", "one element", "two words", "one word"],
-)
-def test_edge_shapes(device: str, way: str, rows: int, size: int, vocabulary: int) -> None:
-    hidden, weight, targets = made(device, rows, size, vocabulary, avoid=())
-    row_weights = torch.rand(rows, device=device)
-    nll = linear_cross_entropy(hidden, weight, targets, impl="fused")
-    loss, _ = linear_cross_entropy_sum(hidden, weight, targets, row_weights, impl="fused")
-    wanted = row_by_row(hidden, weight, targets) + 0 * weight.sum()
-    torch.testing.assert_close(nll, wanted, **CLOSE)
-    for result, true in ((nll.sum(), wanted.sum()), (loss, (wanted * row_weights).sum())):
-        got = torch.autograd.grad(result, (hidden, weight), retain_graph=True)
-        if rows > 0:
-            true_grads = torch.autograd.grad(true, (hidden, weight), retain_graph=True)
-            torch.testing.assert_close(got, true_grads, **CLOSE)
-        assert rows > 0 or not any(grad.any() for grad in got)
-
-
-@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
-def test_frozen_inputs(device: str, way: str, frozen: str) -> None:
-    hidden, weight, targets = made(device)
-    both = [hidden, weight]
-    wanted = row_by_row(hidden, weight, targets)
-    want = torch.autograd.grad(wanted.sum(), both)
-    inputs = [
-        t.detach() if frozen in (name, "both") else t
-        for name, t in zip(["hidden", "weight"], both, strict=True)
-    ]
-    nll = linear_cross_entropy(*inputs, targets, impl="fused")
-    torch.testing.assert_close(nll, wanted, **CLOSE)
-    assert nll.requires_grad == (frozen != "both")
-    for t, w in zip(inputs, want, strict=True):
-        if t.requires_grad:
-            (grad,) = torch.autograd.grad(nll.sum(), t, retain_graph=True)
-            torch.testing.assert_close(grad, w, **CLOSE)
-
-
-@pytest.mark.parametrize("nothing", ["ignored", "weightless"])
-def test_all_rows_without_loss(device: str, way: str, nothing: str) -> None:
-    hidden, weight, targets = made(device)
-    row_weights = torch.zeros(len(targets), device=device)
-    if nothing == "ignored":
-        targets[:] = -100
-        row_weights += 1
-    loss, nll = linear_cross_entropy_sum(hidden, weight, targets, row_weights, impl="fused")
-    assert loss == 0
-    assert not nll.any()
-    assert not any(grad.any() for grad in torch.autograd.grad(loss, (hidden, weight)))
-
-
-@pytest.mark.parametrize("function", ["rows", "sum"])
-@pytest.mark.parametrize(
-    ("dtype", "accumulate"),
-    [
-        (torch.float32, "auto"),
-        (torch.float16, "auto"),
-        (torch.bfloat16, "float32"),
-        (torch.bfloat16, "parameter"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("accumulate", ["float32", "parameter"])
+@pytest.mark.parametrize("operator", OPERATORS[:2], ids=lambda o: o.name)
 def test_error_budget(
-    device: str,
-    way: str,
-    dtype: torch.dtype,
-    function: str,
-    accumulate: str,
-    monkeypatch: pytest.MonkeyPatch,
+    device: str, operator: Operator, accumulate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Our error against the fp64 truth is within that of F.cross_entropy in the same dtype; in several
-    chunks, strided inputs."""
-    monkeypatch.setattr(cuda, "ROW_UNIT", 4)
-    monkeypatch.setattr(cuda, "WORKSPACE_BYTES", 18 * (320 + 32) * dtype.itemsize)
-    hidden, weight, targets = made(device, 50, 32, 301, dtype=dtype)
-    row_weights = torch.rand(50, device=device) / 50
-
-    def torch_own(h: Tensor, w: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        nll = torch.nn.functional.cross_entropy(h @ w.T, targets, reduction="none")
-        return nll, torch.autograd.grad((nll * row_weights).sum(), (h, w))
-
-    def ours(h: Tensor, w: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        options: dict[str, Any] = {"accumulate": accumulate, "impl": "fused"}
-        if function == "sum":
-            loss, nll = linear_cross_entropy_sum(h, w, targets, row_weights, **options)
-            return nll, torch.autograd.grad(loss, (h, w))
-        nll = linear_cross_entropy(h, w, targets, **options)
-        return nll, torch.autograd.grad((nll * row_weights).sum(), (h, w))
-
-    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    strided = hidden.detach().T.contiguous().T.requires_grad_()
-    results = [torch_own(*exact), ours(strided, weight), torch_own(hidden, weight)]
-    truth, got, theirs = ([nll, *grads] for nll, grads in results)
-    assert got[0].dtype == torch.float32
-    assert got[1].dtype == got[2].dtype == dtype
-    unit = torch.finfo(dtype).eps * (4 if dtype == torch.float32 else 1)
-    for name, t, a, b in zip(["nll", "hidden", "weight"], truth, got, theirs, strict=True):
-        error, budget = (a - t).abs().max(), (b - t).abs().max()
-        assert error <= budget + unit * t.abs().max(), f"{name}: {error:.3g} > {budget:.3g}"
+    """bfloat16 over several chunks, whichever way they are summed."""
+    for way in WAYS:
+        take(way, monkeypatch)
+        for patch in IN_CHUNKS:
+            monkeypatch.setattr(*patch)
+        chosen = replace(operator, budget=lambda d: operator.budget(d) | {"accumulate": accumulate})
+        within_budget(chosen, torch.bfloat16, "fused", device)
 
 
 def test_sums_in_float32_round_once(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,17 +62,6 @@ def test_sums_in_float32_round_once(device: str, monkeypatch: pytest.MonkeyPatch
     assert wide < 1.2 * at_once
     assert narrow > 1.2 * at_once
     assert narrow < 10 * at_once
-
-
-def test_small_row_weights_survive_float16(device: str) -> None:
-    hidden, weight, targets = made(device, 40, 16, 50, dtype=torch.float16)
-    row_weights = torch.full((40,), 1e-7, device=device)
-    loss, _ = linear_cross_entropy_sum(hidden, weight, targets, row_weights, impl="fused")
-    got = torch.autograd.grad(loss * 2**20, (hidden, weight))
-    exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    wanted = torch.autograd.grad((row_by_row(*exact, targets) * row_weights).sum() * 2**20, exact)
-    for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=2e-2, atol=2e-3 * float(b.abs().max()))
 
 
 @pytest.fixture
@@ -326,48 +180,6 @@ def test_chunks_of_the_sizes_that_are_promised() -> None:
         assert not cut.wide
 
 
-@pytest.mark.parametrize("banned", [None, [1, 4]], ids=["all", "banned"])
-def test_opcheck(device: str, banned: list[int] | None) -> None:
-    hidden, weight, targets = (t.detach() for t in made(device))
-    grad = torch.rand(len(targets), device=device)
-    units = torch.rand_like(hidden), torch.rand_like(weight)
-    ids = None if banned is None else torch.tensor(banned, device=device)
-    options = (ids, 0.7, -100, 3.0, 1.5)
-    ops = torch.ops.quietstar
-    torch.library.opcheck(ops.linear_cross_entropy_forward, (hidden, weight, targets, *options))
-    for wanted in [(True, True, "auto"), (False, True, "parameter")]:
-        units = tuple(u if want else u.new_empty(0) for u, want in zip(units, wanted[:2], strict=True))
-        torch.library.opcheck(
-            ops.linear_cross_entropy_backward, (hidden, weight, targets, *options, grad, *units, *wanted)
-        )
-    torch.library.opcheck(
-        ops.linear_cross_entropy_forward_and_backward,
-        (hidden, weight, targets, *options, grad, True, True, True, "float32"),
-    )
-
-
-@pytest.mark.parametrize("function", ["rows", "sum"])
-def test_compiles_as_one_graph(device: str, function: str) -> None:
-    torch.compiler.reset()
-    hidden, weight, targets = made(device)
-    row_weights = torch.rand(len(targets), device=device)
-    options = {"temperature": 0.7, "softcap": 3.0, "accumulate": "parameter", "impl": "fused"}
-
-    def call(h: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        if function == "sum":
-            return linear_cross_entropy_sum(h, w, targets, row_weights, **options)
-        nll = linear_cross_entropy(h, w, targets, **options)
-        return (nll * row_weights).sum(), nll
-
-    got = torch.compile(call, fullgraph=True, backend="aot_eager")(hidden, weight)
-    wanted = call(hidden, weight)
-    torch.testing.assert_close(got, wanted)
-    torch.testing.assert_close(
-        torch.autograd.grad(got[0], (hidden, weight)),
-        torch.autograd.grad(wanted[0], (hidden, weight)),
-    )
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 class TestOnADevice:
@@ -405,14 +217,7 @@ class TestOnADevice:
             total = loss + (rows * row_weights).sum() + rows.sum()
             return [loss, nll, rows, *torch.autograd.grad(total, (hidden, weight))]
 
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            step()
-        torch.cuda.current_stream().wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+        graph, found = captured(step)
         for _ in range(3):
             with torch.no_grad():
                 hidden.normal_()
@@ -421,33 +226,10 @@ class TestOnADevice:
                 targets.random_(0, 1003)
                 targets.masked_fill_(torch.rand_like(row_weights) < 0.3, -100)
             graph.replay()
-            got = [t.clone() for t in captured]
+            got = [t.clone() for t in found]
             eps = max(1e-5, 4 * torch.finfo(dtype).eps)
             for a, b in zip(got, step(), strict=True):
                 torch.testing.assert_close(a, b, rtol=eps, atol=eps * float(b.abs().max()))
-
-    def test_another_stream(self) -> None:
-        hidden, weight, targets = made("cuda", 3000, 256, 5000)
-        wanted = linear_cross_entropy(hidden, weight, targets, impl="fused")
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(50_000_000)
-            doubled = (hidden * 2).detach()
-            got = linear_cross_entropy(doubled / 2, weight, targets, impl="fused")
-        stream.synchronize()
-        torch.testing.assert_close(got, wanted)
-
-    @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second CUDA device")
-    def test_another_device(self) -> None:
-        inputs = made("cpu", 300, 64, 1000)
-        results = []
-        for device in ("cuda:0", "cuda:1"):
-            hidden, weight = (t.detach().to(device).requires_grad_() for t in inputs[:2])
-            nll = linear_cross_entropy(hidden, weight, inputs[2].to(device), impl="fused")
-            results.append(
-                [nll.cpu(), *(g.cpu() for g in torch.autograd.grad(nll.sum(), (hidden, weight)))]
-            )
-        torch.testing.assert_close(*results)
 
     @pytest.mark.parametrize("vocabulary", [32_000, 128_256])
     def test_large_shapes(self, vocabulary: int) -> None:

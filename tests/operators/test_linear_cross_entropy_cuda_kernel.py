@@ -19,11 +19,6 @@ PLAIN: dict[str, Any] = {"temperature": 1.0, "banned": None, "softcap": None, "l
 CLOSE = {"rtol": 2e-5, "atol": 2e-5}
 
 
-@pytest.fixture
-def device(kernel_device: str) -> str:
-    return kernel_device
-
-
 def unaligned(rows: int, words: int, dtype: torch.dtype, offset: int, gap: int, device: str) -> Tensor:
     """Random logits that begin ``offset`` elements into memory full of NaN, rows ``gap`` apart."""
     memory = torch.full((offset + rows * (words + gap) + 16,), torch.nan, dtype=dtype, device=device)
@@ -60,18 +55,20 @@ def test_kernel(
     logits = unaligned(rows, words, dtype, offset, gap, device)
     targets = torch.randint(0, words, (rows,), device=device)
     targets[: rows // 2] = words - 1
-    row_weights = torch.randn(rows, device=device)
     live = torch.rand(rows, device=device) < 0.7
     live[-1] = True
-    check_kernel(logits, targets, row_weights, live, options)
+    check_kernel(logits, targets, live=live, **options)
     memory = torch.empty(0, dtype=dtype, device=device).set_(logits.untyped_storage())
     assert memory.isnan().sum() == memory.numel() - logits.numel()
 
 
 def check_kernel(
-    logits: Tensor, targets: Tensor, row_weights: Tensor, live: Tensor, options: dict[str, Any]
+    logits: Tensor, targets: Tensor, row_weights: Tensor | None = None, **options: Any
 ) -> None:
     """Run the kernel on logits, without and with gradient, and compare with fp64."""
+    live = options.pop("live", torch.ones_like(targets, dtype=torch.bool))
+    row_weights = torch.randn(len(targets)).to(logits.device) if row_weights is None else row_weights
+    options = PLAIN | options
     rows, words = logits.shape
     exact = logits.double()
     plain = SoftmaxCrossEntropy(exact, **options)
@@ -119,9 +116,8 @@ def test_rows_longer_than_shared_memory(device: str, dtype: torch.dtype) -> None
     rows = 4 if dtype == torch.bfloat16 else 2
     logits = unaligned(rows, words, dtype, 5, 3, device)
     targets = torch.tensor([words - 40, 40, 7, 8], device=device)[:rows]
-    options = PLAIN | {"banned": torch.tensor([0, words - 1, words - 30], device=device)}
-    live = torch.ones(rows, dtype=torch.bool, device=device)
-    check_kernel(logits, targets, torch.randn(rows, device=device), live, options)
+    banned = torch.tensor([0, words - 1, words - 30], device=device)
+    check_kernel(logits, targets, banned=banned)
 
 
 @pytest.mark.cuda_on_cpu
@@ -130,8 +126,7 @@ def test_rows_on_a_device_with_less_shared_memory(cuda_on_cpu: ModuleType, words
     """Rows of which two, one, or not all of one fit into the 99 KiB that an RTX 4090's blocks have."""
     cuda_on_cpu.set_shared_memory_limit(99 * 1024)
     logits = unaligned(1, words, torch.bfloat16, 1, 0, "cpu")
-    targets, live = torch.tensor([words - 2]), torch.ones(1, dtype=torch.bool)
-    check_kernel(logits, targets, torch.randn(1), live, PLAIN)
+    check_kernel(logits, torch.tensor([words - 2]))
 
 
 @pytest.mark.parametrize(
@@ -145,9 +140,7 @@ def test_rows_on_a_device_with_less_shared_memory(cuda_on_cpu: ModuleType, words
 def test_rows_around_48_kib_of_shared_memory(device: str, words: int, dtype: torch.dtype) -> None:
     """What a block may have without asking: its row and the sums beside it."""
     logits = unaligned(1, words, dtype, 0, 0, device)
-    targets = torch.tensor([words - 2], device=device)
-    row_weights, live = torch.randn(1, device=device), torch.ones(1, dtype=torch.bool, device=device)
-    check_kernel(logits, targets, row_weights, live, PLAIN)
+    check_kernel(logits, torch.tensor([words - 2], device=device))
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
@@ -194,8 +187,7 @@ def test_huge_and_infinite_logits(device: str, softcap: float | None) -> None:
     logits[4] = -1e38
     logits[5] = 1e38
     targets = torch.randint(0, 3, (21,), device=device)
-    live = torch.ones(21, dtype=torch.bool, device=device)
-    check_kernel(logits, targets, torch.ones(21, device=device), live, PLAIN | {"softcap": softcap})
+    check_kernel(logits, targets, torch.ones(21, device=device), softcap=softcap)
 
 
 def test_a_nan_or_a_wrong_target_stays_in_its_row(device: str) -> None:

@@ -6,11 +6,11 @@ there; on a GPU both are what users get.
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
-from attention_cases import dense, gradients, make
+from attention_budget import ROUNDING, budget, reference
+from attention_cases import TENSORS, dense, gradients, make
+from contract import captured
 from families import tiny_decoder
 
 from quietstar import QuietStarForCausalLM
@@ -18,35 +18,8 @@ from quietstar.thinking import attention
 from quietstar_ext import thought_attention, use_impl
 from quietstar_ext.thought_attention import composed, stock
 from quietstar_ext.thought_attention.call import ThoughtAttention
-from quietstar_ext.thought_attention.diagonal import (
-    ThoughtDiagonal,
-    ThoughtDiagonalBackward,
-    diagonal_backward,
-    diagonal_forward,
-)
 
-# Three-way error budget: our error may be so many times that of torch's own dense attention in the same
-# dtype, and some rounding of the result on top.
-FACTOR = 2.0
-ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 DTYPES = list(ROUNDING)
-
-reference = functools.partial(thought_attention, return_lse=True, impl="reference")
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=pytest.mark.cuda_on_cpu),
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ]
-)
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """The CPU with the CUDA sources on it, and a GPU."""
-    if request.param == "cpu":
-        request.getfixturevalue("cuda_on_cpu")
-    elif not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return torch.device(request.param)
 
 
 def every_position(b, hq, hkv, slots, key_slots, length, rationales, size, dtype, device, sinks=False):
@@ -62,21 +35,7 @@ def every_position(b, hq, hkv, slots, key_slots, length, rationales, size, dtype
     return tensors, torch.zeros_like(stop), stop, sink
 
 
-def budget(names, ours, theirs, truth, dtype, roundings=1):
-    """Largest errors against fp64, where torch's own are the measure.
-
-    ``roundings``: more than one where "torch's own" is the reference, which keeps weights and output in
-    fp32 until the end; a kernel rounds the weights for the matrix units, and reads the rounded output.
-    """
-    for name, a, b, exact in zip(names, ours, theirs, truth, strict=True):
-        if not exact.numel():
-            continue
-        size, error, own = (float(t.detach().abs().max()) for t in (exact, a - exact, b - exact))
-        allowed = FACTOR * own + roundings * ROUNDING[dtype] * max(1.0, size)
-        assert error <= allowed, f"{name}: {error}, and torch's own {own}"
-
-
-NAMES = ["out", "q", "k_text", "v_text", "k_thought", "v_thought"]
+NAMES = ["out", *TENSORS]
 #         B  Hq Hkv Sq Sk  N  R   D
 SHAPES = [
     (1, 4, 2, 3, 3, 5, 2, 8),
@@ -92,7 +51,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_outputs_and_gradients(device, dtype, shape):
-    if device.type == "cuda" and dtype == torch.float32:
+    if device == "cuda" and dtype == torch.float32:
         pytest.skip("the stock kernel on a GPU takes no float32")
     tensors, start, stop, _ = every_position(*shape, dtype, device)
     options = {"every_position": True, "return_lse": True, "impl": "composed"}
@@ -112,7 +71,7 @@ def test_outputs_and_gradients(device, dtype, shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sinks_and_strides(device, dtype):
     """As a model has them: tensors with the head next to the size, and logits without a value."""
-    if device.type == "cuda" and dtype == torch.float32:
+    if device == "cuda" and dtype == torch.float32:
         pytest.skip("the stock kernel on a GPU takes no float32")
     made, start, stop, sinks = every_position(2, 4, 2, 3, 3, 4, 2, 16, dtype, device, sinks=True)
     tensors = []
@@ -141,7 +100,7 @@ def test_sinks_and_strides(device, dtype):
 
 def test_gradient_of_lse(device):
     """The stock backward takes no gradient of lse; the fused kernel finds it."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     tensors, start, stop, _ = every_position(1, 2, 1, 2, 2, 5, 2, 8, dtype, device)
     options = {"scale": 0.5, "every_position": True, "return_lse": True, "impl": "composed"}
     results = thought_attention(*tensors, start, stop, **options)
@@ -150,109 +109,6 @@ def test_gradient_of_lse(device):
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     for a, b in zip(gradients(results, tensors), gradients(truth, exact), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=tolerance * max(1, float(b.abs().max())))
-
-
-# ---- the diagonal kernel alone
-
-
-def diagonal(tensors, scale, sinks=None, text=None, shift=0):
-    """Forward and backward of the kernel into tensors that hold NaN; ``shift`` elements unaligned."""
-
-    def place(like, dtype=None):
-        dtype = dtype or like.dtype
-        empty = torch.full((like.numel() + shift,), torch.nan, dtype=dtype, device=like.device)
-        return empty[shift:].view(like.shape)
-
-    q, k, v = (place(t).copy_(t) for t in tensors)
-    out, lse = place(q), place(q[..., 0], torch.float32)
-    call = ThoughtDiagonal(q, k, v, *(text or (None, None)), sinks, out, lse, scale)
-    diagonal_forward(call)
-    dout = place(q).copy_(torch.randn_like(q))
-    results = [place(q), place(k), place(v)]
-    delta = place(q[..., 0], torch.float32)
-    diagonal_backward(ThoughtDiagonalBackward(call, dout, None, *results, delta))
-    return out, lse, dout, results, delta
-
-
-#            B  Hq Hkv Sq Sk  M   D   unaligned by
-DIAGONALS = [
-    (1, 2, 1, 3, 3, 4, 64, 0),
-    (2, 3, 1, 2, 9, 2, 32, 0),
-    (1, 8, 2, 15, 15, 1, 128, 0),
-    (1, 18, 1, 4, 17, 1, 8, 0),
-    (1, 34, 1, 4, 35, 1, 136, 0),
-    (1, 2, 2, 18, 20, 1, 256, 0),
-    (1, 2, 2, 3, 3, 2, 64, 1),
-    (1, 2, 1, 2, 3, 2, 37, 0),
-    (1, 1, 1, 1, 1, 1, 1, 0),
-    (1, 2, 1, 1, 0, 3, 16, 0),
-    (0, 2, 1, 1, 1, 3, 16, 0),
-    (1, 2, 1, 2, 2, 0, 16, 0),
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", DIAGONALS, ids=str)
-def test_diagonal_kernel(device, dtype, shape):
-    b, hq, hkv, sq, sk, m, size, shift = shape
-    if dtype == torch.float32:
-        hq = min(hq, 4 * hkv)  # it has no tiles that more rows could fill
-    made, start, stop, _ = make(b, hq, hkv, sq, sk, m, 0, size, dtype=dtype)
-    made = [t.detach().to(device) for t in made]
-    tensors = [made[0], made[3], made[4]]
-    sinks = torch.randn(hq, device=device)
-    out, lse, dout, results, delta = diagonal(tensors, 0.2, sinks, shift=shift)
-
-    def run(dtype):
-        exact = [t.to(dtype).requires_grad_() for t in made]
-        result, logs = reference(*exact, start.to(device), stop.to(device), scale=0.2, sinks=sinks)
-        wanted = torch.autograd.grad(result, [exact[0], exact[3], exact[4]], dout.to(result.dtype))
-        return [result, *wanted], logs
-
-    truth, true_lse = run(torch.float64)
-    theirs, _ = run(dtype)
-    budget(["out", "dq", "dk", "dv"], [out, *results], theirs, truth, dtype, roundings=3)
-    torch.testing.assert_close(lse.double(), true_lse, rtol=1e-5, atol=1e-5)
-    true_delta = (dout.double() * out.double()).sum(-1)
-    torch.testing.assert_close(delta.double(), true_delta, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.cuda_on_cpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_order_of_threads_changes_nothing(cuda_on_cpu, dtype):
-    made, *_ = make(1, 3, 1, 7, 20, 1, 0, 72, dtype=dtype)
-    tensors = [made[0].detach(), made[3].detach(), made[4].detach()]
-    found = []
-    for order in ("forward", "reverse", "shuffled"):
-        cuda_on_cpu.set_order(order, 5)
-        before = cuda_on_cpu.launches()
-        torch.manual_seed(3)
-        out, lse, _, results, delta = diagonal(tensors, 0.2)
-        assert cuda_on_cpu.launches() - before == (2 if dtype == torch.bfloat16 else 3)
-        found.append([out, lse, *results, delta])
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
-def test_rows_without_anything(device):
-    """No slots, no text and no sink: zeros, lse = -inf and no gradient; a text part alone: itself."""
-    made, *_ = make(1, 2, 1, 1, 0, 5, 0, 16, dtype=torch.bfloat16)
-    tensors = [made[i].detach().to(device) for i in (0, 3, 4)]
-    out, lse, _, (dq, *_), delta = diagonal(tensors, 1.0)
-    assert (out == 0).all() and (lse == -torch.inf).all() and (dq == 0).all() and (delta == 0).all()
-    text = torch.randn_like(out), torch.randn_like(lse)
-    out, lse, *_ = diagonal(tensors, 1.0, text=text)
-    torch.testing.assert_close(out, text[0], rtol=1e-2, atol=0)
-    torch.testing.assert_close(lse, text[1], rtol=1e-5, atol=1e-5)
-    nothing = torch.full_like(text[0], torch.nan), torch.full_like(text[1], -torch.inf)
-    out, lse, *_ = diagonal(tensors, 1.0, text=nothing)
-    assert (out == 0).all() and (lse == -torch.inf).all()
-
-
-def test_sizes_are_checked(device):
-    made, *_ = make(1, 2, 1, 1, 1, 1, 0, 264, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="head size of 264"):
-        diagonal([made[i].detach().to(device) for i in (0, 3, 4)], 1.0)
 
 
 # ---- when it applies
@@ -417,19 +273,12 @@ def test_in_a_cuda_graph(kernel):
             out = thought_attention(*tensors, start, stop, every_position=True, impl="composed")
             return [out, *torch.autograd.grad(out, tensors, dout)]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, found = captured(run)
     with torch.no_grad():
         for t in (*tensors, dout):
             t.normal_()
     graph.replay()
-    for i, (a, b) in enumerate(zip(captured, run(), strict=True)):
+    for i, (a, b) in enumerate(zip(found, run(), strict=True)):
         # The stock kernel adds up dq in any order; what is left is the same.
         tolerance = 2e-2 if i == 1 else 0
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)

@@ -12,11 +12,6 @@ from attention_budget import assert_within_budget, case
 from quietstar_ext.thought_attention import thought_attention
 
 
-@pytest.fixture
-def device(kernel_device: str) -> str:
-    return kernel_device
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_sums_do_not_drift_over_a_long_text(device: str, dtype: torch.dtype) -> None:
     """What was summed before a tile keeps its weight bit for bit where the tile has no new maximum."""

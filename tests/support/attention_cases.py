@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# The kernel is given fp32, the reference fp64.
-IMPLS = ["reference", "fused"]
-DTYPE = {"reference": torch.float64, "fused": torch.float32}
-TOLERANCE = {"reference": 1e-12, "fused": 2e-5}
+TENSORS = ["q", "k_text", "v_text", "k_thought", "v_thought"]
 
 #            B  Hq Hkv Sq Sk  M  N  D   options
 SHAPES = {
@@ -54,6 +51,34 @@ def make(b, hq, hkv, sq, sk, m, n, d, options=None, dtype=torch.float64):
     return tensors, start, stop, options
 
 
+def made(place, *shape, dtype=None):
+    """The same on a place's device, in its dtype."""
+    tensors, start, stop, options = make(*shape, dtype=dtype or place.dtype)
+    tensors = [t.detach().to(place.device).requires_grad_() for t in tensors]
+    if isinstance(options.get("sinks"), torch.Tensor):
+        options["sinks"] = options["sinks"].detach().to(place.device).requires_grad_()
+    return tensors, start.to(place.device), stop.to(place.device), options
+
+
+def draw(*values):
+    return values[int(torch.randint(len(values), ()))]
+
+
+def random_shape(slots, sizes, lengths, columns):
+    """A shape and options as in ``SHAPES``, of so many key slots, head sizes, texts and columns."""
+    hkv, groups, sk = draw(1, 2), draw(1, 2, 3, 4), draw(*slots)
+    sq = draw(1, sk, max(1, sk - 2)) if sk else 1
+    options = {"sinks": draw(True, False)}
+    if draw(True, False):
+        options["sliding_window"] = int(torch.randint(1, draw(12, 100), ()))
+    if draw(True, False, False):
+        options["softcap"] = 2.5
+    batch, *rest = draw(1, 2), draw(*columns), draw(*lengths), draw(*sizes)
+    shape = (batch, hkv * groups, hkv, sq, sk, *rest, options)
+    print(shape)
+    return shape
+
+
 def seen_by(start, stop, s, query_slots, key_slots, length, window):
     """The rule, one row at a time: text positions and slots that query slot s may look at."""
     depth = s + 1 + key_slots - query_slots
@@ -68,7 +93,7 @@ def row_by_row(tensors, start, stop, scale=None, sliding_window=None, softcap=No
     b, hq, sq, m, d = q.shape
     group = hq // k_text.shape[1]
     out = torch.zeros_like(q)
-    lse = torch.full(q.shape[:-1], -torch.inf, dtype=q.dtype)
+    lse = torch.full(q.shape[:-1], -torch.inf, dtype=q.dtype, device=q.device)
     out, lse = out.clone(), lse.clone()
     for i in range(b):
         for h in range(hq):
@@ -103,18 +128,18 @@ def dense(tensors, start, stop, sliding_window=None):
     q, k_text, v_text, k_thought, v_thought = tensors
     b, _, sq, m, _ = q.shape
     sk, n = k_thought.shape[2], k_text.shape[2]
-    text = torch.arange(n)
-    depth = torch.arange(1, sq + 1)[:, None, None] + sk - sq
-    mask = torch.zeros(b, sq, m, n + sk * m, dtype=torch.bool)
+    text = torch.arange(n, device=q.device)
+    depth = torch.arange(1, sq + 1, device=q.device)[:, None, None] + sk - sq
+    mask = torch.zeros(b, sq, m, n + sk * m, dtype=torch.bool, device=q.device)
     for i in range(b):
         first, last = start[i][None, :, None], stop[i][None, :, None]
         seen = ((text >= first) & (text < last)).expand(sq, m, n)
         if sliding_window is not None:
             seen = seen & (last - 1 + depth - text < sliding_window)
-        band = torch.ones(sq, sk).tril(sk - sq)
+        band = torch.ones(sq, sk, device=q.device).tril(sk - sq)
         if sliding_window is not None:
             band = band.triu(sk - sq - sliding_window + 1)
-        diagonals = torch.einsum("st,mc->smtc", band, torch.eye(m))
+        diagonals = torch.einsum("st,mc->smtc", band, torch.eye(m, device=q.device))
         mask[i] = torch.cat([seen, diagonals.reshape(sq, m, sk * m).bool()], -1)
     k = torch.cat([k_text, k_thought.flatten(2, 3)], 2)
     v = torch.cat([v_text, v_thought.flatten(2, 3)], 2)

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import weakref
+from dataclasses import replace
 
 import torch
+from places import CPU, CUDA, CUDA_ON_CPU, REFERENCE
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from quietstar_ext.linear_cross_entropy import cpu, cuda
+
+# The package exports functions of this module's name, so the module is found by its path.
+api = importlib.import_module("quietstar_ext.linear_cross_entropy.api")
 
 OPTIONS = {
     "plain": {},
@@ -16,6 +24,31 @@ OPTIONS = {
     "everything": {"temperature": 0.7, "banned": [0, 3], "softcap": 3.0, "logit_scale": 1.7},
 }
 
+# "chunks" is the fused path with its in-place step in PyTorch, at three sizes of the workspace (in rows
+# of fp64 logits over 13 words). On CUDA the rows that take part are looked up by waiting, or all rows
+# are worked on, as in a capture.
+CHUNKS = replace(
+    REFERENCE,
+    name="chunks",
+    impl="fused",
+    patches=((api, "_fused_unsupported_reason", lambda *tensors: None),),
+)
+CHUNKS_OF = [
+    replace(CHUNKS, name=f"chunks of {rows}", patches=(*CHUNKS.patches, (cpu, "WORKSPACE_BYTES", size)))
+    for rows, size in ((3, 3 * 13 * 8 * 5), (1, 0))
+]
+WAYS = {"waiting": 0, "capturing": float("inf")}
+IN_CHUNKS = ((cuda, "ROW_UNIT", 4), (cuda, "WORKSPACE_BYTES", 18 * (320 + 32) * 2))
+PLACES = (
+    *(REFERENCE, CHUNKS, *CHUNKS_OF, CPU),
+    replace(CPU, name="cpu in chunks", patches=((cpu, "WORKSPACE_BYTES", 7 * 301 * 6),)),
+    *(
+        replace(each, name=f"{each.name} {way}", patches=((cuda, "WAIT_FOR_FLOP", flop), *IN_CHUNKS))
+        for each in (CUDA_ON_CPU, CUDA)
+        for way, flop in WAYS.items()
+    ),
+)
+
 
 def make(rows=11, size=6, vocabulary=13, dtype=torch.float64, avoid=(0, 2, 3, 5)):
     hidden = torch.randn(rows, size).to(dtype).requires_grad_()
@@ -24,6 +57,13 @@ def make(rows=11, size=6, vocabulary=13, dtype=torch.float64, avoid=(0, 2, 3, 5)
     targets = allowed[torch.randint(0, len(allowed), (rows,))]
     targets[1:2] = -100
     return hidden, weight, targets
+
+
+def made(place, *sizes, dtype=None, **options):
+    """Inputs on the place's device, in its dtype."""
+    hidden, weight, targets = make(*sizes, dtype=dtype or place.dtype, **options)
+    there = [t.detach().to(place.device).requires_grad_() for t in (hidden, weight)]
+    return *there, targets.to(place.device)
 
 
 def row_by_row(

@@ -22,6 +22,13 @@ def make(positions, rows, size, indexed, dtype=torch.float64):
     return [t.to(dtype).requires_grad_() for t in tensors], index
 
 
+def on(device, case):
+    """What ``make`` has made, as leaves on the device."""
+    tensors, index = case
+    there = [t.detach().to(device).requires_grad_() for t in tensors]
+    return there, None if index is None else index.to(device)
+
+
 def make_clear_of_zero(*shape, dtype):
     """Inputs for which no ReLU stands so near to 0 that rounding could switch it."""
     while True:
@@ -30,6 +37,17 @@ def make_clear_of_zero(*shape, dtype):
         first = linear(torch.cat([base if index is None else base[index], thought], 1), w1, b1)
         if min(first.abs().min(), linear(relu(first), w2, b2).abs().min()) > 2e-6:
             return tensors, index
+
+
+def make_with_large_biases(positions, rows, size, indexed, dtype):
+    """They keep the arguments of relu away from 0, where the last bit of a sum, in whatever order it is
+    taken, switches a whole term of the gradient on or off."""
+    tensors, index = make(positions, rows, size, indexed, dtype=dtype)
+    with torch.no_grad():
+        tensors[4].div_(8)
+        for bias in (tensors[3], tensors[5]):
+            bias.copy_(6 * torch.randn(size).sign())
+    return tensors, index
 
 
 def concatenated(tensors, activation, index):

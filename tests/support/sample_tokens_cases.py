@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quietstar_ext import sample_tokens
+from quietstar_ext.sample_tokens.call import SampleTokens
+from quietstar_ext.sample_tokens.reference import reference as reference_of_sample_tokens
+
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.0},
@@ -31,6 +35,29 @@ def options_id(options: dict[str, Any]) -> str:
 
 def fresh_seed() -> int:
     return int(torch.randint(2**62, ()))
+
+
+def fused(logits: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    return sample_tokens(logits, **{"seed": 0, **options}, impl="fused")
+
+
+def reference(logits: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """In float64 on the CPU. Rows that cannot be sampled are marked, and no error as from the public
+    function."""
+    values: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "banned": None}
+    values |= {name: options[name] for name in values if name in options}
+    if values["banned"] is not None:
+        values["banned"] = torch.as_tensor(values["banned"]).cpu()
+    values |= {"seed": torch.tensor([options.get("seed", 0)]), "offset": options.get("offset", 0)}
+    return reference_of_sample_tokens(SampleTokens(logits.cpu(), **values, fused=False))
+
+
+def same_draws(ours, theirs, edges: int = 1, atol: float = 3e-6, rtol: float = 1e-6) -> None:
+    """Tokens and log-probabilities are equal but for draws that may fall on an interval's edge."""
+    (tokens, logprobs), (wanted, wanted_logprobs) = ([t.cpu() for t in each] for each in (ours, theirs))
+    same = tokens == wanted
+    assert int((~same).sum()) <= edges
+    torch.testing.assert_close(logprobs[same], wanted_logprobs[same], atol=atol, rtol=rtol)
 
 
 def chi_square_deviation(counts: Tensor, probabilities: Tensor) -> float:
