@@ -25,7 +25,7 @@ from quietstar.demos import lookup as demo
 from quietstar.errors import UserError
 from quietstar.inspect.data import SeenThought, SeenToken, look, spell, split_rows
 from quietstar.inspect.figures import curves_figure, deciles_figure, nice_ticks
-from quietstar.inspect.page import _json_in_html, colour, read_curves, render_page, write_page
+from quietstar.inspect.page import colour, read_curves, render_page, write_page
 
 TEXT = (
     "def f(x):\n\treturn x < 1 & x > 0  # </script><script>document.title='broken'</script>\n"
@@ -208,10 +208,12 @@ def test_it_is_one_file_and_the_text_stays_text(page: Path, tokenizer):
 
 
 def test_json_inside_a_script_element():
-    nasty = {"a": "</script><!-- & \u2028 <script>"}
-    held = _json_in_html(nasty)
+    nasty = "</script><!-- & \u2028 <script>"
+    token = SeenToken(nasty, 0, 1.0, 0.5, 0.1)
+    page = render_page([SeenToken("x", 0), token], title="t", subtitle="s")
+    held = re.search(r'id="data">(.*?)</script>', page, re.S).group(1)
     assert "<" not in held and ">" not in held and "&" not in held
-    assert json.loads(held) == nasty
+    assert json.loads(held)["1"]["text"] == nasty
 
 
 def test_colours_and_ticks():
@@ -226,13 +228,13 @@ def test_colours_and_ticks():
 def test_figures_say_what_they_were_given():
     gains = [list(np.linspace(d, d + 1, 9)) for d in range(9)] + [[]]
     figure = deciles_figure(gains, [(d, d + 1) for d in range(10)])
-    assert figure.count("<circle") == 9
+    assert figure.count("<title>decile") == figure.count('<g id="decile-') == 9
     assert "decile 3: NLL 2.00 to 3.00, 9 tokens; mean gain +2.500, median +2.500" in figure
     assert "nan" not in figure
     chart = curves_figure(
         "a < b", {"one": [(1, 0.0), (2, 1.0), (3, math.nan)], "two": [(1, 2.0), (3, 0.5)]}
     )
-    assert "a &lt; b" in chart and chart.count("<polyline") == 2 and "nan" not in chart
+    assert "a &lt; b" in chart and chart.count('<g id="curve-') == 2 and "nan" not in chart
 
 
 def test_curves_of_a_run(folder: Path, tmp_path: Path):
@@ -408,5 +410,5 @@ def test_write_page_without_a_run(model, tokenizer, tmp_path: Path):
     rows = [tokenizer(TEXT)["input_ids"][:14]]
     path = write_page(model, tokenizer, rows, tmp_path / "page.html", samples=0)
     content = path.read_text()
-    assert "<h2>Training</h2>" not in content and "{{notable}}" not in content
+    assert "<h2>Training</h2>" not in content and "{{" not in content
     assert content.count('class="t"') == 13
