@@ -1,4 +1,4 @@
-"""``quietstar inspect``: the numbers on the page, the page in a browser, and what is refused."""
+"""``quietstar inspect``: the numbers on the page, the page in a browser, and what is rejected."""
 
 from __future__ import annotations
 
@@ -201,9 +201,8 @@ def test_it_is_one_file_and_the_text_stays_text(page: Path, tokenizer):
     data = json.loads(re.search(r'id="data">(.*?)</script>', content, re.S).group(1))
     ids = tokenizer(TEXT)["input_ids"]
     assert sorted(map(int, data)) == list(range(1, len(ids)))
-    shown = unescape(
-        re.sub(r"<[^>]*>", "", re.search(r'<div id="text".*?</div>', content, re.S).group(0))
-    )
+    heat_map = re.search(r'<div id="text".*?</div>', content, re.S).group(0)
+    shown = unescape(re.sub(r"<[^>]*>", "", heat_map))
     assert shown.replace("\u21b5", "") == TEXT
 
 
@@ -272,10 +271,8 @@ def test_in_a_browser(page: Path, window: browser.Browser, tmp_path: Path):
     assert f"NLL {seen['base']:.3f} \u2192 {seen['mixed']:.3f}" in told
     rows = window.run("return [...document.querySelectorAll('#panel tbody')][0].rows.length")
     assert rows == len(seen["thoughts"]) == 4
-    assert (
-        f"{100 * seen['top_base'][0][1]:.1f}%" in told
-        and f"{100 * seen['top_mixed'][0][1]:.1f}%" in told
-    )
+    for top in (seen["top_base"], seen["top_mixed"]):
+        assert f"{100 * top[0][1]:.1f}%" in told
 
     # Keys: neighbours, ends, lines, and the next token with a large change.
     window.press("Right")
@@ -298,8 +295,7 @@ def test_in_a_browser(page: Path, window: browser.Browser, tmp_path: Path):
     window.press("Tab")
     assert window.run("return document.activeElement.className") == "go"
     window.press("Enter")
-    chosen_text = window.run("return document.activeElement.className")
-    assert chosen_text == "t"
+    assert window.run("return document.activeElement.className") == "t"
 
     assert window.run("return document.querySelectorAll('svg').length") == 5
     assert window.run("return document.documentElement.scrollWidth <= window.innerWidth")
@@ -346,18 +342,8 @@ def test_nothing_in_a_thought_is_markup(window: browser.Browser, tmp_path: Path)
 
 def test_part_of_a_text(folder: Path, text_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch):
     monkeypatch.chdir(text_file.parent)
-    words = [
-        "inspect",
-        str(folder),
-        str(text_file),
-        "--tokens",
-        "16",
-        "--context",
-        "9",
-        "--samples",
-        "0",
-    ]
-    assert cli.main(words) == 0
+    options = ["--tokens", "16", "--context", "9", "--samples", "0"]
+    assert cli.main(["inspect", str(folder), str(text_file), *options]) == 0
     assert capsys.readouterr().out == "page: text.html\n"
     content = (text_file.parent / "text.html").read_text()
     assert content.count('class="t"') == 15 and "the first 16 of" in content

@@ -79,7 +79,6 @@ def run(args: argparse.Namespace) -> int:
         fingerprint,
         split_names,
     )
-    from quietstar.evaluation.table import render
     from quietstar.evaluation.tasks import OWN
 
     names = split_names(args.tasks)
@@ -114,25 +113,26 @@ def run(args: argparse.Namespace) -> int:
         task.name: task.summarize(runner.records(task, rows))
         for task, rows in zip(tasks, items, strict=True)
     }
+    tables = [task.render(results[task.name]) for task in tasks]
     if foreign:
-        from quietstar.evaluation.harness import run_tasks
+        from quietstar.evaluation.harness import render, run_tasks
 
-        results.update(
-            run_tasks(
-                model,
-                tokenizer,
-                foreign,
-                manager,
-                limit=args.limit,
-                batch_size=args.batch_size,
-                seed=args.seed,
-            )
+        found = run_tasks(
+            model,
+            tokenizer,
+            foreign,
+            manager,
+            limit=args.limit,
+            batch_size=args.batch_size,
+            seed=args.seed,
         )
+        results.update(found)
+        tables += [render(name, result) for name, result in found.items()]
     if state.is_main_process:
         output.parent.mkdir(parents=True, exist_ok=True)
         content = {"model": args.model, "fingerprint": identity, "tasks": results}
         write_json(output, {**content, "versions": package_versions()})
-        print(render(results))
+        print("\n\n".join(tables))
         print(f"\nwritten to {output}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Figures as inline SVG: they scale, print and need nothing from elsewhere."""
+"""Figures as inline SVG: they scale, print and load nothing."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _set_ticks(axes: Any, low: float, high: float) -> None:
 
 
 def _svg(figure: Figure, name: str, titles: Mapping[str, str] | None = None) -> str:
-    """The figure as an element of a page; ``titles``: what the groups of these ids say when hovered."""
+    """The figure as an element of a page; ``titles``: tooltips by the id of their group."""
     for artist in figure.findobj():
         artist.set_clip_on(False)
     file = io.StringIO()

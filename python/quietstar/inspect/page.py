@@ -1,4 +1,4 @@
-"""One page that shows what a model thinks in a text and what that is worth.
+"""One page that shows what a model thinks in a text and what that gains.
 
 The page needs no network and no other file. The heat map, the tables and the figures are plain HTML and
 SVG; a script shows the thoughts at the token that is clicked or focused.
@@ -92,6 +92,29 @@ def write_page(
     return path
 
 
+def write_run_page(
+    folder: Path,
+    rows: Sequence[Sequence[int]],
+    *,
+    title: str,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Path:
+    """:func:`write_page` for the model in a run's folder, as ``thoughts.html`` beside the folder.
+
+    Args:
+        tokenizer: default: the folder's own.
+    """
+    from transformers import AutoTokenizer
+
+    from quietstar.modeling.model import QuietStarForCausalLM
+
+    model = QuietStarForCausalLM.from_pretrained(folder)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
+    about = About(title, source, run_folder=folder)
+    return write_page(model, tokenizer, rows, folder.parent / "thoughts.html", about=about)
+
+
 def render_page(
     seen: Sequence[SeenToken],
     *,
@@ -100,7 +123,7 @@ def render_page(
     curves: Sequence[tuple[str, dict[str, list[tuple[float, float]]]]] = (),
     joined: bool = False,
 ) -> str:
-    """The page as a string. ``joined``: all rows are one text, not texts of their own."""
+    """The page as a string. ``joined``: all rows are one text; otherwise each is a text of its own."""
     predicted = [(i, t) for i, t in enumerate(seen) if t.gain is not None]
     base, gain = np.array([(t.base, t.gain) for _, t in predicted]).T
     order = sorted(predicted, key=lambda pair: pair[1].gain or 0)
@@ -187,12 +210,12 @@ def _deciles(base: Any, gain: Any) -> str:
 
 
 def signed(value: float, digits: int) -> str:
-    """With its sign, a true minus."""
+    """A number with its sign, which is a true minus sign."""
     return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
 def visible(text: str, *, alone: bool = False) -> str:
-    """Line ends and tabs as signs; spaces too where nothing else would be seen (``alone``)."""
+    """Text with visible line ends and tabs; ``alone``: with visible spaces, if there is nothing else."""
     shown = text.replace("\n", "\u21b5").replace("\t", "\u21e5")
     return shown.replace(" ", "\u2423") if alone and not text.strip() else shown
 
