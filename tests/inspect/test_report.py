@@ -364,7 +364,7 @@ def test_part_of_a_text(folder: Path, text_file: Path, capsys: pytest.CaptureFix
         (["{folder}", "{binary}"], "is not UTF-8 text"),
     ],
 )
-def test_refused(
+def test_rejected(
     words: list[str],
     message: str,
     folder: Path,
