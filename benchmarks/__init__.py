@@ -11,36 +11,63 @@ import platform
 import re
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from transformers import PreTrainedModel
 
 import quietstar_ext
 from benchmarks import device
-from benchmarks.device import DEVICE, finished
+from benchmarks.device import DEVICE, ON_GPU, finished
 
-__all__ = ["DEVICE", "RESULTS", "compare", "finished", "machine_name", "show", "write"]
+__all__ = ["DEVICE", "ON_GPU", "RESULTS", "compare", "finished", "listening", "needs_gpu", "record"]
 
 RESULTS = Path(__file__).parent / "results"
+Table = dict[str, dict[str, float]]
+# What this process has measured, by benchmark: the file holds one set of tables for each.
+_tables: dict[str, dict[str, Table]] = defaultdict(dict)
+
+# The method's settings in the paper (the constants of REINFORCE do not change the work).
+PAPER = {"thought_length": 9, "talk_length": 4, "num_rationales": 2}
+
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="there is no CUDA device")
+
+
+def listening(decoder: PreTrainedModel, std: float = 0.2, **thoughts: Any) -> Any:
+    """A model of a decoder, the last two tokens of the vocabulary as meta tokens, with a head that
+    listens: an untrained one gives no reward, and rows without a reward would be skipped."""
+    from quietstar import QuietStarForCausalLM
+
+    last = decoder.config.vocab_size - 1
+    model = QuietStarForCausalLM.from_base(
+        decoder, start_token_id=last - 1, end_token_id=last, **thoughts
+    )
+    with torch.no_grad():
+        model.mixing_head.fc3.weight.normal_(0, std)
+    return model
 
 
 def compare(
     contestants: dict[str, Callable[[], object]],
     rounds: int = 15,
     *,
-    on_host: bool = DEVICE.type == "cpu",
-) -> dict[str, dict[str, float]]:
+    on_host: bool = not ON_GPU,
+    graph: bool = True,
+) -> Table:
     """Time every contestant ``rounds`` times in turn; on a CUDA device by :mod:`benchmarks.device`,
-    unless ``on_host`` says that the contestants do not use it.
+    unless ``on_host`` says that the contestants do not use it. ``graph=False``: calls that must not be
+    captured in a CUDA graph.
 
     Returns per name ``ms`` (the median), ``best_ms``, and ``times_ours``: how many times as long as
     the first contestant it took, the median over the rounds.
     """
     if not on_host:
-        return device.compare(dict(contestants), rounds)
+        return device.compare(dict(contestants), rounds, graph=graph)
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for number in range(rounds + 1):
         for name, run in contestants.items():
@@ -59,37 +86,47 @@ def compare(
     }
 
 
-def show(
+def record(
+    stem: str,
     title: str,
-    results: dict[str, dict[str, float]],
+    results: Table,
+    benchmark: Any = None,
     megabytes: float | None = None,
     gflop: float | None = None,
 ) -> None:
-    """Print a table; megabytes is what the first contestant has to read and write, gflop the
-    operations that it has to do. On a CUDA device its rates go into its row, too."""
-    print(f"\n{title}")
-    for name, row in results.items():
-        print(f"  {name:32} {row['ms']:9.{2 if row['ms'] > 1 else 4}f} ms   {row['times_ours']:7.2f} x")
-    if DEVICE.type == "cuda":
-        if megabytes is not None or gflop is not None:
-            print(device.rates(next(iter(results.values())), megabytes, gflop))
-        return
-    if gflop is not None:
-        best = next(iter(results.values()))["best_ms"]
-        print(f"  {gflop:.2f} GFLOP, {gflop / best * 1e3:.0f} GFLOP/s at best")
-    if megabytes is not None:
-        best = next(iter(results.values()))["best_ms"]
-        print(f"  {megabytes:.1f} MB, {megabytes / best:.1f} GB/s at best")
+    """Print a table and put it into results/<machine>.json, beside those of the other benchmarks.
 
-
-def write(stem: str, tables: dict[str, Any]) -> None:
-    """Put a benchmark's tables into results/<machine>.json, beside those of the others."""
+    Args:
+        benchmark: pytest-benchmark's fixture, which gets the ratios.
+        megabytes, gflop: what the first contestant has to read and write, and to compute. On a CUDA
+            device its rates go into its row, too.
+    """
+    _show(title, results, megabytes, gflop)
+    if benchmark is not None:
+        benchmark.extra_info.update({name: row["times_ours"] for name, row in results.items()})
+    _tables[stem][title] = results
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{machine_name()}.json"
     content = json.loads(path.read_text()) if path.is_file() else {}
     content["machine"] = machine()
-    content.setdefault("benchmarks", {})[stem] = {"date": date.today().isoformat(), "tables": tables}
+    measured = {"date": date.today().isoformat(), "tables": _tables[stem]}
+    content.setdefault("benchmarks", {})[stem] = measured
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _show(title: str, results: Table, megabytes: float | None, gflop: float | None) -> None:
+    print(f"\n{title}")
+    for name, row in results.items():
+        print(f"  {name:32} {row['ms']:9.{2 if row['ms'] > 1 else 4}f} ms   {row['times_ours']:7.2f} x")
+    if ON_GPU:
+        if megabytes is not None or gflop is not None:
+            print(device.rates(next(iter(results.values())), megabytes, gflop))
+        return
+    best = next(iter(results.values()))["best_ms"]
+    if gflop is not None:
+        print(f"  {gflop:.2f} GFLOP, {gflop / best * 1e3:.0f} GFLOP/s at best")
+    if megabytes is not None:
+        print(f"  {megabytes:.1f} MB, {megabytes / best:.1f} GB/s at best")
 
 
 def machine_name() -> str:
@@ -131,7 +168,7 @@ def machine() -> dict[str, Any]:
 
 def ceilings() -> dict[str, float]:
     """Copy bandwidth (bytes read and written, GB/s) and matrix product rates (GFLOP/s), measured."""
-    if DEVICE.type == "cuda":
+    if ON_GPU:
         return device.ceilings()
     source = torch.rand(32 << 20)
     target = torch.empty_like(source)

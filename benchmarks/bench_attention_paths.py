@@ -20,16 +20,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import compare, show, write
-from benchmarks.device import DEVICE
+from benchmarks import DEVICE, Table, compare, needs_gpu, record
 from quietstar_ext import thought_attention
 from quietstar_ext.thought_attention.stock import stock_backward, stock_forward, use_stock
 
 pytestmark = pytest.mark.device
 
 LENGTHS = (256, 512, 1024, 2048, 4096)
-Table = dict[str, dict[str, float]]
-_tables: dict[str, Any] = {}
 
 
 def inputs(length: int, rationales: int, heads: tuple[int, int], slots: int, size: int) -> list[Tensor]:
@@ -111,7 +108,7 @@ def border(tables: dict[int, Table], path: str = "composed") -> int | None:
     return best
 
 
-@pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
+@needs_gpu
 @pytest.mark.parametrize("rationales", [1, 2])
 def bench_paths(rationales: int) -> None:
     """All lengths, and from which on the composed path should be taken."""
@@ -119,10 +116,8 @@ def bench_paths(rationales: int) -> None:
     for length in LENGTHS:
         for part, table in paths(length, rationales).items():
             title = f"thought_attention paths, {part}, N{length} R{rationales} S15 Hq32 Hkv8 D128 bf16"
-            show(title, table)
-            _tables[title] = table
+            record("attention_paths", title, table)
             if part != "forward":
                 steps[length] = table
     for path in ("composed", "composed, cuDNN"):
         print(f"  {path}: ahead from N = {border(steps, path)} on ({rationales} rationales)")
-    write("attention_paths", _tables)

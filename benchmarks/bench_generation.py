@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import compare, show, write
+from benchmarks import compare, listening, record
 from benchmarks.sequential import sequential_step
 from quietstar import QuietStarForCausalLM
 
@@ -31,11 +31,7 @@ def build() -> QuietStarForCausalLM:
         max_position_embeddings=512,
         tie_word_embeddings=True,
     )
-    model = QuietStarForCausalLM.from_base(
-        LlamaForCausalLM(config), start_token_id=2046, end_token_id=2047, thought_length=5
-    ).eval()
-    with torch.no_grad():
-        model.mixing_head.fc3.weight.normal_(0, 0.1)
+    model = listening(LlamaForCausalLM(config), 0.1, thought_length=5).eval()
     model.generation_config.eos_token_id = None
     return model
 
@@ -80,6 +76,5 @@ def bench_generation(benchmark) -> None:  # type: ignore[no-untyped-def]
         rounds=7,
         on_host=True,
     )
-    show(f"generation, {NEW} tokens after {CONTEXT}, T = 5", table)
-    write("generation", {f"generation, {NEW} tokens after {CONTEXT}, tiny recipe": table})
+    record("generation", f"generation, {NEW} tokens after {CONTEXT}, tiny recipe", table)
     benchmark.pedantic(ours, rounds=2)

@@ -20,8 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, StaticCache
 
-from benchmarks import compare, device, show, write
-from benchmarks.device import DEVICE
+from benchmarks import DEVICE, ON_GPU, PAPER, Table, compare, device, listening, needs_gpu, record
 from benchmarks.flops import training_step_flops
 from benchmarks.sequential import sequential_step
 from quietstar import QuietStarForCausalLM
@@ -32,10 +31,6 @@ from quietstar.thinking.layout import LayerKeys, ThoughtLayout
 from quietstar.thinking.slots import SlotRun, depth_of_end
 
 pytestmark = pytest.mark.device
-
-Table = dict[str, dict[str, float]]
-
-needs_a_gpu = pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
 
 # Two ids more than the models have: the meta tokens.
 SHAPES: dict[str, Callable[[], Any]] = {
@@ -80,21 +75,10 @@ SHAPES: dict[str, Callable[[], Any]] = {
 def build(name: str) -> QuietStarForCausalLM:
     """The model on the device in bf16, with the paper's settings and a head that listens."""
     torch.manual_seed(0)
-    config = SHAPES[name]()
     with DEVICE:
-        decoder = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model = QuietStarForCausalLM.from_base(
-        decoder,
-        start_token_id=config.vocab_size - 2,
-        end_token_id=config.vocab_size - 1,
-        thought_length=9,
-        talk_length=4,
-        num_rationales=2,
-    ).to(DEVICE, torch.bfloat16)
-    with torch.no_grad():
-        # An untrained head gives no reward, and rows without one would be skipped.
-        model.mixing_head.fc3.weight.normal_(0, 0.2)
-    return model
+        decoder = AutoModelForCausalLM.from_config(SHAPES[name](), dtype=torch.bfloat16)
+    model: QuietStarForCausalLM = listening(decoder, **PAPER)
+    return model.to(DEVICE, torch.bfloat16)
 
 
 def training_step(name: str, batch: int, length: int, rounds: int = 5) -> Table:
@@ -104,7 +88,7 @@ def training_step(name: str, batch: int, length: int, rounds: int = 5) -> Table:
     """
     model = build(name).train()
     ids = torch.randint(0, SHAPES[name]().vocab_size - 2, (batch, length), device=DEVICE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=DEVICE.type == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=ON_GPU)
     rewarded = []
 
     def step(loss_of: Callable[[], torch.Tensor]) -> None:
@@ -144,7 +128,7 @@ def training_step(name: str, batch: int, length: int, rounds: int = 5) -> Table:
             del runs[title]
         else:
             memory[title] = peak
-    table = compare_steps(runs, rounds)
+    table = compare(runs, rounds, graph=False)
     flops = training_step_flops(
         model.config,
         decoder_sizes(model.base.config),
@@ -154,7 +138,7 @@ def training_step(name: str, batch: int, length: int, rounds: int = 5) -> Table:
     )
     rate = matmul_gflop_per_s()
     for title, row in table.items():
-        if DEVICE.type == "cuda":
+        if ON_GPU:
             row["peak_mb"] = memory[title]
         row["needed_gflop"] = flops.needed / 1e9
         row["matmul_gflop_per_s"] = rate
@@ -181,7 +165,7 @@ def slot_step(name: str, batch: int, context: int, rounds: int = 5) -> Table:
             ("decoding step, static cache", static_step),
         ):
             runs[title] = captured(make(model, batch, context))
-        table = compare_steps(runs, rounds)
+        table = compare(runs, rounds, graph=False)
     for key in ("ms", "best_ms"):
         table["slot step"][key] /= slots
     for row in table.values():
@@ -265,7 +249,7 @@ def random_keys(config: Any, batch: int, length: int) -> list[tuple[torch.Tensor
 
 def captured(run: Callable[[], object]) -> Callable[[], object]:
     """The call as a graph on a GPU, elsewhere as it is."""
-    if DEVICE.type != "cuda":
+    if not ON_GPU:
         return run
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -278,16 +262,9 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
     return graph.replay
 
 
-def compare_steps(runs: dict[str, Callable[[], object]], rounds: int) -> Table:
-    """Contestants in turn; none is captured here (they bring their graphs, or wait for the device)."""
-    if DEVICE.type == "cuda":
-        return device.compare(dict(runs), rounds, graph=False)
-    return compare(runs, rounds)
-
-
 def matmul_gflop_per_s() -> float:
     """The rate of a bf16 product on this device."""
-    if DEVICE.type == "cuda":
+    if ON_GPU:
         return device.ceilings()["matmul_bfloat16_gflop_per_s"]
     a = torch.randn(512, 512).bfloat16()
     row = compare({"product": lambda: a @ a}, rounds=3)["product"]
@@ -297,7 +274,7 @@ def matmul_gflop_per_s() -> float:
 def peak_mb(run: Callable[[], object]) -> float | None:
     """Most memory allocated during two calls, everything included, in MB; None if it does not fit."""
     gc.collect()
-    if DEVICE.type != "cuda":
+    if not ON_GPU:
         run()
         return 0.0
     torch.cuda.empty_cache()
@@ -315,37 +292,26 @@ def peak_mb(run: Callable[[], object]) -> float | None:
 STEPS = [("Llama-3.2-1B", 1), ("Llama-3.2-1B", 4), ("Mistral-7B", 1), ("Mistral-7B", 2)]
 
 
-@needs_a_gpu
+@needs_gpu
 @pytest.mark.parametrize(("name", "batch"), STEPS)
 def bench_training_step_on_a_gpu(name: str, batch: int) -> None:
     """Time, memory, utilisation, and the factor to the published algorithm where that fits."""
     title = f"training step with AdamW, {name}, {batch} x 256 tokens, bf16"
     table = training_step(name, batch, 256)
-    show(title, table)
+    record("gpu_step", title, table)
     for row_name, row in table.items():
         print(f"  {row_name:36} {row['peak_mb']:9.0f} MB   utilisation {row['utilisation']:.1%}")
-    add(title, table)
     gc.collect()
     torch.cuda.empty_cache()
 
 
-@needs_a_gpu
+@needs_gpu
 @pytest.mark.parametrize("batch", [1, 16])
 @pytest.mark.parametrize("name", ["Llama-3.2-1B", "Mistral-7B"])
 def bench_slot_step_on_a_gpu(name: str, batch: int) -> None:
     """A slot step may take 1.2 times a decoding step."""
     title = f"slot step, {name}, {batch} rows behind 256 tokens, bf16"
     table = slot_step(name, batch, 256, rounds=20)
-    show(title, table)
-    add(title, table)
+    record("gpu_step", title, table)
     gc.collect()
     torch.cuda.empty_cache()
-
-
-_tables: dict[str, Table] = {}
-
-
-def add(title: str, table: Table) -> None:
-    """Write this process's tables together: the file holds one set per benchmark."""
-    _tables[title] = table
-    write("gpu_step", _tables)

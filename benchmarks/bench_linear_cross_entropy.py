@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from benchmarks import DEVICE, compare, device, finished, show, write
+from benchmarks import DEVICE, ON_GPU, compare, device, finished, needs_gpu, record
 from quietstar_ext import linear_cross_entropy, linear_cross_entropy_sum
 from quietstar_ext.linear_cross_entropy import cuda
 from quietstar_ext.linear_cross_entropy.softmax import SoftmaxCrossEntropy
 
 pytestmark = pytest.mark.device
 
-ON_GPU = DEVICE.type == "cuda"
 SHAPES = (
     [(8192, 4096, 32_000), (8192, 4096, 128_256), (8192, 1024, 128_256)]
     if ON_GPU
@@ -39,8 +38,8 @@ SHAPES = (
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 if ON_GPU:
     del DTYPES["float32"]
+STEM = "linear_cross_entropy"
 PRODUCTS = "its three bare products"
-_tables: dict[str, Any] = {}
 
 
 class _ChunkedInForward(torch.autograd.Function):
@@ -143,15 +142,9 @@ def bench_linear_cross_entropy(benchmark: Any, shape: tuple[int, int, int], dtyp
     if ON_GPU:
         for name, row in results.items():
             row["peak_mb"] = device.peak_mb(runs[name])
-    benchmark.extra_info.update({key: row["times_ours"] for key, row in results.items()})
     title = f"linear_cross_entropy, forward and backward, {rows} x {width} onto {vocabulary} {dtype}"
-    show(title, results, gflop=6e-9 * rows * width * vocabulary)
+    record(STEM, title, results, benchmark, gflop=6e-9 * rows * width * vocabulary)
     print(f"  {1 / results[PRODUCTS]['times_ours']:.3f} times its bare products")
-    _tables[title] = results
-    write("linear_cross_entropy", _tables)
-
-
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="there is no CUDA device")
 
 
 @needs_gpu
@@ -175,9 +168,7 @@ def bench_workspace(benchmark: Any, shape: tuple[int, int, int], monkeypatch: An
     benchmark.pedantic(finished(runs["256 MiB"]), rounds=1)
     results = compare(runs, rounds=3)
     title = f"linear_cross_entropy by workspace, {rows} x {width} onto {vocabulary} bfloat16"
-    show(title, results)
-    _tables[title] = results
-    write("linear_cross_entropy", _tables)
+    record(STEM, title, results)
 
 
 @needs_gpu
@@ -211,6 +202,4 @@ def bench_softmax_cross_entropy(
     results = compare(runs)
     capped = "" if softcap is None else ", softcap"
     title = f"softmax cross entropy in place, {rows} x {words} {dtype}{capped}"
-    show(title, results, megabytes=2e-6 * logits.nbytes)
-    _tables[title] = results
-    write("linear_cross_entropy", _tables)
+    record(STEM, title, results, megabytes=2e-6 * logits.nbytes)

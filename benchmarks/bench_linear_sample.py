@@ -19,12 +19,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import DEVICE, compare, device, finished, show, write
+from benchmarks import DEVICE, ON_GPU, compare, device, finished, needs_gpu, record
 from quietstar_ext import linear_sample
 
 pytestmark = pytest.mark.device
 
-ON_GPU = DEVICE.type == "cuda"
 SHAPES = (
     [(4096, 4096, 32_000), (2048, 4096, 128_256), (16, 4096, 128_256)]
     if ON_GPU
@@ -33,7 +32,6 @@ SHAPES = (
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 NAME = str(DTYPE).removeprefix("torch.")
 PRODUCT = "its bare product"
-_tables: dict[str, Any] = {}
 
 
 def contestants(shape: tuple[int, int, int]) -> dict[str, Callable[[], object]]:
@@ -70,15 +68,12 @@ def bench_linear_sample(benchmark: Any, shape: tuple[int, int, int]) -> None:
     if ON_GPU:
         for name, row in results.items():
             row["peak_mb"] = device.peak_mb(runs[name])
-    benchmark.extra_info.update({key: row["times_ours"] for key, row in results.items()})
     title = f"linear_sample, {rows} x {width} onto {vocabulary} {NAME}"
-    show(title, results, gflop=2e-9 * rows * width * vocabulary)
+    record("linear_sample", title, results, benchmark, gflop=2e-9 * rows * width * vocabulary)
     print(f"  {1 / results[PRODUCT]['times_ours']:.3f} times its bare product")
-    _tables[title] = results
-    write("linear_sample", _tables)
 
 
-@pytest.mark.skipif(not ON_GPU, reason="there is no CUDA device")
+@needs_gpu
 def bench_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first contestant is the size in use."""
     module = importlib.import_module("quietstar_ext.linear_sample.fused")
@@ -97,6 +92,4 @@ def bench_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [in_use, *(size for size in (128, 256, 512, 1024, 2048) if size != in_use)]
     results = compare({f"{size} rows": with_rows(size) for size in sizes}, rounds=5)
     title = f"linear_sample, {rows} x {width} onto {vocabulary} {NAME}, rows per chunk"
-    show(title, results, gflop=2e-9 * rows * width * vocabulary)
-    _tables[title] = results
-    write("linear_sample", _tables)
+    record("linear_sample", title, results, gflop=2e-9 * rows * width * vocabulary)

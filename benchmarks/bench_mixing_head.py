@@ -20,16 +20,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import DEVICE, compare, finished, show, write
+from benchmarks import DEVICE, ON_GPU, compare, finished, record
 from quietstar_ext import mixing_head
 
 pytestmark = pytest.mark.device
 
-ON_GPU = DEVICE.type == "cuda"
 SHAPES = [(1024, 8192, 4096), (1024, 8192, 896)] if ON_GPU else [(256, 3072, 256), (512, 2048, 1024)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PRODUCTS = "its bare products"
-_tables: dict[str, Any] = {}
 
 
 def contestants(
@@ -100,10 +98,7 @@ def bench_mixing_head(benchmark: Any, shape: tuple[int, int, int], dtype: str, d
     runs = contestants(shape, DTYPES[dtype], direction != "forward")
     benchmark.pedantic(finished(runs["mixing_head"]), rounds=5)
     results = compare(runs, rounds=9)
-    benchmark.extra_info.update({key: row["times_ours"] for key, row in results.items()})
     title = f"mixing_head, {rows} rows over {positions}, width {width} {dtype}, {direction}"
     products = 2e-9 * width**2 * (2 * rows + positions) * (3 if direction != "forward" else 1)
-    show(title, results, gflop=products)
+    record("mixing_head", title, results, benchmark, gflop=products)
     print(f"  {1 / results[PRODUCTS]['times_ours']:.3f} times its bare products")
-    _tables[title] = results
-    write("mixing_head", _tables)

@@ -18,12 +18,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import DEVICE, compare, finished, show, write
+from benchmarks import DEVICE, ON_GPU, compare, finished, record
 from quietstar_ext import sample_tokens
 
 pytestmark = pytest.mark.device
 
-ON_GPU = DEVICE.type == "cuda"
 SHAPES = (
     [(4096, 32_000), (2048, 128_256), (64, 128_256), (1, 128_256)]
     if ON_GPU
@@ -38,7 +37,6 @@ TRUNCATIONS: dict[str, dict[str, Any]] = {
     "min_p 0.05": {"min_p": 0.05},
     "greedy": {"temperature": 0.0},
 }
-_tables: dict[str, Any] = {}
 
 
 def contestants(logits: Tensor, options: dict[str, Any]) -> dict[str, Callable[[], object]]:
@@ -78,8 +76,5 @@ def bench_sample_tokens(benchmark: Any, name: str, shape: tuple[int, int], dtype
     if name != "plain":  # the others do not truncate: compared once, with the cheapest
         runs = {key: runs[key] for key in ("sample_tokens", "log_softmax")}
     results = compare(runs, rounds=9)
-    benchmark.extra_info.update({key: row["times_ours"] for key, row in results.items()})
     title = f"sample_tokens, {shape[0]} x {shape[1]} {dtype}, {name}"
-    show(title, results, logits.nbytes / 1e6)
-    _tables[title] = results
-    write("sample_tokens", _tables)
+    record("sample_tokens", title, results, benchmark, megabytes=logits.nbytes / 1e6)

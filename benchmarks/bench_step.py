@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import compare, show, write
+from benchmarks import PAPER, compare, listening, record
 from benchmarks.sequential import sequential_step
 from quietstar import QuietStarForCausalLM
 from quietstar_ext import use_impl
@@ -39,17 +39,7 @@ def build() -> tuple[QuietStarForCausalLM, torch.Tensor]:
         num_key_value_heads=4,
         max_position_embeddings=512,
     )
-    model = QuietStarForCausalLM.from_base(
-        LlamaForCausalLM(config),
-        start_token_id=8192,
-        end_token_id=8193,
-        thought_length=9,
-        talk_length=4,
-        num_rationales=2,
-    ).train()
-    with torch.no_grad():
-        # An untrained head gives no reward, and rows without one would be skipped.
-        model.mixing_head.fc3.weight.normal_(0, 0.2)
+    model = listening(LlamaForCausalLM(config), **PAPER).train()
     return model, torch.randint(0, 8192, (1, LENGTH))
 
 
@@ -121,8 +111,7 @@ def bench_training_step(benchmark) -> None:  # type: ignore[no-untyped-def]
     table = compare(runs, rounds=5, on_host=True)
     for name, row in table.items():
         row["peak_mb"] = peak_megabytes(name)
-    show("training step, 7.9 M parameters, 256 tokens, 2 rationales", table)
+    record("step", "training step, 7.9 M parameters", table)
     for name, row in table.items():
         print(f"  {name:32} {row['peak_mb']:9.0f} MB over the model's")
-    write("step", {"training step, 7.9 M parameters": table})
     benchmark.pedantic(runs["quietstar"], rounds=2)

@@ -12,10 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import compare, show, write
+from benchmarks import compare, record
 from benchmarks.bench_step import build
 from quietstar import QuietStarForCausalLM
 from quietstar_ext import use_impl
@@ -49,26 +48,11 @@ def contestants(model: QuietStarForCausalLM, ids: torch.Tensor) -> dict[str, Cal
     return {**{rule: step(rule) for rule in RULES}, "no thoughts": step(None)}
 
 
-class Operations(TorchDispatchMode):
-    """Adds up the floating-point operations of matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func.overloadpacket)
-        if count is not None:
-            self.total += count(*args, **(kwargs or {}), out_val=out)
-        return out
-
-
 def count_operations(run: Callable[[], None]) -> int:
     """Of one call, on the reference operators."""
-    with use_impl("reference"), Operations() as operations:
+    with use_impl("reference"), FlopCounterMode(display=False) as counter:
         run()
-    return operations.total
+    return counter.get_total_flops()
 
 
 def bench_think_at(benchmark) -> None:  # type: ignore[no-untyped-def]
@@ -79,9 +63,8 @@ def bench_think_at(benchmark) -> None:  # type: ignore[no-untyped-def]
     table = compare(runs, rounds=5, on_host=True)
     for name, row in table.items():
         row["operations_share"] = operations[name] / operations["all"]
-    show("training step by think_at, 7.9 M parameters, 256 tokens", table)
+    record("think_at", "think_at all, 7.9 M parameters", table)
     for name, row in table.items():
         shares = f"{RULES.get(name, 0.0):6.2f} of the positions, {row['operations_share']:6.3f}"
         print(f"  {name:32} {shares} of the operations")
-    write("think_at", {"think_at all, 7.9 M parameters": table})
     benchmark.pedantic(runs["random:0.25"], rounds=2)

@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import DEVICE, compare, device, finished, show, write
+from benchmarks import DEVICE, ON_GPU, Table, compare, device, finished, record
 from quietstar_ext import thought_attention
 
 pytestmark = pytest.mark.device
@@ -47,17 +47,13 @@ pytestmark = pytest.mark.device
 PACKED = [(1, 8, 4, 256, 15, 32), (1, 8, 8, 256, 15, 64), (1, 8, 2, 512, 15, 64)]
 #         B  Hq Hkv  N    M   Sk  D
 STEPS = [(1, 8, 4, 256, 256, 5, 32), (1, 8, 2, 512, 512, 10, 64), (1, 32, 8, 2048, 1, 10, 128)]
-ON_GPU = DEVICE.type == "cuda"
 #             B  Hq  Hkv N     S   D
 GPU_PACKED = [(1, 32, 8, 256, 15, 128), (1, 32, 8, 1024, 15, 128), (1, 32, 8, 4096, 15, 128)]
 #            B   Hq Hkv  N     M    Sk  D
 GPU_STEPS = [(1, 32, 8, 1024, 1024, 8, 128), (1, 32, 8, 4096, 1, 10, 128), (64, 32, 8, 2048, 1, 10, 128)]
 STOCK = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
-MOST_DENSE = 1024
-on_cpu = pytest.mark.skipif(ON_GPU, reason="the shapes of a CPU")
-on_gpu = pytest.mark.skipif(not ON_GPU, reason="there is no CUDA device")
+MAX_DENSE = 1024
 Contestants = dict[str, Callable[[], object]]
-_tables: dict[str, Any] = {}
 
 
 def inputs(b: int, hq: int, hkv: int, n: int, sq: int, sk: int, m: int, d: int) -> list[Tensor]:
@@ -150,78 +146,62 @@ def both(forward: Callable[[], Tensor], leaves: list[Tensor]) -> Callable[[], ob
     return lambda: torch.autograd.grad(forward(), leaves, grad)
 
 
+# What is timed of a contestant, and the operations per row, key seen and D.
+PARTS: dict[str, tuple[Callable[..., Callable[[], object]], int]] = {
+    "forward": (lambda forward, leaves: forward, 4),
+    "backward": (backward_of, 10),
+    "forward + backward": (both, 14),
+}
+
+
 def report(
     benchmark: Any, title: str, runs: Contestants, rounds: int, gflop: float | None = None
-) -> None:
+) -> Table:
     benchmark.pedantic(finished(next(iter(runs.values()))), rounds=rounds, warmup_rounds=1)
     # A backward pass runs on the stream of its forward pass, which no capture has seen.
-    graph = "backward" not in title
-    results = device.compare(dict(runs), rounds, graph=graph) if ON_GPU else compare(runs, rounds)
-    benchmark.extra_info.update({name: row["times_ours"] for name, row in results.items()})
-    show(title, results, gflop=gflop)
-    _tables[title] = results
-    write("thought_attention", _tables)
+    results = compare(runs, rounds, graph="backward" not in title)
+    record("thought_attention", title, results, benchmark, gflop=gflop)
+    return results
 
 
-@on_cpu
-@pytest.mark.parametrize("part", ["forward", "backward", "forward + backward"])
-@pytest.mark.parametrize("shape", PACKED, ids=str)
+@pytest.mark.parametrize("part", ["forward", "backward"] if ON_GPU else list(PARTS))
+@pytest.mark.parametrize("shape", GPU_PACKED if ON_GPU else PACKED, ids=str)
 def bench_packed(benchmark: Any, shape: tuple[int, ...], part: str) -> None:
     b, hq, hkv, n, s, d = shape
     tensors = inputs(b, hq, hkv, n, s, s, n, d)
     start, stop = ranges(b, n, n)
 
-    def fused() -> Tensor:
-        return thought_attention(*tensors, start, stop, impl="fused")
+    def ours(impl: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        return lambda: thought_attention(*tensors, start, stop, impl=impl), tensors
 
-    def reference() -> Tensor:
-        return thought_attention(*tensors, start, stop, impl="reference")
-
-    flash, dense = flash_on_text(tensors), with_dense_mask(tensors, stop)
-    torch.testing.assert_close(fused().flatten(2, 3), dense[0](), atol=1e-5, rtol=1e-4)
-    everyone = {"fused": (fused, tensors), "flash on the text prefix": flash}
-    if part != "backward":
-        everyone |= {"reference": (reference, tensors), "dense mask": dense}
-    make: Callable[..., Callable[[], object]] = {
-        "forward": lambda forward, leaves: forward,
-        "backward": backward_of,
-        "forward + backward": both,
-    }[part]
+    everyone = {"fused": ours("fused")}
+    if ON_GPU:
+        for name, backend in STOCK.items():
+            everyone[f"{name} on the text prefix"] = by_stock_backend(flash_on_text(tensors), backend)
+        everyone["flex_attention, block mask"] = other = with_flex(tensors)
+        if n <= MAX_DENSE:
+            everyone["dense mask"] = with_dense_mask(tensors, stop)
+    else:
+        everyone["flash on the text prefix"] = flash_on_text(tensors)
+        other = with_dense_mask(tensors, stop)
+        if part != "backward":
+            everyone |= {"reference": ours("reference"), "dense mask": other}
+    found, wanted = everyone["fused"][0]().flatten(2, 3), other[0]()
+    atol, rtol = (3e-2, 3e-2) if ON_GPU else (1e-5, 1e-4)
+    torch.testing.assert_close(found.float(), wanted.float(), atol=atol, rtol=rtol)
+    make, operations = PARTS[part]
     runs: Contestants = {name: make(*each) for name, each in everyone.items()}
-    keys = b * hq * s * n * ((n + 1) / 2 + (s + 1) / 2)
-    times = {"forward": 4, "backward": 10, "forward + backward": 14}[part]
-    title = f"thought_attention {part}, B{b} Hq{hq} Hkv{hkv} N{n} S{s} D{d} float32"
-    report(benchmark, title, runs, 5 if part != "backward" else 9, keys * times * d / 1e9)
-
-
-@on_gpu
-@pytest.mark.parametrize("part", ["forward", "backward"])
-@pytest.mark.parametrize("shape", GPU_PACKED, ids=str)
-def bench_packed_on_gpu(benchmark: Any, shape: tuple[int, ...], part: str) -> None:
-    b, hq, hkv, n, s, d = shape
-    tensors = inputs(b, hq, hkv, n, s, s, n, d)
-    start, stop = ranges(b, n, n)
-
-    def fused() -> Tensor:
-        return thought_attention(*tensors, start, stop, impl="fused")
-
-    everyone = {"fused": (fused, tensors)}
-    for name, backend in STOCK.items():
-        everyone[f"{name} on the text prefix"] = by_stock_backend(flash_on_text(tensors), backend)
-    everyone["flex_attention, block mask"] = with_flex(tensors)
-    if n <= MOST_DENSE:
-        everyone["dense mask"] = with_dense_mask(tensors, stop)
-    wanted = everyone["flex_attention, block mask"][0]().detach().float()
-    torch.testing.assert_close(fused().flatten(2, 3).float(), wanted, atol=3e-2, rtol=3e-2)
-    make = backward_of if part == "backward" else lambda forward, leaves: forward
-    runs: Contestants = {name: make(*each) for name, each in everyone.items()}
-    keys = b * hq * s * n * ((n + 1) / 2 + (s + 1) / 2)
-    title = f"thought_attention {part}, B{b} Hq{hq} Hkv{hkv} N{n} S{s} D{d} bfloat16"
-    report(benchmark, title, runs, 15, keys * (10 if part == "backward" else 4) * d / 1e9)
-    best = min(row["ms"] for name, row in _tables[title].items() if "prefix" in name)
-    print(f"  {_tables[title]['fused']['ms'] / best:.2f} times the best stock kernel on the prefix")
-    if part == "forward":
-        print(f"  {device.peak_mb(fused):.0f} MB beyond the inputs, of which out is the most")
+    gflop = operations * d * b * hq * s * n * ((n + 1) / 2 + (s + 1) / 2) / 1e9
+    dtype = str(tensors[0].dtype).removeprefix("torch.")
+    title = f"thought_attention {part}, B{b} Hq{hq} Hkv{hkv} N{n} S{s} D{d} {dtype}"
+    rounds = 15 if ON_GPU else 9 if part == "backward" else 5
+    table = report(benchmark, title, runs, rounds, gflop)
+    if ON_GPU:
+        best = min(row["ms"] for name, row in table.items() if "prefix" in name)
+        print(f"  {table['fused']['ms'] / best:.2f} times the best stock kernel on the prefix")
+        if part == "forward":
+            peak = device.peak_mb(everyone["fused"][0])
+            print(f"  {peak:.0f} MB beyond the inputs, of which out is the most")
 
 
 @pytest.mark.parametrize("shape", GPU_STEPS if ON_GPU else STEPS, ids=str)

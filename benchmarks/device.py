@@ -24,16 +24,17 @@ Contestant = Run | Sequence[Run]
 
 #: Where benchmarks put their inputs.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
 
 GRAPH_BELOW_MS = 1.0
-MOST_ROUNDS = 200
+MAX_ROUNDS = 200
 # What one table may take, in ms of device time; rounds are added until it is used up.
 TABLE_MS = 400.0
 
 
 def finished(run: Run) -> Run:
     """The same call, waiting for the device: for timers that read the host's clock."""
-    if DEVICE.type == "cpu":
+    if not ON_GPU:
         return run
 
     def wait() -> None:
@@ -54,7 +55,7 @@ def compare(
     """
     timed = {name: _Timed(contestant, graph) for name, contestant in contestants.items()}
     once = sum(each.about_ms for each in timed.values())
-    rounds = max(rounds, min(MOST_ROUNDS, int(TABLE_MS / max(once, 1e-3))))
+    rounds = max(rounds, min(MAX_ROUNDS, int(TABLE_MS / max(once, 1e-3))))
     pairs: dict[str, list[tuple[Any, Any]]] = {name: [] for name in timed}
     for _ in range(rounds):
         for name, each in timed.items():
@@ -79,7 +80,7 @@ def median_ms(run: Contestant, rounds: int = 15, *, graph: bool = True) -> float
 
 
 def peak_mb(run: Run) -> float:
-    """Most memory that a call holds beyond what is there before it, in MB (10^6 bytes)."""
+    """The peak of memory that a call holds beyond what is there before it, in MB (10^6 bytes)."""
     run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

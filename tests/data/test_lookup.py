@@ -163,6 +163,6 @@ def test_thoughts_learn_what_nothing_else_does(tmp_path):
     assert again["arms"] == arms
     assert os.stat(tmp_path / "full" / "model.safetensors").st_mtime_ns == before
     loaded = QuietStarForCausalLM.from_pretrained(tmp_path / "full")
-    assert evaluate(loaded, LookupLanguage(4)).to_dict() == full
+    assert evaluate(loaded, LookupLanguage(4)) == full
     rows = torch.from_numpy(LookupLanguage(4).derivations(64, 1))
     assert derivation_nll(loaded, rows) < 1.0

@@ -114,7 +114,7 @@ def test_letter_tokens(name: str, request):
     assert len(valid.ids) == 6
 
 
-def test_a_tokenizer_without_letters_is_refused():
+def test_a_tokenizer_without_letters_is_rejected():
     core = Tokenizer(models.WordLevel({"?": 0, "Q": 1}, unk_token="?"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="?")

@@ -77,7 +77,6 @@ def run(args: argparse.Namespace) -> int:
         fingerprint,
         split_names,
     )
-    from quietstar.evaluation.table import render
     from quietstar.evaluation.tasks import OWN
 
     names = split_names(args.tasks)
@@ -106,19 +105,23 @@ def run(args: argparse.Namespace) -> int:
     runner = TaskRunner(
         model, tokenizer, identity, journal, args.batch_size, state, progress=not args.quiet
     )
-    results: dict[str, Any] = {}
-    for task, rows in zip(tasks, items, strict=True):
-        results[task.name] = task.summarize(runner.records(task, rows))
+    results: dict[str, Any] = {
+        task.name: task.summarize(runner.records(task, rows))
+        for task, rows in zip(tasks, items, strict=True)
+    }
+    tables = [task.render(results[task.name]) for task in tasks]
     if foreign:
-        from quietstar.evaluation.harness import run_tasks
+        from quietstar.evaluation.harness import render, run_tasks
 
         limits = {"limit": args.limit, "batch_size": args.batch_size, "seed": args.seed}
-        results |= run_tasks(model, tokenizer, foreign, manager, **limits)
+        found = run_tasks(model, tokenizer, foreign, manager, **limits)
+        results.update(found)
+        tables += [render(name, result) for name, result in found.items()]
     if state.is_main_process:
         output.parent.mkdir(parents=True, exist_ok=True)
         content = {"model": args.model, "fingerprint": identity, "tasks": results}
         write_json(output, {**content, "versions": package_versions()})
-        print(render(results))
+        print("\n\n".join(tables))
         print(f"\nwritten to {output}")
     return 0
 

@@ -13,6 +13,7 @@ so that a second call continues where one stopped:
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from quietstar.data import lookup
 from quietstar.data.lookup import LookupLanguage, TextMix
 from quietstar.errors import UserError
-from quietstar.evaluation.perplexity import Estimate, estimate
+from quietstar.evaluation.perplexity import estimate
 from quietstar.evaluation.scores import Thoughts, TokenScores, token_scores
 from quietstar.files import METRICS_FILE, read_json, write_json
 from quietstar.recipes.recipe import Recipe, load_recipe
@@ -42,6 +43,11 @@ SKILL_NLL = 0.05
 SWEEP = (1, 2, 3, 5, 6)
 # Evaluation text: held-out problems, without asides.
 EVAL_MIX, EVAL_SEED, EVAL_ROWS, EVAL_LENGTH = TextMix(held_out=True), 10_000, 96, 48
+
+
+def heldout_rows(language: LookupLanguage, count: int, draw: int = 0) -> lookup.Ints:
+    """``count`` rows of held-out problems, [count, EVAL_LENGTH]; each ``draw`` is another text."""
+    return language.blocks(count, EVAL_LENGTH, EVAL_MIX, EVAL_SEED + draw)
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ class SkillCheck(TrainerCallback):
     """Stops pre-training once held-out derivations are predicted nearly surely, and not before."""
 
     def __init__(self, language: LookupLanguage, first: int = 600, every: int = 50) -> None:
-        self.rows = torch.from_numpy(language.derivations(256, EVAL_SEED))
+        self.rows = language.derivations(256, EVAL_SEED)
         self.first, self.every = first, every
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -116,9 +122,9 @@ class SkillCheck(TrainerCallback):
                 control.should_training_stop = True
 
 
-def derivation_nll(model: QuietStarForCausalLM, rows: torch.Tensor) -> float:
+def derivation_nll(model: QuietStarForCausalLM, rows: torch.Tensor | lookup.Ints) -> float:
     """Mean loss of the four derived states in :meth:`LookupLanguage.derivations` rows."""
-    scores = token_scores(model, rows.to(model.device), thoughts="none", batch_size=64)
+    scores = token_scores(model, rows, thoughts="none", batch_size=64)
     # Tokens 0-6 are the problem, `?` and the dash, 7 repeats s0, 8-11 are s1-s4.
     return float(scores.nll[:, 7:11].mean())
 
@@ -127,13 +133,13 @@ class Progress(TrainerCallback):
     """Accuracy on a few held-out problems while training, for the figure."""
 
     def __init__(self, language: LookupLanguage, every: int = 10) -> None:
-        self.rows = torch.from_numpy(language.blocks(32, EVAL_LENGTH, EVAL_MIX, EVAL_SEED + 1))
+        self.rows = heldout_rows(language, 32, draw=1)
         self.every = every
         self.curve: list[tuple[int, float]] = []
 
     def _look(self, step: int, model: QuietStarForCausalLM) -> None:
-        scores = token_scores(model, self.rows.to(model.device), batch_size=32)
-        hard = lookup.is_answer(self.rows.numpy())[:, 1:]
+        scores = token_scores(model, self.rows, batch_size=32)
+        hard = lookup.is_answer(self.rows)[:, 1:]
         self.curve.append((step, float(scores.correct[hard].mean())))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -145,45 +151,22 @@ class Progress(TrainerCallback):
             self._look(state.global_step, kwargs["model"])
 
 
-@dataclass(frozen=True)
-class ArmResult:
-    """One row of the table, as measured on held-out problems."""
-
-    hard_nll: Estimate
-    accuracy: Estimate
-    easy_nll: Estimate
-    chains: float | None
-    weight_hard: float
-    weight_easy: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
-        return {
-            "hard_nll": self.hard_nll.to_dict(),
-            "accuracy": self.accuracy.to_dict(),
-            "easy_nll": self.easy_nll.to_dict(),
-            "correct_chains": self.chains,
-            "mixing_weight_at_question": self.weight_hard,
-            "mixing_weight_elsewhere": self.weight_easy,
-        }
-
-
 def evaluate(
     model: QuietStarForCausalLM, language: LookupLanguage, thoughts: Thoughts = "own"
-) -> ArmResult:
-    """Score a model on held-out problems."""
-    rows = language.blocks(EVAL_ROWS, EVAL_LENGTH, EVAL_MIX, EVAL_SEED)
-    scores = token_scores(model, torch.from_numpy(rows).to(model.device), thoughts=thoughts)
+) -> dict[str, Any]:
+    """Score a model on held-out problems: one row of the table, as plain data."""
+    rows = heldout_rows(language, EVAL_ROWS)
+    scores = token_scores(model, rows, thoughts=thoughts)
     hard = lookup.is_answer(rows)[:, 1:]
     easy = ~lookup.behind_question(rows)[:, 1:]
-    return ArmResult(
-        hard_nll=estimate(scores.nll, hard),
-        accuracy=estimate(scores.correct.astype(float), hard),
-        easy_nll=estimate(scores.nll, easy),
-        chains=_correct_chains(language, rows, scores),
-        weight_hard=float(scores.mixing_weight[hard].mean()),
-        weight_easy=float(scores.mixing_weight[easy].mean()),
-    )
+    return {
+        "hard_nll": estimate(scores.nll, hard).to_dict(),
+        "accuracy": estimate(scores.correct.astype(float), hard).to_dict(),
+        "easy_nll": estimate(scores.nll, easy).to_dict(),
+        "correct_chains": _correct_chains(language, rows, scores),
+        "mixing_weight_at_question": float(scores.mixing_weight[hard].mean()),
+        "mixing_weight_elsewhere": float(scores.mixing_weight[easy].mean()),
+    }
 
 
 def _correct_chains(language: LookupLanguage, rows: lookup.Ints, scores: TokenScores) -> float | None:
@@ -210,7 +193,7 @@ def run_arms(
     progress: bool = True,
     show: Any = None,
 ) -> dict[str, Any]:
-    """Run what is not done yet and evaluate it; the content of ``metrics.json``.
+    """Run and evaluate what is not done yet; returns the content of ``metrics.json``.
 
     Args:
         show: called with the metrics so far whenever a row of the table is there.
@@ -222,17 +205,11 @@ def run_arms(
     language = LookupLanguage(seed)
     curves: dict[str, list[tuple[int, float]]] = {}
 
-    finished: set[str] = set()
-
+    @functools.cache
     def run(name: str) -> Path:
         folder = output / name
-        if name in finished:
-            return folder
-        finished.add(name)
         watch = Progress(language)
-        callbacks: list[TrainerCallback] = [watch]
-        if name in ("skill", "base"):
-            callbacks = [SkillCheck(language)] if name == "skill" else []
+        before = {"skill": [SkillCheck(language)], "base": []}
         if (folder / METRICS_FILE).is_file() and not fresh:
             logger.info("%s: done before", name)
         else:
@@ -243,7 +220,7 @@ def run_arms(
             overwrite=fresh and folder.is_dir(),
             progress=progress,
             log_lines=False,
-            callbacks=callbacks,
+            callbacks=before.get(name, [watch]),
         )
         kept = folder / "curve.json"
         if watch.curve and not result.continued:
@@ -253,32 +230,28 @@ def run_arms(
         return folder
 
     run("skill")
-    run("base")
-    metrics: dict[str, Any] = {"seed": seed, "arms": {}, "by_thought_length": {}}
-    start = QuietStarForCausalLM.from_pretrained(output / "base")
-    rows = torch.from_numpy(language.derivations(256, EVAL_SEED))
-    metrics["skill_nll"] = derivation_nll(start, rows)
-    if metrics["skill_nll"] > 4 * SKILL_NLL:
+    start = QuietStarForCausalLM.from_pretrained(run("base"))
+    skill_nll = derivation_nll(start, language.derivations(256, EVAL_SEED))
+    metrics: dict[str, Any] = {"seed": seed, "arms": {}, "by_thought_length": {}, "skill_nll": skill_nll}
+    if skill_nll > 4 * SKILL_NLL:
         raise UserError(
-            f"the base model did not learn the derivations (loss {metrics['skill_nll']:.2f} per step on"
-            f" held-out problems, expected below {4 * SKILL_NLL}); try another --seed"
+            f"the base model did not learn the derivations (loss {skill_nll:.2f} per step on held-out"
+            f" problems, expected below {4 * SKILL_NLL}); try another --seed"
         )
     for arm in ARMS:
         if quick and not arm.quick:
             continue
         model = QuietStarForCausalLM.from_pretrained(run(arm.run))
-        metrics["arms"][arm.label] = evaluate(model, language, arm.thoughts).to_dict()
+        metrics["arms"][arm.label] = evaluate(model, language, arm.thoughts)
         if arm.run == "full" and "thoughts" not in metrics:
             metrics["thoughts"] = some_thoughts(model, language)
         if show is not None:
             show(metrics)
-    if sweep:
-        for length in SWEEP:
-            name = f"length-{length}" if f"length-{length}" in recipes else "full"
-            model = QuietStarForCausalLM.from_pretrained(run(name))
-            metrics["by_thought_length"][length] = evaluate(model, language).to_dict()
-    metrics["accuracy_by_step"] = curves
-    metrics["versions"] = package_versions()
+    for length in SWEEP if sweep else ():
+        name = f"length-{length}" if f"length-{length}" in recipes else "full"
+        model = QuietStarForCausalLM.from_pretrained(run(name))
+        metrics["by_thought_length"][length] = evaluate(model, language)
+    metrics |= {"accuracy_by_step": curves, "versions": package_versions()}
     write_json(output / METRICS_FILE, metrics)
     return metrics
 
@@ -287,41 +260,33 @@ def some_thoughts(
     model: QuietStarForCausalLM, language: LookupLanguage, count: int = 5
 ) -> list[dict[str, Any]]:
     """What the model thinks at a few held-out questions, as text."""
-    rows = language.blocks(8, EVAL_LENGTH, EVAL_MIX, EVAL_SEED + 2)
-    scores = token_scores(model, torch.from_numpy(rows).to(model.device))
+    rows = heldout_rows(language, 8, draw=2)
+    scores = token_scores(model, rows)
     assert scores.thought_ids is not None
     tokenizer = lookup.build_tokenizer()
-    found: list[dict[str, Any]] = []
-    for row, at in np.argwhere(lookup.is_answer(rows)[:, 1:]):
-        if len(found) == count:
-            break
-        found.append(
-            {
-                "question": tokenizer.decode(rows[row, at - lookup.STEPS - 1 : at + 1]),
-                "thought": tokenizer.decode(scores.thought_ids[row, at]),
-                "answer": tokenizer.decode(rows[row, at + 1 : at + 2]),
-                "correct": bool(scores.correct[row, at]),
-                "mixing_weight": float(scores.mixing_weight[row, at]),
-            }
-        )
-    return found
+    places = np.argwhere(lookup.is_answer(rows)[:, 1:])[:count]
+    return [
+        {
+            "question": tokenizer.decode(rows[row, at - lookup.STEPS - 1 : at + 1]),
+            "thought": tokenizer.decode(scores.thought_ids[row, at]),
+            "answer": tokenizer.decode(rows[row, at + 1 : at + 2]),
+            "correct": bool(scores.correct[row, at]),
+            "mixing_weight": float(scores.mixing_weight[row, at]),
+        }
+        for row, at in places
+    ]
 
 
 def save_page(output: Path, language: LookupLanguage) -> Path:
     """The thoughts of the full arm at held-out problems, as ``thoughts.html``."""
-    from quietstar.inspect.page import About, write_page
-    from quietstar.modeling.model import QuietStarForCausalLM
+    from quietstar.inspect.page import write_run_page
 
-    return write_page(
-        QuietStarForCausalLM.from_pretrained(output / "full"),
-        lookup.build_tokenizer(),
-        language.blocks(6, EVAL_LENGTH, EVAL_MIX, EVAL_SEED + 2).tolist(),
-        output / "thoughts.html",
-        about=About(
-            title="Look-up problems: what thinking gained",
-            source="held-out rows of the demo; full Quiet-STaR",
-            run_folder=output / "full",
-        ),
+    return write_run_page(
+        output / "full",
+        heldout_rows(language, 6, draw=2).tolist(),
+        title="Look-up problems: what thinking gained",
+        source="held-out rows of the demo; full Quiet-STaR",
+        tokenizer=lookup.build_tokenizer(),
     )
 
 
@@ -333,7 +298,7 @@ def run_demo(
     sweep: bool = False,
     fresh: bool = False,
 ) -> None:
-    """Run, print the table as it fills, say what came out."""
+    """Run the demo, print the table as it fills, then the outcome."""
     from rich.console import Console
 
     from quietstar.demos.lookup_report import print_row, print_summary, save_figure
@@ -345,18 +310,13 @@ def run_demo(
         " them in one step.\nIt has seen such derivations in its corpus, seldom; the text that it"
         " now trains on has none."
     )
-    shown: set[str] = set()
-
-    def show(metrics: dict[str, Any]) -> None:
-        print_row(console, metrics, shown)
-
     metrics = run_arms(
         output,
         seed=seed,
         quick=quick,
         sweep=sweep,
         fresh=fresh,
-        show=show,
+        show=functools.partial(print_row, console),
     )
     figure = save_figure(metrics, output)
     print_summary(console, metrics)

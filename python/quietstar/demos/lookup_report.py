@@ -5,43 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quietstar.evaluation.perplexity import spread
+
 if TYPE_CHECKING:
     from rich.console import Console
 
 # Six states: an answer by chance.
 CHANCE = 1 / 6
-WIDTHS = (36, 16, 16, 12)
+LINE = "{:36}  {:>16}  {:>16}  {:>12}"
 
 
-def print_row(console: Console, metrics: dict[str, Any], shown: set[str]) -> None:
-    """Print the rows of the table that are new, the header before the first."""
-    if not shown:
-        console.print(
-            "\n"
-            + _line("arm", "answer: NLL", "accuracy", "easy NLL")
-            + "\n"
-            + "-" * (sum(WIDTHS) + 2 * len(WIDTHS) - 2),
-            markup=False,
-        )
-    for label, arm in metrics["arms"].items():
-        if label in shown:
-            continue
-        shown.add(label)
-        cells = (spread(arm["hard_nll"]), spread(arm["accuracy"]), f"{arm['easy_nll']['mean']:.3f}")
-        console.print(_line(label, *cells), markup=False)
-
-
-def spread(estimate: dict[str, Any]) -> str:
-    """``mean ± standard error``."""
-    error = estimate["standard_error"]
-    return f"{estimate['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
-
-
-def _line(*cells: str) -> str:
-    first, *others = cells
-    return first.ljust(WIDTHS[0]) + "".join(
-        "  " + cell.rjust(width) for cell, width in zip(others, WIDTHS[1:], strict=True)
-    )
+def print_row(console: Console, metrics: dict[str, Any]) -> None:
+    """Print the newest row of the table; before the first row, the header."""
+    label, arm = list(metrics["arms"].items())[-1]
+    if len(metrics["arms"]) == 1:
+        head = LINE.format("arm", "answer: NLL", "accuracy", "easy NLL")
+        console.print(f"\n{head}\n{'-' * len(head)}", markup=False)
+    cells = spread(arm["hard_nll"]), spread(arm["accuracy"]), f"{arm['easy_nll']['mean']:.3f}"
+    console.print(LINE.format(label, *cells), markup=False)
 
 
 def print_summary(console: Console, metrics: dict[str, Any]) -> None:
@@ -69,7 +50,7 @@ def print_summary(console: Console, metrics: dict[str, Any]) -> None:
 
 
 def verdict(metrics: dict[str, Any]) -> str:
-    """One sentence on what was measured; it does not promise what did not come."""
+    """One sentence on what was measured, gain or no gain."""
     full = metrics["arms"]["full Quiet-STaR"]["accuracy"]["mean"]
     plain = metrics["arms"]["no thoughts"]["accuracy"]["mean"]
     numbers = f"accuracy on answers {full:.3f} with thoughts, {plain:.3f} without (chance {CHANCE:.3f})"
@@ -83,35 +64,24 @@ def verdict(metrics: dict[str, Any]) -> str:
 
 def save_figure(metrics: dict[str, Any], output: Path) -> Path:
     """Accuracy by step, and by thought length if it was swept, as ``accuracy.png``."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     swept = metrics["by_thought_length"]
     panels = 2 if swept else 1
-    figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 3.6), squeeze=False)
-    left = axes[0][0]
+    figure = Figure(figsize=(5.2 * panels, 3.6), layout="tight")
+    axes = figure.subplots(1, panels, squeeze=False)[0]
     for name, curve in metrics["accuracy_by_step"].items():
         if not name.startswith("length-"):
-            left.plot(*zip(*curve, strict=True), label=name)
-    left.set(xlabel="step", ylabel="accuracy on held-out answers", ylim=(0, 1))
-    left.axhline(CHANCE, color="grey", linestyle=":", linewidth=1)
-    left.legend(frameon=False)
+            axes[0].plot(*zip(*curve, strict=True), label=name)
+    axes[0].set(xlabel="step", ylabel="accuracy on held-out answers", ylim=(0, 1))
+    axes[0].legend(frameon=False)
     if swept:
-        right = axes[0][1]
-        lengths = [int(length) for length in swept]
-        right.errorbar(
-            lengths,
-            [arm["accuracy"]["mean"] for arm in swept.values()],
-            [arm["accuracy"]["standard_error"] or 0.0 for arm in swept.values()],
-            marker="o",
-            capsize=3,
-        )
-        right.axhline(CHANCE, color="grey", linestyle=":", linewidth=1)
-        right.set(xlabel="thought length (tokens)", ylim=(0, 1.02))
-    figure.tight_layout()
+        accuracy = [arm["accuracy"] for arm in swept.values()]
+        means, errors = ([each[key] or 0.0 for each in accuracy] for key in ("mean", "standard_error"))
+        axes[1].errorbar([int(length) for length in swept], means, errors, marker="o", capsize=3)
+        axes[1].set(xlabel="thought length (tokens)", ylim=(0, 1.02))
+    for panel in axes:
+        panel.axhline(CHANCE, color="grey", linestyle=":", linewidth=1)
     path = output / "accuracy.png"
     figure.savefig(path, dpi=120)
-    plt.close(figure)
     return path

@@ -13,19 +13,21 @@ The result is stated as it is measured, gain or no gain.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from quietstar.data.blocks import TokenBlocks
 from quietstar.evaluation.perplexity import (
     Estimate,
     TokenLosses,
-    deciles,
-    estimate,
+    by_decile,
+    means,
+    spread,
     token_losses,
+    undisturbed,
 )
 from quietstar.evaluation.scores import token_scores
 from quietstar.files import METRICS_FILE, read_json, write_json
@@ -117,7 +119,7 @@ def run_demo(output: Path, *, quick: bool = False, fresh: bool = False) -> None:
         page.unlink(missing_ok=True)
         write_json(done, metrics)
     if not page.is_file():
-        save_page(output, recipes["quiet-star"], page)
+        save_page(output, recipes["quiet-star"])
     show(console, metrics)
     console.print(f"\nmetrics: {done}\npage: {page}\ncheckpoint, after [b]import quietstar[/b]:")
     console.print(
@@ -125,17 +127,17 @@ def run_demo(output: Path, *, quick: bool = False, fresh: bool = False) -> None:
     )
 
 
-def heldout_blocks(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, count: int) -> TokenBlocks:
+def heldout_rows(
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, count: int
+) -> list[dict[str, torch.Tensor]]:
     """``count`` rows spread evenly over all held-out files."""
     from quietstar.data.blocks import Blocks, read_blocks
     from quietstar.data.stdlib import load_stdlib
 
-    size = recipe.data.block_size
-    every, _ = read_blocks(
-        lambda: load_stdlib("heldout"), tokenizer, Blocks(size), what="held-out files"
-    )
+    blocks = Blocks(recipe.data.block_size)
+    every, _ = read_blocks(lambda: load_stdlib("heldout"), tokenizer, blocks, what="held-out files")
     picked = np.linspace(0, len(every) - 1, min(count, len(every))).round().astype(int)
-    return TokenBlocks(every.tokens[picked], every.lengths[picked])
+    return [every[int(number)] for number in picked]
 
 
 def evaluate(output: Path, recipe: Recipe, *, blocks: int) -> dict[str, Any]:
@@ -145,19 +147,15 @@ def evaluate(output: Path, recipe: Recipe, *, blocks: int) -> dict[str, Any]:
     from quietstar.modeling.model import QuietStarForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(output / "quiet-star")
-    rows = heldout_blocks(tokenizer, recipe, blocks)
+    rows = heldout_rows(tokenizer, recipe, blocks)
     losses: dict[str, TokenLosses] = {}
     model: QuietStarForCausalLM
     for name in ("base", "control", "quiet-star"):
         model = QuietStarForCausalLM.from_pretrained(output / name)
-        losses[name] = token_losses(
-            model, (rows[i] for i in range(len(rows))), description=f"evaluating {name}"
-        )
+        losses[name] = token_losses(model, rows, description=f"evaluating {name}")
     counted = losses["base"].counted
     quiet_star = losses["quiet-star"]
-    shuffled = token_scores(
-        model, torch.stack([rows[i]["input_ids"] for i in range(len(rows))]), thoughts="shuffled"
-    )
+    shuffled = token_scores(model, torch.stack([row["input_ids"] for row in rows]), thoughts="shuffled")
     arms = {
         "base": losses["base"].base,
         "control": losses["control"].base,
@@ -165,78 +163,65 @@ def evaluate(output: Path, recipe: Recipe, *, blocks: int) -> dict[str, Any]:
         "mixed": quiet_star.mixed,
         "shuffled": shuffled.nll,
     }
+    gains = {
+        f"gain_over_{name}": arms[name] - arms["mixed"] for name in ("control", "silent", "shuffled")
+    }
     # Difficulty by the base that all arms started from, so that no arm defines its own hard tokens.
-    decile = deciles(losses["base"].base, counted)
-    gain = arms["control"] - arms["mixed"]
+    of_arms = by_decile(arms, arms["base"], counted)
+    of_gains = by_decile({"gain_over_control": gains["gain_over_control"]}, arms["base"], counted)
     return {
         "blocks": len(rows),
         "tokens": int(counted.sum()),
-        "nll": {name: estimate(values, counted).to_dict() for name, values in arms.items()},
-        "gain_over_control": estimate(gain, counted).to_dict(),
-        "gain_over_silent": estimate(arms["silent"] - arms["mixed"], counted).to_dict(),
-        "gain_over_shuffled": estimate(arms["shuffled"] - arms["mixed"], counted).to_dict(),
-        "by_decile": [
-            {
-                "nll": {name: estimate(v, decile == d).to_dict() for name, v in arms.items()},
-                "gain_over_control": estimate(gain, decile == d).to_dict(),
-            }
-            for d in range(10)
-        ],
+        "nll": means(arms, counted),
+        **means(gains, counted),
+        "by_decile": [{"nll": nll, **gain} for nll, gain in zip(of_arms, of_gains, strict=True)],
         "thoughts": thoughts_in_context(model, tokenizer, rows, quiet_star),
     }
 
 
-def save_page(output: Path, recipe: Recipe, page: Path, *, count: int = 4) -> None:
-    """The thoughts of the trained model in ``count`` held-out rows, to look at in a browser."""
+def save_page(output: Path, recipe: Recipe, *, count: int = 4) -> None:
+    """The thoughts of the trained model in ``count`` held-out rows, as ``thoughts.html``."""
     from transformers import AutoTokenizer
 
-    from quietstar.inspect.page import About, write_page
-    from quietstar.modeling.model import QuietStarForCausalLM
+    from quietstar.inspect.page import write_run_page
 
     tokenizer = AutoTokenizer.from_pretrained(output / "quiet-star")
-    rows = heldout_blocks(tokenizer, recipe, count)
-    write_page(
-        QuietStarForCausalLM.from_pretrained(output / "quiet-star"),
-        tokenizer,
-        [rows[i]["input_ids"].tolist() for i in range(len(rows))],
-        page,
-        about=About(
-            title="Python source: what thinking gained",
-            source="held-out files of the standard library",
-            run_folder=output / "quiet-star",
-        ),
+    write_run_page(
+        output / "quiet-star",
+        [row["input_ids"].tolist() for row in heldout_rows(tokenizer, recipe, count)],
+        title="Python source: what thinking gained",
+        source="held-out files of the standard library",
+        tokenizer=tokenizer,
     )
 
 
 def thoughts_in_context(
     model: QuietStarForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    rows: TokenBlocks,
+    rows: Sequence[dict[str, torch.Tensor]],
     losses: TokenLosses,
 ) -> list[dict[str, Any]]:
     """The most likely thoughts at six held-out places: three random, three with the largest gain."""
     gain = losses.base - losses.mixed
-    width = gain.shape[1]
-    places = list(np.random.default_rng(0).choice(gain.size, size=3, replace=False))
-    places += list(np.argsort(-gain, axis=None, kind="stable")[:3])
-    model.eval()
+    places = [
+        ("at random", place) for place in np.random.default_rng(0).choice(gain.size, 3, replace=False)
+    ]
+    places += [("largest gain", place) for place in np.argsort(-gain, axis=None, kind="stable")[:3]]
     found = []
-    for number, place in enumerate(places):
-        row, i = divmod(int(place), width)
+    for chosen, place in places:
+        row, at = divmod(int(place), gain.shape[1])
         ids = rows[row]["input_ids"]
-        with torch.no_grad():
-            output = model(
-                input_ids=ids[None], labels=ids[None], anchors=torch.tensor([[i]]), attention_mask=None
-            )
+        with undisturbed(model):
+            output = model(input_ids=ids[None], labels=ids[None], anchors=torch.tensor([[at]]))
         assert output.thought_ids is not None
         found.append(
             {
-                "chosen": "at random" if number < 3 else "largest gain",
-                "before": tokenizer.decode(ids[: i + 1])[-60:],
+                "chosen": chosen,
+                "before": tokenizer.decode(ids[: at + 1])[-60:],
                 "thought": tokenizer.decode(output.thought_ids[0, 0, 0]),
-                "next": tokenizer.decode(ids[i + 1 : i + 2]),
-                "base_nll": float(losses.base[row, i]),
-                "mixed_nll": float(losses.mixed[row, i]),
+                "next": tokenizer.decode(ids[at + 1 : at + 2]),
+                "base_nll": float(losses.base[row, at]),
+                "mixed_nll": float(losses.mixed[row, at]),
             }
         )
     return found
@@ -268,14 +253,16 @@ def show(console: Console, metrics: dict[str, Any]) -> None:
     table.add_column("tokens", no_wrap=True)
     for name in (*ARMS, "gain"):
         table.add_column(name, justify="right", no_wrap=True)
-    means = [_number(metrics["nll"][name]["mean"]) for name in ARMS]
-    table.add_row("all", *means, _estimate(metrics["gain_over_control"]))
-    errors = [_number(metrics["nll"][name]["standard_error"]) for name in ARMS]
-    table.add_row("± over blocks", *errors, "", end_section=True)
-    for d, part in enumerate(metrics["by_decile"]):
-        label = f"tenth {d + 1}" + {0: ", easiest", 9: ", hardest"}.get(d, "")
-        means = [_number(part["nll"][name]["mean"]) for name in ARMS]
-        table.add_row(label, *means, _estimate(part["gain_over_control"]))
+    rows = [("all", metrics["nll"], metrics["gain_over_control"])]
+    for number, part in enumerate(metrics["by_decile"]):
+        label = f"tenth {number + 1}" + {0: ", easiest", 9: ", hardest"}.get(number, "")
+        rows.append((label, part["nll"], part["gain_over_control"]))
+    for label, nll, gain in rows:
+        table.add_row(label, *(f"{nll[name]['mean']:.3f}" for name in ARMS), spread(gain, "+.3f"))
+        if label == "all":
+            errors = [nll[name]["standard_error"] for name in ARMS]
+            shown = ["" if error is None else f"{error:.3f}" for error in errors]
+            table.add_row("± over blocks", *shown, "", end_section=True)
     console.print(table)
     for name, meaning in {**ARMS, "gain": "control - mixed"}.items():
         console.print(f"  {name}: {meaning}")
@@ -290,18 +277,8 @@ def show(console: Console, metrics: dict[str, Any]) -> None:
         )
     gain = metrics["gain_over_control"]
     console.print(f"\n[b]{verdict(Estimate(gain['mean'], gain['standard_error']))}[/b]")
-    silent, shuffled = (_estimate(metrics[f"gain_over_{name}"], 4) for name in ("silent", "shuffled"))
+    silent, shuffled = (spread(metrics[f"gain_over_{name}"], "+.4f") for name in ("silent", "shuffled"))
     console.print(
         f"Within the same model thinking is worth {silent}, and its own thoughts rather than those of "
         f"another place {shuffled}."
     )
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _estimate(value: dict[str, Any], digits: int = 3) -> str:
-    error = value["standard_error"]
-    spread = "" if error is None else f" ± {error:.{digits}f}"
-    return f"{value['mean']:+.{digits}f}{spread}"

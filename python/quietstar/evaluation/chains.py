@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from quietstar.data.collator import PaddingCollator
 from quietstar.errors import UserError
+from quietstar.evaluation.reasoning import token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,15 +93,9 @@ def _generate(
     max_new_tokens: int,
 ) -> list[str]:
     """The new text of each prompt, all sampled in one batch (padded at the left)."""
-    rows = [list(tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts]
-    # A tokenizer that closes texts with the end-of-text token would end the answer before it begins.
-    rows = [row[:-1] if row[-1:] == [tokenizer.eos_token_id] else row for row in rows]
-    longest = max(map(len, rows))
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for number, row in enumerate(rows):
-        ids[number, longest - len(row) :] = torch.tensor(row)
-        mask[number, longest - len(row) :] = 1
+    rows = [{"input_ids": token_ids(tokenizer, prompt)} for prompt in prompts]
+    batch = PaddingCollator(padding_side="left")(rows)
+    longest = batch["input_ids"].shape[1]
     sampling: dict[str, Any] = {"do_sample": False}
     if settings.temperature > 0:
         # 0 and 1 mean "all tokens": a checkpoint's own defaults must not decide.
@@ -108,8 +104,8 @@ def _generate(
         sampling["thinking"] = settings.thinking
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     new = model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
+        batch["input_ids"].to(model.device),
+        attention_mask=batch["attention_mask"].to(model.device),
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
         stopping_criteria=StoppingCriteriaList([_StopAtMark(tokenizer, longest)]),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from quietstar.data.collator import PaddingCollator
-from quietstar.evaluation.perplexity import TokenLosses, by_decile, deciles, estimate
+from quietstar.evaluation.perplexity import by_decile, means, undisturbed
 from quietstar.thinking.batch_share import BatchShard
 from quietstar.thinking.layout import text_ranges
 from quietstar.thinking.output_layer import OutputLayer
@@ -31,6 +31,7 @@ from quietstar.thinking.text_batch import TextBatch
 if TYPE_CHECKING:
     from quietstar.modeling.model import QuietStarForCausalLM
 
+PAUSE: dict[str, Any] = {"thought_kind": "pause"}
 PREDICTIONS = ("base", "mixed", "thought", "shuffled", "pause")
 
 
@@ -55,13 +56,10 @@ def moved(count: int, seed: int) -> list[int]:
     """For every position another one, at random (its own only where there is no other)."""
     order = list(range(count))
     random.Random(seed).shuffle(order)
-    result = [0] * count
-    for here, there in zip(order, order[1:] + order[:1], strict=True):
-        result[here] = there
-    return result
+    following = dict(zip(order, order[1:] + order[:1], strict=True))
+    return [following[place] for place in range(count)]
 
 
-@torch.no_grad()
 def block_losses(
     model: QuietStarForCausalLM, blocks: Sequence[Sequence[int]]
 ) -> list[dict[str, list[float]]]:
@@ -70,7 +68,7 @@ def block_losses(
     Per block a list of ``len(block) - 1`` losses for each of :data:`PREDICTIONS` that the model has:
     one with pause tokens cannot shuffle, one without thoughts has ``base`` alone. Thoughts are the
     most likely ones at every position; a block's result does not depend on the blocks beside it but
-    for rounding. The model is expected in evaluation mode.
+    for rounding.
     """
     rows = [{"input_ids": b, "attention_mask": [1] * len(b), "labels": list(b)} for b in blocks]
     batch = {key: value.to(model.device) for key, value in PaddingCollator()(rows).items()}
@@ -88,18 +86,14 @@ def block_losses(
         mixed, _ = td.mix(text_batch, text, slot_hidden, steps=1)
         return _losses(td.output, mixed[0], targets)
 
-    def think() -> Thoughts:
-        return td.rollout(text_batch, slots)
-
     found: dict[str, Tensor] = {}
-    kind = config.thought_kind
-    try:
-        if kind == "none":
-            config.thought_kind = "pause"  # the text pass alone is wanted; this thinks the cheapest way
-        own = think()
+    # Of a model without thoughts the text pass alone is wanted; pause tokens think the cheapest way.
+    thinks = config.thinks
+    with undisturbed(model, **({} if thinks else PAUSE)):
+        own = td.rollout(text_batch, slots)
         text, slot_hidden = _kept(own)
         found["base"] = _losses(td.output, text[:, :-1], targets)
-        if kind != "none":
+        if thinks:
             found["mixed"] = mixed_losses(text, slot_hidden)
             found["thought"] = _losses(td.output, slot_hidden[:, slots - 1], targets)
         if own.ids is not None:
@@ -107,10 +101,9 @@ def block_losses(
             shuffled = own.ids.gather(1, partner[:, :, None].expand_as(own.ids))
             others = Thoughts(anchors, shuffled)
             found["shuffled"] = mixed_losses(*td.packed(text_batch, others, slots))
-            config.thought_kind = "pause"
-            found["pause"] = mixed_losses(*_kept(think()))
-    finally:
-        config.thought_kind = kind
+    if "shuffled" in found:
+        with undisturbed(model, **PAUSE):
+            found["pause"] = mixed_losses(*_kept(td.rollout(text_batch, slots)))
     return [
         {name: losses[row, : len(block) - 1].tolist() for name, losses in found.items()}
         for row, block in enumerate(blocks)
@@ -149,13 +142,11 @@ def summarize_controls(records: Sequence[dict[str, list[float]]]) -> dict[str, A
         counted[row, : len(record["base"])] = True
         for name in names:
             values[name][row, : len(record[name])] = record[name]
-    losses = TokenLosses(values["base"], values.get("mixed", values["base"]), counted)
-    decile = deciles(losses.base, counted)
-    per_decile = {name: by_decile(values[name], decile) for name in names}
+    gains = {name: values["base"] - values[name] for name in names[1:]}
     return {
         "tokens": int(counted.sum()),
         "blocks": len(records),
-        "nll": {name: estimate(values[name], counted).to_dict() for name in names},
-        "gain": {name: estimate(values["base"] - values[name], counted).to_dict() for name in names[1:]},
-        "nll_by_decile": [{name: per_decile[name][d].to_dict() for name in names} for d in range(10)],
+        "nll": means(values, counted),
+        "gain": means(gains, counted),
+        "nll_by_decile": by_decile(values, values["base"], counted),
     }

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
+from quietstar.evaluation.perplexity import spread
+from quietstar.evaluation.table import grid
+
 # Registers the architecture with transformers, so that the harness can load it by name.
 from quietstar.modeling.model import QuietStarForCausalLM
 from quietstar.thinking.slots import depth_of_end
@@ -84,6 +87,17 @@ def run_tasks(
         task: {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
         for task, values in found["results"].items()
     }
+
+
+def render(name: str, result: dict[str, float]) -> str:
+    """One task's result as a table."""
+    rows = []
+    for key, value in result.items():
+        metric, _, kind = key.partition(",")
+        if metric != "sample_len" and not metric.endswith("_stderr"):
+            error = result.get(f"{metric}_stderr,{kind}")
+            rows.append([metric, spread({"mean": value, "standard_error": error}, ".4f")])
+    return grid(f"{name} (lm-evaluation-harness)", ["", "value ± standard error"], rows)
 
 
 def main() -> None:

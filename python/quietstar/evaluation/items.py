@@ -55,7 +55,7 @@ def load_rows(
         plain = {name: row[name] for name in wanted}
         try:
             if not is_utf8(json.dumps(plain, ensure_ascii=False, default=str)):
-                raise UserError("it holds half of a surrogate pair, which is no character")
+                raise UserError("it contains half of a surrogate pair, which is not a character")
             check(plain)
         except UserError as error:
             left_out.add(place, f"cannot be used: {error}")

@@ -8,7 +8,8 @@ the tokens of a block are not independent.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,10 +54,37 @@ class Estimate:
         return {"mean": self.mean, "standard_error": self.error}
 
     def __str__(self) -> str:
-        return f"{self.mean:.4f}" + ("" if self.error is None else f" ± {self.error:.4f}")
+        return spread(self.to_dict(), ".4f")
 
 
-@torch.no_grad()
+def spread(plain: Mapping[str, Any], digits: str = ".3f") -> str:
+    """The plain data of an :class:`Estimate` as ``mean ± standard error``."""
+    mean, error = plain["mean"], plain["standard_error"]
+    return f"{mean:{digits}}" + ("" if error is None else f" ± {error:{digits.lstrip('+')}}")
+
+
+@contextmanager
+def undisturbed(model: Any, seed: int | None = None, **fields: Any) -> Iterator[None]:
+    """Evaluation mode, no gradients, torch's generator seeded and other configuration ``fields`` (those
+    that the model has); everything is restored afterwards."""
+    config, training = model.config, getattr(model, "training", False)
+    before = {name: getattr(config, name) for name in fields if hasattr(config, name)}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        if seed is not None:
+            torch.manual_seed(seed)
+        if training:
+            model.eval()
+        try:
+            for name in before:
+                setattr(config, name, fields[name])
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(config, name, value)
+            if training:
+                model.train()
+
+
 def token_losses(
     model: QuietStarForCausalLM,
     blocks: Iterable[dict[str, torch.Tensor]],
@@ -87,24 +115,16 @@ def token_losses(
     counted = np.zeros(shape, dtype=bool)
     collate = PaddingCollator(0, padding_side)
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    try:
-        bar = tqdm(total=len(rows), desc=description, unit=" blocks", disable=not progress)
-        with bar:
-            for first in range(0, len(rows), batch_size):
-                batch = collate(rows[first : first + batch_size])
-                n = batch["input_ids"].shape[1]
-                place = (slice(first, first + batch_size), slice(0, n - 1))
-                base[place], mixed[place], counted[place] = _batch_losses(
-                    model, {key: value.to(device) for key, value in batch.items()}
-                )
-                bar.update(len(batch["input_ids"]))
-    finally:
-        torch.set_rng_state(state)
-        model.train(was_training)
+    bar = tqdm(total=len(rows), desc=description, unit=" blocks", disable=not progress)
+    with undisturbed(model, seed), bar:
+        for first in range(0, len(rows), batch_size):
+            batch = collate(rows[first : first + batch_size])
+            n = batch["input_ids"].shape[1]
+            place = (slice(first, first + batch_size), slice(0, n - 1))
+            base[place], mixed[place], counted[place] = _batch_losses(
+                model, {key: value.to(device) for key, value in batch.items()}
+            )
+            bar.update(len(batch["input_ids"]))
     if not counted.any():
         raise UserError(
             "the text to evaluate on has no token to predict (labels are all -100 or padding, or rows"
@@ -164,28 +184,26 @@ def deciles(difficulty: Array, counted: npt.NDArray[np.bool_]) -> npt.NDArray[np
     return result
 
 
-def by_decile(values: Array, decile: npt.NDArray[np.int64]) -> list[Estimate]:
-    """:func:`estimate` within each decile, easiest first."""
-    return [estimate(values, decile == d) for d in range(10)]
+def means(values: Mapping[str, Array], counted: npt.NDArray[np.bool_]) -> dict[str, dict[str, Any]]:
+    """:func:`estimate` of each, by its name, as plain data."""
+    return {name: estimate(value, counted).to_dict() for name, value in values.items()}
+
+
+def by_decile(
+    values: Mapping[str, Array], difficulty: Array, counted: npt.NDArray[np.bool_]
+) -> list[dict[str, dict[str, Any]]]:
+    """:func:`means` within each decile of difficulty, easiest first."""
+    decile = deciles(difficulty, counted)
+    return [means(values, decile == number) for number in range(10)]
 
 
 def summarize(losses: TokenLosses) -> dict[str, Any]:
     """Means with standard errors, and means by decile of the base loss, as plain data."""
-    gain = losses.base - losses.mixed
-    decile = deciles(losses.base, losses.counted)
+    base, mixed, counted = losses.base, losses.mixed, losses.counted
+    values = {"base_nll": base, "mixed_nll": mixed, "gain": base - mixed}
     return {
-        "tokens": int(losses.counted.sum()),
-        "blocks": len(losses.base),
-        "base_nll": estimate(losses.base, losses.counted).to_dict(),
-        "mixed_nll": estimate(losses.mixed, losses.counted).to_dict(),
-        "gain": estimate(gain, losses.counted).to_dict(),
-        "by_decile_of_base_nll": [
-            {"base_nll": b.to_dict(), "mixed_nll": m.to_dict(), "gain": g.to_dict()}
-            for b, m, g in zip(
-                by_decile(losses.base, decile),
-                by_decile(losses.mixed, decile),
-                by_decile(gain, decile),
-                strict=True,
-            )
-        ],
+        "tokens": int(counted.sum()),
+        "blocks": len(base),
+        **means(values, counted),
+        "by_decile_of_base_nll": by_decile(values, base, counted),
     }

@@ -8,22 +8,23 @@ space before a number, a thousands separator) are given for free, as in the refe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from quietstar.data.collator import IGNORED, PaddingCollator
 from quietstar.errors import UserError
+from quietstar.evaluation.perplexity import undisturbed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ANSWER_MARK = "\nA:"
 LETTERS = "ABCDE"
-IGNORED = -100
 
 
 # ---- prompts ------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ def number_tokens(tokenizer: PreTrainedTokenizerBase) -> ValidTokens:
     """
     texts = _texts_in_context(tokenizer)
     digits = {
-        i for i, text in enumerate(texts) if _is_number(text) and i in _ids(tokenizer, f"A:{text}")
+        i for i, text in enumerate(texts) if _is_number(text) and i in token_ids(tokenizer, f"A:{text}")
     }
     single = {texts[i].strip() for i in digits}
     missing = [d for d in "0123456789" if d not in single]
@@ -145,7 +146,7 @@ def split_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -
 
     A token that holds the end of the prompt and the beginning of the answer belongs to the answer.
     """
-    head, ids = _ids(tokenizer, prompt), _ids(tokenizer, prompt + answer)
+    head, ids = token_ids(tokenizer, prompt), token_ids(tokenizer, prompt + answer)
     start = 0
     while start < min(len(head), len(ids)) and head[start] == ids[start]:
         start += 1
@@ -157,7 +158,7 @@ def _is_number(text: str) -> bool:
     return digits.isascii() and digits.isdigit()
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids with what the tokenizer puts before a text, without an end-of-text token behind it."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
@@ -166,9 +167,9 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _texts_in_context(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What every token adds to a text. Decoded behind another token, because some tokenizers drop the
+    """The text of every token. Decoded behind another token, because some tokenizers drop the
     space before the first one."""
-    anchor = _ids(tokenizer, "A")[-1:]
+    anchor = token_ids(tokenizer, "A")[-1:]
     length = len(tokenizer.decode(anchor))
     pairs = [[*anchor, i] for i in range(len(tokenizer))]
     texts = tokenizer.batch_decode(pairs, clean_up_tokenization_spaces=False)
@@ -176,7 +177,7 @@ def _texts_in_context(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _newline(tokenizer: PreTrainedTokenizerBase, texts: list[str], before: str) -> int:
-    found = [i for i in _ids(tokenizer, f"{before}\n") if texts[i] == "\n"]
+    found = [i for i in token_ids(tokenizer, f"{before}\n") if texts[i] == "\n"]
     if not found:
         raise UserError("the tokenizer has no token for the newline, which ends an answer")
     return found[-1]
@@ -206,7 +207,7 @@ def gold_probability(logits: Tensor, targets: Tensor, valid: Tensor) -> Tensor:
 
 
 def exact_match(logits: Tensor, targets: Tensor) -> Tensor:
-    """[B] bool, whether greedy decoding writes the gold answer: each token is the most likely of all."""
+    """[B] bool, whether greedy decoding writes the gold answer, every token of it."""
     return ((logits.argmax(-1) == targets) | (targets == IGNORED)).all(1)
 
 
@@ -256,17 +257,9 @@ def encode(
     return Encoded(ids, count, over > 0)
 
 
-@contextmanager
-def without_thoughts(model: Any) -> Iterator[None]:
-    """Within, a Quiet-STaR model predicts without thinking (its weights are the same)."""
-    kind = getattr(model.config, "thought_kind", None)
-    try:
-        if kind is not None:
-            model.config.thought_kind = "none"
-        yield
-    finally:
-        if kind is not None:
-            model.config.thought_kind = kind
+def without_thoughts(model: Any) -> AbstractContextManager[None]:
+    """Context in which a Quiet-STaR model predicts without thinking (its weights are the same)."""
+    return undisturbed(model, thought_kind="none")
 
 
 @torch.no_grad()
@@ -276,14 +269,13 @@ def answer_logits(model: Any, items: Sequence[Encoded]) -> tuple[Tensor, Tensor]
     Rows are padded at the left, so that all answers end together and thoughts are needed at the last
     positions only. Meta tokens get no probability.
     """
-    longest, keep = max(len(i.ids) for i in items), max(i.answer for i in items)
-    ids = torch.zeros(len(items), longest, dtype=torch.int64)
-    mask, targets = torch.zeros_like(ids), torch.full((len(items), keep), IGNORED)
-    for row, item in enumerate(items):
-        ids[row, longest - len(item.ids) :] = torch.tensor(item.ids)
-        mask[row, longest - len(item.ids) :] = 1
-        targets[row, keep - item.answer :] = torch.tensor(item.ids[len(item.ids) - item.answer :])
-    ids, mask, targets = (t.to(model.device) for t in (ids, mask, targets))
+    keep = max(item.answer for item in items)
+    rows = []
+    for item in items:
+        before = len(item.ids) - item.answer
+        rows.append({"input_ids": item.ids, "labels": [IGNORED] * before + item.ids[before:]})
+    batch = PaddingCollator(padding_side="left")(rows)
+    ids, mask = (batch[name].to(model.device) for name in ("input_ids", "attention_mask"))
     # The last token is predicted, never read.
     mask = mask[:, :-1]
     logits = model(
@@ -296,7 +288,7 @@ def answer_logits(model: Any, items: Sequence[Encoded]) -> tuple[Tensor, Tensor]
         token = getattr(model.config, name, None)
         if token is not None:
             logits[..., token] = -torch.inf
-    return logits, targets
+    return logits, batch["labels"][:, -keep:].to(model.device)
 
 
 Record = dict[str, Any]
@@ -316,24 +308,20 @@ def score_answers(
         ``mixed_`` if the model thinks, and ``cut``.
     """
     records: list[Record] = [{"cut": item.cut} for item in items]
-    thinks = bool(getattr(model.config, "thinks", False))
-    for name in ("base", "mixed") if thinks else ("base",):
-        if name == "base":
-            with without_thoughts(model):
-                logits, targets = answer_logits(model, items)
-        else:
+    passes: dict[str, AbstractContextManager[None]] = {"base": without_thoughts(model)}
+    if getattr(model.config, "thinks", False):
+        passes["mixed"] = nullcontext()
+    for name, context in passes.items():
+        with context:
             logits, targets = answer_logits(model, items)
-        probability = gold_probability(logits, targets, valid.ids.to(logits.device)).tolist()
+        probability = gold_probability(logits, targets, valid.ids.to(logits.device))
         if choices is None:
-            correct = exact_match(logits, targets).tolist()
+            correct = exact_match(logits, targets)
         else:
-            chosen = letter_choice(logits, targets, valid.letters, choices).tolist()
-            gold = [
-                next(valid.letters.index(t) for t in row if t in valid.letters)
-                for row in targets.tolist()
-            ]
-            correct = [c == g for c, g in zip(chosen, gold, strict=True)]
-        for record, p, c in zip(records, probability, correct, strict=True):
+            letters = torch.tensor(valid.letters, device=logits.device)
+            gold = (targets[:, :, None] == letters).any(1).int().argmax(1)
+            correct = letter_choice(logits, targets, valid.letters, choices) == gold
+        for record, p, c in zip(records, probability.tolist(), correct.tolist(), strict=True):
             record[f"{name}_probability"] = p
-            record[f"{name}_correct"] = bool(c)
+            record[f"{name}_correct"] = c
     return records

@@ -1,4 +1,4 @@
-"""Tasks, chosen and run: what a journal has is not scored again, several processes share the rest."""
+"""Choose tasks and run them: items in the journal are not scored again, processes share the rest."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def assign_files(words: Sequence[str], own: Sequence[str]) -> dict[str, Path]:
         if not mark or name not in OWN:
             if len(own) != 1:
                 raise UserError(
-                    f"--data {word} was given with {len(own)} tasks that read files"
+                    f"--data {word} does not name its task, and {len(own)} tasks read files"
                     f" ({', '.join(own) or 'none'}); expected TASK=FILE"
                 )
             name, path = own[0], word
@@ -103,9 +103,6 @@ def fingerprint(model: PreTrainedModel, samples: int = 256) -> str:
         values = flat[::step].cpu().double().numpy().tobytes()
         seen.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode() + values)
     return seen.hexdigest()
-
-
-# ---- running ------------------------------------------------------------------------------------
 
 
 # ---- running ------------------------------------------------------------------------------------

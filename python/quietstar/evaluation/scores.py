@@ -7,13 +7,14 @@ holds the same token; if thoughts only help by being there, this changes nothing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from quietstar.evaluation.perplexity import undisturbed
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -40,10 +41,9 @@ class TokenScores:
     thought_ids: npt.NDArray[np.int64] | None
 
 
-@torch.no_grad()
 def token_scores(
     model: QuietStarForCausalLM,
-    rows: Tensor,
+    rows: Tensor | npt.NDArray[np.integer],
     *,
     thoughts: Thoughts = "own",
     batch_size: int = 16,
@@ -54,32 +54,21 @@ def token_scores(
     Logits of a whole batch are held at once, so choose ``batch_size`` by the vocabulary. The model's
     mode, its configuration and torch's generator are left as they were.
     """
-    kind, training = model.config.thought_kind, model.training
-    state = torch.get_rng_state()
-    model.eval()
-    if thoughts == "none":
-        model.config.thought_kind = "none"
     generator = torch.Generator().manual_seed(seed)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    ids: list[Tensor] = []
-    try:
-        for batch in rows.split(batch_size):
-            torch.manual_seed(seed)
-            *part, chosen = _score(model, batch.to(model.device), thoughts, generator)
-            parts.append((part[0], part[1], part[2]))
-            if chosen is not None:
-                ids.append(chosen)
-    finally:
-        model.config.thought_kind = kind
-        model.train(training)
-        torch.set_rng_state(state)
-    nll, correct, weight = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
-    return TokenScores(nll, correct, weight, torch.cat(ids).cpu().numpy() if ids else None)
+    fields: dict[str, Any] = {"thought_kind": "none"} if thoughts == "none" else {}
+    parts = []
+    for batch in torch.as_tensor(rows, dtype=torch.int64).split(batch_size):
+        with undisturbed(model, seed, **fields):
+            parts.append(_score(model, batch.to(model.device), thoughts, generator))
+    # Without thoughts there are no thought_ids.
+    columns: Any = (None if c[0] is None else np.concatenate(c) for c in zip(*parts, strict=True))
+    return TokenScores(*columns)
 
 
 def _score(
     model: QuietStarForCausalLM, ids: Tensor, thoughts: Thoughts, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Any, ...]:
+    """The columns of :class:`TokenScores` for one batch."""
     output = model(ids)
     if thoughts == "shuffled" and output.thought_ids is not None:
         partner = same_token_partners(ids.cpu(), generator).to(ids.device)
@@ -90,8 +79,9 @@ def _score(
     weight = torch.zeros_like(nll)
     if output.mixing_weight is not None:
         weight = output.mixing_weight[0, :, 0, :-1].double()
-    chosen_ids = None if output.thought_ids is None else output.thought_ids[:, 0, :-1]
-    return nll, logp.argmax(-1) == ids[:, 1:], weight, chosen_ids
+    seen = None if output.thought_ids is None else output.thought_ids[:, 0, :-1].cpu().numpy()
+    correct = logp.argmax(-1) == ids[:, 1:]
+    return (*(t.cpu().numpy() for t in (nll, correct, weight)), seen)
 
 
 def same_token_partners(ids: Tensor, generator: torch.Generator) -> Tensor:
@@ -100,14 +90,13 @@ def same_token_partners(ids: Tensor, generator: torch.Generator) -> Tensor:
     A token that occurs once keeps its own position; otherwise no position keeps its own.
     """
     flat = ids.flatten()
-    partner = torch.arange(len(flat))
-    # Random order within each token's group, then everybody takes the next one's.
+    # Random order within each token's group, then everybody takes the one before, the first the last.
     order = torch.randperm(len(flat), generator=generator)
     order = order[flat[order].argsort(stable=True)]
-    groups: Sequence[int] = torch.unique_consecutive(flat[order], return_counts=True)[1].tolist()
-    start = 0
-    for size in groups:
-        members = order[start : start + size]
-        partner[members] = members.roll(1)
-        start += size
+    sizes = torch.unique_consecutive(flat[order], return_counts=True)[1]
+    ends = sizes.cumsum(0)
+    before = torch.arange(len(flat)) - 1
+    before[ends - sizes] = ends - 1
+    partner = torch.empty_like(order)
+    partner[order] = order[before]
     return partner

@@ -24,9 +24,6 @@ class Interval:
         """As plain data."""
         return {"mean": self.mean, "low": self.low, "high": self.high, "items": self.items}
 
-    def __str__(self) -> str:
-        return f"{self.mean:.4f} [{self.low:.4f}, {self.high:.4f}]"
-
 
 def bootstrap(
     values: Sequence[float], *, level: float = 0.95, resamples: int = 2000, seed: int = 0

@@ -1,4 +1,5 @@
-"""What ``quietstar eval`` can measure by itself: each task loads items, scores them, sums them up.
+"""What ``quietstar eval`` can measure by itself: each task loads items, scores and summarizes them, and
+renders its table.
 
 ``gsm8k``, ``csqa``     zero-shot answer probability and accuracy (reasoning.py)
 ``gsm8k-cot``           zero-shot chain of thought, majority of k (chains.py)
@@ -10,15 +11,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from quietstar.errors import UserError
 from quietstar.evaluation import chains, controls, reasoning
 from quietstar.evaluation.items import load_rows
+from quietstar.evaluation.perplexity import spread
 from quietstar.evaluation.statistics import bootstrap
+from quietstar.evaluation.table import COLUMNS, grid, interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,19 +32,18 @@ logger = logging.getLogger("quietstar")
 
 Item = dict[str, Any]
 Record = dict[str, Any]
-GSM8K: dict[str, Any] = {
-    "columns": ("question", "answer"),
-    "hub_name": "openai/gsm8k",
-    "hub_config": "main",
-    "split": "test",
-}
+# Their rows: of the hub's data set, or of a local file.
+GSM8K = partial(
+    load_rows, ("question", "answer"), hub_name="openai/gsm8k", hub_config="main", split="test"
+)
 # The test split of CommonsenseQA has no answers.
-CSQA: dict[str, Any] = {
-    "columns": ("question", "choices", "answerKey"),
-    "hub_name": "tau/commonsense_qa",
-    "hub_config": None,
-    "split": "validation",
-}
+CSQA = partial(
+    load_rows,
+    ("question", "choices", "answerKey"),
+    hub_name="tau/commonsense_qa",
+    hub_config=None,
+    split="validation",
+)
 
 
 @dataclass(frozen=True)
@@ -53,34 +57,41 @@ class Settings:
     chains: chains.ChainSettings = field(default_factory=chains.ChainSettings)
 
 
-class Task(Protocol):
-    """One benchmark. Items and records are plain data, so that they can be written as json."""
+@dataclass
+class Task(ABC):
+    """One benchmark. Items and records are plain data, so that they can be written as JSON."""
 
     name: str
     settings: Settings
 
     def identity(self) -> dict[str, Any]:
         """What a record depends on, besides the model and its item."""
+        return {}
 
+    @abstractmethod
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
         """The items, with everything checked that can be checked without the model."""
 
+    @abstractmethod
     def score(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
     ) -> list[Record]:
         """A record for each item of a batch."""
 
+    @abstractmethod
     def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
         """Plain data for the output file."""
 
+    @abstractmethod
+    def render(self, result: dict[str, Any]) -> str:
+        """The plain data of :meth:`summarize` as a table."""
+
 
 @dataclass
-class AnswerTask:
+class AnswerTask(Task):
     """Zero-shot probability of the gold answer; ``letters``: a choice, else a number."""
 
-    name: str
-    settings: Settings
-    source: dict[str, Any]
+    load: Callable[..., list[Item]]
     text: Callable[[Item], tuple[str, str]]
     letters: bool
     _valid: reasoning.ValidTokens | None = None
@@ -95,8 +106,7 @@ class AnswerTask:
         def check(row: Item) -> None:
             reasoning.encode(tokenizer, *self.text(row), self.settings.max_length)
 
-        data, limit = self.settings.data, self.settings.limit
-        return load_rows(data=data, limit=limit, check=check, **self.source)
+        return self.load(data=self.settings.data, limit=self.settings.limit, check=check)
 
     def score(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
@@ -121,20 +131,25 @@ class AnswerTask:
             result[label] = {name: bootstrap(found).to_dict() for name, found in values.items()}
         return result
 
+    def render(self, result: dict[str, Any]) -> str:
+        measures = [key for key in ("probability", "accuracy", "exact_match") if key in result]
+        names = list(result["probability"])
+        rows = [[m.replace("_", " "), *(interval(result[m][n]) for n in names)] for m in measures]
+        title = f"{self.name}: {result['items']} items, zero-shot, mean [95% interval]"
+        if result["cut"]:
+            title += f"; {result['cut']} were cut at the front to fit"
+        return grid(title, ["", *(COLUMNS[n] for n in names)], rows)
+
 
 @dataclass
-class ChainTask:
+class ChainTask(Task):
     """Chain of thought with a majority vote."""
-
-    name: str
-    settings: Settings
 
     def identity(self) -> dict[str, Any]:
         return asdict(self.settings.chains)
 
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
-        data, limit = self.settings.data, self.settings.limit
-        return load_rows(data=data, limit=limit, check=_gold, **GSM8K)
+        return GSM8K(data=self.settings.data, limit=self.settings.limit, check=_gold)
 
     def score(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
@@ -160,6 +175,17 @@ class ChainTask:
             / sum(len(r["numbers"]) for r in records),
         }
 
+    def render(self, result: dict[str, Any]) -> str:
+        title = (
+            f"{self.name}: {result['items']} items, thinking {result['thinking']}, mean [95% interval]"
+        )
+        rows = [
+            [f"maj@{result['votes']}", interval(result["majority"])],
+            ["one chain", interval(result["single_chain"])],
+            ["chains without a number", f"{result['without_number']:.4f}"],
+        ]
+        return grid(title, ["", "share that is right"], rows)
+
 
 def _gold(item: Item) -> float:
     """The number that a chain should come to."""
@@ -171,14 +197,8 @@ def _gold(item: Item) -> float:
 
 
 @dataclass
-class PerplexityTask:
+class PerplexityTask(Task):
     """Losses per token of a text file (default: the standard library's held-out files)."""
-
-    name: str
-    settings: Settings
-
-    def identity(self) -> dict[str, Any]:
-        return {}
 
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
         from quietstar.data.blocks import tokenize
@@ -219,6 +239,20 @@ class PerplexityTask:
 
     def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
         return controls.summarize_controls(records)
+
+    def render(self, result: dict[str, Any]) -> str:
+        names = list(result["nll"])
+        rows = [["all tokens", *(spread(result["nll"][n], ".4f") for n in names)]]
+        if result["gain"]:
+            gains = [spread(result["gain"][n], ".4f") for n in names[1:]]
+            rows.append(["gain over no thought", "", *gains])
+        for number, decile in enumerate(result["nll_by_decile"], start=1):
+            rows.append([f"decile {number}", *(f"{decile[n]['mean']:.4f}" for n in names)])
+        title = (
+            f"{self.name}: {result['tokens']} tokens in {result['blocks']} blocks; nats per token ±"
+            " standard error, by decile of the loss without thought (1 easiest)"
+        )
+        return grid(title, ["", *(COLUMNS[n] for n in names)], rows)
 
 
 OWN: dict[str, Callable[[str, Settings], Task]] = {

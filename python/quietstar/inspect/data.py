@@ -1,9 +1,8 @@
-"""What there is to see in a text: per token, both predictions, the thoughts and what they were worth."""
+"""What a model thinks in a text: per token both predictions, the thoughts and what they gained."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quietstar.errors import UserError
+from quietstar.evaluation.perplexity import undisturbed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,7 +83,6 @@ def split_rows(ids: Sequence[int], context: int, shortest: int) -> list[list[int
     return rows
 
 
-@torch.no_grad()
 def look(
     model: QuietStarForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -104,11 +103,8 @@ def look(
     if not config.thinks:
         raise UserError("this model has no thoughts to look at (thought_kind is 'none')")
     shortest = config.talk_length + 2
-    training, state = model.training, torch.get_rng_state()
-    model.eval()
-    torch.manual_seed(seed)
     seen: list[SeenToken] = []
-    try:
+    with undisturbed(model, seed):
         for number, row in enumerate(rows):
             if len(row) < shortest:
                 raise UserError(
@@ -116,9 +112,6 @@ def look(
                 )
             ids = torch.tensor([list(row)], device=model.device)
             seen += _look_at_row(model, tokenizer, ids, number, samples, top)
-    finally:
-        torch.set_rng_state(state)
-        model.train(training)
     return seen
 
 
@@ -130,89 +123,71 @@ def _look_at_row(
     samples: int,
     top: int,
 ) -> Iterator[SeenToken]:
-    length = ids.shape[1]
-    anchors = torch.arange(length, device=ids.device)[None]
-    sampled = model.config.thought_kind == "sampled"
-    temperature = model.config.thought_temperature or 1.0
-    runs = []
-    for run in range(1 + (samples if sampled else 0)):
-        runs.append(
-            model(ids, labels=ids, anchors=anchors, thought_temperature=temperature if run else 0.0)
-        )
+    config, text = model.config, ids[0].tolist()
+    anchors = torch.arange(len(text), device=ids.device)[None]
+    temperatures = [0.0]
+    if config.thought_kind == "sampled":
+        temperatures += [config.thought_temperature or 1.0] * samples
+    runs = [model(ids, labels=ids, anchors=anchors, thought_temperature=t) for t in temperatures]
     first = runs[0]
-    mixed_top = _top(model(ids, thought_ids=first.thought_ids, anchors=anchors).logits[0], top)
-    with _without_thoughts(model):
-        base_top = _top(model(ids).logits[0], top)
-    base = first.base_losses[0].tolist()
-    columns = [_columns(output, tokenizer, length) for output in runs]
-    spelt = spell(tokenizer, ids[0].tolist())
+    mixed_logits = model(ids, thought_ids=first.thought_ids, anchors=anchors).logits[0]
+    with undisturbed(model, thought_kind="none"):
+        base_logits = model(ids).logits[0]
+    spelt, base = spell(tokenizer, text), first.base_losses[0].tolist()
+    mixed, weight = (t[0, 0, 0].tolist() for t in (first.talk_losses, first.mixing_weight))
+    top_base, top_mixed = (_top(tokenizer, t, text, top) for t in (base_logits, mixed_logits))
+    thoughts = [
+        _thoughts(tokenizer, run, base, "sampled" if i else "most likely") for i, run in enumerate(runs)
+    ]
     yield SeenToken(spelt[0], number)
-    rewarded = first.rewarded[0].tolist()
-    for at in range(length - 1):
-        thoughts = []
-        for run, (mixed, weight, reward, texts) in enumerate(columns):
-            if texts is None:
-                continue
-            thoughts.append(
-                SeenThought(
-                    texts[at],
-                    "sampled" if run else "most likely",
-                    base[at] - mixed[at],
-                    weight[at],
-                    reward[at] if rewarded[at] else None,
-                )
-            )
+    for at in range(len(text) - 1):
         yield SeenToken(
             spelt[at + 1],
             number,
             base[at],
-            columns[0][0][at],
-            columns[0][1][at],
-            _named(tokenizer, base_top[at], int(ids[0, at + 1])),
-            _named(tokenizer, mixed_top[at], int(ids[0, at + 1])),
-            tuple(thoughts),
+            mixed[at],
+            weight[at],
+            top_base[at],
+            top_mixed[at],
+            tuple(seen[at] for seen in thoughts if seen),
         )
 
 
-def _columns(
-    output: Any, tokenizer: PreTrainedTokenizerBase, length: int
-) -> tuple[list[float], list[float], list[float], list[str] | None]:
-    """Mixed loss, weight, reward and thought of every position that predicts."""
-    kept = slice(0, length - 1)
-    texts = None
-    if output.thought_ids is not None:
-        texts = [tokenizer.decode(chain) for chain in output.thought_ids[0, 0, kept].tolist()]
-    return (
-        output.talk_losses[0, 0, 0, kept].tolist(),
-        output.mixing_weight[0, 0, 0, kept].tolist(),
-        output.reward[0, 0, kept].tolist(),
-        texts,
+def _thoughts(
+    tokenizer: PreTrainedTokenizerBase, output: Any, base: list[float], kind: str
+) -> list[SeenThought]:
+    """The thought at every position that predicts; empty for pause tokens."""
+    if output.thought_ids is None:
+        return []
+    columns = zip(
+        base,
+        output.thought_ids[0, 0].tolist(),
+        output.talk_losses[0, 0, 0].tolist(),
+        output.mixing_weight[0, 0, 0].tolist(),
+        output.reward[0, 0].tolist(),
+        output.rewarded[0].tolist(),
+        strict=False,  # the last position predicts nothing
     )
-
-
-def _top(logits: Tensor, count: int) -> list[list[tuple[int, float]]]:
-    """The ``count`` most probable tokens of every row of [N, V]."""
-    found = logits.float().softmax(-1).topk(min(count, logits.shape[-1]), dim=-1)
     return [
-        list(zip(tokens, chances, strict=True))
-        for tokens, chances in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        SeenThought(tokenizer.decode(ids), kind, loss - mixed, weight, reward if rewarded else None)
+        for loss, ids, mixed, weight, reward, rewarded in columns
     ]
 
 
-def _named(
-    tokenizer: PreTrainedTokenizerBase, found: list[tuple[int, float]], true: int
-) -> tuple[Prediction, ...]:
-    return tuple((tokenizer.decode([token]), chance, token == true) for token, chance in found)
-
-
-@contextmanager
-def _without_thoughts(model: QuietStarForCausalLM) -> Iterator[None]:
-    kind = model.config.thought_kind
-    model.config.thought_kind = "none"
-    try:
-        yield
-    finally:
-        model.config.thought_kind = kind
+def _top(
+    tokenizer: PreTrainedTokenizerBase, logits: Tensor, text: Sequence[int], count: int
+) -> list[tuple[Prediction, ...]]:
+    """The ``count`` most probable tokens of every row of logits [N, V] but the last, which are behind
+    ``text`` [N]."""
+    found = logits[:-1].float().softmax(-1).topk(min(count, logits.shape[-1]), dim=-1)
+    rows = zip(found.indices.tolist(), found.values.tolist(), text[1:], strict=True)
+    return [
+        tuple(
+            (tokenizer.decode([token]), chance, token == true)
+            for token, chance in zip(tokens, chances, strict=True)
+        )
+        for tokens, chances, true in rows
+    ]
 
 
 def spell(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

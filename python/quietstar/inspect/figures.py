@@ -1,15 +1,32 @@
-"""Figures as inline SVG: they scale, print and need nothing from elsewhere."""
+"""Figures as inline SVG: they scale, print and load nothing."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 HELPS, HURTS, INK, FAINT = "#1f7a8c", "#d9762b", "#2b2b2b", "#d8d8d2"
 _LINES = (HELPS, HURTS, "#6b5b95")
+# At 72 dots per inch a point is a pixel; text stays text, in the page's font.
+_STYLE: Any = {
+    "figure.dpi": 72,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "quietstar",
+    "font.size": 11,
+    "text.parse_math": False,
+    **{"axes.titleweight": "bold", "axes.titlesize": 11, "axes.titlelocation": "left"},
+    **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
+    **{"axes.edgecolor": "#8a8a84", "grid.color": FAINT, "axes.axisbelow": True},
+    **{"xtick.color": "#62625c", "ytick.color": "#62625c", "ytick.left": False},
+}
 
 
 def deciles_figure(gains: Sequence[Sequence[float]], difficulty: Sequence[tuple[float, float]]) -> str:
@@ -21,116 +38,83 @@ def deciles_figure(gains: Sequence[Sequence[float]], difficulty: Sequence[tuple[
     Args:
         gains: nats, one list per decile; difficulty: the span of base losses in each.
     """
-    width, height, left, bottom, top = 640, 280, 52, 46, 14
-    spans = [np.percentile(g, [5, 25, 50, 75, 95]) if len(g) else None for g in gains]
-    means = [float(np.mean(g)) if len(g) else None for g in gains]
-    extremes = [v for span in spans if span is not None for v in (span[0], span[-1])]
-    ticks = nice_ticks(
-        min([0.0, *extremes, *(m for m in means if m is not None)]),
-        max([0.0, *extremes, *(m for m in means if m is not None)]),
-    )
-    low, high = ticks[0], ticks[-1]
-
-    def y(value: float) -> float:
-        return top + (high - value) / (high - low) * (height - top - bottom)
-
-    parts = [_open(width, height, "Gain from thinking by difficulty of the token")]
-    for tick in ticks:
-        parts.append(_grid(left, width - 8, y(tick), _number(tick), strong=tick == 0))
-    step = (width - 8 - left) / 10
-    for index, (span, mean) in enumerate(zip(spans, means, strict=True)):
-        centre = left + step * (index + 0.5)
-        parts.append(_label(centre, height - bottom + 16, str(index + 1)))
-        if span is None or mean is None:
-            continue
-        p5, p25, p50, p75, p95 = (y(float(v)) for v in span)
-        colour = HELPS if mean >= 0 else HURTS
-        low_edge, high_edge = difficulty[index]
-        told = (
-            f"decile {index + 1}: NLL {low_edge:.2f} to {high_edge:.2f}, {len(gains[index])} tokens;"
-            f" mean gain {mean:+.3f}, median {span[2]:+.3f}"
+    boxes, titles = [], {}
+    for number, (gain, (low, high)) in enumerate(zip(gains, difficulty, strict=True), start=1):
+        if len(gain):
+            names = ("whislo", "q1", "med", "q3", "whishi")
+            box = dict(zip(names, np.percentile(gain, [5, 25, 50, 75, 95]), strict=True))
+            box["mean"] = np.mean(gain)
+            boxes.append((number, box))
+            titles[f"decile-{number}"] = (
+                f"decile {number}: NLL {low:.2f} to {high:.2f}, {len(gain)} tokens;"
+                f" mean gain {box['mean']:+.3f}, median {box['med']:+.3f}"
+            )
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(640 / 72, 280 / 72), layout="constrained")
+        axes = figure.subplots()
+        drawn = axes.bxp(
+            [box for _, box in boxes],
+            positions=[number for number, _ in boxes],
+            widths=0.56,
+            showfliers=False,
+            showcaps=False,
+            showmeans=True,
+            patch_artist=True,
+            meanprops={"marker": "o", "markersize": 6, "markerfacecolor": INK, "markeredgecolor": INK},
         )
-        half = step * 0.28
-        parts.append(
-            f"<g><title>{escape(told)}</title>"
-            f'<line x1="{centre:.1f}" x2="{centre:.1f}" y1="{p5:.1f}" y2="{p95:.1f}" stroke="{colour}"/>'
-            f'<rect x="{centre - half:.1f}" y="{p75:.1f}" width="{2 * half:.1f}"'
-            f' height="{max(p25 - p75, 1):.1f}" fill="{colour}" fill-opacity="0.25" stroke="{colour}"/>'
-            f'<line x1="{centre - half:.1f}" x2="{centre + half:.1f}" y1="{p50:.1f}" y2="{p50:.1f}"'
-            f' stroke="{colour}" stroke-width="2"/>'
-            f'<circle cx="{centre:.1f}" cy="{y(mean):.1f}" r="3.2" fill="{INK}"/></g>'
-        )
-    parts.append(_label((left + width) / 2, height - 8, "difficulty decile of the token (easy to hard)"))
-    parts.append(
-        f'<text transform="translate(12 {(height - bottom + top) / 2:.0f}) rotate(-90)"'
-        f' text-anchor="middle">gain (nats)</text></svg>'
-    )
-    return "".join(parts)
+        for at, (number, box) in enumerate(boxes):
+            colour = HELPS if box["mean"] >= 0 else HURTS
+            drawn["boxes"][at].set(facecolor=colour + "40", edgecolor=colour, gid=f"decile-{number}")
+            for line in (drawn["medians"][at], *drawn["whiskers"][2 * at : 2 * at + 2]):
+                line.set_color(colour)
+        ends = [value for _, box in boxes for value in box.values()]
+        _set_ticks(axes, min([0.0, *ends]), max([0.0, *ends]))
+        axes.axhline(0, color="#8a8a84", linewidth=0.8, zorder=0)
+        axes.set(xlim=(0.5, 10.5), xticks=range(1, 11), xticklabels=range(1, 11))
+        axes.set(xlabel="difficulty decile of the token (easy to hard)", ylabel="gain (nats)")
+        return _svg(figure, "Gain from thinking by difficulty of the token", titles)
 
 
 def curves_figure(title: str, curves: dict[str, list[tuple[float, float]]]) -> str:
     """A small line chart of (step, value) series that share their scale."""
-    width, height, left, bottom, top = 300, 190, 48, 38, 26
-    points = [p for curve in curves.values() for p in curve if all(math.isfinite(v) for v in p)]
-    ticks = nice_ticks(min(v for _, v in points), max(v for _, v in points))
-    first, last = min(s for s, _ in points), max(s for s, _ in points)
-
-    def place(step: float, value: float) -> str:
-        x = left + (step - first) / ((last - first) or 1) * (width - 10 - left)
-        share = (ticks[-1] - value) / (ticks[-1] - ticks[0])
-        return f"{x:.1f},{top + share * (height - top - bottom):.1f}"
-
-    parts = [_open(width, height, title)]
-    parts.append(f'<text x="{left}" y="14" class="title">{escape(title)}</text>')
-    for tick in ticks:
-        height_of = float(place(first, tick).split(",")[1])
-        parts.append(_grid(left, width - 10, height_of, _number(tick), strong=tick == 0))
-    for (_, curve), colour in zip(curves.items(), _LINES, strict=False):
-        line = " ".join(place(s, v) for s, v in curve if math.isfinite(v))
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
-    if len(curves) > 1:
-        x = width - 10.0
-        for name, colour in reversed(list(zip(curves, _LINES, strict=False))):
-            parts.append(
-                f'<text x="{x:.0f}" y="14" text-anchor="end" fill="{colour}">{escape(name)}</text>'
-            )
-            x -= 6.2 * len(name) + 12
-    parts.append(
-        _label(left, height - 22, _number(first)) + _label(width - 16, height - 22, _number(last))
-    )
-    parts.append(_label((left + width) / 2, height - 8, "step") + "</svg>")
-    return "".join(parts)
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(300 / 72, 190 / 72), layout="constrained")
+        axes = figure.subplots()
+        for number, ((name, curve), colour) in enumerate(zip(curves.items(), _LINES, strict=False)):
+            axes.plot(*zip(*curve, strict=True), color=colour, label=name, gid=f"curve-{number}")
+        values = [value for curve in curves.values() for _, value in curve]
+        _set_ticks(axes, np.nanmin(values), np.nanmax(values))
+        axes.set(title=title, xlabel="step")
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        if len(curves) > 1:
+            axes.legend(frameon=False, labelcolor="linecolor", handlelength=1)
+        return _svg(figure, title)
 
 
-def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
+def nice_ticks(low: float, high: float) -> list[float]:
     """Round numbers that span ``low`` to ``high``, at least two of them."""
     if high - low < 1e-9:
         high = low + max(abs(low) * 0.1, 1e-3)
-    raw = (high - low) / count
-    size = 10.0 ** math.floor(math.log10(raw))
-    step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= raw)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+    locator = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
+    return [round(float(tick), 12) for tick in locator.tick_values(low, high)]
 
 
-def _open(width: int, height: int, name: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img"'
-        f' aria-label="{escape(name)}">'
-    )
+def _set_ticks(axes: Any, low: float, high: float) -> None:
+    ticks = nice_ticks(low, high)
+    axes.set(ylim=(ticks[0], ticks[-1]), yticks=ticks)
+    axes.grid(axis="y")
 
 
-def _grid(x1: float, x2: float, y: float, text: str, *, strong: bool) -> str:
-    colour = "#8a8a84" if strong else FAINT
-    return (
-        f'<line x1="{x1}" x2="{x2}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}" stroke-width="0.8"/>'
-        f'<text x="{x1 - 6}" y="{y + 3.5:.1f}" text-anchor="end">{text}</text>'
-    )
-
-
-def _label(x: float, y: float, text: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="middle">{escape(text)}</text>'
-
-
-def _number(value: float) -> str:
-    return f"{value:.6g}".replace("-", "\u2212")
+def _svg(figure: Figure, name: str, titles: Mapping[str, str] | None = None) -> str:
+    """The figure as an element of a page; ``titles``: tooltips by the id of their group."""
+    for artist in figure.findobj():
+        artist.set_clip_on(False)
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True)
+    # Inside a page name spaces are known, and nothing in it shall be an address.
+    unwanted = r'<metadata>.*?</metadata>| xmlns(:\w+)?="[^"]*"'
+    text = re.sub(unwanted, "", file.getvalue(), flags=re.DOTALL)
+    for group, told in (titles or {}).items():
+        text = text.replace(f'<g id="{group}">', f'<g id="{group}"><title>{escape(told)}</title>')
+    body = text.partition("<svg ")[2].replace('pt"', '"')  # points are pixels here
+    return f'<svg role="img" aria-label="{escape(name)}" {body}'

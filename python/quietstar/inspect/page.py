@@ -1,4 +1,4 @@
-"""One page that shows what a model thinks in a text and what that is worth.
+"""One page that shows what a model thinks in a text and what that gains.
 
 The page needs no network and no other file. The heat map, the tables and the figures are plain HTML and
 SVG; a script shows the thoughts at the token that is clicked or focused.
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from html import escape
-from importlib.resources import files
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from quietstar.evaluation.perplexity import deciles
 from quietstar.files import last_checkpoint, read_json
 from quietstar.inspect.data import SeenToken, look
 from quietstar.inspect.figures import curves_figure, deciles_figure
@@ -92,6 +92,29 @@ def write_page(
     return path
 
 
+def write_run_page(
+    folder: Path,
+    rows: Sequence[Sequence[int]],
+    *,
+    title: str,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Path:
+    """:func:`write_page` for the model in a run's folder, as ``thoughts.html`` beside the folder.
+
+    Args:
+        tokenizer: default: the folder's own.
+    """
+    from transformers import AutoTokenizer
+
+    from quietstar.modeling.model import QuietStarForCausalLM
+
+    model = QuietStarForCausalLM.from_pretrained(folder)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
+    about = About(title, source, run_folder=folder)
+    return write_page(model, tokenizer, rows, folder.parent / "thoughts.html", about=about)
+
+
 def render_page(
     seen: Sequence[SeenToken],
     *,
@@ -100,32 +123,38 @@ def render_page(
     curves: Sequence[tuple[str, dict[str, list[tuple[float, float]]]]] = (),
     joined: bool = False,
 ) -> str:
-    """The page as a string. ``joined``: all rows are one text, not texts of their own."""
-    base = np.array([t.base for t in seen if t.base is not None])
-    gain = np.array([t.gain for t in seen if t.gain is not None])
-    scale = max(0.1, float(np.percentile(np.abs(gain), 98)))
-    order = sorted(
-        (i for i, t in enumerate(seen) if t.gain is not None), key=lambda i: seen[i].gain or 0
+    """The page as a string. ``joined``: all rows are one text; otherwise each is a text of its own."""
+    predicted = [(i, t) for i, t in enumerate(seen) if t.gain is not None]
+    base, gain = np.array([(t.base, t.gain) for _, t in predicted]).T
+    order = sorted(predicted, key=lambda pair: pair[1].gain or 0)
+    hurt = [pair for pair in order if (pair[1].gain or 0) < 0]
+    helped = [pair for pair in order[::-1] if (pair[1].gain or 0) > 0]
+    facts = (
+        ("NLL without thinking", f"{base.mean():.3f}", "nats per token"),
+        ("NLL with thinking", f"{(base - gain).mean():.3f}", ""),
+        ("gain", signed(gain.mean(), 3), ""),
+        ("tokens that it helped", f"{(gain > 0).mean():.0%}", f"of {len(gain)}"),
     )
-    drawn = [curves_figure(name, series) for name, series in curves]
-    fields = {
-        "title": escape(title),
-        "subtitle": escape(subtitle),
-        "facts": _facts(base, gain),
-        "scale": f"{scale:.2f}",
-        "minus_scale": f"\u2212{scale:.2f}",
-        "text": _heat_map(seen, scale, joined),
-        "extremes": _extremes("helped", order[::-1], seen, joined)
-        + _extremes("hurt", order, seen, joined),
-        "deciles": _deciles(base, gain),
-        "curves": f'<h2>Training</h2><div class="curves">{"".join(drawn)}</div>' if drawn else "",
-        "data": _json_in_html({i: _plain(t) for i, t in enumerate(seen) if t.base is not None}),
-        "notable": f"{scale / 4:.4f}",
-        "first": str(order[-1]),
-    }
-    template = files("quietstar").joinpath("inspect/templates/inspect.html").read_text(encoding="utf-8")
-    # One pass, so that nothing that was put in is looked at again.
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: fields[match.group(1)], template)
+    rows = groupby(enumerate(seen), key=lambda pair: 0 if joined else pair[1].row)
+    return _ENVIRONMENT.get_template("inspect.html").render(
+        title=title,
+        subtitle=subtitle,
+        facts=facts,
+        scale=max(0.1, float(np.percentile(np.abs(gain), 98))),
+        rows=[list(row) for _, row in rows],
+        extremes=(
+            ("helped", "plus", _in_context(helped, seen, joined)),
+            ("hurt", "minus", _in_context(hurt, seen, joined)),
+        ),
+        deciles=_deciles(base, gain),
+        curves=[curves_figure(name, series) for name, series in curves],
+        # The script's copy; four digits are what it shows.
+        data=json.loads(
+            json.dumps({i: asdict(t) for i, t in predicted}),
+            parse_float=lambda digits: round(float(digits), 4),
+        ),
+        first=order[-1][0],
+    )
 
 
 def read_curves(run_folder: str | Path | None) -> list[tuple[str, dict[str, list[tuple[float, float]]]]]:
@@ -155,38 +184,6 @@ def read_curves(run_folder: str | Path | None) -> list[tuple[str, dict[str, list
 # ---- parts of the page --------------------------------------------------------------------------
 
 
-def _facts(base: Any, gain: Any) -> str:
-    entries = [
-        ("NLL without thinking", f"{base.mean():.3f}", "nats per token"),
-        ("NLL with thinking", f"{(base - gain).mean():.3f}", ""),
-        ("gain", _signed(gain.mean(), 3), ""),
-        ("tokens that it helped", f"{(gain > 0).mean():.0%}", f"of {len(gain)}"),
-    ]
-    return "".join(
-        f"<div><dt>{name}</dt><dd>{value} <small>{unit}</small></dd></div>"
-        for name, value, unit in entries
-    )
-
-
-def _heat_map(seen: Sequence[SeenToken], scale: float, joined: bool) -> str:
-    parts, row = ['<p class="text">'], 0
-    for index, token in enumerate(seen):
-        if token.row != row and not joined:
-            parts.append('</p><p class="text">')
-        row = token.row
-        shown = escape(token.text).replace("\n", '<span class="nl">\u21b5</span>\n')
-        if token.gain is None:
-            parts.append(f"<span>{shown}</span>")
-            continue
-        told = f"gain {token.gain:+.3f} nats"
-        parts.append(
-            f'<span class="t" role="button" tabindex="-1" data-i="{index}" title="{told}"'
-            f' style="background:{colour(token.gain, scale)}">{shown}</span>'
-        )
-    parts.append("</p>")
-    return "".join(parts)
-
-
 def colour(gain: float, scale: float) -> str:
     """Teal where thinking helped, orange where it hurt; full at ``scale`` nats."""
     strength = min(abs(gain) / scale, 1.0) * 0.7
@@ -194,85 +191,42 @@ def colour(gain: float, scale: float) -> str:
     return f"rgb({red} {green} {blue} / {strength:.2f})"
 
 
-def _extremes(
-    word: str, order: Sequence[int], seen: Sequence[SeenToken], joined: bool, count: int = 8
-) -> str:
-    """The tokens with the largest or smallest gains, each in its context, with its thought."""
-    lines = []
-    tone = "plus" if word == "helped" else "minus"
-    for index in order[:count]:
-        token = seen[index]
-        gain = token.gain if word == "helped" else -(token.gain or 0.0)
-        if not gain or gain < 0:
-            break
+def _in_context(
+    tokens: Sequence[tuple[int, SeenToken]], seen: Sequence[SeenToken], joined: bool, count: int = 8
+) -> list[tuple[int, str, SeenToken]]:
+    """The first tokens, each with its place and what stands before it in its row."""
+    found = []
+    for index, token in tokens[:count]:
         near = [t.text for t in seen[max(0, index - 12) : index] if joined or t.row == token.row]
-        before = "".join(near)[-28:]
-        thought = token.thoughts[0].text if token.thoughts else "\u2013"
-        lines.append(
-            f'<tr><td class="w"><button type="button" class="go" data-i="{index}">'
-            f"{escape(_visible(before))}<b>{escape(_visible(token.text, alone=True))}</b></button></td>"
-            f'<td class="w">{escape(_visible(thought))}</td>'
-            f'<td class="n">{_signed(token.weight or 0.0, 2)}</td>'
-            f'<td class="n {tone}">{_signed(token.gain or 0.0, 3)}</td></tr>'
-        )
-    if not lines:
-        lines.append('<tr><td colspan="4">nowhere</td></tr>')
-    return (
-        f"<div><h3>It {word} most</h3><table><thead><tr><th>token in its context</th><th>thought</th>"
-        f'<th class="n">weight</th><th class="n">gain</th></tr></thead><tbody>{"".join(lines)}</tbody>'
-        "</table></div>"
-    )
+        found.append((index, "".join(near)[-28:], token))
+    return found
 
 
 def _deciles(base: Any, gain: Any) -> str:
-    from quietstar.evaluation.perplexity import deciles
-
     decile = deciles(base[None], np.ones((1, len(base)), dtype=bool))[0]
-    groups = [gain[decile == d].tolist() for d in range(10)]
-    spans = [
-        (float(base[decile == d].min()), float(base[decile == d].max()))
-        if (decile == d).any()
-        else (0, 0)
-        for d in range(10)
-    ]
-    return deciles_figure(groups, spans)
+    groups = [(base[decile == d], gain[decile == d]) for d in range(10)]
+    spans = [(hard.min(), hard.max()) if len(hard) else (0.0, 0.0) for hard, _ in groups]
+    return deciles_figure([gains for _, gains in groups], spans)
 
 
-def _plain(token: SeenToken) -> dict[str, Any]:
-    def short(value: float | None) -> float | None:
-        return None if value is None else round(value, 4)
-
-    return {
-        "text": token.text,
-        "base": short(token.base),
-        "mixed": short(token.mixed),
-        "weight": short(token.weight),
-        "top_base": [[word, short(chance), true] for word, chance, true in token.top_base],
-        "top_mixed": [[word, short(chance), true] for word, chance, true in token.top_mixed],
-        "thoughts": [
-            {
-                "text": t.text,
-                "kind": t.kind,
-                "gain": short(t.gain),
-                "weight": short(t.weight),
-                "reward": short(t.reward),
-            }
-            for t in token.thoughts
-        ],
-    }
-
-
-def _json_in_html(content: Any) -> str:
-    """JSON that a script element can hold whatever the text says, ``</script>`` included."""
-    plain = json.dumps(content, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    return plain.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _signed(value: float, digits: int) -> str:
+def signed(value: float, digits: int) -> str:
+    """A number with its sign, which is a true minus sign."""
     return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
-def _visible(text: str, *, alone: bool = False) -> str:
-    """Line ends and tabs as signs; spaces too where nothing else would be seen (``alone``)."""
+def visible(text: str, *, alone: bool = False) -> str:
+    """Text with visible line ends and tabs; ``alone``: with visible spaces, if there is nothing else."""
     shown = text.replace("\n", "\u21b5").replace("\t", "\u21e5")
     return shown.replace(" ", "\u2423") if alone and not text.strip() else shown
+
+
+# Everything that is put in is escaped, but for the figures; JSON so that a script element can hold it.
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("quietstar.inspect"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=StrictUndefined,
+)
+_ENVIRONMENT.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+_ENVIRONMENT.filters.update(colour=colour, signed=signed, visible=visible)

@@ -3,24 +3,8 @@
 from quietstar.lazy import lazy_attributes
 
 # What the module of this name held in version 0.1.0.
-__getattr__ = lazy_attributes(
-    __name__,
-    {
-        "CHUNK_BYTES": "costs",
-        "CHUNK_ROWS": "costs",
-        "CONTEXT_BYTES": "costs",
-        "GAPS": "costs",
-        "Rows": "costs",
-        "Sizes": "costs",
-        "Step": "costs",
-        "activation_bytes": "costs",
-        "decoder_sizes": "costs",
-        "fits": "costs",
-        "largest_batch": "costs",
-        "peak_bytes": "costs",
-        "rollout_bytes": "costs",
-        "static_bytes": "costs",
-        "step_flops": "costs",
-        "step_of": "costs",
-    },
+_NAMES = (
+    "CHUNK_BYTES CHUNK_ROWS CONTEXT_BYTES GAPS Rows Sizes Step activation_bytes decoder_sizes fits"
+    " largest_batch peak_bytes rollout_bytes static_bytes step_flops step_of"
 )
+__getattr__ = lazy_attributes(__name__, dict.fromkeys(_NAMES.split(), "costs"))

@@ -1,4 +1,4 @@
-"""What a training step needs: bytes and operations, and what of a recipe fits a GPU.
+"""Bytes and operations of a training step, and which batches fit a GPU.
 
 The formulas are those of docs/scaling.md, counted for decoders with RMSNorm and a gated MLP (Llama,
 Mistral, Qwen, ...) and checked against measured peaks by tests/plan/test_plan.py. A step's rows are
@@ -155,7 +155,7 @@ def _transient_row(sizes: Sizes, step: Step) -> float:
 
 
 def activation_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float:
-    """The peak of one step over weights and optimiser states, gradients included."""
+    """Peak of one step beyond weights and optimiser states, gradients included."""
     rows = Rows.of(config, step)
     d, v = sizes.width, sizes.vocabulary
     s = 4 if step.precision == "float32" else 2
@@ -193,14 +193,14 @@ def activation_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float
     return max(loss, start, end)
 
 
-def _vocabulary_bytes(sizes: Sizes, step: Step, live: int) -> float:
-    """What one cross entropy over ``live`` rows holds besides its rows: a chunk of logits and, where the
+def _vocabulary_bytes(sizes: Sizes, step: Step, rows: int) -> float:
+    """What one cross entropy over ``rows`` rows holds besides them: a chunk of logits and, where the
     output layer is trained, its gradient."""
     d, v = sizes.width, sizes.vocabulary
     s = 4 if step.precision == "float32" else 2
-    most = min(CHUNK_ROWS, max(1, CHUNK_BYTES // (v * s)))
-    chunks = max(1, math.ceil(live / most))
-    held = v * s * live / chunks
+    chunk = min(CHUNK_ROWS, max(1, CHUNK_BYTES // (v * s)))
+    chunks = max(1, math.ceil(rows / chunk))
+    held = v * s * rows / chunks
     if step.precision == "autocast":
         held += 2 * v * d  # the weight, cast
     if step.rank is None:
@@ -235,7 +235,7 @@ def static_bytes(sizes: Sizes, step: Step) -> float:
 
 
 def rollout_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float:
-    """Peak of the rollout over weights and states: keys and values, and with FSDP2 the whole decoder."""
+    """Peak of the rollout beyond weights and states: keys, values, and with FSDP2 the whole decoder."""
     rows = Rows.of(config, step)
     s = 4 if step.precision == "float32" else 2
     cache = rows.text + config.num_slots * rows.columns
@@ -247,7 +247,7 @@ def rollout_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float:
 
 
 def peak_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float:
-    """The most that is allocated on one device at a time, a GPU's own overhead not counted."""
+    """Peak memory of one device, a GPU's own overhead not counted."""
     trained = _trained(sizes, step)
     item = 2 if step.precision == "bfloat16" and step.rank is None else 4
     # DDP copies gradients into buckets; FSDP2 holds two gathered layers.

@@ -1,8 +1,9 @@
-"""What of a recipe fits GPUs of a given size, as text."""
+"""Print which variants of a recipe fit GPUs of a given size."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -32,17 +33,17 @@ if TYPE_CHECKING:
 GB = 1e9
 
 
-def ways(step: Step, processes: int) -> Iterator[tuple[str, Step]]:
+def ways(own: Step) -> Iterator[tuple[str, Step]]:
     """The ways to run a recipe that are worth comparing, the recipe's own first."""
-    own = dataclasses.replace(step, processes=processes)
+    change = functools.partial(dataclasses.replace, own)
     yield "as the recipe says", own
-    whole = dataclasses.replace(own, rank=None, quantized=False)
-    if whole.rank != own.rank and whole.precision == "autocast":
-        yield "everything trained, checkpointing", dataclasses.replace(whole, checkpointing=True)
+    if own.rank is not None and own.precision == "autocast":
+        whole = change(rank=None, quantized=False, checkpointing=True)
+        yield "everything trained, checkpointing", whole
     if not own.checkpointing:
-        yield "gradient checkpointing", dataclasses.replace(own, checkpointing=True)
+        yield "gradient checkpointing", change(checkpointing=True)
     if own.rank is None:
-        adapted = dataclasses.replace(own, rank=16, precision="autocast", checkpointing=True)
+        adapted = change(rank=16, precision="autocast", checkpointing=True)
         yield "adapters (rank 16), checkpointing", adapted
         yield "the same on 4 bits", dataclasses.replace(adapted, quantized=True)
 
@@ -94,14 +95,14 @@ def print_plan(console: Console, recipe: Recipe, memory: float, size: str) -> No
     console.print(f"\nlargest batch per GPU of {size}, on so many GPUs:")
     runs = [(1, False), *((count, sharded) for count in (2, 4, 8) for sharded in (False, True))]
     heads = [f"{count}{' FSDP2' if sharded else ' DDP' * (count > 1)}" for count, sharded in runs]
-    names = [name for name, _ in ways(step, 1)]
-    widest = max(map(len, names))
+    table = dict(ways(step))
+    widest = max(map(len, table))
     console.print(" " * widest + "".join(f"{head:>9}" for head in heads))
-    for number, name in enumerate(names):
+    for name, way in table.items():
         cells = ""
         for count, sharded in runs:
-            way = dataclasses.replace(list(ways(step, count))[number][1], sharded=sharded)
-            best = largest_batch(config, sizes, way, memory)
+            run = dataclasses.replace(way, processes=count, sharded=sharded)
+            best = largest_batch(config, sizes, run, memory)
             # 4-bit weights are not sharded.
             cells += f"{'-' if sharded and way.quantized else best or 'no':>9}"
         console.print(f"{name:{widest}}{cells}")
