@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from quietstar_ext.derivatives import first_only, refuse_batched
+from quietstar_ext.derivatives import first_only, reject_batched
 from quietstar_ext.linear_cross_entropy import fused
 from quietstar_ext.linear_cross_entropy.call import (
     TENSORS,
@@ -84,7 +84,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        refuse_batched("linear_cross_entropy", grads[0])
+        reject_batched("linear_cross_entropy", grads[0])
         gradients, tensors = _take(ctx)
         rest = grads[0], *(gradients or (None, None)), *ctx.wanted
         with torch.no_grad():
@@ -123,7 +123,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        refuse_batched("linear_cross_entropy_sum", grads[0])
+        reject_batched("linear_cross_entropy_sum", grads[0])
         gradients, (largest, row_weights, *tensors) = _take(ctx)
         dtype = tensors[0].dtype
         with torch.no_grad():

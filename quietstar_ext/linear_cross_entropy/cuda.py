@@ -29,7 +29,7 @@ import torch
 from quietstar_ext.linear_cross_entropy.call import Losses, Products
 from quietstar_ext.linear_cross_entropy.softmax import SoftmaxCrossEntropy
 from quietstar_ext.native import DTYPE_CODES, cuda_device, cuda_kernels
-from quietstar_ext.precision import gradient_dtype
+from quietstar_ext.precision import gradient_dtype, wide_product
 
 WORKSPACE_BYTES = 256 * 2**20
 # Whole tiles of cuBLAS's kernels in a chunk.
@@ -253,7 +253,7 @@ class _WeightGradient:
         if a.dtype == self.dtype:
             self.sum = torch.mm(a, h) if self.sum is None else self.sum.addmm_(a, h)
         else:
-            self.sum = _wide_product(a, h) if self.sum is None else _add_wide_(self.sum, a, h)
+            self.sum = wide_product(a, h) if self.sum is None else _add_wide_(self.sum, a, h)
 
     def result(self, wanted: bool) -> torch.Tensor:
         """The sum in its dtype; zeros where nothing was added, empty if not wanted."""
@@ -261,13 +261,6 @@ class _WeightGradient:
         if self.sum is None:
             return self.weight.new_zeros(self.weight.shape if wanted else (0,), dtype=dtype)
         return self.sum.to(dtype)
-
-
-def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The product of 16-bit matrices in fp32. PyTorch has it on CUDA alone; tests take it elsewhere."""
-    if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
 
 
 def _add_wide_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
