@@ -28,7 +28,7 @@ import torch
 
 from quietstar_ext.linear_cross_entropy.call import Losses, Products
 from quietstar_ext.linear_cross_entropy.softmax import SoftmaxCrossEntropy
-from quietstar_ext.native import DTYPE_CODES, cuda_device, cuda_kernels
+from quietstar_ext.native import DTYPE_CODES, address, address_and_count, cuda_device, cuda_kernels
 from quietstar_ext.precision import gradient_dtype, wide_product
 
 WORKSPACE_BYTES = 256 * 2**20
@@ -99,13 +99,9 @@ def common_factor(grad: torch.Tensor, valid_rows: torch.Tensor, flop: float) -> 
 def scale_(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Multiply a contiguous tensor in place by a scalar on its device. The device sees for itself if
     that is 1; then nothing is moved."""
-    scale = scale.float()
+    scale, count = scale.float(), tensor.numel()
     cuda_kernels().cuda_scale_in_place(
-        tensor.data_ptr(),
-        DTYPE_CODES[tensor.dtype],
-        tensor.numel(),
-        scale.data_ptr(),
-        *cuda_device(tensor),
+        tensor.data_ptr(), DTYPE_CODES[tensor.dtype], count, scale.data_ptr(), *cuda_device(tensor)
     )
     return tensor
 
@@ -204,13 +200,8 @@ class _Kernel:
         if softmax.banned is not None:
             vocab = weight.shape[0]
             self.mask = weight.new_zeros(vocab // 32 + 2, dtype=torch.int32)
-            cuda_kernels().cuda_banned_words(
-                softmax.banned.data_ptr(),
-                softmax.banned.numel(),
-                vocab,
-                self.mask.data_ptr(),
-                *cuda_device(weight),
-            )
+            banned, place = address_and_count(softmax.banned), cuda_device(weight)
+            cuda_kernels().cuda_banned_words(*banned, vocab, self.mask.data_ptr(), *place)
 
     def __call__(
         self,
@@ -221,20 +212,12 @@ class _Kernel:
         row_weights: torch.Tensor | None,
     ) -> None:
         """Write nll, and with row_weights the gradients of Σ row_weights · nll over the logits."""
+        softmax = self.softmax
         cuda_kernels().cuda_softmax_cross_entropy(
-            logits.data_ptr(),
-            DTYPE_CODES[logits.dtype],
-            *logits.shape,
-            logits.stride(0),
-            targets.data_ptr(),
-            0 if valid_rows is None else valid_rows.data_ptr(),
-            0 if self.mask is None else self.mask.data_ptr(),
-            self.softmax.temperature,
-            self.softmax.softcap or 0.0,
-            self.softmax.logit_scale,
-            nll.data_ptr(),
-            0 if row_weights is None else row_weights.data_ptr(),
-            *cuda_device(logits),
+            *(logits.data_ptr(), DTYPE_CODES[logits.dtype], *logits.shape, logits.stride(0)),
+            *map(address, (targets, valid_rows, self.mask)),
+            *(softmax.temperature, softmax.softcap or 0.0, softmax.logit_scale),
+            *(nll.data_ptr(), address(row_weights), *cuda_device(logits)),
         )
 
 
@@ -249,11 +232,13 @@ class _WeightGradient:
 
     def add(self, gradient: torch.Tensor, h: torch.Tensor) -> None:
         """gradient [rows, V], h [rows, d]."""
-        a = gradient.T
-        if a.dtype == self.dtype:
-            self.sum = torch.mm(a, h) if self.sum is None else self.sum.addmm_(a, h)
+        a, wide = gradient.T, gradient.dtype != self.dtype
+        if self.sum is None:
+            self.sum = wide_product(a, h) if wide else torch.mm(a, h)
+        elif wide and a.device.type == "cuda":  # PyTorch has this product on devices only
+            torch.addmm(self.sum, a, h, out_dtype=torch.float32, out=self.sum)
         else:
-            self.sum = wide_product(a, h) if self.sum is None else _add_wide_(self.sum, a, h)
+            self.sum.addmm_(a.to(self.dtype), h.to(self.dtype))
 
     def result(self, wanted: bool) -> torch.Tensor:
         """The sum in its dtype; zeros where nothing was added, empty if not wanted."""
@@ -261,10 +246,3 @@ class _WeightGradient:
         if self.sum is None:
             return self.weight.new_zeros(self.weight.shape if wanted else (0,), dtype=dtype)
         return self.sum.to(dtype)
-
-
-def _add_wide_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Add the product of 16-bit matrices to an fp32 sum."""
-    if a.device.type == "cuda":
-        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    return total.addmm_(a.float(), b.float())
