@@ -9,6 +9,9 @@ import torch
 from quietstar_ext.derivatives import in_vmap
 
 LARGEST = torch.finfo(torch.float32).max
+# Tuples, because a union would be built again at every check.
+_PLAIN, _WHOLE_NUMBERS = (int, float), (int, torch.SymInt)
+_NUMBERS = (*_PLAIN, torch.SymInt, torch.SymFloat)
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -54,15 +57,15 @@ def check_option(name: str, value: object, options: Sequence[str]) -> None:
 
 def check_number(name: str, value: object) -> None:
     """Require a number: ``TypeError`` if it is not one, ``ValueError`` if float32 cannot hold it."""
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name} is {value!r}; expected a number")
-    if isinstance(value, int | float) and not abs(value) <= LARGEST:
+    if isinstance(value, _PLAIN) and not abs(value) <= LARGEST:
         raise ValueError(f"{name} is {value}; expected a finite number in the range of float32")
 
 
 def check_whole(name: str, value: object, least: int = -(2**63)) -> None:
     """Require a whole number from ``least`` on that fits in 64 bits with a sign."""
-    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, _WHOLE_NUMBERS):
         raise TypeError(f"{name} is {value!r}; expected a whole number")
     if isinstance(value, int) and not least <= value < 2**63:
         expected = f"{least} or more" if value < least else "a number that fits in 64 bits"

@@ -97,7 +97,7 @@ class LinearSample(NamedTuple):
 
     def of_logits(self, logits: Tensor, first_row: int = 0) -> SampleTokens:
         """The call of sample_tokens for the logits [rows, vocab] of the rows from ``first_row`` on."""
-        sampling = self.sampling._replace(offset=self.sampling.offset + first_row)
+        sampling = Sampling(*self.sampling[:6], self.sampling.offset + first_row)
         return SampleTokens(logits, sampling, self.fused)
 
 
@@ -162,11 +162,4 @@ def cuda_rows_per_chunk(rows: int, bytes_per_row: int) -> int:
     return -(-rows // (128 * chunks)) * 128
 
 
-operator = register(
-    "linear_sample",
-    LinearSample,
-    "(Tensor, Tensor)",
-    _run,
-    lambda call: no_tokens(call.hidden),
-    "default",
-)
+operator = register("linear_sample", _run, lambda call: no_tokens(call.hidden), "default")

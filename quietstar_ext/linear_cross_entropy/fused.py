@@ -28,31 +28,16 @@ from quietstar_ext.precision import compute_dtype, gradient_dtype
 Wanted = tuple[bool, bool, bool, str]  # skip_zero_weight, of hidden, of weight, accumulate
 
 
-def fused_rows(call: LinearCrossEntropy, accumulate: str) -> torch.Tensor:
-    """nll [rows]."""
-    wanted = _wanted(call)
-    if not any(wanted):
+def fused(
+    call: LinearCrossEntropy, row_weights: torch.Tensor | None, skip_zero_weight: bool, accumulate: str
+) -> Any:
+    """nll [rows], or with row weights Σ row_weights · nll, and nll without gradient."""
+    grads = torch.is_grad_enabled()  # inside the Function no tensor requires any
+    wanted = grads and call.hidden.requires_grad, grads and call.weight.requires_grad
+    if row_weights is None and not any(wanted):
         return forward_operator(*call)
-    nll: torch.Tensor = _apply(call, None, (False, *wanted, accumulate))
-    return nll
-
-
-def fused_sum(
-    call: LinearCrossEntropy, row_weights: torch.Tensor, skip_zero_weight: bool, accumulate: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Σ row_weights · nll, and nll [rows] without gradient."""
-    loss, nll = _apply(call, row_weights, (skip_zero_weight, *_wanted(call), accumulate))
-    return loss, nll
-
-
-def _apply(call: LinearCrossEntropy, row_weights: torch.Tensor | None, wanted: Wanted) -> Any:
-    return _LinearCrossEntropy.apply(call[TENSORS:], wanted, row_weights, *call[:TENSORS])
-
-
-def _wanted(call: LinearCrossEntropy) -> tuple[bool, bool]:
-    """Which gradients will be asked for; inside a Function's forward no tensor requires any."""
-    grads = torch.is_grad_enabled()
-    return grads and call.hidden.requires_grad, grads and call.weight.requires_grad
+    options = call[TENSORS:], (skip_zero_weight, *wanted, accumulate)
+    return _LinearCrossEntropy.apply(*options, row_weights, *call[:TENSORS])
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -110,7 +95,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients, ctx.gradients = ctx.gradients, None  # None: an earlier pass has taken them
         with torch.no_grad():
             if row_weights is None:
-                results = _of_rows(ctx, tensors, grad, gradients)
+                rest = grad, *(gradients or (None, None)), *ctx.wanted[1:]
+                if torch.compiler.is_compiling():
+                    results = backward_operator(*tensors, *ctx.options, *rest)
+                else:
+                    call = LinearCrossEntropy(*tensors, *ctx.options)
+                    results = backward(LinearCrossEntropyBackward(call, *rest))
             else:
                 if gradients is None:
                     unit = row_weights / largest
@@ -120,15 +110,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 results = [multiply(gradient, scale).to(dtype) for gradient in gradients]
         shown = [r if want else None for r, want in zip(results, ctx.wanted[1:3], strict=True)]
         return (None, None, None, *first_only(name, tensors[:2], shown), None, None)
-
-
-def _of_rows(ctx: Any, tensors: Any, grad: torch.Tensor, gradients: Any) -> Any:
-    """The gradients of Σ grad · nll."""
-    rest = grad, *(gradients or (None, None)), *ctx.wanted[1:]
-    if torch.compiler.is_compiling():
-        return backward_operator(*tensors, *ctx.options, *rest)
-    call = LinearCrossEntropy(*tensors, *ctx.options)
-    return backward(LinearCrossEntropyBackward(call, *rest))
 
 
 def _run(products: Products) -> Losses:
@@ -157,7 +138,7 @@ def backward(call: LinearCrossEntropyBackward) -> tuple[torch.Tensor, torch.Tens
     hidden, weight = inputs[:2]
     valid_rows = inputs.targets != inputs.ignore_index
     if unit_hidden is not None and unit_weight is not None:
-        factor = _common_factor(grad, valid_rows, hidden, weight)
+        factor = _common_factor(grad, valid_rows, 4.0 * hidden.shape[0] * weight.numel())
         if factor is not None:
             return scale_(unit_hidden, factor), scale_(unit_weight, factor).to(weight.dtype)
         grad = grad.masked_fill(~valid_rows, 0)
@@ -178,14 +159,18 @@ def _backward(call: LinearCrossEntropyBackward) -> tuple[torch.Tensor, torch.Ten
     return backward(call._replace(unit_hidden=hidden, unit_weight=weight))
 
 
-def _common_factor(
-    grad: torch.Tensor, valid_rows: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor | None:
-    """The one value of grad [rows] in all valid_rows rows; None where they differ."""
-    if takes_cuda_path(grad):
-        return cuda.common_factor(grad, valid_rows, 4.0 * hidden.shape[0] * weight.numel())
-    low, high = torch.aminmax(grad[valid_rows]) if bool(valid_rows.any()) else (grad.new_ones(()),) * 2
-    return low if low == high else None
+def _common_factor(grad: torch.Tensor, valid_rows: torch.Tensor, flop: float) -> torch.Tensor | None:
+    """The one value of grad [rows] in all valid rows, a scalar on its device, or None where they differ
+    or finding out is not worth the wait; flop is what knowing it saves."""
+    if grad.numel() == 0:
+        return grad.new_ones(())
+    if grad.stride(0) == 0 or grad.numel() == 1:  # of a sum: one number, expanded
+        return grad[0]
+    if takes_cuda_path(grad) and not cuda.may_wait(grad, flop):
+        return None
+    low = grad.masked_fill(~valid_rows, torch.inf).amin()
+    high = grad.masked_fill(~valid_rows, -torch.inf).amax()
+    return torch.where(low > high, 1, low) if bool(low >= high) else None
 
 
 def scale_(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -215,18 +200,8 @@ def _backward_fake(call: LinearCrossEntropyBackward) -> tuple[torch.Tensor, torc
     )
 
 
-forward_operator = register("linear_cross_entropy_forward", LinearCrossEntropy, "Tensor", forward, _fake)
-backward_operator = register(
-    "linear_cross_entropy_backward",
-    LinearCrossEntropyBackward,
-    "(Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
+forward_operator = register("linear_cross_entropy_forward", forward, _fake)
+backward_operator = register("linear_cross_entropy_backward", _backward, _backward_fake)
 gradients_operator = register(
-    "linear_cross_entropy_forward_and_backward",
-    WithGradients,
-    "(Tensor, Tensor, Tensor)",
-    forward_and_backward,
-    _gradients_fake,
+    "linear_cross_entropy_forward_and_backward", forward_and_backward, _gradients_fake
 )

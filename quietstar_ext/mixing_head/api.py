@@ -58,10 +58,9 @@ def mixing_head(
 
     Raises:
         TypeError: an argument that must be a tensor is not one.
-        ValueError: a shape, dtype, device, index or option does not fit; the message names the
-            argument.
-        RuntimeError: ``impl="fused"`` and there is no kernel for this call,
-            or a second derivative is taken through a kernel (the reference has them).
+        ValueError: a shape, dtype, device, index or option does not fit; the message names the argument.
+        RuntimeError: ``impl="fused"`` and there is no kernel for this call, or a second derivative is
+            taken through a kernel (the reference has them).
 
     Source: Zelikman et al. 2024 (arXiv 2403.09629), section 4.3. Mixing hidden states is mixing
     logits as long as the vocabulary layer is linear.
@@ -94,5 +93,5 @@ def _check(call: MixingHead, activation: str) -> None:
         checks.check_index_range("base_index", base_index, positions)
     elif rows != positions:
         raise ValueError(
-            f"base has {positions} rows and thought {rows}; expected as many, or a base_index"
+            f"base has {positions} rows and thought {rows}; expected the same number, or a base_index"
         )

@@ -11,7 +11,6 @@ from quietstar_ext.derivatives import first_only, reject_batched
 from quietstar_ext.mixing_head.call import Mixed, MixingHead, MixingHeadBackward
 from quietstar_ext.native import (
     DTYPE_CODES,
-    address,
     cuda_device,
     cuda_kernels,
     native,
@@ -33,6 +32,9 @@ _POINTERS = (
 _CUDA_POINTERS = (
     *("index", "base", "thought", "from_base", "product", "b1", "h1", "h2", "w3", "mixed", "w", "gate"),
     *(*_GRADIENTS, "first", "order", "workspace"),
+)
+_PLACES, _CUDA_PLACES = (
+    {name: place for place, name in enumerate(names)} for names in (_POINTERS, _CUDA_POINTERS)
 )
 
 
@@ -85,7 +87,11 @@ def _launch(
     thought = tensors["thought"]
     assert thought is not None
     on_cuda = takes_cuda_path(thought)
-    addresses = [address(tensors.get(name)) for name in (_CUDA_POINTERS if on_cuda else _POINTERS)]
+    places = _CUDA_PLACES if on_cuda else _PLACES
+    addresses = [0] * len(places)
+    for name, tensor in tensors.items():
+        if tensor is not None and name in places:
+            addresses[places[name]] = tensor.data_ptr()
     if on_cuda:
         getattr(cuda_kernels(), f"cuda_mixing_{step}")(*sizes, addresses, *cuda_device(thought))
     else:
@@ -111,9 +117,10 @@ def _forward(call: MixingHead) -> Mixed:
     sizes = (DTYPE_CODES[thought.dtype], rows, base.shape[0], size, sigmoid)
     _launch("first", sizes, tensors)
     h2 = torch.nn.functional.linear(products["h1"], w2, None if bias_in_kernel else b2)
-    _launch("tail", sizes, {**tensors, "h2": h2, "b2": b2 if bias_in_kernel else None})
+    tensors.update(h2=h2, b2=b2 if bias_in_kernel else None)
+    _launch("tail", sizes, tensors)
     if not takes_cuda_path(thought):
-        w = gate[:, None].to(mixed.dtype, copy=True)
+        w.copy_(gate[:, None])
     return Mixed(mixed, w, gate, products["h1"], h2)
 
 
@@ -154,14 +161,11 @@ def _backward(call: MixingHeadBackward) -> list[Tensor]:
     grad_thought, grad_h1, grad_h2 = (torch.empty_like(thought) for _ in range(3))
     sums = dtype if on_cuda else torch.float32
     grad_b1, grad_b2, grad_w3 = (thought.new_empty(size, dtype=sums) for _ in range(3))
-    tensors: dict[str, Tensor | None] = {
-        **{"index": index, "base": base, "thought": thought, "w3": w3, "gate": gate},
-        **{"h1": h1, "h2": h2, "grad_mixed": grad_mixed.contiguous()},
-        **{"grad_gate": grad_w.flatten().float().contiguous(), "grad_thought": grad_thought},
-        **{"grad_base": grad_base, "grad_from_base": grad_from_base},
-        **{"grad_h1": grad_h1, "grad_h2": grad_h2},
-        **{"grad_b1": grad_b1, "grad_b2": grad_b2, "grad_w3": grad_w3},
-    }
+    tensors: dict[str, Tensor | None] = {"index": index, "base": base, "thought": thought, "w3": w3}
+    tensors.update(gate=gate, h1=h1, h2=h2, grad_mixed=grad_mixed.contiguous())
+    tensors.update(grad_gate=grad_w.flatten().float().contiguous(), grad_thought=grad_thought)
+    tensors.update(grad_base=grad_base, grad_from_base=grad_from_base, grad_h1=grad_h1, grad_h2=grad_h2)
+    tensors.update(grad_b1=grad_b1, grad_b2=grad_b2, grad_w3=grad_w3)
     if on_cuda:
         needed = cuda_kernels().cuda_mixing_workspace(code, rows, positions, size)
         tensors["workspace"] = thought.new_empty(needed, dtype=torch.float32)
@@ -215,9 +219,5 @@ def _backward_fake(call: MixingHeadBackward) -> list[Tensor]:
     ]
 
 
-forward_operator = register(
-    "mixing_head_forward", MixingHead, f"({', '.join(['Tensor'] * 5)})", _forward, _fake
-)
-backward_operator = register(
-    "mixing_head_backward", MixingHeadBackward, "Tensor[]", _backward, _backward_fake
-)
+forward_operator = register("mixing_head_forward", _forward, _fake)
+backward_operator = register("mixing_head_backward", _backward, _backward_fake)

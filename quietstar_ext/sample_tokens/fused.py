@@ -89,11 +89,4 @@ def _run(call: SampleTokens) -> Drawn:
     return drawn
 
 
-operator = register(
-    "sample_tokens",
-    SampleTokens,
-    "(Tensor, Tensor)",
-    _run,
-    lambda call: no_tokens(call.logits),
-    "default",
-)
+operator = register("sample_tokens", _run, lambda call: no_tokens(call.logits), "default")

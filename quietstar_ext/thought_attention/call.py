@@ -46,10 +46,8 @@ class ThoughtAttentionBackward(NamedTuple):
     dlse: Tensor | None  # as lse
 
 
-RESULTS = "(Tensor out, Tensor lse)"
-GRADIENTS = (
-    "(Tensor dq, Tensor dk_text, Tensor dv_text, Tensor dk_thought, Tensor dv_thought, Tensor delta)"
-)
+# Of q, k_text, v_text, k_thought and v_thought; and delta, as lse.
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def last_contiguous(tensor: Tensor) -> Tensor:

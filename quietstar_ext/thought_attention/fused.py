@@ -21,9 +21,8 @@ from quietstar_ext.native import (
 from quietstar_ext.operators import register
 from quietstar_ext.thought_attention import composed
 from quietstar_ext.thought_attention.call import (
-    GRADIENTS,
-    RESULTS,
     TENSORS,
+    Gradients,
     ThoughtAttention,
     ThoughtAttentionBackward,
     last_contiguous,
@@ -143,7 +142,7 @@ def _forward(call: ThoughtAttention) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def _backward(call: ThoughtAttentionBackward) -> tuple[Tensor, ...]:
+def _backward(call: ThoughtAttentionBackward) -> Gradients:
     out, lse, dout = last_contiguous(call.out), call.lse.contiguous(), last_contiguous(call.dout)
     dlse = None if call.dlse is None else call.dlse.contiguous()
     *gradients, delta = results = _backward_fake(call)
@@ -157,11 +156,10 @@ def _fake(call: ThoughtAttention) -> tuple[Tensor, Tensor]:
     return _empty_rows(call.q), new_lse(call.q)
 
 
-def _backward_fake(call: ThoughtAttentionBackward) -> tuple[Tensor, ...]:
-    return (*map(_empty_rows, call.forward[:5]), new_lse(call.forward.q))
+def _backward_fake(call: ThoughtAttentionBackward) -> Gradients:
+    dq, dk_text, dv_text, dk_thought, dv_thought = map(_empty_rows, call.forward[:5])
+    return dq, dk_text, dv_text, dk_thought, dv_thought, new_lse(call.forward.q)
 
 
-operator = register("thought_attention", ThoughtAttention, RESULTS, _forward, _fake)
-backward_operator = register(
-    "thought_attention_backward", ThoughtAttentionBackward, GRADIENTS, _backward, _backward_fake
-)
+operator = register("thought_attention", _forward, _fake)
+backward_operator = register("thought_attention_backward", _backward, _backward_fake)
