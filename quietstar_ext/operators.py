@@ -1,14 +1,14 @@
 """Operators of ``torch.library`` whose schemas are the fields of their calls.
 
 A call is one ``NamedTuple``. A call that holds another one, as a backward pass holds its forward pass,
-has that one's fields in its place.
+has that one's fields in its place; it holds one at most.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -32,29 +32,38 @@ C = TypeVar("C", bound=tuple[Any, ...])
 
 def register(
     name: str,
-    call: type[C],
-    returns: str,
     run: Callable[[C], Any],
     fake: Callable[[C], Any],
     devices: str | tuple[str, ...] = ("cpu", "cuda"),
 ) -> Any:
-    """Make and return ``torch.ops.quietstar.<name>``, which takes the fields of ``call`` one by one.
+    """Make and return ``torch.ops.quietstar.<name>``, which takes the fields of a call one by one.
 
     Args:
-        returns: in the schema's words, as ``"(Tensor out, Tensor lse)"``.
-        run, fake: the implementation, and the shapes of its results; both take the call.
+        run: the implementation; the annotations of its parameter and result are the schema.
+        fake: the shapes of the results.
     """
     full = f"quietstar::{name}"
+    hints = get_type_hints(run)
+    returns = _returns(hints.pop("return"))
+    (call,) = hints.values()
     build = _builder(call)
     torch.library.define(full, f"({', '.join(_arguments(call))}) -> {returns}")
     whole = functools.partial(tuple.__new__, call)  # half the time of the constructor
-    if call._field_defaults or build is not call:  # type: ignore[attr-defined]
+    if call._field_defaults or build is not call:
         implementations[full] = lambda *values: run(build(*values))
     else:
         implementations[full] = lambda *values: run(whole(values))
     torch.library.impl(full, devices)(implementations[full])
     torch.library.register_fake(full, lambda *values, **named: fake(build(*values, **named)))
     return getattr(torch.ops.quietstar, name).default
+
+
+def _returns(kind: Any) -> str:
+    """Of a tensor, a list of them, a tuple, or a ``NamedTuple``."""
+    if kind in (Tensor, list[Tensor]):
+        return "Tensor" if kind is Tensor else "Tensor[]"
+    count = len(getattr(kind, "_fields", get_args(kind)))
+    return f"({', '.join(['Tensor'] * count)})"
 
 
 def _arguments(call: type[C]) -> Iterator[str]:
@@ -67,8 +76,12 @@ def _arguments(call: type[C]) -> Iterator[str]:
 
 
 def _builder(call: type[C]) -> Callable[..., C]:
-    inner = next(iter(get_type_hints(call).values()))
-    if not hasattr(inner, "_fields"):
+    """What makes a call of its flat fields."""
+    kinds = list(get_type_hints(call).values())
+    held = next((kind for kind in kinds if hasattr(kind, "_fields")), None)
+    if held is None:
         return call
-    count = len(inner._fields)
-    return lambda *values, **named: call(inner(*values[:count]), *values[count:], **named)
+    at, make = kinds.index(held), cast(Callable[..., C], call)
+    stop = at + len(held._fields)
+    whole = functools.partial(tuple.__new__, held)
+    return lambda *values, **named: make(*values[:at], whole(values[at:stop]), *values[stop:], **named)

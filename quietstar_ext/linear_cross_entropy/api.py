@@ -15,8 +15,8 @@ import torch
 from quietstar_ext import checks
 from quietstar_ext.derivatives import derivatives_unsupported_reason
 from quietstar_ext.dispatch import choose_impl
-from quietstar_ext.linear_cross_entropy.autograd import fused_rows, fused_sum
 from quietstar_ext.linear_cross_entropy.call import LinearCrossEntropy
+from quietstar_ext.linear_cross_entropy.fused import fused
 from quietstar_ext.linear_cross_entropy.reference import reference, reference_sum
 from quietstar_ext.native import native_unsupported_reason
 from quietstar_ext.precision import autocast_inputs, compute_dtype, without_autocast
@@ -49,15 +49,14 @@ def linear_cross_entropy(
     on chunks of rows in at most 64 MiB besides its results, on CUDA 256 MiB (one row at least).
 
     Where a gradient will be asked for, the fused path takes it along in the forward pass, as if every
-    row counted the same: then a sum or a mean of the rows needs three matrix products in all, and the
+    row counted the same: a sum or a mean of the rows then needs three matrix products in all, and the
     gradients (one as large as weight) are held until the backward pass. If the rows' incoming
-    gradients differ after all, weight's is computed again, of the rows where it is not 0: up to five
-    products. Weights that are known before the call belong in ``linear_cross_entropy_sum``.
+    gradients differ after all, weight's is computed again: up to five products. Weights that are known
+    before the call belong in ``linear_cross_entropy_sum``.
 
-    On CUDA the host may wait for the device for two things: to leave rows out, and to see whether the
-    incoming gradients are equal (those of ``nll.sum()`` show it without). It does not where the
-    products to save are small, nor in a CUDA graph, which can be captured; there only ``nll.sum()``
-    keeps to three products.
+    On CUDA the host may wait for the device to leave rows out, and to see whether the incoming
+    gradients are equal (those of ``nll.sum()`` show it without). It does not where the products to save
+    are few, nor in a CUDA graph; there only ``nll.sum()`` keeps to three products.
 
     Args:
         hidden: [rows, d], float32, bfloat16, float16 or float64 (reference only).
@@ -82,11 +81,10 @@ def linear_cross_entropy(
         as for a matrix product.
 
     Raises:
-        TypeError: an argument that must be a tensor is none.
-        ValueError: a shape, dtype, device, id or option does not fit; the message names the
-            argument.
-        RuntimeError: ``impl="fused"`` and there is no kernel for this call,
-            or a second derivative is taken through a kernel (the reference has them).
+        TypeError: an argument that must be a tensor is not one.
+        ValueError: a shape, dtype, device, id or option does not fit; the message names the argument.
+        RuntimeError: ``impl="fused"`` and there is no kernel for this call, or a second derivative is
+            taken through a kernel (the reference has them).
     """
     options = temperature, ignore_index, softcap, logit_scale
     hidden, weight = autocast_inputs(hidden, weight)
@@ -95,7 +93,10 @@ def linear_cross_entropy(
 
     chosen = choose_impl("linear_cross_entropy", impl, _fused_unsupported_reason(hidden, weight))
     with without_autocast(hidden):
-        return fused_rows(call, accumulate) if chosen == "fused" else reference(call)
+        nll: torch.Tensor = (
+            reference(call) if chosen != "fused" else fused(call, None, False, accumulate)
+        )
+    return nll
 
 
 def linear_cross_entropy_sum(
@@ -119,7 +120,7 @@ def linear_cross_entropy_sum(
     takes the gradients in the forward pass, row chunk by row chunk, and the backward pass only
     scales them, in place, and not at all if it comes with a gradient of 1: three matrix products. For
     bfloat16 on the CPU four, where an fp32 copy of weight does not fit into half of the 64 MiB.
-    On CUDA the host waits once where rows may be left out, as in ``linear_cross_entropy``.
+    On CUDA the host waits once to leave rows out.
 
     Args:
         row_weights: [rows], float32 or the dtype that hidden is summed in; gets no gradient. Rows
@@ -148,9 +149,10 @@ def linear_cross_entropy_sum(
 
     chosen = choose_impl("linear_cross_entropy_sum", impl, _fused_unsupported_reason(hidden, weight))
     with without_autocast(hidden):
-        if chosen == "fused":
-            return fused_sum(call, row_weights, skip_zero_weight, accumulate)
-        return reference_sum(call, row_weights, skip_zero_weight)
+        if chosen == "reference":
+            return reference_sum(call, row_weights, skip_zero_weight)
+        loss, nll = fused(call, row_weights, skip_zero_weight, accumulate)
+    return loss, nll
 
 
 def _fused_unsupported_reason(hidden: torch.Tensor, weight: torch.Tensor) -> str | None:
@@ -172,13 +174,9 @@ def _checked(
         raise ValueError("weight has no rows; expected a vocabulary of at least 1")
     checks.check_index_range("targets", targets, vocabulary, also=ignore_index)
     checks.check_positive("temperature", temperature)
-    if softcap is not None:
-        checks.check_positive("softcap", softcap)
-    checks.check_number("logit_scale", logit_scale)
+    softcap, logit_scale = checks.check_scaling(softcap, logit_scale)
     checks.check_whole("ignore_index", ignore_index)
+    checks.check_option("accumulate", accumulate, ACCUMULATE)
     ids = checks.banned_ids(banned, vocabulary, hidden.device)
-    if accumulate not in ACCUMULATE:
-        raise ValueError(f"accumulate is {accumulate!r}; expected one of {', '.join(ACCUMULATE)}")
-    cap = None if softcap is None else float(softcap)
-    options = float(temperature), ignore_index, cap, float(logit_scale)
+    options = float(temperature), ignore_index, softcap, logit_scale
     return LinearCrossEntropy(hidden, weight, targets, ids, *options)

@@ -63,7 +63,7 @@ class Products(NamedTuple):
     hidden: Tensor  # [rows, d]
     weight: Tensor  # [V, d]
     targets: Tensor  # [rows] int64
-    row_weights: Tensor | None  # [rows] float32 or wider; None for the losses alone
+    row_weights: Tensor | None  # [rows] float32 or wider; None: losses, and no gradient is wanted
     valid_rows: Tensor  # [rows] bool
     softmax: SoftmaxCrossEntropy
     want_hidden: bool

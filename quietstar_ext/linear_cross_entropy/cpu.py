@@ -2,20 +2,17 @@
 
 A chunk of rows is multiplied with the vocabulary layer, the logits are turned in place into losses
 and into gradients, and the gradients go through the GEMM again before the next chunk takes the same
-memory. Rows that cannot contribute are gathered away first, so they cost no product. On a CUDA device
-the same is done by ``cuda.py``.
+memory: one product of 2·rows·V·d operations for the loss, three with both gradients. Rows that cannot
+contribute are gathered away first.
 
-On the CPU the logits of a chunk are token-major, ``weight @ hᵀ``, [V, rows]: the products of this
-layout took 3 to 6 per cent less time than those of [rows, V], and the kernel needs no sum across
-the lanes of a vector (``csrc/include/quietstar/linear_cross_entropy.h``).
+The logits of a chunk are token-major, ``weight @ hᵀ``, [V, rows]: the products of this layout took 3 to
+6 per cent less time than those of [rows, V], and the kernel needs no sum across the lanes of a vector
+(``csrc/include/quietstar/linear_cross_entropy.h``).
 
 Everything besides the results counts towards ``WORKSPACE_BYTES``: the chunk of logits, gathered rows,
 the kernel's block sums, and for 16-bit inputs the fp32 sum of the weight's gradient. Where that sum
 takes more than half of it, bfloat16 goes through the vocabulary a second time, block by block: one
-product more (four instead of three), and still every sum is in fp32. One row at least is worked on.
-
-Counted for rows x vocabulary logits of width d: 2·rows·V·d operations a product; the loss alone takes
-one product, the loss with both gradients three.
+product more, and still every sum is in fp32. One row at least is worked on.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ from collections.abc import Iterator
 import torch
 
 from quietstar_ext.linear_cross_entropy.call import Losses, Products
-from quietstar_ext.precision import compute_dtype, gradient_dtype
+from quietstar_ext.precision import compute_dtype, gradient_dtype, wide_product
 
 WORKSPACE_BYTES = 64 * 2**20
 # With 1024 rows, 8192 fp32 logits each no longer leave the 32 MB cache room for the operands: 2048 x 256
@@ -41,7 +38,10 @@ def run(products: Products) -> Losses:
     new = hidden.new_empty if chunks.all_valid else hidden.new_zeros
     nll = new(hidden.shape[0], dtype=wide)
     grad_hidden = new(hidden.shape if want_hidden else (0,))
-    total_weight = _WeightGradient(weight, want_weight and not chunks.second_pass, chunks)
+    # A single product needs no sum; float16 may overflow before the weights are applied.
+    single = chunks.count_valid <= chunks.size and weight.dtype != torch.float16
+    how = weight.dtype if single else wide, chunks.block_vocab
+    total_weight = WeightGradient(weight, want_weight and not chunks.second_pass, *how)
     saved = []
     for rows in chunks.rows():
         h, t = hidden[rows], targets[rows].contiguous()
@@ -65,7 +65,7 @@ def run(products: Products) -> Losses:
     grad_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format)
     for first in range(0, weight.shape[0], chunks.block_vocab):
         part = weight[first : first + chunks.block_vocab]
-        block = _WeightGradient(part, True, chunks)
+        block = WeightGradient(part, True, *how)
         for rows, t, scale, largest, total in saved:
             h = hidden[rows]
             logits = chunks.product(h, part)
@@ -143,37 +143,50 @@ class _Chunks:
         return torch.mm(weight, h.T, out=self._buffer[: rows * vocab].view(vocab, rows)).T
 
 
-class _WeightGradient:
-    """Σ over chunks of logit gradientsᵀ @ hidden rows, in fp32 (fp64) until ``result``."""
+class WeightGradient:
+    """Σ over chunks of logit gradientsᵀ @ hidden rows.
 
-    def __init__(self, weight: torch.Tensor, wanted: bool, chunks: _Chunks):
-        self.wanted = wanted
-        self.dtype = gradient_dtype(weight.dtype)
-        self.shape = weight.shape if wanted else (0,)
-        self.block_vocab = chunks.block_vocab
-        self.like = weight
-        # A single product needs no sum; float16 may overflow before the weights are applied.
-        self.single = chunks.count_valid <= chunks.size and weight.dtype != torch.float16
+    Args:
+        wanted: otherwise nothing is computed, and the result is empty.
+        sum_dtype: in which chunks are added up; float32 or that of weight.
+        block_vocab: how many tokens' 16-bit products are added to a float32 sum at a time; None: the
+            products are in float32 themselves.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        wanted: bool,
+        sum_dtype: torch.dtype,
+        block_vocab: int | None = None,
+    ):
+        self.weight, self.wanted = weight, wanted
+        self.sum_dtype, self.block_vocab = sum_dtype, block_vocab
         self.sum: torch.Tensor | None = None
 
     def add(self, gradient: torch.Tensor, h: torch.Tensor) -> None:
         """gradient [rows, vocab], h [rows, d]."""
+        a, total = gradient.T, self.sum
         if not self.wanted:
             return
-        wide = compute_dtype(h.dtype)
-        if self.sum is None and (self.single or h.dtype == wide):
-            self.sum = gradient.T @ h
-        elif self.sum is not None and h.dtype == wide:
-            self.sum.addmm_(gradient.T, h)
-        else:
-            if self.sum is None:
-                self.sum = h.new_zeros(self.shape, dtype=wide)
-            for first in range(0, self.shape[0], self.block_vocab):
-                block = slice(first, first + self.block_vocab)
-                self.sum[block] += gradient.T[block] @ h
+        if a.dtype == self.sum_dtype:
+            self.sum = torch.mm(a, h) if total is None else total.addmm_(a, h)
+        elif self.block_vocab is not None:
+            self.sum = h.new_zeros(self.weight.shape, dtype=self.sum_dtype) if total is None else total
+            for rows, part in zip(
+                self.sum.split(self.block_vocab), a.split(self.block_vocab), strict=True
+            ):
+                rows += part @ h
+        elif total is None:
+            self.sum = wide_product(a, h)
+        elif a.device.type == "cuda":
+            torch.addmm(total, a, h, out_dtype=torch.float32, out=total)
+        else:  # a test: PyTorch has this product on devices only
+            total.addmm_(a.float(), h.float())
 
     def result(self) -> torch.Tensor:
-        """The sum in its dtype, zeros where nothing was added."""
+        """The sum, which another factor will scale, in its dtype; zeros where nothing was added."""
+        dtype = gradient_dtype(self.weight.dtype)
         if self.sum is None:
-            return self.like.new_zeros(self.shape, dtype=self.dtype)
-        return self.sum.to(self.dtype)
+            return self.weight.new_zeros(self.weight.shape if self.wanted else (0,), dtype=dtype)
+        return self.sum.to(dtype)

@@ -11,13 +11,12 @@ and 4.3 TB/s and if nothing of it overlaps:
   48 per cent for 256 rows, 12 for 1024, 3 for 4096 (twice that where it is summed in fp32);
 - the kernel reads and writes the logits once, 4·R·V bytes, 122 / d: 3 per cent at a width of 4096.
 
-Chunks small enough for their logits to stay in 50 MB of L2 (195 rows of 128,256 words, 780 of 32,000)
+Chunks small enough for their logits to stay in 50 MB of L2 (195 rows of 128,256 tokens, 780 of 32,000)
 would save part of the second at several times that in the first. These are counts, not measurements.
 
-Nothing here waits for the device, with two exceptions outside of a graph's capture, each where a wait
-of some 50 microseconds can save products (``may_wait``): which rows take part is looked up once, so that
-those without loss or weight cost none; and so is whether incoming gradients are all equal, unless their
-stride of 0 says it. In a capture all rows go through the products, those without loss as zeros.
+Nothing here waits for the device but, outside of a graph's capture and where some 50 microseconds can
+save products (``may_wait``), for which rows take part and whether incoming gradients are all equal. In a
+capture all rows go through the products, those without loss as zeros.
 """
 
 from __future__ import annotations
@@ -27,8 +26,9 @@ from collections.abc import Iterator
 import torch
 
 from quietstar_ext.linear_cross_entropy.call import Losses, Products
+from quietstar_ext.linear_cross_entropy.cpu import WeightGradient
 from quietstar_ext.linear_cross_entropy.softmax import SoftmaxCrossEntropy
-from quietstar_ext.native import DTYPE_CODES, cuda_device, cuda_kernels
+from quietstar_ext.native import DTYPE_CODES, address, address_and_count, cuda_device, cuda_kernels
 from quietstar_ext.precision import gradient_dtype
 
 WORKSPACE_BYTES = 256 * 2**20
@@ -45,31 +45,30 @@ def run(products: Products) -> Losses:
     """The losses, and the gradients that are wanted."""
     hidden, weight, targets, row_weights, valid_rows, softmax, *_ = products
     want_hidden, want_weight, accumulate = products[6:]
-    if row_weights is None:
-        want_hidden = want_weight = False
-    gradients = want_hidden or want_weight
     chunks = _Chunks(hidden, weight, valid_rows, 1 + want_hidden + want_weight, want_weight, accumulate)
     kernel = _Kernel(softmax, weight)
     new = hidden.new_empty if chunks.index is None else hidden.new_zeros
     grad_hidden = new(hidden.shape if want_hidden else (0,))
-    grad_weight = _WeightGradient(weight, chunks)
+    # A float16 gradient is scaled later, and its sum may overflow before.
+    sum_dtype = torch.float32 if chunks.wide else gradient_dtype(weight.dtype)
+    grad_weight = WeightGradient(weight, want_weight, sum_dtype)
 
     targets = chunks.taken(targets)
-    if gradients and row_weights is not None:
-        row_weights = chunks.taken(row_weights.float())
+    factors = None
+    if row_weights is not None and (want_hidden or want_weight):
+        factors = chunks.taken(row_weights.float())
     nll = hidden.new_empty(chunks.rows, dtype=torch.float32)
     for part in chunks.parts():
         h = chunks.hidden_rows(part)
         logits = chunks.logits(h)
-        factors = row_weights[part] if gradients and row_weights is not None else None
-        kernel(logits, targets[part], chunks.valid_mask(part), nll[part], factors)
-        if want_weight:
-            grad_weight.add(logits, h)
+        row_factors = None if factors is None else factors[part]
+        kernel(logits, targets[part], chunks.valid_mask(part), nll[part], row_factors)
+        grad_weight.add(logits, h)
         if want_hidden:
             chunks.put_product(grad_hidden, part, logits, h)
     if chunks.index is not None:
         nll = nll.new_zeros(hidden.shape[0]).index_copy_(0, chunks.index, nll)
-    return Losses(nll, grad_hidden, grad_weight.result(want_weight))
+    return Losses(nll, grad_hidden, grad_weight.result())
 
 
 def may_wait(tensor: torch.Tensor, flop: float) -> bool:
@@ -82,30 +81,12 @@ def capturing(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def common_factor(grad: torch.Tensor, valid_rows: torch.Tensor, flop: float) -> torch.Tensor | None:
-    """The one value of grad [rows] in all valid rows, a scalar on its device, or None where they differ
-    or finding out is not worth the wait; flop is what knowing it saves."""
-    if grad.numel() == 0:
-        return grad.new_ones(())
-    if grad.stride(0) == 0 or grad.numel() == 1:  # of a sum: one number, expanded
-        return grad[0]
-    if not may_wait(grad, flop):
-        return None
-    low = grad.masked_fill(~valid_rows, torch.inf).amin()
-    high = grad.masked_fill(~valid_rows, -torch.inf).amax()
-    return torch.where(low > high, 1, low) if bool(low >= high) else None
-
-
 def scale_(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Multiply a contiguous tensor in place by a scalar on its device. The device sees for itself if
     that is 1; then nothing is moved."""
-    scale = scale.float()
+    scale, count = scale.float(), tensor.numel()
     cuda_kernels().cuda_scale_in_place(
-        tensor.data_ptr(),
-        DTYPE_CODES[tensor.dtype],
-        tensor.numel(),
-        scale.data_ptr(),
-        *cuda_device(tensor),
+        tensor.data_ptr(), DTYPE_CODES[tensor.dtype], count, scale.data_ptr(), *cuda_device(tensor)
     )
     return tensor
 
@@ -204,13 +185,8 @@ class _Kernel:
         if softmax.banned is not None:
             vocab = weight.shape[0]
             self.mask = weight.new_zeros(vocab // 32 + 2, dtype=torch.int32)
-            cuda_kernels().cuda_banned_words(
-                softmax.banned.data_ptr(),
-                softmax.banned.numel(),
-                vocab,
-                self.mask.data_ptr(),
-                *cuda_device(weight),
-            )
+            banned, place = address_and_count(softmax.banned), cuda_device(weight)
+            cuda_kernels().cuda_banned_words(*banned, vocab, self.mask.data_ptr(), *place)
 
     def __call__(
         self,
@@ -221,57 +197,10 @@ class _Kernel:
         row_weights: torch.Tensor | None,
     ) -> None:
         """Write nll, and with row_weights the gradients of Σ row_weights · nll over the logits."""
+        softmax = self.softmax
         cuda_kernels().cuda_softmax_cross_entropy(
-            logits.data_ptr(),
-            DTYPE_CODES[logits.dtype],
-            *logits.shape,
-            logits.stride(0),
-            targets.data_ptr(),
-            0 if valid_rows is None else valid_rows.data_ptr(),
-            0 if self.mask is None else self.mask.data_ptr(),
-            self.softmax.temperature,
-            self.softmax.softcap or 0.0,
-            self.softmax.logit_scale,
-            nll.data_ptr(),
-            0 if row_weights is None else row_weights.data_ptr(),
-            *cuda_device(logits),
+            *(logits.data_ptr(), DTYPE_CODES[logits.dtype], *logits.shape, logits.stride(0)),
+            *map(address, (targets, valid_rows, self.mask)),
+            *(softmax.temperature, softmax.softcap or 0.0, softmax.logit_scale),
+            *(nll.data_ptr(), address(row_weights), *cuda_device(logits)),
         )
-
-
-class _WeightGradient:
-    """Σ over chunks of logit gradientsᵀ @ hidden rows."""
-
-    def __init__(self, weight: torch.Tensor, chunks: _Chunks):
-        self.weight = weight
-        # A float16 gradient is scaled later, and its sum may overflow before.
-        self.dtype = torch.float32 if chunks.wide else gradient_dtype(weight.dtype)
-        self.sum: torch.Tensor | None = None
-
-    def add(self, gradient: torch.Tensor, h: torch.Tensor) -> None:
-        """gradient [rows, V], h [rows, d]."""
-        a = gradient.T
-        if a.dtype == self.dtype:
-            self.sum = torch.mm(a, h) if self.sum is None else self.sum.addmm_(a, h)
-        else:
-            self.sum = _wide_product(a, h) if self.sum is None else _add_wide_(self.sum, a, h)
-
-    def result(self, wanted: bool) -> torch.Tensor:
-        """The sum in its dtype; zeros where nothing was added, empty if not wanted."""
-        dtype = gradient_dtype(self.weight.dtype)
-        if self.sum is None:
-            return self.weight.new_zeros(self.weight.shape if wanted else (0,), dtype=dtype)
-        return self.sum.to(dtype)
-
-
-def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The product of 16-bit matrices in fp32. PyTorch has it on CUDA alone; tests take it elsewhere."""
-    if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
-
-
-def _add_wide_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Add the product of 16-bit matrices to an fp32 sum."""
-    if a.device.type == "cuda":
-        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    return total.addmm_(a.float(), b.float())

@@ -57,11 +57,10 @@ def mixing_head(
         autocast all seven tensors are cast first, as for a matrix product.
 
     Raises:
-        TypeError: an argument that must be a tensor is none.
-        ValueError: a shape, dtype, device, index or option does not fit; the message names the
-            argument.
-        RuntimeError: ``impl="fused"`` and there is no kernel for this call,
-            or a second derivative is taken through a kernel (the reference has them).
+        TypeError: an argument that must be a tensor is not one.
+        ValueError: a shape, dtype, device, index or option does not fit; the message names the argument.
+        RuntimeError: ``impl="fused"`` and there is no kernel for this call, or a second derivative is
+            taken through a kernel (the reference has them).
 
     Source: Zelikman et al. 2024 (arXiv 2403.09629), section 4.3. Mixing hidden states is mixing
     logits as long as the vocabulary layer is linear.
@@ -87,13 +86,12 @@ def _check(call: MixingHead, activation: str) -> None:
     checks.check_tensor("w2", w2, [size, size], *same)
     checks.check_tensor("b2", b2, [size], *same)
     checks.check_tensor("w3", w3, [1, size], *same)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    checks.check_option("activation", activation, ACTIVATIONS)
     rows = thought.shape[0]
     if base_index is not None:
         checks.check_tensor("base_index", base_index, [rows], [torch.int64], base.device)
         checks.check_index_range("base_index", base_index, positions)
     elif rows != positions:
         raise ValueError(
-            f"base has {positions} rows and thought {rows}; expected as many, or a base_index"
+            f"base has {positions} rows and thought {rows}; expected the same number, or a base_index"
         )

@@ -17,26 +17,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from quietstar_ext.dispatch import Setting
-from quietstar_ext.native import takes_cuda_path
+from quietstar_ext.native import DTYPE_CODES, address, cuda_device, cuda_kernels, takes_cuda_path
 from quietstar_ext.operators import register
 from quietstar_ext.thought_attention.call import (
-    GRADIENTS,
-    RESULTS,
+    Gradients,
     ThoughtAttention,
     ThoughtAttentionBackward,
     last_contiguous,
     new_lse,
-)
-from quietstar_ext.thought_attention.diagonal import (
-    ThoughtDiagonal,
-    ThoughtDiagonalBackward,
-    diagonal_backward,
-    diagonal_forward,
+    place,
 )
 from quietstar_ext.thought_attention.stock import stock_backward, stock_forward, stock_unsupported_reason
 
@@ -103,7 +98,7 @@ def composed_unsupported_reason(call: ThoughtAttention, every_position: bool) ->
     if not every_position:
         return "the columns may be any (every_position is False)"
     if not length or not columns or columns % length:
-        return f"{columns} columns are no multiple of {length} text tokens"
+        return f"{columns} columns are not a multiple of {length} text tokens"
     if call.softcap:
         return "the stock kernel has no soft-cap"
     if call.window and call.window < length + key_slots:
@@ -121,16 +116,17 @@ def _whole_packs(tensor: Tensor) -> Tensor:
     return tensor if fine else tensor.contiguous()
 
 
-def _pieces(batch: int, rationales: int) -> Iterator[tuple[int, slice]]:
-    """Batch row and columns of each call: one rationale of all positions."""
+def _pieces(batch: int, rationales: int) -> Iterator[tuple[slice, ...]]:
+    """Which part of [B, H, S, M, ...] each call takes: one rationale of all positions of a row."""
     for row in range(batch):
         for rationale in range(rationales):
-            yield row, slice(rationale, None, rationales)
+            every = slice(None)
+            yield slice(row, row + 1), every, every, slice(rationale, None, rationales)
 
 
-def _slots_first(tensor: Tensor, row: int, columns: slice) -> Tensor:
-    """[B, H, S, M, ...] -> [S, H, N, ...], a view."""
-    return tensor[row, :, :, columns].transpose(0, 1)
+def _slots_first(piece: Tensor) -> Tensor:
+    """[1, H, S, N, ...] -> [S, H, N, ...], a view."""
+    return piece[0].transpose(0, 1)
 
 
 def _as_piece(tensor: Tensor) -> Tensor:
@@ -138,36 +134,81 @@ def _as_piece(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1)[None]
 
 
-def _laid_out(call: ThoughtAttention) -> ThoughtAttention:
-    """The call with its tensors as the two kernels read them."""
-    text = [_whole_packs(t) for t in call[:3]]
-    slots = [last_contiguous(t) for t in call[3:5]]
-    sinks = None if call.sinks is None else call.sinks.float().contiguous()
-    return ThoughtAttention._make([*text, *slots, *call[5:7], sinks, *call[8:]])
+class ThoughtDiagonal(NamedTuple):
+    """Slots and text part, merged by the kernel. Every tensor may have any strides but the last, 1."""
+
+    q: Tensor  # [B, Hq, Sq, M, D]
+    k_thought: Tensor  # [B, Hkv, Sk, M, D]
+    v_thought: Tensor  # [B, Hkv, Sk, M, D]
+    text_out: Tensor | None  # as out; None without text
+    text_lse: Tensor | None  # as lse
+    sinks: Tensor | None  # [Hq] float32 contiguous
+    out: Tensor  # [B, Hq, Sq, M, D]
+    lse: Tensor  # [B, Hq, Sq, M] float32
+    scale: float
+
+
+class ThoughtDiagonalBackward(NamedTuple):
+    """Its backward pass; text_out, text_lse and sinks of the forward call are not looked at."""
+
+    forward: ThoughtDiagonal
+    dout: Tensor
+    text_dq: Tensor | None  # added to dq
+    dq: Tensor
+    dk_thought: Tensor
+    dv_thought: Tensor
+    delta: Tensor  # as lse
+
+
+def diagonal_forward(call: ThoughtDiagonal) -> None:
+    """Write out and lse."""
+    places = map(_place, (*call[:5], call.out, call.lse))
+    cuda_kernels().cuda_thought_diagonal(
+        *(DTYPE_CODES[call.q.dtype], _sizes(call), *places, address(call.sinks), call.scale),
+        *cuda_device(call.q),
+    )
+
+
+def diagonal_backward(call: ThoughtDiagonalBackward) -> None:
+    """Write dq (with text_dq added, where it is given), dk_thought, dv_thought and delta."""
+    forward = call.forward
+    places = map(_place, (*forward[:3], forward.out, forward.lse))
+    cuda_kernels().cuda_thought_diagonal_backward(
+        *(DTYPE_CODES[forward.q.dtype], _sizes(forward), *places, forward.scale),
+        *(*map(_place, call[1:]), *cuda_device(forward.q)),
+    )
+
+
+def _place(tensor: Tensor | None) -> tuple[int, tuple[int, ...]]:
+    """Address and strides; a tensor of numbers per row [B, H, S, M] counts as one of rows."""
+    if tensor is None:
+        return 0, (0,) * 5
+    start, strides = place(tensor)
+    return start, strides if len(strides) == 5 else (*strides, 1)
+
+
+def _sizes(call: ThoughtDiagonal) -> tuple[int, ...]:
+    batch, q_heads, slots, columns, size = call.q.shape
+    return batch, q_heads, call.k_thought.shape[1], slots, call.k_thought.shape[2], columns, size
 
 
 def _forward(call: ThoughtAttention) -> tuple[Tensor, Tensor]:
-    call = _laid_out(call)
+    call = call.laid_out(_whole_packs)
     q, k_text, v_text, k_thought, v_thought, *_ = call
     batch, _, slots, columns, _ = q.shape
     out, lse = _fake(call)
-    for row, piece in _pieces(batch, columns // k_text.shape[2]):
-        text_out, text_lse = stock_forward(
-            _slots_first(q, row, piece),
-            k_text[row].expand(slots, -1, -1, -1),
-            v_text[row].expand(slots, -1, -1, -1),
-            call.scale,
-        )
-        at = (slice(row, row + 1), slice(None), slice(None), piece)
+    for at in _pieces(batch, columns // k_text.shape[2]):
+        k, v = (t[at[0]].expand(slots, -1, -1, -1) for t in (k_text, v_text))
+        text_out, text_lse = stock_forward(_slots_first(q[at]), k, v, call.scale)
         text = _as_piece(last_contiguous(text_out)), _as_piece(text_lse)
         slot = q[at], k_thought[at], v_thought[at]
         diagonal_forward(ThoughtDiagonal(*slot, *text, call.sinks, out[at], lse[at], call.scale))
     return out, lse
 
 
-def _backward(call: ThoughtAttentionBackward) -> tuple[Tensor, ...]:
+def _backward(call: ThoughtAttentionBackward) -> Gradients:
     """As the fused kernel's, for no gradient of lse."""
-    forward = _laid_out(call.forward)
+    forward = call.forward.laid_out(_whole_packs)
     q, k_text, v_text, k_thought, v_thought, *_ = forward
     scale, lse = forward.scale, call.lse
     out, dout = _whole_packs(call.out), _whole_packs(call.dout)
@@ -176,19 +217,12 @@ def _backward(call: ThoughtAttentionBackward) -> tuple[Tensor, ...]:
     # Each slot and rationale has its own part; they are added up in fp32.
     dk_text, dv_text = (torch.zeros_like(t, dtype=torch.float32) for t in (k_text, v_text))
     delta = torch.empty_like(lse)
-    for row, piece in _pieces(batch, columns // k_text.shape[2]):
-        text_dq, dk, dv = stock_backward(
-            _slots_first(dout, row, piece),
-            _slots_first(q, row, piece),
-            k_text[row].expand(slots, -1, -1, -1),
-            v_text[row].expand(slots, -1, -1, -1),
-            _slots_first(out, row, piece),
-            _slots_first(lse, row, piece),
-            scale,
-        )
-        dk_text[row] += dk.sum(0, dtype=torch.float32)
-        dv_text[row] += dv.sum(0, dtype=torch.float32)
-        at = (slice(row, row + 1), slice(None), slice(None), piece)
+    for at in _pieces(batch, columns // k_text.shape[2]):
+        k, v = (t[at[0]].expand(slots, -1, -1, -1) for t in (k_text, v_text))
+        grad, query, result, of_rows = (_slots_first(t[at]) for t in (dout, q, out, lse))
+        text_dq, dk, dv = stock_backward(grad, query, k, v, result, of_rows, scale)
+        dk_text[at[0]] += dk.sum(0, dtype=torch.float32)
+        dv_text[at[0]] += dv.sum(0, dtype=torch.float32)
         slot = q[at], k_thought[at], v_thought[at]
         merged = ThoughtDiagonal(*slot, None, None, None, out[at], lse[at], scale)
         text_dq = _as_piece(last_contiguous(text_dq))
@@ -201,15 +235,10 @@ def _fake(call: ThoughtAttention) -> tuple[Tensor, Tensor]:
     return torch.empty_like(call.q), new_lse(call.q)
 
 
-def _backward_fake(call: ThoughtAttentionBackward) -> tuple[Tensor, ...]:
-    return (*map(torch.empty_like, call.forward[:5]), torch.empty_like(call.lse))
+def _backward_fake(call: ThoughtAttentionBackward) -> Gradients:
+    dq, dk_text, dv_text, dk_thought, dv_thought = map(torch.empty_like, call.forward[:5])
+    return dq, dk_text, dv_text, dk_thought, dv_thought, torch.empty_like(call.lse)
 
 
-operator = register("thought_attention_composed", ThoughtAttention, RESULTS, _forward, _fake)
-backward_operator = register(
-    "thought_attention_composed_backward",
-    ThoughtAttentionBackward,
-    GRADIENTS,
-    _backward,
-    _backward_fake,
-)
+operator = register("thought_attention_composed", _forward, _fake)
+backward_operator = register("thought_attention_composed_backward", _backward, _backward_fake)

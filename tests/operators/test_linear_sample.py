@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quietstar_ext import linear_sample, sample_tokens
 
-module = importlib.import_module("quietstar_ext.linear_sample.fused")
+module = importlib.import_module("quietstar_ext.linear_sample")
 
 kernel = place_fixture((CPU, CUDA_ON_CPU, CUDA))
 fused = functools.partial(linear_sample, impl="fused")

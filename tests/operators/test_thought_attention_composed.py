@@ -126,7 +126,7 @@ def test_reasons_against(cuda_on_cpu):
     assert "every_position" in why(every=False)
     assert "window of 6" in why(window=6)
     assert "soft-cap" in why(softcap=2.0)
-    assert "8 columns are no multiple of 3" in why(k=k[:, :, :3])
+    assert "8 columns are not a multiple of 3" in why(k=k[:, :, :3])
     assert "larger than 256" in why(q=torch.empty(1, 2, 3, 8, 264))
 
 

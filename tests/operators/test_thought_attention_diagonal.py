@@ -8,7 +8,7 @@ from attention_budget import ROUNDING, budget, reference
 from attention_cases import make
 from places import CUDA, CUDA_ON_CPU, place_fixture
 
-from quietstar_ext.thought_attention.diagonal import (
+from quietstar_ext.thought_attention.composed import (
     ThoughtDiagonal,
     ThoughtDiagonalBackward,
     diagonal_backward,

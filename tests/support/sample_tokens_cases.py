@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quietstar_ext import sample_tokens
-from quietstar_ext.sample_tokens.call import SampleTokens
+from quietstar_ext.sample_tokens.call import SampleTokens, Sampling
 from quietstar_ext.sample_tokens.reference import reference as reference_of_sample_tokens
 
 OPTIONS: list[dict[str, Any]] = [
@@ -49,7 +49,7 @@ def reference(logits: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     if values["banned"] is not None:
         values["banned"] = torch.as_tensor(values["banned"]).cpu()
     values |= {"seed": torch.tensor([options.get("seed", 0)]), "offset": options.get("offset", 0)}
-    return reference_of_sample_tokens(SampleTokens(logits.cpu(), **values, fused=False))
+    return reference_of_sample_tokens(SampleTokens(logits.cpu(), Sampling(**values), fused=False))
 
 
 def same_draws(ours, theirs, edges: int = 1, atol: float = 3e-6, rtol: float = 1e-6) -> None:
