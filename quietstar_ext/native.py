@@ -136,6 +136,20 @@ def _version(number: int) -> str:
 _cuda_module: ModuleType | None = None
 
 
+def fields(*values: Any) -> tuple[Any, ...]:
+    """The fields of a call's struct in csrc/include, in its order: a tensor as its address, a dtype as
+    its number, None as 0."""
+    return tuple(map(_field, values))
+
+
+def _field(value: Any) -> Any:
+    if isinstance(value, int | float | tuple):
+        return value
+    if value is None:
+        return 0
+    return DTYPE_CODES[value] if isinstance(value, torch.dtype) else value.data_ptr()
+
+
 @contextlib.contextmanager
 def cuda_on_cpu(module: ModuleType) -> Iterator[None]:
     """For tests: CPU tensors take the CUDA path inside the block, with the functions of ``module``,
@@ -154,7 +168,7 @@ def takes_cuda_path(tensor: torch.Tensor) -> bool:
 
 
 def cuda_kernels() -> ModuleType:
-    """The module with the CUDA functions, whose last two arguments are :func:`cuda_device`'s."""
+    """The module with the CUDA functions, whose last argument is a :func:`cuda_device`."""
     return native() if _cuda_module is None else _cuda_module
 
 

@@ -28,7 +28,7 @@ import torch
 
 from quietstar_ext.linear_cross_entropy.call import Losses, Products
 from quietstar_ext.linear_cross_entropy.softmax import SoftmaxCrossEntropy
-from quietstar_ext.native import DTYPE_CODES, cuda_device, cuda_kernels
+from quietstar_ext.native import cuda_device, cuda_kernels, fields
 from quietstar_ext.precision import gradient_dtype
 
 WORKSPACE_BYTES = 256 * 2**20
@@ -101,11 +101,7 @@ def scale_(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     that is 1; then nothing is moved."""
     scale = scale.float()
     cuda_kernels().cuda_scale_in_place(
-        tensor.data_ptr(),
-        DTYPE_CODES[tensor.dtype],
-        tensor.numel(),
-        scale.data_ptr(),
-        *cuda_device(tensor),
+        *fields(tensor, tensor.dtype, tensor.numel(), scale), cuda_device(tensor)
     )
     return tensor
 
@@ -204,12 +200,8 @@ class _Kernel:
         if softmax.banned is not None:
             vocab = weight.shape[0]
             self.mask = weight.new_zeros(vocab // 32 + 2, dtype=torch.int32)
-            cuda_kernels().cuda_banned_words(
-                softmax.banned.data_ptr(),
-                softmax.banned.numel(),
-                vocab,
-                self.mask.data_ptr(),
-                *cuda_device(weight),
+            cuda_kernels().cuda_banned_tokens(
+                *fields(softmax.banned, softmax.banned.numel(), vocab, self.mask), cuda_device(weight)
             )
 
     def __call__(
@@ -221,20 +213,14 @@ class _Kernel:
         row_weights: torch.Tensor | None,
     ) -> None:
         """Write nll, and with row_weights the gradients of Σ row_weights · nll over the logits."""
+        softmax = self.softmax
         cuda_kernels().cuda_softmax_cross_entropy(
-            logits.data_ptr(),
-            DTYPE_CODES[logits.dtype],
-            *logits.shape,
-            logits.stride(0),
-            targets.data_ptr(),
-            0 if valid_rows is None else valid_rows.data_ptr(),
-            0 if self.mask is None else self.mask.data_ptr(),
-            self.softmax.temperature,
-            self.softmax.softcap or 0.0,
-            self.softmax.logit_scale,
-            nll.data_ptr(),
-            0 if row_weights is None else row_weights.data_ptr(),
-            *cuda_device(logits),
+            fields(
+                *(logits, logits.dtype, *logits.shape, logits.stride(0), targets),
+                *(softmax.temperature, softmax.softcap, softmax.logit_scale, nll, row_weights),
+                *(0, None, 0, None, None, None, 1, valid_rows, self.mask),
+            ),
+            cuda_device(logits),
         )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from quietstar_ext.native import DTYPE_CODES, native, native_unsupported_reason
+from quietstar_ext.native import fields, native, native_unsupported_reason
 from quietstar_ext.precision import compute_dtype
 
 
@@ -104,12 +104,12 @@ class SoftmaxCrossEntropy:
         rows, vocab = logits.shape
         size = native().softmax_cross_entropy_workspace(rows, vocab)
         workspace = torch.empty(size, dtype=torch.uint8)
-        banned = (0, 0) if self.banned is None else (self.banned.data_ptr(), self.banned.numel())
+        banned = self.banned
         kernel(
-            *(logits.data_ptr(), DTYPE_CODES[logits.dtype], rows, vocab),
-            *(max(rows, logits.stride(1)), first_token, targets.data_ptr(), *banned),
-            *(self.temperature, self.softcap or 0.0, self.logit_scale),
-            *(tensor.data_ptr() for tensor in statistics),
-            *(0 if tensor is None else tensor.data_ptr() for tensor in result),
-            *(workspace.data_ptr(), torch.get_num_threads()),
+            fields(
+                *(logits, logits.dtype, rows, vocab, max(rows, logits.stride(1)), targets),
+                *(self.temperature, self.softcap, self.logit_scale, *result, first_token),
+                *(banned, 0 if banned is None else banned.numel(), *statistics, workspace),
+                *(torch.get_num_threads(), None, None),
+            )
         )

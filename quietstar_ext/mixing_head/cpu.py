@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from quietstar_ext.mixing_head.call import Mixed, MixingHead, MixingHeadBackward
+from quietstar_ext.mixing_head.call import Mixed, MixingHead, MixingHeadBackward, Sizes, kernel_fields
 from quietstar_ext.native import DTYPE_CODES, native
 
 
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def _run(step: str, sizes: Sizes, tensors: dict[str, torch.Tensor | None]) -> None:
+    taken = kernel_fields(sizes, tensors, torch.get_num_threads())
+    getattr(native(), f"mixing_{step}")(taken)
 
 
 def forward(call: MixingHead) -> Mixed:
@@ -24,12 +25,14 @@ def forward(call: MixingHead) -> Mixed:
     if rows == 0 or size == 0:
         return Mixed(mixed, gate[:, None].to(mixed.dtype, copy=True), gate, h1, h1.clone())
     sizes = (DTYPE_CODES[base.dtype], rows, base.shape[0], size, sigmoid)
-    first = [_address(t) for t in (index, base, thought, from_base, h1)]
-    native().mixing_first(*sizes, first + [0] * 15, torch.get_num_threads())
+    tensors: dict[str, torch.Tensor | None] = {
+        **{"index": index, "base": base, "thought": thought, "from_base": from_base, "h1": h1},
+    }
+    _run("first", sizes, tensors)
     # A bias added after the product was rounded to 16 bits could end on relu's other side.
     h2 = torch.nn.functional.linear(h1, w2, b2) if narrow else h1 @ w2.T
-    tail = [_address(t) for t in (h2, None if narrow else b2, w3, mixed, gate)]
-    native().mixing_tail(*sizes, first + tail + [0] * 10, torch.get_num_threads())
+    bias = None if narrow else b2
+    _run("tail", sizes, {**tensors, "h2": h2, "b2": bias, "w3": w3, "mixed": mixed, "gate": gate})
     return Mixed(mixed, gate[:, None].to(mixed.dtype, copy=True), gate, h1, h2)
 
 
@@ -62,18 +65,17 @@ def backward(call: MixingHeadBackward) -> list[torch.Tensor | None]:
     grad_thought, grad_h2, grad_h1 = (torch.empty_like(thought) for _ in range(3))
     grad_base, grad_from_base = torch.empty_like(base), torch.empty_like(base)
     grad_b1, grad_b2, grad_w3 = (torch.empty(size, dtype=torch.float32) for _ in range(3))
-    addresses = [
-        _address(t)
-        for t in (
-            *(index, base, thought, None, h1, h2, None, w3, None, gate, grad_mixed, grad_gate),
-            *(grad_thought, grad_base, grad_h1, grad_from_base, grad_h2),
-            *(grad_b1, grad_b2, grad_w3),
-        )
-    ]
+    tensors: dict[str, torch.Tensor | None] = {
+        **{"index": index, "base": base, "thought": thought, "w3": w3, "gate": gate},
+        **{"h1": h1, "h2": h2, "grad_mixed": grad_mixed, "grad_gate": grad_gate},
+        **{"grad_thought": grad_thought, "grad_base": grad_base, "grad_h1": grad_h1},
+        **{"grad_from_base": grad_from_base, "grad_h2": grad_h2},
+        **{"grad_b1": grad_b1, "grad_b2": grad_b2, "grad_w3": grad_w3},
+    }
     sizes = (DTYPE_CODES[dtype], rows, base.shape[0], size, sigmoid)
-    native().mixing_tail_backward(*sizes, addresses, torch.get_num_threads())
+    _run("tail_backward", sizes, tensors)
     torch.mm(grad_h2, w2, out=grad_h1)
-    native().mixing_first_backward(*sizes, addresses, torch.get_num_threads())
+    _run("first_backward", sizes, tensors)
 
     grad_w1 = w1.new_empty(w1.shape if wanted[2] else (0,))
     if wanted[0]:

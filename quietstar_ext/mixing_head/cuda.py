@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from quietstar_ext.mixing_head.call import Mixed, MixingHead, MixingHeadBackward
+from quietstar_ext.mixing_head.call import Mixed, MixingHead, MixingHeadBackward, Sizes, kernel_fields
 from quietstar_ext.native import DTYPE_CODES, cuda_device, cuda_kernels
-
-# The pointers of cuda::MixingHead in csrc/include/quietstar/mixing_head.h, in its order.
-_POINTERS = (
-    *("index", "base", "thought", "from_base", "product", "b1", "h1", "h2", "w3", "mixed", "w", "gate"),
-    *("grad_mixed", "grad_gate", "grad_thought", "grad_base", "grad_h1", "grad_from_base", "grad_h2"),
-    *("grad_b1", "grad_b2", "grad_w3", "first", "order", "workspace"),
-)
 
 
 @torch.compiler.assume_constant_result
 def max_width(device: torch.device) -> int:
     """Widths beyond it would need more shared memory than a block may have."""
-    width: int = cuda_kernels().cuda_mixing_most_width(device.index or 0, 0)
+    width: int = cuda_kernels().cuda_mixing_max_width((device.index or 0, 0))
     return width
 
 
-def _run(
-    step: str, sizes: tuple[int, int, int, int, bool], tensors: dict[str, torch.Tensor | None]
-) -> None:
-    """Launch a step; ``tensors`` are contiguous, by the names of the pointers."""
+def _run(step: str, sizes: Sizes, tensors: dict[str, torch.Tensor | None]) -> None:
+    """Launch a step; ``tensors`` are contiguous."""
     thought = tensors["thought"]
     assert thought is not None
-    given = [tensors.get(name) for name in _POINTERS]
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in given]
-    getattr(cuda_kernels(), f"cuda_mixing_{step}")(*sizes, addresses, *cuda_device(thought))
+    taken = kernel_fields(sizes, tensors)
+    getattr(cuda_kernels(), f"cuda_mixing_{step}")(taken, cuda_device(thought))
 
 
 def forward(call: MixingHead) -> Mixed:

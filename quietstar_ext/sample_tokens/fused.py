@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from quietstar_ext.native import DTYPE_CODES, cuda_device, cuda_kernels, native, takes_cuda_path
+from quietstar_ext.native import (
+    DTYPE_CODES,
+    cuda_device,
+    cuda_kernels,
+    fields,
+    native,
+    takes_cuda_path,
+)
 from quietstar_ext.operators import register
 from quietstar_ext.sample_tokens.call import (
     Drawn,
@@ -22,13 +31,22 @@ def draw(call: SampleTokens, drawn: Drawn, workspace: torch.Tensor) -> int:
     ``drawn`` is written and must be contiguous; workspace is what :func:`workspace_for` returned for
     this vocabulary.
     """
+    return native().sample_tokens(_fields(call, drawn, workspace, torch.get_num_threads()))
+
+
+def _fields(
+    call: SampleTokens,
+    drawn: Drawn,
+    workspace: torch.Tensor,
+    threads: int = 1,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Any, ...]:
     logits, temperature, top_k, top_p, min_p, banned, seed, offset, _ = call
-    return native().sample_tokens(
-        *(logits.data_ptr(), DTYPE_CODES[logits.dtype], *logits.shape, logits.stride(0)),
-        *(temperature, top_k, top_p, min_p),
-        *((0, 0) if banned is None else (banned.data_ptr(), banned.numel())),
-        *(int(seed), offset, drawn.tokens.data_ptr(), drawn.logprobs.data_ptr()),
-        *(workspace.data_ptr(), torch.get_num_threads()),
+    return fields(
+        *(logits, logits.dtype, *logits.shape, logits.stride(0), temperature, top_k, top_p, min_p),
+        *(banned, 0 if banned is None else banned.numel(), seed, offset, *drawn, workspace),
+        *(threads, logit_scale, softcap),
     )
 
 
@@ -45,14 +63,8 @@ def draw_on_cuda(
     :func:`cuda_workspace_for`. Row n draws from ``softcap(logits[n] * logit_scale)`` with the counter
     ``offset + n``.
     """
-    logits, temperature, top_k, top_p, min_p, banned, seed, offset, _ = call
-    cuda_kernels().cuda_sample_tokens(
-        *(logits.data_ptr(), DTYPE_CODES[logits.dtype], *logits.shape, logits.stride(0)),
-        *((temperature, top_p, min_p, logit_scale, softcap or 0.0), top_k),
-        *((0, 0) if banned is None else (banned.data_ptr(), banned.numel())),
-        *(seed.data_ptr(), offset, drawn.tokens.data_ptr(), drawn.logprobs.data_ptr()),
-        *(workspace.data_ptr(), *cuda_device(logits)),
-    )
+    taken = _fields(call, drawn, workspace, 1, logit_scale, softcap)
+    cuda_kernels().cuda_sample_tokens(taken, cuda_device(call.logits))
 
 
 def cuda_workspace_for(
@@ -62,7 +74,7 @@ def cuda_workspace_for(
     tokens of a row where the rows are few, and a bit per token where many are banned."""
     count = 0 if banned is None else banned.numel()
     size = cuda_kernels().cuda_sample_tokens_workspace(
-        DTYPE_CODES[like.dtype], rows, vocab, count, *cuda_device(like)
+        DTYPE_CODES[like.dtype], rows, vocab, count, cuda_device(like)
     )
     return torch.empty(size, dtype=torch.uint8, device=like.device)
 

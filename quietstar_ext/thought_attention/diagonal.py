@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from quietstar_ext.native import DTYPE_CODES, cuda_device, cuda_kernels
+from quietstar_ext.native import cuda_device, cuda_kernels, fields
 from quietstar_ext.thought_attention.call import place
 
 
@@ -38,38 +38,19 @@ class ThoughtDiagonalBackward(NamedTuple):
 
 def diagonal_forward(call: ThoughtDiagonal) -> None:
     """Write out and lse."""
-    cuda_kernels().cuda_thought_diagonal(
-        DTYPE_CODES[call.q.dtype],
-        _sizes(call),
-        *map(_place, call[:5]),
-        *map(_place, (call.out, call.lse)),
-        0 if call.sinks is None else call.sinks.data_ptr(),
-        call.scale,
-        *cuda_device(call.q),
-    )
+    cuda_kernels().cuda_thought_diagonal(_fields(call), cuda_device(call.q))
 
 
 def diagonal_backward(call: ThoughtDiagonalBackward) -> None:
     """Write dq (with text_dq added, where it is given), dk_thought, dv_thought and delta."""
-    forward = call.forward
-    cuda_kernels().cuda_thought_diagonal_backward(
-        DTYPE_CODES[forward.q.dtype],
-        _sizes(forward),
-        *map(_place, (*forward[:3], forward.out, forward.lse)),
-        forward.scale,
-        *map(_place, call[1:]),
-        *cuda_device(forward.q),
-    )
+    taken = (_fields(call.forward), *map(place, call[1:]))
+    cuda_kernels().cuda_thought_diagonal_backward(taken, cuda_device(call.forward.q))
 
 
-def _place(tensor: Tensor | None) -> tuple[int, tuple[int, ...]]:
-    """Address and strides; a tensor of numbers per row [B, H, S, M] counts as one of rows."""
-    if tensor is None:
-        return 0, (0,) * 5
-    address, strides = place(tensor)
-    return address, strides if len(strides) == 5 else (*strides, 1)
-
-
-def _sizes(call: ThoughtDiagonal) -> tuple[int, ...]:
+def _fields(call: ThoughtDiagonal) -> tuple[Any, ...]:
     batch, q_heads, slots, columns, size = call.q.shape
-    return batch, q_heads, call.k_thought.shape[1], slots, call.k_thought.shape[2], columns, size
+    heads, key_slots = call.k_thought.shape[1:3]
+    return fields(
+        *(call.q.dtype, batch, q_heads, heads, slots, key_slots, columns, size),
+        *(*map(place, (*call[:5], call.out, call.lse)), call.sinks, call.scale),
+    )

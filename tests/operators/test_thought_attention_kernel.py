@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import SHAPES, gradients, make
+from attention_cases import SHAPES, gradients, make, sizes_alone
 
 from quietstar_ext.native import native
 from quietstar_ext.thought_attention import thought_attention
@@ -140,8 +140,9 @@ def test_nan_stays_in_its_row(simd, softcap):
 def test_workspace_holds_no_scores():
     sizes = (1, 8, 2, 15, 15, 512, 512, 64)  # B Hq Hkv Sq Sk M N D
     scores = 8 * 15 * 512 * 512 * 4
-    assert native().thought_attention_workspace(sizes, False, 2) < scores / 50
-    assert native().thought_attention_workspace(sizes, True, 2) < scores / 5
+    call = sizes_alone(torch.float32, sizes, threads=2)
+    assert native().thought_attention_workspace(call, False) < scores / 50
+    assert native().thought_attention_workspace(call, True) < scores / 5
 
 
 @pytest.mark.parametrize("name", ["packed", "rollout step", "text rows", "everything"])
