@@ -81,7 +81,7 @@ def bench_linear_sample(benchmark: Any, shape: tuple[int, int, int]) -> None:
 @pytest.mark.skipif(not ON_GPU, reason="there is no CUDA device")
 def bench_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first contestant is the size in use."""
-    module = importlib.import_module("quietstar_ext.linear_sample.fused")
+    module = importlib.import_module("quietstar_ext.linear_sample")
     in_use = module.CUDA_CHUNK_ROWS
     shape = rows, width, vocabulary = SHAPES[1]
     ours = contestants(shape)["linear_sample"]

@@ -6,7 +6,7 @@ from quietstar_ext.linear_sample import linear_sample
 from quietstar_ext.mixing_head import mixing_head
 from quietstar_ext.native import build_info, use_simd
 from quietstar_ext.sample_tokens import sample_tokens
-from quietstar_ext.thought_attention import thought_attention
+from quietstar_ext.thought_attention import thought_attention, thought_attention_with_lse
 
 __all__ = [
     "build_info",
@@ -16,6 +16,7 @@ __all__ = [
     "mixing_head",
     "sample_tokens",
     "thought_attention",
+    "thought_attention_with_lse",
     "use_impl",
     "use_simd",
 ]

@@ -21,7 +21,7 @@ def check_tensor(
 ) -> None:
     """Require a strided tensor of the given shape (a string stands for a dimension of any size).
 
-    Raises ``TypeError`` if it is no tensor, ``ValueError`` if its layout, shape, dtype or device is
+    Raises ``TypeError`` if it is not a tensor, ``ValueError`` if its layout, shape, dtype or device is
     wrong.
     """
     if not isinstance(tensor, torch.Tensor):
@@ -29,24 +29,31 @@ def check_tensor(
     if tensor.layout != torch.strided or tensor.is_nested:
         kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
         raise ValueError(f"{name} is a {kind} tensor; expected a dense one")
-    got = tuple(tensor.shape)
-    fits = len(got) == len(shape) and all(
-        isinstance(want, str) or want == have for want, have in zip(shape, got, strict=True)
-    )
-    if not fits:
-        want = "[" + ", ".join(str(s) for s in shape) + "]"
-        raise ValueError(f"{name} has shape {list(got)}; expected {want}")
+    got = tensor.shape
+    if len(got) != len(shape) or any(
+        not isinstance(want, str) and want != have for want, have in zip(shape, got, strict=True)
+    ):
+        raise ValueError(f"{name} has shape {list(got)}; expected [{', '.join(map(str, shape))}]")
     if dtypes is not None and tensor.dtype not in dtypes:
-        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise ValueError(
-            f"{name} has dtype {str(tensor.dtype).removeprefix('torch.')}; expected {names}"
-        )
+        names = ", ".join(map(dtype_name, dtypes))
+        raise ValueError(f"{name} has dtype {dtype_name(tensor.dtype)}; expected {names}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device}; expected {device} like the others")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Such as ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def check_option(name: str, value: object, options: Sequence[str]) -> None:
+    """Require one of a few words."""
+    if value not in options:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(options)}")
+
+
 def check_number(name: str, value: object) -> None:
-    """Require a number: ``TypeError`` if it is none, ``ValueError`` if float32 cannot hold it."""
+    """Require a number: ``TypeError`` if it is not one, ``ValueError`` if float32 cannot hold it."""
     if isinstance(value, bool) or not isinstance(value, int | float | torch.SymInt | torch.SymFloat):
         raise TypeError(f"{name} is {value!r}; expected a number")
     if isinstance(value, int | float) and not abs(value) <= LARGEST:
@@ -67,6 +74,14 @@ def check_positive(name: str, value: object) -> None:
     check_number(name, value)
     if not value > 0:  # type: ignore[operator]
         raise ValueError(f"{name} is {value}; expected a number greater than 0")
+
+
+def check_scaling(softcap: float | None, logit_scale: float) -> tuple[float | None, float]:
+    """Check what scales and caps logits, and return both as floats."""
+    if softcap is not None:
+        check_positive("softcap", softcap)
+    check_number("logit_scale", logit_scale)
+    return None if softcap is None else float(softcap), float(logit_scale)
 
 
 def check_index_range(name: str, indices: torch.Tensor, stop: int, also: int | None = None) -> None:
@@ -90,8 +105,8 @@ def _can_look(indices: torch.Tensor) -> bool:
     return not torch.compiler.is_compiling() and indices.device.type == "cpu" and not in_vmap()
 
 
-def refuse_vmap(operator: str) -> None:
-    """Refuse to sample under ``torch.func.vmap``: the rows of every element have the same numbers."""
+def reject_vmap(operator: str) -> None:
+    """Raise an error under ``torch.func.vmap``, where every element would draw the same numbers."""
     if in_vmap():
         raise RuntimeError(
             f"{operator} cannot be used under vmap, where every element would draw the same random"

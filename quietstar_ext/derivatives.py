@@ -1,7 +1,7 @@
 """What the kernels cannot differentiate: second derivatives, forward mode, and torch.func's transforms.
 
-The autograd Functions of this package have first derivatives in backward mode. A second derivative is
-refused instead of left out silently, and calls inside a transform take the PyTorch reference.
+The autograd Functions of this package have first derivatives in backward mode. A second derivative is an
+error instead of left out silently, and calls inside a transform take the PyTorch reference.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def in_vmap() -> bool:
     return any(interpreter.key() == vmap for interpreter in stack)
 
 
-def refuse_batched(operator: str, gradient: torch.Tensor) -> None:
-    """Refuse a batched gradient (``torch.autograd.grad(..., is_grads_batched=True)``)."""
+def reject_batched(operator: str, gradient: torch.Tensor) -> None:
+    """``RuntimeError`` for a batched gradient (``torch.autograd.grad(..., is_grads_batched=True)``)."""
     if torch.compiler.is_compiling():
         return
     if in_vmap() or torch._C._functorch.is_legacy_batchedtensor(gradient):
@@ -52,7 +52,7 @@ def refuse_batched(operator: str, gradient: torch.Tensor) -> None:
 def first_only(
     operator: str, inputs: Sequence[torch.Tensor | None], gradients: Sequence[Any]
 ) -> list[Any]:
-    """The gradients that a backward pass computed, refusing to be differentiated themselves.
+    """The gradients that a backward pass computed, which cannot be differentiated themselves.
 
     Where the pass was called with ``create_graph=True`` they hang from the inputs in the graph, so that
     a second derivative that runs through this operator raises ``RuntimeError``.
@@ -63,17 +63,14 @@ def first_only(
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return list(gradients)
-    there = [index for index, gradient in enumerate(gradients) if gradient is not None]
-    live = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-    results = list(gradients)
-    guarded = _FirstOnly.apply(operator, len(there), *(gradients[index] for index in there), *live)
-    for index, gradient in zip(there, guarded, strict=True):
-        results[index] = gradient
-    return results
+    there = [gradient for gradient in gradients if gradient is not None]
+    hung_from = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+    guarded = iter(_FirstOnly.apply(operator, len(there), *there, *hung_from))
+    return [None if gradient is None else next(guarded) for gradient in gradients]
 
 
 class _FirstOnly(torch.autograd.Function):
-    """Identity on the gradients; its backward pass is the refusal."""
+    """Identity on the gradients, whose backward pass raises."""
 
     @staticmethod
     def forward(ctx: Any, operator: str, count: int, *tensors: torch.Tensor) -> Any:

@@ -15,11 +15,12 @@ from collections.abc import Iterator
 
 import torch
 
+from quietstar_ext.checks import check_option
+
 logger = logging.getLogger("quietstar_ext")
 
 IMPLEMENTATIONS = ("auto", "fused", "reference")
 
-_default = os.environ.get("QUIETSTAR_IMPL", "auto")
 _said: set[tuple[str, str]] = set()
 
 
@@ -33,36 +34,30 @@ class Setting:
 
     def get(self) -> str:
         """The word; ``ValueError`` where the environment has another."""
-        return self._check(self._value)
-
-    def _check(self, value: str) -> str:
-        if value not in self.options:
-            raise ValueError(f"{self.variable} is {value!r}; expected one of {', '.join(self.options)}")
-        return value
+        check_option(self.variable, self._value, self.options)
+        return self._value
 
     @contextlib.contextmanager
     def use(self, value: str) -> Iterator[None]:
         """Set it inside the block."""
-        previous, self._value = self._value, self._check(value)
+        check_option(self.variable, value, self.options)
+        previous, self._value = self._value, value
         try:
             yield
         finally:
             self._value = previous
 
 
-@contextlib.contextmanager
-def use_impl(impl: str) -> Iterator[None]:
+_impl = Setting("QUIETSTAR_IMPL", IMPLEMENTATIONS)
+
+
+def use_impl(impl: str) -> contextlib.AbstractContextManager[None]:
     """Let every call inside the block that leaves ``impl`` at ``"auto"`` use ``impl`` instead.
 
     The environment variable ``QUIETSTAR_IMPL`` sets the same default for a whole process.
     """
-    global _default
-    _check(impl)
-    previous, _default = _default, impl
-    try:
-        yield
-    finally:
-        _default = previous
+    check_option("impl", impl, IMPLEMENTATIONS)
+    return _impl.use(impl)
 
 
 def choose_impl(operator: str, impl: str, unsupported_reason: str | None) -> str:
@@ -72,10 +67,9 @@ def choose_impl(operator: str, impl: str, unsupported_reason: str | None) -> str
     Raises ``ValueError`` for an unknown ``impl`` and ``RuntimeError`` when ``"fused"`` was
     asked for and cannot be had.
     """
-    _check(impl)
+    check_option("impl", impl, IMPLEMENTATIONS)
     if impl == "auto":
-        impl = _default
-        _check(impl)
+        impl = _impl.get()
     if impl == "reference":
         return "reference"
     if unsupported_reason is None:
@@ -86,8 +80,3 @@ def choose_impl(operator: str, impl: str, unsupported_reason: str | None) -> str
         _said.add((operator, unsupported_reason))
         logger.warning("%s: using the PyTorch reference: %s", operator, unsupported_reason)
     return "reference"
-
-
-def _check(impl: str) -> None:
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}")

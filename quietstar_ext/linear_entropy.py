@@ -10,17 +10,17 @@ there, so rows x vocabulary is never held and the backward pass only scales: thr
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from quietstar_ext.derivatives import first_only
+from quietstar_ext.linear_cross_entropy.softmax import SoftmaxCrossEntropy
 from quietstar_ext.precision import autocast_inputs, compute_dtype, without_autocast
 
 WORKSPACE_BYTES = 64 * 2**20
-MOST_ROWS = 256
+MAX_ROWS = 256
 
 
 def linear_entropy_sum(
@@ -44,47 +44,13 @@ def linear_entropy_sum(
         banned: [n] int64, ids that the softmax leaves out.
     """
     hidden, weight = autocast_inputs(hidden, weight)
-    wide = compute_dtype(hidden.dtype)
-    options = (float(temperature), banned, softcap, float(logit_scale))
+    options = banned, float(temperature), softcap, float(logit_scale)
     grads = torch.is_grad_enabled()
     wanted = (grads and hidden.requires_grad, grads and weight.requires_grad)
+    row_weights = row_weights.detach().to(compute_dtype(hidden.dtype))
     with without_autocast(hidden):
-        total: Tensor = _EntropySum.apply(hidden, weight, row_weights.detach().to(wide), options, wanted)
+        total: Tensor = _EntropySum.apply(hidden, weight, row_weights, options, wanted)
     return total
-
-
-def entropy_chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    temperature: float,
-    banned: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    live: Tensor | None = None,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | float]]:
-    """Chunk by chunk: row indices, log p, p, H, and the slope of x by the raw product h Wᵀ.
-
-    ``live`` [n] int64: the rows to take (default: all). Entries of banned ids are 0 in p and log p.
-    """
-    wide = compute_dtype(hidden.dtype)
-    if live is None:
-        live = torch.arange(hidden.shape[0], device=hidden.device)
-    # The logits, log p, p and one product of theirs are there at a time.
-    rows = WORKSPACE_BYTES // (weight.shape[0] * (3 * wide.itemsize + hidden.itemsize))
-    for index in live.split(max(1, min(MOST_ROWS, rows))):
-        x = (hidden[index] @ weight.T).to(wide).mul_(logit_scale)
-        slope: Tensor | float = logit_scale / temperature
-        if softcap is not None:
-            capped = torch.tanh(x / softcap)
-            slope = slope * (1 - capped * capped)
-            x = capped * softcap
-        x.div_(temperature)
-        if banned is not None and banned.numel():
-            x.index_fill_(1, banned, float("-inf"))
-        logp = x - x.logsumexp(1, keepdim=True)
-        p = logp.exp()
-        logp.masked_fill_(p == 0, 0.0)
-        yield index, logp, p, -(p * logp).sum(1), slope
 
 
 class _EntropySum(torch.autograd.Function):
@@ -96,7 +62,7 @@ class _EntropySum(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         row_weights: Tensor,
-        options: tuple[float, Tensor | None, float | None, float],
+        options: tuple[Any, ...],
         wanted: tuple[bool, bool],
     ) -> Tensor:
         # Weights of 1/count would push 16-bit gradients below what they can hold: scaled at the end.
@@ -104,12 +70,18 @@ class _EntropySum(torch.autograd.Function):
         if row_weights.numel():
             largest = row_weights.abs().amax()
             largest = largest.masked_fill(largest == 0, 1)
-        scaled = row_weights / largest
+        scaled, softmax = row_weights / largest, SoftmaxCrossEntropy(hidden, *options)
         total = row_weights.new_zeros(())
         grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
         grad_weight = torch.zeros_like(weight, dtype=scaled.dtype) if wanted[1] else None
-        live = scaled.nonzero()[:, 0]
-        for index, logp, p, entropy, slope in entropy_chunks(hidden, weight, *options, live=live):
+        # The logits, log p, p and one product of theirs are there at a time.
+        rows = WORKSPACE_BYTES // (weight.shape[0] * (3 * scaled.itemsize + hidden.itemsize))
+        for index in scaled.nonzero()[:, 0].split(max(1, min(MAX_ROWS, rows))):
+            x, slope = softmax.scaled(hidden[index] @ weight.T)
+            logp = x - x.logsumexp(1, keepdim=True)
+            p = logp.exp()
+            logp.masked_fill_(p == 0, 0.0)  # of banned ids
+            entropy = -(p * logp).sum(1)
             total += scaled[index] @ entropy
             if not any(wanted):
                 continue
@@ -124,12 +96,8 @@ class _EntropySum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        hidden, weight, grad_hidden, grad_weight, largest = ctx.saved_tensors
+        hidden, weight, *gradients, largest = ctx.saved_tensors
         with torch.no_grad():
             grad = grad * largest
-            if grad_hidden is not None:
-                grad_hidden = (grad_hidden * grad).to(grad_hidden.dtype)
-            if grad_weight is not None:
-                grad_weight = (grad_weight * grad).to(weight.dtype)
-        results = first_only("linear_entropy_sum", (hidden, weight), (grad_hidden, grad_weight))
-        return (*results, None, None, None)
+            results = [None if g is None else (g * grad).to(hidden.dtype) for g in gradients]
+        return (*first_only("linear_entropy_sum", (hidden, weight), results), None, None, None)

@@ -13,6 +13,8 @@ from typing import Any
 # torch first: its wheel brings libgomp, and _native must resolve the same name to the same library.
 import torch
 
+from quietstar_ext.checks import dtype_name
+
 # The numbers of quietstar::DType in csrc/include/quietstar/types.h.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -57,8 +59,7 @@ def native_unsupported_reason(tensor: torch.Tensor) -> str | None:
     elif tensor.device.type != "cpu":
         return f"this build has no kernel for the device type {tensor.device.type}"
     if tensor.dtype not in DTYPE_CODES:
-        name = str(tensor.dtype).removeprefix("torch.")
-        return f"the kernel takes float32, bfloat16 and float16, not {name}"
+        return f"the kernel takes float32, bfloat16 and float16, not {dtype_name(tensor.dtype)}"
     return None
 
 

@@ -1,14 +1,14 @@
 """Operators of ``torch.library`` whose schemas are the fields of their calls.
 
 A call is one ``NamedTuple``. A call that holds another one, as a backward pass holds its forward pass,
-has that one's fields in its place.
+has that one's fields in its place; it holds one at most.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 import torch
 from torch import Tensor
@@ -67,8 +67,11 @@ def _arguments(call: type[C]) -> Iterator[str]:
 
 
 def _builder(call: type[C]) -> Callable[..., C]:
-    inner = next(iter(get_type_hints(call).values()))
-    if not hasattr(inner, "_fields"):
+    """What makes a call of its flat fields."""
+    kinds = list(get_type_hints(call).values())
+    held = next((kind for kind in kinds if hasattr(kind, "_fields")), None)
+    if held is None:
         return call
-    count = len(inner._fields)
-    return lambda *values, **named: call(inner(*values[:count]), *values[count:], **named)
+    at, make = kinds.index(held), cast(Callable[..., C], call)
+    stop = at + len(held._fields)
+    return lambda *values, **named: make(*values[:at], held(*values[at:stop]), *values[stop:], **named)

@@ -24,6 +24,15 @@ def gradient_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b of matrices of up to 32 bits, accumulated and returned in fp32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.device.type == "cpu":  # a test: PyTorch has this product on devices only
+        return a.float() @ b.float()
+    return torch.mm(a, b, out_dtype=torch.float32)
+
+
 def autocast_inputs(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Cast to autocast's dtype where autocast is on, as it would for the matrix product inside.
 

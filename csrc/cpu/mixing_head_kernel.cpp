@@ -14,7 +14,7 @@
 //
 // Tried, and did not pay: in 16 bits, adding two halves of the first layer that were both rounded
 // (where they cancel, relu ends on the wrong side; see _first_products in
-// quietstar_ext/mixing_head/cpu.py for what is done instead).
+// quietstar_ext/mixing_head/fused.py for what is done instead).
 #include <cstdint>
 
 #include "mixing_head_rows.h"

@@ -15,8 +15,8 @@ import torch
 from quietstar_ext import checks
 from quietstar_ext.derivatives import derivatives_unsupported_reason
 from quietstar_ext.dispatch import choose_impl
-from quietstar_ext.linear_cross_entropy.autograd import fused_rows, fused_sum
 from quietstar_ext.linear_cross_entropy.call import LinearCrossEntropy
+from quietstar_ext.linear_cross_entropy.fused import fused_rows, fused_sum
 from quietstar_ext.linear_cross_entropy.reference import reference, reference_sum
 from quietstar_ext.native import native_unsupported_reason
 from quietstar_ext.precision import autocast_inputs, compute_dtype, without_autocast
@@ -82,7 +82,7 @@ def linear_cross_entropy(
         as for a matrix product.
 
     Raises:
-        TypeError: an argument that must be a tensor is none.
+        TypeError: an argument that must be a tensor is not one.
         ValueError: a shape, dtype, device, id or option does not fit; the message names the
             argument.
         RuntimeError: ``impl="fused"`` and there is no kernel for this call,
@@ -172,13 +172,9 @@ def _checked(
         raise ValueError("weight has no rows; expected a vocabulary of at least 1")
     checks.check_index_range("targets", targets, vocabulary, also=ignore_index)
     checks.check_positive("temperature", temperature)
-    if softcap is not None:
-        checks.check_positive("softcap", softcap)
-    checks.check_number("logit_scale", logit_scale)
+    softcap, logit_scale = checks.check_scaling(softcap, logit_scale)
     checks.check_whole("ignore_index", ignore_index)
+    checks.check_option("accumulate", accumulate, ACCUMULATE)
     ids = checks.banned_ids(banned, vocabulary, hidden.device)
-    if accumulate not in ACCUMULATE:
-        raise ValueError(f"accumulate is {accumulate!r}; expected one of {', '.join(ACCUMULATE)}")
-    cap = None if softcap is None else float(softcap)
-    options = float(temperature), ignore_index, cap, float(logit_scale)
+    options = float(temperature), ignore_index, softcap, logit_scale
     return LinearCrossEntropy(hidden, weight, targets, ids, *options)

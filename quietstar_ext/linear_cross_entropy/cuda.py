@@ -29,7 +29,7 @@ import torch
 from quietstar_ext.linear_cross_entropy.call import Losses, Products
 from quietstar_ext.linear_cross_entropy.softmax import SoftmaxCrossEntropy
 from quietstar_ext.native import cuda_device, cuda_kernels, fields
-from quietstar_ext.precision import gradient_dtype
+from quietstar_ext.precision import gradient_dtype, wide_product
 
 WORKSPACE_BYTES = 256 * 2**20
 # Whole tiles of cuBLAS's kernels in a chunk.
@@ -99,10 +99,8 @@ def common_factor(grad: torch.Tensor, valid_rows: torch.Tensor, flop: float) -> 
 def scale_(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Multiply a contiguous tensor in place by a scalar on its device. The device sees for itself if
     that is 1; then nothing is moved."""
-    scale = scale.float()
-    cuda_kernels().cuda_scale_in_place(
-        *fields(tensor, tensor.dtype, tensor.numel(), scale), cuda_device(tensor)
-    )
+    scale, count = scale.float(), tensor.numel()
+    cuda_kernels().cuda_scale_in_place(*fields(tensor, tensor.dtype, count, scale), cuda_device(tensor))
     return tensor
 
 
@@ -200,9 +198,8 @@ class _Kernel:
         if softmax.banned is not None:
             vocab = weight.shape[0]
             self.mask = weight.new_zeros(vocab // 32 + 2, dtype=torch.int32)
-            cuda_kernels().cuda_banned_tokens(
-                *fields(softmax.banned, softmax.banned.numel(), vocab, self.mask), cuda_device(weight)
-            )
+            ids = fields(softmax.banned, softmax.banned.numel(), vocab, self.mask)
+            cuda_kernels().cuda_banned_tokens(*ids, cuda_device(weight))
 
     def __call__(
         self,
@@ -235,11 +232,13 @@ class _WeightGradient:
 
     def add(self, gradient: torch.Tensor, h: torch.Tensor) -> None:
         """gradient [rows, V], h [rows, d]."""
-        a = gradient.T
-        if a.dtype == self.dtype:
-            self.sum = torch.mm(a, h) if self.sum is None else self.sum.addmm_(a, h)
+        a, wide = gradient.T, gradient.dtype != self.dtype
+        if self.sum is None:
+            self.sum = wide_product(a, h) if wide else torch.mm(a, h)
+        elif wide and a.device.type == "cuda":  # PyTorch has this product on devices only
+            torch.addmm(self.sum, a, h, out_dtype=torch.float32, out=self.sum)
         else:
-            self.sum = _wide_product(a, h) if self.sum is None else _add_wide_(self.sum, a, h)
+            self.sum.addmm_(a.to(self.dtype), h.to(self.dtype))
 
     def result(self, wanted: bool) -> torch.Tensor:
         """The sum in its dtype; zeros where nothing was added, empty if not wanted."""
@@ -247,17 +246,3 @@ class _WeightGradient:
         if self.sum is None:
             return self.weight.new_zeros(self.weight.shape if wanted else (0,), dtype=dtype)
         return self.sum.to(dtype)
-
-
-def _wide_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The product of 16-bit matrices in fp32. PyTorch has it on CUDA alone; tests take it elsewhere."""
-    if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
-
-
-def _add_wide_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Add the product of 16-bit matrices to an fp32 sum."""
-    if a.device.type == "cuda":
-        return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    return total.addmm_(a.float(), b.float())

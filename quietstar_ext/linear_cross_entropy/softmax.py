@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from quietstar_ext.native import fields, native, native_unsupported_reason
@@ -47,10 +45,9 @@ class SoftmaxCrossEntropy:
         """
         if self.fused:
             nll, largest, total = torch.empty(3, logits.shape[0]).unbind(0)
-            kernel = native().softmax_cross_entropy_loss
-            self._call(kernel, logits, targets, 0, (largest, total), (nll, None))
+            self._call("loss", logits, targets, 0, (largest, total, nll, None))
             return nll, largest, total
-        y, _ = self._scaled(logits)
+        y, _ = self.scaled(logits)
         largest = y.amax(1)
         total = (y - largest[:, None]).exp().sum(1)
         return total.log() + (largest - y.gather(1, targets[:, None])[:, 0]), largest, total
@@ -69,47 +66,44 @@ class SoftmaxCrossEntropy:
         The logits may be those of a part of the vocabulary that begins at ``first_token`` (kernel only).
         """
         if self.fused:
-            kernel = native().softmax_cross_entropy_gradient
-            statistics, result = (largest, total), (None, row_weights)
-            self._call(kernel, logits, targets, first_token, statistics, result)
+            self._call("gradient", logits, targets, first_token, (largest, total, None, row_weights))
             return
-        y, slope = self._scaled(logits)
+        y, slope = self.scaled(logits)
         # A banned target is a constant (-inf): only the log-sum-exp has a gradient then.
         one = (y.gather(1, targets[:, None]) != -torch.inf).to(y.dtype)
         p = (y - largest[:, None]).exp() / total[:, None]
         p.scatter_add_(1, targets[:, None], -one)
         logits.copy_(p * slope * row_weights[:, None])
 
-    def _scaled(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def scaled(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
         """The logits of the softmax, and their derivative with respect to the raw products."""
         x = logits.to(compute_dtype(logits.dtype)) * self.logit_scale
-        slope = torch.full_like(x, self.logit_scale / self.temperature)
+        slope: torch.Tensor | float = self.logit_scale / self.temperature
         if self.softcap is not None:
             x = torch.tanh(x / self.softcap)
-            slope *= 1 - x.square()
+            slope = slope * (1 - x.square())
             x *= self.softcap
         x /= self.temperature
         return (x if self.banned is None else x.index_fill_(1, self.banned, -torch.inf)), slope
 
     def _call(
         self,
-        kernel: Any,
+        step: str,
         logits: torch.Tensor,
         targets: torch.Tensor,
         first_token: int,
-        statistics: tuple[torch.Tensor, torch.Tensor],
-        result: tuple[torch.Tensor | None, torch.Tensor | None],
+        of_rows: tuple[torch.Tensor | None, ...],
     ) -> None:
-        """``statistics``: largest and total. ``result``: nll, or row_weights."""
+        """Run the kernel; ``of_rows`` are largest, total, nll (for loss), row_weights (for gradient)."""
         rows, vocab = logits.shape
         size = native().softmax_cross_entropy_workspace(rows, vocab)
         workspace = torch.empty(size, dtype=torch.uint8)
-        banned = self.banned
-        kernel(
+        banned, (largest, total, nll, row_weights) = self.banned, of_rows
+        getattr(native(), f"softmax_cross_entropy_{step}")(
             fields(
                 *(logits, logits.dtype, rows, vocab, max(rows, logits.stride(1)), targets),
-                *(self.temperature, self.softcap, self.logit_scale, *result, first_token),
-                *(banned, 0 if banned is None else banned.numel(), *statistics, workspace),
+                *(self.temperature, self.softcap, self.logit_scale, nll, row_weights, first_token),
+                *(banned, 0 if banned is None else banned.numel(), largest, total, workspace),
                 *(torch.get_num_threads(), None, None),
             )
         )

@@ -57,7 +57,7 @@ def mixing_head(
         autocast all seven tensors are cast first, as for a matrix product.
 
     Raises:
-        TypeError: an argument that must be a tensor is none.
+        TypeError: an argument that must be a tensor is not one.
         ValueError: a shape, dtype, device, index or option does not fit; the message names the
             argument.
         RuntimeError: ``impl="fused"`` and there is no kernel for this call,
@@ -87,8 +87,7 @@ def _check(call: MixingHead, activation: str) -> None:
     checks.check_tensor("w2", w2, [size, size], *same)
     checks.check_tensor("b2", b2, [size], *same)
     checks.check_tensor("w3", w3, [1, size], *same)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+    checks.check_option("activation", activation, ACTIVATIONS)
     rows = thought.shape[0]
     if base_index is not None:
         checks.check_tensor("base_index", base_index, [rows], [torch.int64], base.device)

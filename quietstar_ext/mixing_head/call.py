@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from quietstar_ext.native import fields
-
-# The tensors of MixingHead in csrc/include/quietstar/mixing_head.h, in its order.
-_TENSORS = (
-    *("index", "base", "thought", "from_base", "product", "b1", "h1", "h2", "b2", "w3", "mixed", "w"),
-    *("gate", "grad_mixed", "grad_gate", "grad_thought", "grad_base", "grad_h1", "grad_from_base"),
-    *("grad_h2", "grad_b1", "grad_b2", "grad_w3", "first", "order", "workspace"),
-)
-
-Sizes = tuple[int, int, int, int, bool]  # dtype's number, rows, positions, width, sigmoid
-
-
-def kernel_fields(sizes: Sizes, tensors: dict[str, Tensor | None], threads: int = 1) -> tuple[Any, ...]:
-    """The kernels' struct, from contiguous tensors by their names there."""
-    return fields(*sizes, *map(tensors.get, _TENSORS), threads)
 
 
 class MixingHead(NamedTuple):

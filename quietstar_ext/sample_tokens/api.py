@@ -9,7 +9,7 @@ import torch
 from quietstar_ext import checks
 from quietstar_ext.dispatch import choose_impl
 from quietstar_ext.native import native_unsupported_reason
-from quietstar_ext.sample_tokens.call import SampleTokens, check_sampling, seed_tensor
+from quietstar_ext.sample_tokens.call import checked_sampling
 from quietstar_ext.sample_tokens.fused import operator
 
 
@@ -54,20 +54,17 @@ def sample_tokens(
         (so 0 at temperature 0).
 
     Raises:
-        TypeError: logits is no tensor.
+        TypeError: logits is not a tensor.
         ValueError: an argument is out of range, or, for CPU tensors, a row cannot be sampled because
             it has a NaN or +inf or nothing is left of it. On other devices, where looking would wait
             for the device, such a row gets token -1 and log-probability NaN.
         RuntimeError: ``impl="fused"`` and there is no kernel for this call.
     """
-    checks.refuse_vmap("sample_tokens")
+    checks.reject_vmap("sample_tokens")
     checks.check_tensor("logits", logits, ["rows", "vocab"], checks.FLOAT_DTYPES)
-    check_sampling(temperature, top_k, top_p, min_p)
     if logits.shape[1] == 0:
         raise ValueError("logits has no columns; expected a vocabulary of at least one token")
-    banned = checks.banned_ids(banned, logits.shape[1], logits.device)
-    checks.check_whole("offset", offset)
+    options = temperature, top_k, top_p, min_p, banned, seed, offset
+    sampling = checked_sampling(options, logits.shape[1], logits.device)
     fused = choose_impl("sample_tokens", impl, native_unsupported_reason(logits)) == "fused"
-    seed = seed_tensor(seed, logits.device)
-    options = float(temperature), top_k, float(top_p), float(min_p), banned, seed, offset
-    return operator(*SampleTokens(logits.detach(), *options, fused))
+    return operator(logits.detach(), *sampling, fused)

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from quietstar_ext.sample_tokens.call import Drawn, SampleTokens
+from quietstar_ext.sample_tokens.call import Drawn, SampleTokens, Sampling
 
 _LOW = 0xFFFFFFFF
 
@@ -37,7 +37,8 @@ def philox_uniform(seed: torch.Tensor, counter: torch.Tensor) -> torch.Tensor:
 
 def reference(call: SampleTokens) -> Drawn:
     """A row that cannot be sampled gets token -1 and log-probability NaN."""
-    logits, temperature, _, _, _, banned, seed, offset, _ = call
+    logits, sampling, _ = call
+    temperature, _, _, _, banned, seed, offset = sampling
     rows, vocab = logits.shape
     scores = logits.double()
     if banned is not None:
@@ -50,7 +51,7 @@ def reference(call: SampleTokens) -> Drawn:
         tokens = torch.where(scores == largest, ids, vocab).amin(1)
         logprobs = torch.zeros(rows, dtype=torch.float64, device=logits.device)
     else:
-        floor = _smallest_kept(scores, largest, call)
+        floor = _smallest_kept(scores, largest, sampling)
         scores = torch.where(scores < floor, -math.inf, scores)
         weights = ((scores - largest) / temperature).exp()
         edges = weights.cumsum(1)
@@ -63,9 +64,9 @@ def reference(call: SampleTokens) -> Drawn:
     return Drawn(torch.where(bad, -1, tokens), torch.where(bad, math.nan, logprobs).float())
 
 
-def _smallest_kept(scores: torch.Tensor, largest: torch.Tensor, call: SampleTokens) -> torch.Tensor:
+def _smallest_kept(scores: torch.Tensor, largest: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """The smallest score [rows, 1] that top_k, then top_p, then min_p keep."""
-    _, temperature, top_k, top_p, min_p, *_ = call
+    temperature, top_k, top_p, min_p, *_ = sampling
     floor = torch.full_like(largest, -math.inf)
     if 0 < top_k < scores.shape[1]:
         floor = scores.topk(top_k, dim=1).values[:, -1:]

@@ -1,1 +1,2 @@
 from quietstar_ext.thought_attention.api import thought_attention as thought_attention
+from quietstar_ext.thought_attention.api import thought_attention_with_lse as thought_attention_with_lse

@@ -8,7 +8,7 @@ no mask is ever built here.
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any
 
 import torch
 
@@ -16,51 +16,10 @@ from quietstar_ext import checks
 from quietstar_ext.derivatives import derivatives_unsupported_reason
 from quietstar_ext.dispatch import choose_impl
 from quietstar_ext.precision import autocast_inputs, without_autocast
-from quietstar_ext.thought_attention.autograd import attend
 from quietstar_ext.thought_attention.call import ThoughtAttention
 from quietstar_ext.thought_attention.composed import goes_composed
-from quietstar_ext.thought_attention.fused import fused_unsupported_reason
+from quietstar_ext.thought_attention.fused import attend, fused_unsupported_reason
 from quietstar_ext.thought_attention.reference import reference
-
-
-@overload
-def thought_attention(
-    q: torch.Tensor,
-    k_text: torch.Tensor,
-    v_text: torch.Tensor,
-    k_thought: torch.Tensor,
-    v_thought: torch.Tensor,
-    text_start: torch.Tensor,
-    text_stop: torch.Tensor,
-    *,
-    scale: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    return_lse: Literal[False] = False,
-    every_position: bool = False,
-    impl: str = "auto",
-) -> torch.Tensor: ...
-
-
-@overload
-def thought_attention(
-    q: torch.Tensor,
-    k_text: torch.Tensor,
-    v_text: torch.Tensor,
-    k_thought: torch.Tensor,
-    v_thought: torch.Tensor,
-    text_start: torch.Tensor,
-    text_stop: torch.Tensor,
-    *,
-    scale: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    return_lse: Literal[True],
-    every_position: bool = False,
-    impl: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def thought_attention(
@@ -79,7 +38,7 @@ def thought_attention(
     return_lse: bool = False,
     every_position: bool = False,
     impl: str = "auto",
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Softmax attention of slot queries over ranged text keys and the keys of their own column.
 
     Query slot s of column m (s = 0 .. Sq-1) stands at depth ``s + 1 + Sk - Sq`` below its anchor,
@@ -113,7 +72,7 @@ def thought_attention(
         softcap: c > 0, or None.
         sinks: [Hq] float, one more logit in the softmax of every row of that head, which has no
             value and is neither scaled nor capped; or None.
-        return_lse: also return the natural logarithm of the softmax denominator.
+        return_lse: return out and lse, as :func:`thought_attention_with_lse` does.
         every_position: Promise (unchecked) that every position thinks and sees the whole text before it:
             M is R·N, text_start 0, and text_stop of column m is ``m // R + 1``. It is not checked (that
             would wait for the device) and changes no result, but allows ``"composed"``.
@@ -122,28 +81,30 @@ def thought_attention(
             two by :func:`quietstar_ext.thought_attention.composed.takes_composed`.
 
     Returns:
-        out [B, Hq, Sq, M, D] in q's dtype, and with ``return_lse`` lse [B, Hq, Sq, M] in float32
-        (float64 for float64 inputs). Sums are taken in float32 or wider. Both carry gradients to q,
-        the four key and value tensors and the sinks. Under autocast the five tensors are cast
-        first, as for a matrix product.
+        out [B, Hq, Sq, M, D] in q's dtype, with gradients to q, the four key and value tensors and the
+        sinks. Sums are taken in float32 or wider. Under autocast the five tensors are cast first, as for
+        a matrix product.
 
     Raises:
-        TypeError: an argument that must be a tensor is none.
+        TypeError: an argument that must be a tensor is not one.
         ValueError: a shape, dtype, device or option does not fit; the message names the argument.
         RuntimeError: ``impl`` is ``"fused"`` or ``"composed"`` and there is no kernel for this call,
             or a second derivative is taken through a kernel (the reference has them).
 
     Source: Zelikman et al. 2024 (arXiv 2403.09629), section 4.2, parallel generation.
     """
-    q, k_text, v_text, k_thought, v_thought = autocast_inputs(q, k_text, v_text, k_thought, v_thought)
-    options = 1.0, sliding_window or 0, softcap or 0.0
-    call = ThoughtAttention(
-        *(q, k_text, v_text, k_thought, v_thought, text_start, text_stop, sinks, *options)
-    )
+    tensors = autocast_inputs(q, k_text, v_text, k_thought, v_thought)
+    call = ThoughtAttention._make((*tensors, text_start, text_stop, sinks, 1.0, 0, 0.0))
     _check(call)
-    _check_options(scale, sliding_window, softcap)
+    q = call.q
+    if scale is not None:
+        checks.check_number("scale", scale)
+    if sliding_window is not None:
+        checks.check_whole("sliding_window", sliding_window, 1)
+    if softcap is not None:
+        checks.check_positive("softcap", softcap)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    call = ThoughtAttention(*call[:8], scale, call.window, float(call.softcap))
+    call = call._replace(scale=scale, window=sliding_window or 0, softcap=float(softcap or 0.0))
 
     asked = "fused" if impl == "composed" else impl
     reason = fused_unsupported_reason(q) or derivatives_unsupported_reason(*call[:5], sinks)
@@ -152,7 +113,18 @@ def thought_attention(
     else:
         with without_autocast(q):
             out, lse = reference(call)
-    return (out, lse) if return_lse else out
+    return (out, lse) if return_lse else out  # type: ignore[return-value]
+
+
+def thought_attention_with_lse(
+    *tensors: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The out of :func:`thought_attention`, of which it takes the arguments, and lse.
+
+    lse [B, Hq, Sq, M], the natural logarithm of the softmax denominator, is float32 (float64 for float64
+    inputs) and carries gradients as out does.
+    """
+    return thought_attention(*tensors, **options, return_lse=True)  # type: ignore[return-value]
 
 
 def _check(call: ThoughtAttention) -> None:
@@ -181,12 +153,3 @@ def _check(call: ThoughtAttention) -> None:
         )
     if sinks is not None:
         checks.check_tensor("sinks", sinks, [q_heads], checks.FLOAT_DTYPES, q.device)
-
-
-def _check_options(scale: float | None, sliding_window: int | None, softcap: float | None) -> None:
-    if scale is not None:
-        checks.check_number("scale", scale)
-    if sliding_window is not None:
-        checks.check_whole("sliding_window", sliding_window, 1)
-    if softcap is not None:
-        checks.check_positive("softcap", softcap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,14 @@ class ThoughtAttention(NamedTuple):
     scale: float
     window: int  # 0: none
     softcap: float  # 0: none
+
+    def laid_out(self, like: Callable[[Tensor], Tensor] | None = None) -> ThoughtAttention:
+        """With its tensors as the kernels read them; q and the text's go through ``like``."""
+        text = map(like or last_contiguous, self[:3])
+        slots = map(last_contiguous, self[3:5])
+        start, stop = self.text_start.contiguous(), self.text_stop.contiguous()
+        sinks = None if self.sinks is None else self.sinks.float().contiguous()
+        return ThoughtAttention._make((*text, *slots, start, stop, sinks, *self[TENSORS:]))
 
 
 TENSORS = 8

@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from quietstar_ext.dispatch import Setting
-from quietstar_ext.native import takes_cuda_path
+from quietstar_ext.native import cuda_device, cuda_kernels, fields, takes_cuda_path
 from quietstar_ext.operators import register
 from quietstar_ext.thought_attention.call import (
     GRADIENTS,
@@ -31,12 +32,7 @@ from quietstar_ext.thought_attention.call import (
     ThoughtAttentionBackward,
     last_contiguous,
     new_lse,
-)
-from quietstar_ext.thought_attention.diagonal import (
-    ThoughtDiagonal,
-    ThoughtDiagonalBackward,
-    diagonal_backward,
-    diagonal_forward,
+    place,
 )
 from quietstar_ext.thought_attention.stock import stock_backward, stock_forward, stock_unsupported_reason
 
@@ -138,16 +134,54 @@ def _as_piece(tensor: Tensor) -> Tensor:
     return tensor.transpose(0, 1)[None]
 
 
-def _laid_out(call: ThoughtAttention) -> ThoughtAttention:
-    """The call with its tensors as the two kernels read them."""
-    text = [_whole_packs(t) for t in call[:3]]
-    slots = [last_contiguous(t) for t in call[3:5]]
-    sinks = None if call.sinks is None else call.sinks.float().contiguous()
-    return ThoughtAttention._make([*text, *slots, *call[5:7], sinks, *call[8:]])
+class ThoughtDiagonal(NamedTuple):
+    """Slots and text part, merged by the kernel. Every tensor may have any strides but the last, 1."""
+
+    q: Tensor  # [B, Hq, Sq, M, D]
+    k_thought: Tensor  # [B, Hkv, Sk, M, D]
+    v_thought: Tensor  # [B, Hkv, Sk, M, D]
+    text_out: Tensor | None  # as out; None without text
+    text_lse: Tensor | None  # as lse
+    sinks: Tensor | None  # [Hq] float32 contiguous
+    out: Tensor  # [B, Hq, Sq, M, D]
+    lse: Tensor  # [B, Hq, Sq, M] float32
+    scale: float
+
+
+class ThoughtDiagonalBackward(NamedTuple):
+    """Its backward pass; text_out, text_lse and sinks of the forward call are not looked at."""
+
+    forward: ThoughtDiagonal
+    dout: Tensor
+    text_dq: Tensor | None  # added to dq
+    dq: Tensor
+    dk_thought: Tensor
+    dv_thought: Tensor
+    delta: Tensor  # as lse
+
+
+def diagonal_forward(call: ThoughtDiagonal) -> None:
+    """Write out and lse."""
+    cuda_kernels().cuda_thought_diagonal(_fields(call), cuda_device(call.q))
+
+
+def diagonal_backward(call: ThoughtDiagonalBackward) -> None:
+    """Write dq (with text_dq added, where it is given), dk_thought, dv_thought and delta."""
+    taken = (_fields(call.forward), *map(place, call[1:]))
+    cuda_kernels().cuda_thought_diagonal_backward(taken, cuda_device(call.forward.q))
+
+
+def _fields(call: ThoughtDiagonal) -> tuple[Any, ...]:
+    batch, q_heads, slots, columns, size = call.q.shape
+    heads, key_slots = call.k_thought.shape[1:3]
+    return fields(
+        *(call.q.dtype, batch, q_heads, heads, slots, key_slots, columns, size),
+        *(*map(place, (*call[:5], call.out, call.lse)), call.sinks, call.scale),
+    )
 
 
 def _forward(call: ThoughtAttention) -> tuple[Tensor, Tensor]:
-    call = _laid_out(call)
+    call = call.laid_out(_whole_packs)
     q, k_text, v_text, k_thought, v_thought, *_ = call
     batch, _, slots, columns, _ = q.shape
     out, lse = _fake(call)
@@ -167,7 +201,7 @@ def _forward(call: ThoughtAttention) -> tuple[Tensor, Tensor]:
 
 def _backward(call: ThoughtAttentionBackward) -> tuple[Tensor, ...]:
     """As the fused kernel's, for no gradient of lse."""
-    forward = _laid_out(call.forward)
+    forward = call.forward.laid_out(_whole_packs)
     q, k_text, v_text, k_thought, v_thought, *_ = forward
     scale, lse = forward.scale, call.lse
     out, dout = _whole_packs(call.out), _whole_packs(call.dout)

@@ -1,4 +1,4 @@
-"""The kernels of thought_attention as raw operators: one kernel for text and slots."""
+"""The kernels of thought_attention for text and slots, their operators, and first derivatives."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quietstar_ext.checks import dtype_name
+from quietstar_ext.derivatives import first_only
 from quietstar_ext.native import (
     DTYPE_CODES,
     cuda_device,
@@ -17,9 +19,11 @@ from quietstar_ext.native import (
     takes_cuda_path,
 )
 from quietstar_ext.operators import register
+from quietstar_ext.thought_attention import composed
 from quietstar_ext.thought_attention.call import (
     GRADIENTS,
     RESULTS,
+    TENSORS,
     ThoughtAttention,
     ThoughtAttentionBackward,
     last_contiguous,
@@ -41,10 +45,9 @@ def fused_unsupported_reason(q: Tensor) -> str | None:
     if reason is None and takes_cuda_path(q) and size > FITTING_HEAD_SIZE:
         needed, available = _shared_memory(DTYPE_CODES[q.dtype], q.device.index or 0)
         if needed > available:
-            name = str(q.dtype).removeprefix("torch.")
             return (
-                f"the CUDA kernels for {name} heads of {size} need {needed} bytes of shared memory in a "
-                f"block, and this device has {available}"
+                f"the CUDA kernels for {dtype_name(q.dtype)} heads of {size} need {needed} bytes of "
+                f"shared memory in a block, and this device has {available}"
             )
     return reason
 
@@ -57,22 +60,54 @@ def _shared_memory(dtype_code: int, device: int) -> tuple[int, int]:
     return needed, available
 
 
+def attend(call: ThoughtAttention, is_composed: bool) -> tuple[Tensor, Tensor]:
+    """out and lse of the fused or the composed path, with gradients where they are wanted."""
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in call):
+        return _ThoughtAttention.apply(is_composed, call[TENSORS:], *call[:TENSORS])
+    return (composed.operator if is_composed else operator)(*call)
+
+
+class _ThoughtAttention(torch.autograd.Function):
+    """out and lse with gradients to the five tensors and to the sinks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, is_composed: bool, options: tuple[float, int, float], *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        out, lse = (composed.operator if is_composed else operator)(*tensors, *options)
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.is_composed, ctx.options = is_composed, options
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, out, lse = ctx.saved_tensors
+        sinks, dsinks = inputs[7], None
+        # The stock backward cannot take a gradient of lse.
+        is_composed = ctx.is_composed and dlse is None
+        backward = composed.backward_operator if is_composed else backward_operator
+        with torch.no_grad():
+            if dout is None:
+                dout = torch.zeros_like(out)
+            *gradients, delta = backward(*inputs, *ctx.options, out, lse, dout, dlse)
+            if sinks is not None and ctx.needs_input_grad[2 + 7]:
+                # A sink is a logit with the value 0, so its share of the gradient is p (0 - delta).
+                p = torch.exp(sinks.float()[:, None, None] - lse)
+                p = p.masked_fill(lse == -torch.inf, 0)
+                dsinks = -(p * delta).sum((0, 2, 3)).to(sinks.dtype)
+        results = first_only("thought_attention", inputs, (*gradients, None, None, dsinks))
+        return (None, None, *results)
+
+
 def _empty_rows(tensor: Tensor) -> Tensor:
     """Uninitialised, in the memory order of tensor, with the elements of a row side by side."""
     return torch.empty_like(last_contiguous(tensor))
 
 
-def _laid_out(call: ThoughtAttention) -> ThoughtAttention:
-    """The call with its tensors as the kernels read them."""
-    rows = [last_contiguous(t) for t in call[:5]]
-    ranges = [t.contiguous() for t in call[5:7]]
-    sinks = None if call.sinks is None else call.sinks.float().contiguous()
-    return ThoughtAttention._make([*rows, *ranges, sinks, *call[8:]])
-
-
 def _run(name: str, call: ThoughtAttention, out: Tensor, lse: Tensor, *more: Any) -> None:
     """Run a function of the core on the device of the tensors; ``more`` is the backward pass's."""
-    call = _laid_out(call)
+    call = call.laid_out()
     q, k_text, _, k_thought, *_ = call
     batch, q_heads, slots, columns, size = q.shape
     heads, length = k_text.shape[1:3]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quietstar_ext import linear_sample, sample_tokens
 
-module = importlib.import_module("quietstar_ext.linear_sample.fused")
+module = importlib.import_module("quietstar_ext.linear_sample")
 
 OPTIONS: list[dict[str, Any]] = [
     {},

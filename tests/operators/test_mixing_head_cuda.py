@@ -18,7 +18,7 @@ from mixing_head_cuda_cases import (
 from torch import Tensor
 
 from quietstar_ext import mixing_head
-from quietstar_ext.mixing_head import cuda as mixing_head_cuda
+from quietstar_ext.mixing_head import fused as mixing_head_cuda
 from quietstar_ext.native import DTYPE_CODES, cuda_kernels
 from quietstar_ext.precision import compute_dtype
 
@@ -176,7 +176,7 @@ class Steps:
         self.tensors["workspace"] = poison(size, dtype=torch.float32)
 
     def run(self, step: str) -> None:
-        mixing_head_cuda._run(step, self.sizes, self.tensors)
+        mixing_head_cuda._launch(step, self.sizes, self.tensors)
 
     def equal(self, name: str, wanted: Tensor) -> None:
         """An output, but for its rounding and that of fp32 sums."""

@@ -12,7 +12,7 @@ from sample_tokens_cases import OPTIONS, chi_square_deviation, fresh_seed, optio
 from torch import Tensor
 
 from quietstar_ext import build_info, native, sample_tokens
-from quietstar_ext.sample_tokens.call import SampleTokens
+from quietstar_ext.sample_tokens.call import SampleTokens, Sampling
 from quietstar_ext.sample_tokens.reference import philox_uniform
 from quietstar_ext.sample_tokens.reference import reference as reference_of_sample_tokens
 
@@ -39,7 +39,7 @@ def reference(logits: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     if values["banned"] is not None:
         values["banned"] = torch.as_tensor(values["banned"]).cpu()
     values |= {"seed": torch.tensor([options.get("seed", 0)]), "offset": options.get("offset", 0)}
-    return reference_of_sample_tokens(SampleTokens(logits.cpu(), **values, fused=False))
+    return reference_of_sample_tokens(SampleTokens(logits.cpu(), Sampling(**values), fused=False))
 
 
 def assert_same(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:

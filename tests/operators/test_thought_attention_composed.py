@@ -18,7 +18,7 @@ from quietstar.thinking import attention
 from quietstar_ext import thought_attention, use_impl
 from quietstar_ext.thought_attention import composed, stock
 from quietstar_ext.thought_attention.call import ThoughtAttention
-from quietstar_ext.thought_attention.diagonal import (
+from quietstar_ext.thought_attention.composed import (
     ThoughtDiagonal,
     ThoughtDiagonalBackward,
     diagonal_backward,
