@@ -1,8 +1,6 @@
-// The functions of bindings_cuda*.cpp, for the two modules that have them.
+// The functions of bindings_cuda.cpp, for the two modules that have them.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 void bind_cuda(pybind11::module_& m);
-void bind_cuda_attention(pybind11::module_& m);  // called by bind_cuda
-void bind_cuda_diagonal(pybind11::module_& m);   // called by bind_cuda_attention

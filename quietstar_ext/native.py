@@ -137,6 +137,20 @@ def _version(number: int) -> str:
 _cuda_module: ModuleType | None = None
 
 
+def fields(*values: Any) -> tuple[Any, ...]:
+    """The fields of a call's struct in csrc/include, in its order: a tensor as its address, a dtype as
+    its number, None as 0."""
+    return tuple(map(_field, values))
+
+
+def _field(value: Any) -> Any:
+    if isinstance(value, int | float | tuple):
+        return value
+    if value is None:
+        return 0
+    return DTYPE_CODES[value] if isinstance(value, torch.dtype) else value.data_ptr()
+
+
 @contextlib.contextmanager
 def cuda_on_cpu(module: ModuleType) -> Iterator[None]:
     """For tests: CPU tensors take the CUDA path inside the block, with the functions of ``module``,
@@ -155,7 +169,7 @@ def takes_cuda_path(tensor: torch.Tensor) -> bool:
 
 
 def cuda_kernels() -> ModuleType:
-    """The module with the CUDA functions, whose last two arguments are :func:`cuda_device`'s."""
+    """The module with the CUDA functions, whose last argument is a :func:`cuda_device`."""
     return native() if _cuda_module is None else _cuda_module
 
 
@@ -165,16 +179,6 @@ def cuda_device(tensor: torch.Tensor) -> tuple[int, int]:
         return 0, 0
     index = tensor.device.index
     return index, torch.cuda.current_stream(index).cuda_stream
-
-
-def address(tensor: torch.Tensor | None) -> int:
-    """Of its first element; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def address_and_count(ids: torch.Tensor | None) -> tuple[int, int]:
-    """Of contiguous ids [n]; zeros for None."""
-    return (0, 0) if ids is None else (ids.data_ptr(), ids.numel())
 
 
 def build_info() -> dict[str, Any]:

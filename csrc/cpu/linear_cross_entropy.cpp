@@ -1,46 +1,31 @@
-// Checks, blocks of words and threads of softmax_cross_entropy; the inner loops are in
+// Checks, blocks of tokens and threads of softmax_cross_entropy; the inner loops are in
 // linear_cross_entropy_kernel.cpp.
 //
-// The words are cut into blocks that depend on their number alone, and the blocks' sums are added
+// The tokens are cut into blocks that depend on their number alone, and the blocks' sums are added
 // in their order, so that the results are the same for any number of threads.
-#include "quietstar/linear_cross_entropy.h"
-
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
-#include <string>
+#include <limits>
 #include <vector>
 
 #include "linear_cross_entropy_tile.h"
+#include "parallel.h"
+#include "quietstar/checks.h"
 
 namespace quietstar {
 namespace {
 
 constexpr std::int64_t kLanes = 16;
-constexpr std::int64_t kMostBlocks = 64;      // they bound the workspace
-constexpr std::int64_t kFewestWords = 256;    // in a block: below, a block's start costs too much
+constexpr std::int64_t kMaxBlocks = 64;       // they bound the workspace
+constexpr std::int64_t kMinTokens = 256;      // in a block: below, a block's start costs too much
 constexpr std::int64_t kPerThread = 1 << 14;  // elements that are worth a thread
 
 std::int64_t round_up(std::int64_t n, std::int64_t unit) {
   return (n + unit - 1) / unit * unit;
 }
 
-std::int64_t words_per_block(std::int64_t words) {
-  return round_up(std::max((words + kMostBlocks - 1) / kMostBlocks, kFewestWords), 8);
-}
-
-void require(bool fine, const std::string& message) {
-  if (!fine) throw std::invalid_argument(message);
-}
-
-void check(const SoftmaxCrossEntropy& call) {
-  require(call.words >= 1, "logits has no words; expected at least one");
-  require(call.word_stride >= call.rows, "word_stride is " + std::to_string(call.word_stride) +
-                                             "; expected at least " + std::to_string(call.rows));
-  require(call.temperature > 0, "temperature is " + std::to_string(call.temperature) +
-                                    "; expected a number greater than 0");
-  require(call.softcap >= 0,
-          "softcap is " + std::to_string(call.softcap) + "; expected 0 (none) or more");
+std::int64_t tokens_per_block(std::int64_t vocab) {
+  return round_up(std::max((vocab + kMaxBlocks - 1) / kMaxBlocks, kMinTokens), 8);
 }
 
 class Run {
@@ -48,16 +33,14 @@ class Run {
   explicit Run(const SoftmaxCrossEntropy& call)
       : call_(call),
         padded_(round_up(call.rows, kLanes)),
-        per_block_(words_per_block(call.words)),
-        blocks_((call.words + per_block_ - 1) / per_block_),
-        threads_(static_cast<int>(
-            std::max<std::int64_t>(1, std::min({static_cast<std::int64_t>(call.threads), blocks_,
-                                                call.rows * call.words / kPerThread})))),
+        per_block_(tokens_per_block(call.vocab)),
+        blocks_((call.vocab + per_block_ - 1) / per_block_),
+        threads_(std::min<std::int64_t>(call.threads, call.rows * call.vocab / kPerThread)),
         memory_(static_cast<float*>(call.workspace)) {
-    check(call);
+    check(call, std::numeric_limits<std::int64_t>::max(), call.rows);
     for (std::int64_t i = 0; i < call.banned_count; ++i) {
-      const std::int64_t word = call.banned[i] - call.first_word;
-      if (word >= 0 && word < call.words) banned_.push_back(word);
+      const std::int64_t token = call.banned[i] - call.first_token;
+      if (token >= 0 && token < call.vocab) banned_.push_back(token);
     }
     std::sort(banned_.begin(), banned_.end());
     banned_.erase(std::unique(banned_.begin(), banned_.end()), banned_.end());
@@ -66,20 +49,19 @@ class Run {
   void loss() const {
     float* const largest = memory_;
     float* const sums = memory_ + blocks_ * padded_;
-#pragma omp parallel for num_threads(threads_) if (threads_ > 1) schedule(dynamic)
-    for (std::int64_t b = 0; b < blocks_; ++b) {
+    in_parallel(blocks_, threads_, [&](std::int64_t b, int) {
       QUIETSTAR_SIMD_CALL(softmax_block_sums, call_, block(b), largest + b * padded_,
                           sums + b * padded_);
-    }
+    });
     for (std::int64_t r = 0; r < call_.rows; ++r) {
-      float most = largest[r];
-      for (std::int64_t b = 1; b < blocks_; ++b) most = std::max(most, largest[b * padded_ + r]);
+      float max = largest[r];
+      for (std::int64_t b = 1; b < blocks_; ++b) max = std::max(max, largest[b * padded_ + r]);
       double total = 0;
       for (std::int64_t b = 0; b < blocks_; ++b) {
-        const float below = largest[b * padded_ + r] - most;
+        const float below = largest[b * padded_ + r] - max;
         total += static_cast<double>(sums[b * padded_ + r]) * std::exp(below);
       }
-      call_.largest[r] = most;
+      call_.largest[r] = max;
       call_.total[r] = static_cast<float>(total);
     }
     // The blocks' results are used up: the same memory takes the targets'.
@@ -112,16 +94,15 @@ class Run {
       const double above = std::exp(static_cast<double>(y[r]) - largest[r]) - total;
       y[r] = static_cast<float>(call_.row_weights[r] * slope[r] * (above / total));
     }
-#pragma omp parallel for num_threads(threads_) if (threads_ > 1) schedule(dynamic)
-    for (std::int64_t b = 0; b < blocks_; ++b) {
+    in_parallel(blocks_, threads_, [&](std::int64_t b, int) {
       QUIETSTAR_SIMD_CALL(softmax_block_gradient, call_, block(b), largest, factor);
-    }
+    });
     QUIETSTAR_SIMD_CALL(softmax_put_targets, call_, y, use.data());
   }
 
  private:
-  WordBlock block(std::int64_t b) const {
-    const std::int64_t begin = b * per_block_, end = std::min(begin + per_block_, call_.words);
+  TokenBlock block(std::int64_t b) const {
+    const std::int64_t begin = b * per_block_, end = std::min(begin + per_block_, call_.vocab);
     const auto first = std::lower_bound(banned_.begin(), banned_.end(), begin);
     const auto last = std::lower_bound(first, banned_.end(), end);
     return {begin, end, banned_.data() + (first - banned_.begin()), last - first};
@@ -129,23 +110,22 @@ class Run {
 
   // Whether row r has its target's element in the tile, and it is not banned.
   bool has_target(std::int64_t r) const {
-    const std::int64_t word = call_.targets[r] - call_.first_word;
-    return word >= 0 && word < call_.words &&
-           !std::binary_search(banned_.begin(), banned_.end(), word);
+    const std::int64_t token = call_.targets[r] - call_.first_token;
+    return token >= 0 && token < call_.vocab &&
+           !std::binary_search(banned_.begin(), banned_.end(), token);
   }
 
   const SoftmaxCrossEntropy& call_;
-  std::int64_t padded_, per_block_, blocks_;
-  int threads_;
+  std::int64_t padded_, per_block_, blocks_, threads_;
   float* memory_;
   std::vector<std::int64_t> banned_;
 };
 
 }  // namespace
 
-std::int64_t softmax_cross_entropy_workspace(std::int64_t rows, std::int64_t words) {
-  const std::int64_t per_block = words_per_block(words);
-  const std::int64_t blocks = (words + per_block - 1) / per_block;
+std::int64_t softmax_cross_entropy_workspace(std::int64_t rows, std::int64_t vocab) {
+  const std::int64_t per_block = tokens_per_block(vocab);
+  const std::int64_t blocks = (vocab + per_block - 1) / per_block;
   return std::max<std::int64_t>(2 * blocks, 4) * round_up(rows, kLanes) *
          static_cast<std::int64_t>(sizeof(float));
 }

@@ -1,32 +1,32 @@
 // Inner loops of softmax_cross_entropy; what is computed stands in
 // quietstar/linear_cross_entropy.h.
 //
-// The loss walks over sixteen words at a time, 512 rows wide, so that their 32 KB stay in L1: first
-// the maximum of every row, then the sum of exponentials, with the running sum rescaled once in
-// between (Milakov and Gimelshein 2018, arXiv 1805.02867). With a softcap the maximum is that of
+// The loss walks over sixteen tokens at a time, 512 rows wide, so that their 32 KB stay in L1:
+// first the maximum of every row, then the sum of exponentials, with the running sum rescaled once
+// in between (Milakov and Gimelshein 2018, arXiv 1805.02867). With a softcap the maximum is that of
 // the raw products, as tanh keeps their order. The gradient computes the exponential again and
 // writes.
 //   memory: two reads and one write an element, from the L3 cache where the chunk fits in it
 //   operations: some 40 vector instructions for 16 elements in both passes (100 with a softcap)
 //   measured on one core: 0.28 + 0.14 ns an element in fp32 (0.8 + 0.65 with a softcap), which
 //   is 1.3 per cent of the time of the three products of width 256 around it
-// Tried, and did not pay: eight words in registers between their maximum and their exponentials
+// Tried, and did not pay: eight tokens in registers between their maximum and their exponentials
 // (eight streams a power of two apart fall into the same cache sets: three times slower at 1024
-// rows); one word after the other instead of four at a time, and tiles of 8 and 32 words (no
+// rows); one token after the other instead of four at a time, and tiles of 8 and 32 tokens (no
 // difference).
 #include <cstdint>
 
 #include "linear_cross_entropy_tile.h"
-#include "vec_store.h"
+#include "vec_rows.h"
 
 namespace quietstar::QUIETSTAR_ISA {
 namespace {
 
 constexpr float kLowest = -3.402823466e38f;
 constexpr float kSmallestExponent = -87.0f;  // exp below it is not a normal number and counts as 0
-constexpr std::int64_t kGroup = 16;          // words between two rescalings
+constexpr std::int64_t kGroup = 16;          // tokens between two rescalings
 constexpr std::int64_t kRowTile = 512;       // rows that are taken through a group
-constexpr int kStreams = 4;                  // words read side by side
+constexpr int kStreams = 4;                  // tokens read side by side
 constexpr double kLog2E = 1.4426950408889634;
 
 // exp(x) for x <= 0 (a little above is fine); NaN stays NaN.
@@ -98,30 +98,27 @@ struct Logit<true> {
   }
 };
 
-// Runs of words between banned ones: calls visit(begin, end) for each run, skip(word) for each
-// banned word.
+// Runs of tokens between banned ones: calls visit(begin, end) for each run, skip(token) for each
+// banned token.
 template <class Visit, class Skip>
-void for_runs(const WordBlock& block, Visit visit, Skip skip) {
-  std::int64_t word = block.begin;
+void for_runs(const TokenBlock& block, Visit visit, Skip skip) {
+  std::int64_t token = block.begin;
   for (std::int64_t i = 0; i < block.banned_count; ++i) {
     const std::int64_t banned = block.banned[i];
-    if (word < banned) visit(word, banned);
+    if (token < banned) visit(token, banned);
     skip(banned);
-    word = banned + 1;
+    token = banned + 1;
   }
-  if (word < block.end) visit(word, block.end);
+  if (token < block.end) visit(token, block.end);
 }
 
 template <class T, bool capped>
 class Tile {
  public:
   explicit Tile(const SoftmaxCrossEntropy& call)
-      : data_(static_cast<T*>(call.logits)),
-        rows_(call.rows),
-        stride_(call.word_stride),
-        logit_(call) {}
+      : data_(static_cast<T*>(call.logits)), rows_(call.rows), stride_(call.stride), logit_(call) {}
 
-  void sums(const WordBlock& block, float* largest, float* sums) const {
+  void sums(const TokenBlock& block, float* largest, float* sums) const {
     for (std::int64_t r = 0; r < rows_; r += kLanes) {
       Vec::fill(kLowest).store(largest + r);
       Vec::fill(0.0f).store(sums + r);
@@ -130,21 +127,21 @@ class Tile {
       const std::int64_t end = begin + kRowTile < rows_ ? begin + kRowTile : rows_;
       for_runs(
           block,
-          [&](std::int64_t word, std::int64_t last) {
-            for (; word < last; word += kGroup) {
-              add(word, word + kGroup < last ? word + kGroup : last, begin, end, largest, sums);
+          [&](std::int64_t token, std::int64_t last) {
+            for (; token < last; token += kGroup) {
+              add(token, token + kGroup < last ? token + kGroup : last, begin, end, largest, sums);
             }
           },
           [](std::int64_t) {});
     }
   }
 
-  void gradient(const WordBlock& block, const float* largest, const float* factor) const {
+  void gradient(const TokenBlock& block, const float* largest, const float* factor) const {
     for_runs(
         block,
-        [&](std::int64_t word, std::int64_t end) {
-          for (; word < end; ++word) {
-            T* row = data_ + word * stride_;
+        [&](std::int64_t token, std::int64_t end) {
+          for (; token < end; ++token) {
+            T* row = data_ + token * stride_;
             std::int64_t r = 0;
             for (; r + kLanes <= rows_; r += kLanes) {
               store(row + r, slope_at(Vec::load(row + r), largest + r, factor + r));
@@ -155,8 +152,8 @@ class Tile {
             }
           }
         },
-        [&](std::int64_t word) {
-          std::memset(data_ + word * stride_, 0, sizeof(T) * static_cast<std::size_t>(rows_));
+        [&](std::int64_t token) {
+          std::memset(data_ + token * stride_, 0, sizeof(T) * static_cast<std::size_t>(rows_));
         });
   }
 
@@ -165,8 +162,8 @@ class Tile {
     for (std::int64_t r = 0; r < rows_; r += kLanes) {
       float x[kLanes] = {};
       for (std::int64_t i = r; i < rows_ && i < r + kLanes; ++i) {
-        const std::int64_t word = call.targets[i] - call.first_word;
-        if (word >= 0 && word < call.words) x[i - r] = to_float(data_[word * stride_ + i]);
+        const std::int64_t token = call.targets[i] - call.first_token;
+        if (token >= 0 && token < call.vocab) x[i - r] = to_float(data_[token * stride_ + i]);
       }
       Vec values;
       logit_.slope(Vec::load(x), &values).store(slope + r);
@@ -177,46 +174,46 @@ class Tile {
   // Overwrites the targets' elements where use[r] is set.
   void put_targets(const SoftmaxCrossEntropy& call, const float* values, const char* use) const {
     for (std::int64_t r = 0; r < rows_; ++r) {
-      if (use[r]) put(data_ + (call.targets[r] - call.first_word) * stride_ + r, values[r]);
+      if (use[r]) put(data_ + (call.targets[r] - call.first_token) * stride_ + r, values[r]);
     }
   }
 
  private:
-  // Adds words [word, last) to rows [begin, end).
-  void add(std::int64_t word, std::int64_t last, std::int64_t begin, std::int64_t end,
+  // Adds tokens [token, last) to rows [begin, end).
+  void add(std::int64_t token, std::int64_t last, std::int64_t begin, std::int64_t end,
            float* largest, float* sums) const {
     float keys[kRowTile];
     for (std::int64_t r = begin; r < end; r += kLanes) {
       Vec::fill(kLowest).store(keys + (r - begin));
     }
-    for_words(word, last, begin, end, [&](std::int64_t r, const Vec* x, int count) {
-      Vec most = Vec::load(keys + (r - begin));
-      for (int i = 0; i < count; ++i) most = max(logit_.key(x[i]), most);
-      most.store(keys + (r - begin));
+    for_tokens(token, last, begin, end, [&](std::int64_t r, const Vec* x, int count) {
+      Vec row_max = Vec::load(keys + (r - begin));
+      for (int i = 0; i < count; ++i) row_max = max(logit_.key(x[i]), row_max);
+      row_max.store(keys + (r - begin));
     });
     for (std::int64_t r = begin; r < end; r += kLanes) {
       const Vec before = Vec::load(largest + r);
-      const Vec most = max(logit_.of_key(Vec::load(keys + (r - begin))), before);
-      most.store(largest + r);
-      (Vec::load(sums + r) * exponential_(before - most)).store(sums + r);
+      const Vec row_max = max(logit_.of_key(Vec::load(keys + (r - begin))), before);
+      row_max.store(largest + r);
+      (Vec::load(sums + r) * exponential_(before - row_max)).store(sums + r);
     }
-    for_words(word, last, begin, end, [&](std::int64_t r, const Vec* x, int count) {
-      const Vec most = Vec::load(largest + r);
-      Vec sum = exponential_(logit_.of_key(logit_.key(x[0])) - most);
+    for_tokens(token, last, begin, end, [&](std::int64_t r, const Vec* x, int count) {
+      const Vec row_max = Vec::load(largest + r);
+      Vec sum = exponential_(logit_.of_key(logit_.key(x[0])) - row_max);
       for (int i = 1; i < count; ++i) {
-        sum = sum + exponential_(logit_.of_key(logit_.key(x[i])) - most);
+        sum = sum + exponential_(logit_.of_key(logit_.key(x[i])) - row_max);
       }
       (Vec::load(sums + r) + sum).store(sums + r);
     });
   }
 
-  // Calls body(r, x, count) for the vectors at row r of count words, until all words have had
+  // Calls body(r, x, count) for the vectors at row r of count tokens, until all tokens have had
   // theirs.
   template <class Body>
-  void for_words(std::int64_t word, std::int64_t last, std::int64_t begin, std::int64_t end,
-                 Body body) const {
-    for (; word + kStreams <= last; word += kStreams) {
-      const T* from = data_ + word * stride_;
+  void for_tokens(std::int64_t token, std::int64_t last, std::int64_t begin, std::int64_t end,
+                  Body body) const {
+    for (; token + kStreams <= last; token += kStreams) {
+      const T* from = data_ + token * stride_;
       std::int64_t r = begin;
       for (; r + kLanes <= end; r += kLanes) {
         Vec x[kStreams];
@@ -229,10 +226,10 @@ class Tile {
         body(r, x, kStreams);
       }
     }
-    for (; word < last; ++word) {
+    for (; token < last; ++token) {
       for (std::int64_t r = begin; r < end; r += kLanes) {
         const std::int64_t count = end - r < kLanes ? end - r : std::int64_t{kLanes};
-        const Vec x = load_part(data_ + word * stride_ + r, count);
+        const Vec x = load_part(data_ + token * stride_ + r, count);
         body(r, &x, 1);
       }
     }
@@ -253,25 +250,20 @@ class Tile {
 // Calls function with the tile of the call's type.
 template <class Function>
 void with_tile(const SoftmaxCrossEntropy& call, Function function) {
-  const bool capped = call.softcap != 0;
-  switch (call.dtype) {
-    case DType::bf16:
-      return capped ? function(Tile<BFloat16, true>(call)) : function(Tile<BFloat16, false>(call));
-    case DType::f16:
-      return capped ? function(Tile<Float16, true>(call)) : function(Tile<Float16, false>(call));
-    default:
-      return capped ? function(Tile<float, true>(call)) : function(Tile<float, false>(call));
-  }
+  with_type(call.dtype, [&](auto type) {
+    using T = decltype(type);
+    return call.softcap != 0 ? function(Tile<T, true>(call)) : function(Tile<T, false>(call));
+  });
 }
 
 }  // namespace
 
-void softmax_block_sums(const SoftmaxCrossEntropy& call, const WordBlock& block, float* largest,
+void softmax_block_sums(const SoftmaxCrossEntropy& call, const TokenBlock& block, float* largest,
                         float* sums) {
   with_tile(call, [&](const auto& tile) { tile.sums(block, largest, sums); });
 }
 
-void softmax_block_gradient(const SoftmaxCrossEntropy& call, const WordBlock& block,
+void softmax_block_gradient(const SoftmaxCrossEntropy& call, const TokenBlock& block,
                             const float* largest, const float* factor) {
   with_tile(call, [&](const auto& tile) { tile.gradient(block, largest, factor); });
 }

@@ -1,68 +1,53 @@
 // Checks, blocks of rows and threads of the mixing head; the inner loops are in
 // mixing_head_kernel.cpp. Work is cut by sizes alone and summed in order, so that the results are
 // the same for any number of threads.
-#include "quietstar/mixing_head.h"
-
 #include <algorithm>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "mixing_head_rows.h"
+#include "parallel.h"
+#include "quietstar/checks.h"
 
 namespace quietstar {
 namespace {
 
-constexpr std::int64_t kMostBlocks = 64;  // that sum the gradients of b1, b2 and w3 on their own
-constexpr std::int64_t kFewestRows = 16;  // in such a block
+constexpr std::int64_t kMaxBlocks = 64;  // that sum the gradients of b1, b2 and w3 on their own
+constexpr std::int64_t kMinRows = 16;    // in such a block
 constexpr std::int64_t kPortion = 16 * 1024;  // elements that are worth a portion of work
-
-void check(const MixingHead& call) {
-  if (call.width < 1) throw std::invalid_argument("width is 0; expected at least 1");
-  if (!call.index && call.rows != call.positions) {
-    throw std::invalid_argument("base has " + std::to_string(call.positions) +
-                                " rows and thought " + std::to_string(call.rows) +
-                                "; expected as many, or an index");
-  }
-}
 
 // Calls body(begin, end) for portions of [0, count), size rows each, on several threads.
 template <class Body>
 void in_portions(std::int64_t count, std::int64_t size, int threads, Body body) {
-  if (count == 0) return;
-  const std::int64_t portions = (count + size - 1) / size;
-  threads = static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(threads, portions)));
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic)
-  for (std::int64_t p = 0; p < portions; ++p) {
-    body(p * size, std::min((p + 1) * size, count));
-  }
+  const std::int64_t portions = count == 0 ? 0 : (count + size - 1) / size;
+  in_parallel(portions, threads,
+              [&](std::int64_t p, int) { body(p * size, std::min((p + 1) * size, count)); });
 }
 
-std::int64_t rows_per_portion(const MixingHead& call) {
-  return std::max<std::int64_t>(1, kPortion / call.width);
+// Work that does not sum over rows.
+template <class Body>
+void over_rows(const MixingHead& call, Body body) {
+  check(call);
+  in_portions(call.rows, std::max<std::int64_t>(1, kPortion / call.width), call.threads, body);
 }
 
 }  // namespace
 
 void mixing_first(const MixingHead& call) {
-  check(call);
-  in_portions(call.rows, rows_per_portion(call), call.threads,
-              [&](std::int64_t begin, std::int64_t end) {
-                QUIETSTAR_SIMD_CALL(mixing_first_rows, call, begin, end);
-              });
+  over_rows(call, [&](std::int64_t begin, std::int64_t end) {
+    QUIETSTAR_SIMD_CALL(mixing_first_rows, call, begin, end);
+  });
 }
 
 void mixing_tail(const MixingHead& call) {
-  check(call);
-  in_portions(call.rows, rows_per_portion(call), call.threads,
-              [&](std::int64_t begin, std::int64_t end) {
-                QUIETSTAR_SIMD_CALL(mixing_tail_rows, call, begin, end);
-              });
+  over_rows(call, [&](std::int64_t begin, std::int64_t end) {
+    QUIETSTAR_SIMD_CALL(mixing_tail_rows, call, begin, end);
+  });
 }
 
 void mixing_tail_backward(const MixingHead& call) {
   check(call);
-  const std::int64_t size = std::max(kFewestRows, (call.rows + kMostBlocks - 1) / kMostBlocks);
+  const std::int64_t size = std::max(kMinRows, (call.rows + kMaxBlocks - 1) / kMaxBlocks);
   const std::int64_t blocks = (call.rows + size - 1) / size, width = call.width;
   std::vector<float> sums(static_cast<std::size_t>(2 * width * blocks));
   in_portions(call.rows, size, call.threads, [&](std::int64_t begin, std::int64_t end) {
@@ -75,8 +60,8 @@ void mixing_tail_backward(const MixingHead& call) {
       b2 += sums[b * 2 * width + i];
       w3 += sums[(b * 2 + 1) * width + i];
     }
-    call.grad_b2[i] = static_cast<float>(b2);
-    call.grad_w3[i] = static_cast<float>(w3);
+    static_cast<float*>(call.grad_b2)[i] = static_cast<float>(b2);
+    static_cast<float*>(call.grad_w3)[i] = static_cast<float>(w3);
   }
 }
 
@@ -88,9 +73,8 @@ void mixing_first_backward(const MixingHead& call) {
   for (std::int64_t r = 0; r < call.rows; ++r) {
     const std::int64_t p = position(r);
     if (p < 0 || p >= call.positions) {
-      throw std::invalid_argument("base_index contains " + std::to_string(p) +
-                                  "; expected values from 0 to " +
-                                  std::to_string(call.positions - 1));
+      require(false, "base_index contains " + std::to_string(p) + "; expected values from 0 to " +
+                         std::to_string(call.positions - 1));
     }
     ++first[p + 1];
   }
@@ -98,7 +82,7 @@ void mixing_first_backward(const MixingHead& call) {
   std::vector<std::int64_t> next(first.begin(), first.end() - 1);
   for (std::int64_t r = 0; r < call.rows; ++r) order[next[position(r)]++] = r;
 
-  const std::int64_t size = (call.positions + kMostBlocks - 1) / kMostBlocks, width = call.width;
+  const std::int64_t size = (call.positions + kMaxBlocks - 1) / kMaxBlocks, width = call.width;
   const std::int64_t blocks = size > 0 ? (call.positions + size - 1) / size : 0;
   std::vector<float> sums(static_cast<std::size_t>(3 * width * blocks));
   in_portions(call.positions, size, call.threads, [&](std::int64_t begin, std::int64_t end) {
@@ -108,7 +92,7 @@ void mixing_first_backward(const MixingHead& call) {
   for (std::int64_t i = 0; i < width; ++i) {
     double b1 = 0;
     for (std::int64_t b = 0; b < blocks; ++b) b1 += sums[b * 3 * width + i];
-    call.grad_b1[i] = static_cast<float>(b1);
+    static_cast<float*>(call.grad_b1)[i] = static_cast<float>(b1);
   }
 }
 

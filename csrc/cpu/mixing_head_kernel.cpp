@@ -18,7 +18,7 @@
 #include <cstdint>
 
 #include "mixing_head_rows.h"
-#include "vec_store.h"
+#include "vec_rows.h"
 
 namespace quietstar::QUIETSTAR_ISA {
 namespace {
@@ -152,14 +152,7 @@ class Rows {
 
 template <class Function>
 void with_rows(const MixingHead& call, Function function) {
-  switch (call.dtype) {
-    case DType::bf16:
-      return function(Rows<BFloat16>(call));
-    case DType::f16:
-      return function(Rows<Float16>(call));
-    default:
-      return function(Rows<float>(call));
-  }
+  with_type(call.dtype, [&](auto type) { function(Rows<decltype(type)>(call)); });
 }
 
 }  // namespace

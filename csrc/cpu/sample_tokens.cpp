@@ -1,41 +1,19 @@
 // Checks, workspace and threads of sample_tokens; the work per row is in sample_tokens_kernel.cpp.
-#include "quietstar/sample_tokens.h"
-
 #include <algorithm>
 #include <atomic>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "parallel.h"
+#include "quietstar/checks.h"
 #include "sample_tokens_rows.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace quietstar {
 namespace {
 
-constexpr std::int64_t kAlign = 64;
 // Rows are handed out in portions of about this many elements: small enough to share the work
 // evenly.
 constexpr std::int64_t kPortion = 64 * 1024;
-
-// Lays the scratch arrays out from an address; with a null address it only measures.
-class Layout {
- public:
-  explicit Layout(char* begin) : begin_(begin) {}
-  template <class T>
-  void place(T*& array, std::int64_t count) {
-    if (begin_) array = reinterpret_cast<T*>(begin_ + size_);
-    size_ += (count * static_cast<std::int64_t>(sizeof(T)) + kAlign - 1) / kAlign * kAlign;
-  }
-  std::int64_t size() const { return size_; }
-
- private:
-  char* begin_;
-  std::int64_t size_ = 0;
-};
 
 std::int64_t lay_out(Scratch& s, std::int64_t vocab, char* begin) {
   const std::int64_t blocks = block_count(vocab);
@@ -52,23 +30,6 @@ std::int64_t lay_out(Scratch& s, std::int64_t vocab, char* begin) {
   layout.place(s.bin_mass, kBins);
   layout.place(s.bin_count, kBins);
   return layout.size();
-}
-
-void require(bool fine, const std::string& message) {
-  if (!fine) throw std::invalid_argument(message);
-}
-
-void check(const SampleTokens& call) {
-  require(call.vocab >= 1 && call.vocab < (std::int64_t{1} << 31),
-          "logits has " + std::to_string(call.vocab) + " columns; expected 1 to 2^31 - 1");
-  require(call.temperature == 0 || (call.temperature >= 1e-30 && call.temperature <= 1e30),
-          "temperature is " + std::to_string(call.temperature) +
-              "; expected 0 or a number from 1e-30 to 1e30");
-  require(call.top_k >= 0, "top_k is " + std::to_string(call.top_k) + "; expected 0 or more");
-  require(call.top_p > 0 && call.top_p <= 1,
-          "top_p is " + std::to_string(call.top_p) + "; expected a number above 0 and up to 1");
-  require(call.min_p >= 0 && call.min_p <= 1,
-          "min_p is " + std::to_string(call.min_p) + "; expected a number from 0 to 1");
 }
 
 std::vector<std::int32_t> sorted_banned(const SampleTokens& call) {
@@ -107,28 +68,19 @@ std::int64_t sample_tokens(const SampleTokens& call) {
 
   const std::int64_t portion = std::max<std::int64_t>(1, kPortion / call.vocab);
   const std::int64_t portions = (call.rows + portion - 1) / portion;
-  const int threads = static_cast<int>(std::min<std::int64_t>(std::max(call.threads, 1), portions));
   Scratch measured{};
   const std::int64_t bytes = lay_out(measured, call.vocab, nullptr);
-  std::int64_t bad = call.rows;
-  std::atomic<std::int64_t> next{0};
-
-#pragma omp parallel num_threads(threads) if (threads > 1) reduction(min : bad)
-  {
-#ifdef _OPENMP
-    const int thread = omp_get_thread_num();
-#else
-    const int thread = 0;
-#endif
+  std::atomic<std::int64_t> bad{call.rows};
+  in_parallel(portions, call.threads, [&](std::int64_t p, int thread) {
     Scratch scratch{};
     lay_out(scratch, call.vocab, static_cast<char*>(call.workspace) + thread * bytes);
-    for (std::int64_t p; (p = next.fetch_add(1)) < portions;) {
-      const std::int64_t begin = p * portion, end = std::min(begin + portion, call.rows);
-      const std::int64_t row = QUIETSTAR_SIMD_CALL(sample_rows, call, banned, scratch, begin, end);
-      if (row >= 0) bad = std::min(bad, row);
+    const std::int64_t begin = p * portion, end = std::min(begin + portion, call.rows);
+    const std::int64_t row = QUIETSTAR_SIMD_CALL(sample_rows, call, banned, scratch, begin, end);
+    std::int64_t before = bad;
+    while (row >= 0 && row < before && !bad.compare_exchange_weak(before, row)) {
     }
-  }
-  return bad < call.rows ? bad : -1;
+  });
+  return bad < call.rows ? bad.load() : -1;
 }
 
 }  // namespace quietstar

@@ -69,10 +69,10 @@ class RowSampler {
     for (std::int64_t b = 0; b < blocks_; ++b) {
       const float* x = row_.block(b);
       const std::int64_t count = row_.padded(b);
-      Vec most = Vec::fill(-kInf);
-      for (std::int64_t i = 0; i < count; i += kLanes) most = max(Vec::load(x + i), most);
-      most.store(memory_.group_max + b * kGroups);
-      memory_.block_max[b] = reduce_max(most);
+      Vec block_max = Vec::fill(-kInf);
+      for (std::int64_t i = 0; i < count; i += kLanes) block_max = max(Vec::load(x + i), block_max);
+      block_max.store(memory_.group_max + b * kGroups);
+      memory_.block_max[b] = reduce_max(block_max);
       if (memory_.block_max[b] > max_) max_ = memory_.block_max[b];
       sum_block(b, x, count, kLowest);
     }
@@ -96,23 +96,23 @@ class RowSampler {
       return zero_where_below(exp2_of_product(x, factor, shift), x, floor);
     }
   };
-  BlockPower power(float most, double scale, float floor) const {
-    const auto lowest = static_cast<float>(most - kOctaves / factor_);
+  BlockPower power(float block_max, double scale, float floor) const {
+    const auto lowest = static_cast<float>(block_max - kOctaves / factor_);
     return {factor2_, Vec::fill(static_cast<float>(scale)),
             Vec::fill(lowest > floor ? lowest : floor)};
   }
 
   void sum_block(std::int64_t b, const float* x, std::int64_t count, float floor) {
-    float most = memory_.block_max[b];
+    float block_max = memory_.block_max[b];
     double scale = 0;
-    if (most * factor_ > -0x1p23) {
-      scale = __builtin_rint(most * factor_);
+    if (block_max * factor_ > -0x1p23) {
+      scale = __builtin_rint(block_max * factor_);
     } else {
       // Weighs nothing, as the row's maximum is above -2^22 (see sample). Only a NaN may count.
-      most = 0;
+      block_max = 0;
       floor = 0;
     }
-    const BlockPower power_of = power(most, scale, floor);
+    const BlockPower power_of = power(block_max, scale, floor);
     DoubleSum sum;
     for (std::int64_t i = 0; i < count; i += kLanes) sum.add(power_of(Vec::load(x + i)));
     memory_.block_sum[b] = sum.total();
@@ -156,7 +156,9 @@ class RowSampler {
   }
 
   void draw(std::int64_t n, float floor) {
-    double left = philox_uniform(call_.seed, call_.offset + static_cast<std::uint64_t>(n)) * total_;
+    double left = philox_uniform(static_cast<std::uint64_t>(*call_.seed),
+                                 call_.offset + static_cast<std::uint64_t>(n)) *
+                  total_;
     // Where rounding lets the search run off an end, the last candidate is taken.
     std::int64_t b = -1;
     for (std::int64_t i = 0; i < blocks_; ++i) {
@@ -289,11 +291,11 @@ class RowSampler {
   // Bins of survivors [begin, end), at most kBlock of them. Monotone in the value, as rounding is.
   void find_bins(std::int64_t begin, std::int64_t end) {
     const auto factor = static_cast<float>(factor_ * kBinsPerOctave);
-    const float most = max_;
+    const float row_max = max_;
     const float* x = memory_.survivors + begin;
     std::int32_t* bins = memory_.bins;
     for (std::int64_t i = 0; i < end - begin; ++i) {
-      const float bin = (most - x[i]) * factor;
+      const float bin = (row_max - x[i]) * factor;
       bins[i] = static_cast<std::int32_t>(bin < kBins - 1 ? bin : kBins - 1);
     }
   }
@@ -346,32 +348,21 @@ class RowSampler {
   double scale_ = 0;
 };
 
-template <class T>
-std::int64_t sample_rows_of(const SampleTokens& call, const BannedIds& banned,
-                            const Scratch& scratch, std::int64_t begin, std::int64_t end) {
-  std::int64_t bad = -1;
-  RowSampler<T> sampler(call, banned, scratch);
-  for (std::int64_t n = begin; n < end; ++n) {
-    if (sampler.sample(n)) continue;
-    call.tokens[n] = -1;
-    call.logprobs[n] = __builtin_nanf("");
-    if (bad < 0) bad = n;
-  }
-  return bad;
-}
-
 }  // namespace
 
 std::int64_t sample_rows(const SampleTokens& call, const BannedIds& banned, const Scratch& scratch,
                          std::int64_t begin, std::int64_t end) {
-  switch (call.dtype) {
-    case DType::bf16:
-      return sample_rows_of<BFloat16>(call, banned, scratch, begin, end);
-    case DType::f16:
-      return sample_rows_of<Float16>(call, banned, scratch, begin, end);
-    default:
-      return sample_rows_of<float>(call, banned, scratch, begin, end);
-  }
+  return with_type(call.dtype, [&](auto type) {
+    std::int64_t bad = -1;
+    RowSampler<decltype(type)> sampler(call, banned, scratch);
+    for (std::int64_t n = begin; n < end; ++n) {
+      if (sampler.sample(n)) continue;
+      call.tokens[n] = -1;
+      call.logprobs[n] = __builtin_nanf("");
+      if (bad < 0) bad = n;
+    }
+    return bad;
+  });
 }
 
 }  // namespace quietstar::QUIETSTAR_ISA

@@ -37,20 +37,9 @@ struct Scratch {
   std::int32_t* bin_count;  // [kBins]
 };
 
-#define QUIETSTAR_DECLARE                                                               \
-  /* Rows [begin, end) of the call. Returns the first that cannot be sampled, or -1. */ \
-  std::int64_t sample_rows(const SampleTokens& call, const BannedIds& banned,           \
-                           const Scratch& scratch, std::int64_t begin, std::int64_t end);
-
-namespace generic {
-QUIETSTAR_DECLARE
-}
-namespace avx2 {
-QUIETSTAR_DECLARE
-}
-namespace avx512 {
-QUIETSTAR_DECLARE
-}
-#undef QUIETSTAR_DECLARE
+QUIETSTAR_EACH_SIMD(
+    // Rows [begin, end) of the call. Returns the first that cannot be sampled, or -1.
+    std::int64_t sample_rows(const SampleTokens& call, const BannedIds& banned,
+                             const Scratch& scratch, std::int64_t begin, std::int64_t end);)
 
 }  // namespace quietstar

@@ -1,27 +1,20 @@
 // Checks, workspace, tiles and threads of thought_attention; the arithmetic is in
 // thought_attention_kernel.cpp and thought_attention_backward_kernel.cpp.
-#include "quietstar/thought_attention.h"
-
 #include <algorithm>
-#include <atomic>
 
-#include "quietstar/thought_attention_sizes.h"
+#include "parallel.h"
+#include "quietstar/checks.h"
 #include "thought_attention_job.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace quietstar {
 namespace {
 
-constexpr std::int64_t kAlign = 64;
 // Rows of a tile: enough that the work on a loaded key outweighs the load, few enough that the tile
 // stays in the first-level cache beside a block of keys.
 constexpr std::int64_t kRowsForward = 120, kRowsBackward = 120;
 // Columns of a tile, at most: neighbours see different stretches of text, and a tile visits the
 // longest of them.
-constexpr std::int64_t kMostColumns = 16;
+constexpr std::int64_t kMaxColumns = 16;
 // Text gradients are summed in this many parts in all, as far as the memory for them allows.
 constexpr std::int64_t kParts = 64, kPartsBytes = std::int64_t{32} << 20;
 // Text keys that one thread packs or reduces at a time.
@@ -40,7 +33,7 @@ AttentionJob plan(const ThoughtAttention& call, bool backward) {
   const std::int64_t rows = backward ? kRowsBackward : kRowsForward;
   job.columns_per_tile =
       std::clamp<std::int64_t>(rows / std::max<std::int64_t>(job.rows_per_column, 1), 1,
-                               std::clamp<std::int64_t>(call.columns, 1, kMostColumns));
+                               std::clamp<std::int64_t>(call.columns, 1, kMaxColumns));
   job.tiles = (call.columns + job.columns_per_tile - 1) / job.columns_per_tile;
   job.pack_ahead = backward || job.tiles > 1;
   job.size = round_up(call.head_size);
@@ -55,22 +48,6 @@ AttentionJob plan(const ThoughtAttention& call, bool backward) {
   }
   return job;
 }
-
-// Lays arrays out from an address; with a null address it only measures.
-class Layout {
- public:
-  explicit Layout(void* begin) : begin_(static_cast<char*>(begin)) {}
-  template <class T>
-  void place(T*& array, std::int64_t count) {
-    if (begin_) array = reinterpret_cast<T*>(begin_ + size_);
-    size_ += (count * static_cast<std::int64_t>(sizeof(T)) + kAlign - 1) / kAlign * kAlign;
-  }
-  std::int64_t size() const { return size_; }
-
- private:
-  char* begin_;
-  std::int64_t size_ = 0;
-};
 
 std::int64_t lay_out_shared(AttentionJob& job, bool backward, void* begin) {
   const ThoughtAttention& call = *job.call;
@@ -142,32 +119,23 @@ void sort_columns(const AttentionJob& job) {
 
 // Calls work(index, scratch) for every index below count, on several threads.
 template <class Work>
-void in_parallel(const AttentionJob& job, char* scratch_memory, std::int64_t count, Work work) {
+void with_scratch(const AttentionJob& job, char* memory, std::int64_t count, Work work) {
   const bool backward = job.backward != nullptr;
-  const int threads =
-      static_cast<int>(std::max<std::int64_t>(1, std::min<std::int64_t>(job.call->threads, count)));
   AttentionScratch measured{};
   const std::int64_t bytes = lay_out_scratch(job, measured, backward, nullptr);
-  std::atomic<std::int64_t> next{0};
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-#ifdef _OPENMP
-    const int thread = omp_get_thread_num();
-#else
-    const int thread = 0;
-#endif
+  in_parallel(count, job.call->threads, [&](std::int64_t i, int thread) {
     AttentionScratch scratch{};
-    lay_out_scratch(job, scratch, backward, scratch_memory + thread * bytes);
-    for (std::int64_t i; (i = next.fetch_add(1)) < count;) work(i, scratch);
-  }
+    lay_out_scratch(job, scratch, backward, memory + thread * bytes);
+    work(i, scratch);
+  });
 }
 
 // Calls work(pair, begin, end) for portions of the text keys of every pair.
 template <class Work>
-void over_text(const AttentionJob& job, char* scratch_memory, Work work) {
+void over_text(const AttentionJob& job, Work work) {
   const std::int64_t portions = (job.call->text_length + kPackKeys - 1) / kPackKeys;
-  in_parallel(job, scratch_memory, portions * job.call->batch * job.call->kv_heads,
-              [&](std::int64_t i, const AttentionScratch&) {
+  in_parallel(portions * job.call->batch * job.call->kv_heads, job.call->threads,
+              [&](std::int64_t i, int) {
                 const std::int64_t begin = i % portions * kPackKeys;
                 work(i / portions, begin, std::min(begin + kPackKeys, job.call->text_length));
               });
@@ -179,7 +147,7 @@ char* prepare(AttentionJob& job) {
   memory += lay_out_shared(job, job.backward != nullptr, memory);
   sort_columns(job);
   if (!job.pack_ahead) return memory;
-  over_text(job, memory, [&](std::int64_t pair, std::int64_t begin, std::int64_t end) {
+  over_text(job, [&](std::int64_t pair, std::int64_t begin, std::int64_t end) {
     QUIETSTAR_SIMD_CALL(pack_text, job, pair, begin, end);
   });
   return memory;
@@ -188,7 +156,7 @@ char* prepare(AttentionJob& job) {
 }  // namespace
 
 std::int64_t thought_attention_workspace(const ThoughtAttention& call, bool backward) {
-  check_sizes(call);
+  check(call);
   AttentionJob job = plan(call, backward);
   AttentionScratch scratch{};
   return lay_out_shared(job, backward, nullptr) +
@@ -196,27 +164,29 @@ std::int64_t thought_attention_workspace(const ThoughtAttention& call, bool back
 }
 
 void thought_attention(const ThoughtAttention& call) {
-  check_sizes(call);
+  check(call);
   AttentionJob job = plan(call, false);
   if (call.batch * call.columns * job.rows_per_column == 0) return;
   char* memory = prepare(job);
   const std::int64_t pairs = call.batch * call.kv_heads;
   // The longest stretches of text first, so that the threads end together.
-  in_parallel(job, memory, pairs * job.tiles, [&](std::int64_t i, const AttentionScratch& scratch) {
-    QUIETSTAR_SIMD_CALL(attend_tile, job, scratch, i % pairs, job.tiles - 1 - i / pairs);
-  });
+  with_scratch(
+      job, memory, pairs * job.tiles, [&](std::int64_t i, const AttentionScratch& scratch) {
+        QUIETSTAR_SIMD_CALL(attend_tile, job, scratch, i % pairs, job.tiles - 1 - i / pairs);
+      });
 }
 
 void thought_attention_backward(const ThoughtAttentionBackward& call) {
-  check_sizes(call.forward);
+  check(call.forward);
   AttentionJob job = plan(call.forward, true);
   job.backward = &call;
   char* memory = prepare(job);
   const std::int64_t pairs = call.forward.batch * call.forward.kv_heads;
-  in_parallel(job, memory, pairs * job.parts, [&](std::int64_t i, const AttentionScratch& scratch) {
-    QUIETSTAR_SIMD_CALL(attend_backward_part, job, scratch, i % pairs, i / pairs);
-  });
-  over_text(job, memory, [&](std::int64_t pair, std::int64_t begin, std::int64_t end) {
+  with_scratch(job, memory, pairs * job.parts,
+               [&](std::int64_t i, const AttentionScratch& scratch) {
+                 QUIETSTAR_SIMD_CALL(attend_backward_part, job, scratch, i % pairs, i / pairs);
+               });
+  over_text(job, [&](std::int64_t pair, std::int64_t begin, std::int64_t end) {
     QUIETSTAR_SIMD_CALL(reduce_text_gradients, job, pair, begin, end);
   });
 }

@@ -158,7 +158,7 @@ class AttendBackward {
           slope = slope - t * t;
         }
         // Rounding may lift an exponent a little above 0, never far; where it is masked, anything.
-        const Vec p = exp2_or_zero(minimum(Vec::fill(64.0f), exponent - lse));
+        const Vec p = exp2_or_zero(min(Vec::fill(64.0f), exponent - lse));
         Vec ds = p * (Vec::load(dx + v * kLanes) - delta);
         if (cap_ > 0) ds = ds * slope;
         p.store(x + v * kLanes);
@@ -238,29 +238,13 @@ void attend_backward_part(const AttentionJob& job, const AttentionScratch& scrat
   for (std::int64_t t = part; t < job.tiles; t += job.parts) {
     const Tile tile(job, pair, t);
     AttendBackward attend(tile, scratch, dk, dv);
-    switch (job.call->dtype) {
-      case DType::bf16:
-        attend.run<BFloat16>();
-        break;
-      case DType::f16:
-        attend.run<Float16>();
-        break;
-      default:
-        attend.run<float>();
-    }
+    with_type(job.call->dtype, [&](auto type) { attend.run<decltype(type)>(); });
   }
 }
 
 void reduce_text_gradients(const AttentionJob& job, std::int64_t pair, std::int64_t begin,
                            std::int64_t end) {
-  switch (job.call->dtype) {
-    case DType::bf16:
-      return reduce_of<BFloat16>(job, pair, begin, end);
-    case DType::f16:
-      return reduce_of<Float16>(job, pair, begin, end);
-    default:
-      return reduce_of<float>(job, pair, begin, end);
-  }
+  with_type(job.call->dtype, [&](auto type) { reduce_of<decltype(type)>(job, pair, begin, end); });
 }
 
 }  // namespace quietstar::QUIETSTAR_ISA

@@ -57,29 +57,18 @@ struct AttentionScratch {
   float* slot_dv;
 };
 
-#define QUIETSTAR_DECLARE                                                                        \
-  /* Packs text keys [begin, end) of a pair (batch row, key head); begin is a multiple of 16. */ \
-  void pack_text(const AttentionJob& job, std::int64_t pair, std::int64_t begin,                 \
-                 std::int64_t end);                                                              \
-  /* out and lse of one tile. */                                                                 \
-  void attend_tile(const AttentionJob& job, const AttentionScratch& scratch, std::int64_t pair,  \
-                   std::int64_t tile);                                                           \
-  /* Gradients of the tiles of one part; text gradients go to dk_parts and dv_parts. */          \
-  void attend_backward_part(const AttentionJob& job, const AttentionScratch& scratch,            \
-                            std::int64_t pair, std::int64_t part);                               \
-  /* Adds the parts up and writes the gradients of text keys [begin, end). */                    \
-  void reduce_text_gradients(const AttentionJob& job, std::int64_t pair, std::int64_t begin,     \
-                             std::int64_t end);
-
-namespace generic {
-QUIETSTAR_DECLARE
-}
-namespace avx2 {
-QUIETSTAR_DECLARE
-}
-namespace avx512 {
-QUIETSTAR_DECLARE
-}
-#undef QUIETSTAR_DECLARE
+QUIETSTAR_EACH_SIMD(
+    // Packs text keys [begin, end) of a pair (batch row, key head); begin is a multiple of 16.
+    void pack_text(const AttentionJob& job, std::int64_t pair, std::int64_t begin,
+                   std::int64_t end);
+    // out and lse of one tile.
+    void attend_tile(const AttentionJob& job, const AttentionScratch& scratch, std::int64_t pair,
+                     std::int64_t tile);
+    // Gradients of the tiles of one part; text gradients go to dk_parts and dv_parts.
+    void attend_backward_part(const AttentionJob& job, const AttentionScratch& scratch,
+                              std::int64_t pair, std::int64_t part);
+    // Adds the parts up and writes the gradients of text keys [begin, end).
+    void reduce_text_gradients(const AttentionJob& job, std::int64_t pair, std::int64_t begin,
+                               std::int64_t end);)
 
 }  // namespace quietstar

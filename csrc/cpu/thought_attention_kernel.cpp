@@ -207,11 +207,11 @@ class Attend {
 
   // Turns exponents into exponentials relative to the row's reference point, and adds them up.
   void exponentials(std::int64_t r, float* x, std::int64_t vecs) {
-    Vec most = Vec::load(x);
-    for (std::int64_t v = 1; v < vecs; ++v) most = max(most, Vec::load(x + v * kLanes));
+    Vec row_max = Vec::load(x);
+    for (std::int64_t v = 1; v < vecs; ++v) row_max = max(row_max, Vec::load(x + v * kLanes));
     Vec sum = Vec::load(s_.sum + r * kLanes);
-    if (any_above(most, Vec::fill(s_.top[r] + kSlack))) {
-      const float top = reduce_max(most);
+    if (any_above(row_max, Vec::fill(s_.top[r] + kSlack))) {
+      const float top = reduce_max(row_max);
       const Vec shrink = exp2_or_zero(Vec::fill(s_.top[r] - top));
       s_.top[r] = top;
       sum = sum * shrink;
@@ -281,28 +281,15 @@ void pack_text_of(const AttentionJob& job, std::int64_t pair, std::int64_t begin
 }  // namespace
 
 void pack_text(const AttentionJob& job, std::int64_t pair, std::int64_t begin, std::int64_t end) {
-  switch (job.call->dtype) {
-    case DType::bf16:
-      return pack_text_of<BFloat16>(job, pair, begin, end);
-    case DType::f16:
-      return pack_text_of<Float16>(job, pair, begin, end);
-    default:
-      return pack_text_of<float>(job, pair, begin, end);
-  }
+  with_type(job.call->dtype,
+            [&](auto type) { pack_text_of<decltype(type)>(job, pair, begin, end); });
 }
 
 void attend_tile(const AttentionJob& job, const AttentionScratch& scratch, std::int64_t pair,
                  std::int64_t which) {
   const Tile tile(job, pair, which);
   Attend attend(tile, scratch);
-  switch (job.call->dtype) {
-    case DType::bf16:
-      return attend.run<BFloat16>();
-    case DType::f16:
-      return attend.run<Float16>();
-    default:
-      return attend.run<float>();
-  }
+  with_type(job.call->dtype, [&](auto type) { attend.run<decltype(type)>(); });
 }
 
 }  // namespace quietstar::QUIETSTAR_ISA

@@ -2,7 +2,7 @@
 // *_kernel.cpp files only, like vec.h.
 #pragma once
 
-#include "thought_attention_simd.h"
+#include "vec_rows.h"
 
 namespace quietstar::QUIETSTAR_ISA {
 
@@ -120,7 +120,7 @@ static inline void store_sums(const Vec* sums, float* to) {
   const auto add = [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); };
   __m512 pairs[8], quads[4];
   for (int i = 0; i < 8; ++i) {
-    const __m512 a = sums[2 * i].v, b = sums[2 * i + 1].v;
+    const __m512 a = sums[2 * i].part[0], b = sums[2 * i + 1].part[0];
     pairs[i] = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   }
   for (int i = 0; i < 4; ++i) {
@@ -164,7 +164,7 @@ static inline void dot_products(std::int64_t rows, std::int64_t keys, std::int64
       for (std::int64_t d = left; d < size; d += kLanes) {
         const Vec q = Vec::load(row + d);
         for (int n = 0; n < kDotKeys && j + n < keys; ++n) {
-          sums[n] = fma(q, load_head(key + n * stride + d, size - d), sums[n]);
+          sums[n] = fma(q, load_part(key + n * stride + d, size - d), sums[n]);
         }
       }
       store_sums(sums, scores + i * score_stride + j);

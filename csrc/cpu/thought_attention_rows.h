@@ -4,7 +4,7 @@
 
 #include "thought_attention_job.h"
 #include "thought_attention_products.h"
-#include "thought_attention_simd.h"
+#include "vec_rows.h"
 
 namespace quietstar::QUIETSTAR_ISA {
 

@@ -82,9 +82,7 @@ target_include_directories(kernels_cuda PRIVATE csrc/include csrc/cuda)
 set_target_properties(kernels_cuda PROPERTIES CUDA_VISIBILITY_PRESET hidden)
 target_compile_definitions(_native PRIVATE QUIETSTAR_WITH_CUDA QUIETSTAR_CUDA_ARCHS="${shown}")
 target_compile_options(kernels_cuda PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:${generate}>)
-target_sources(_native PRIVATE csrc/bindings_cuda.cpp csrc/bindings_cuda_attention.cpp
-                               csrc/bindings_cuda_diagonal.cpp
-                               $<TARGET_OBJECTS:kernels_cuda>)
+target_sources(_native PRIVATE csrc/bindings_cuda.cpp $<TARGET_OBJECTS:kernels_cuda>)
 set_target_properties(_native PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 target_link_libraries(_native PRIVATE cudart_static ${CMAKE_DL_LIBS} pthread rt)
 target_link_directories(_native PRIVATE ${cuda_libraries} ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES})

@@ -3,11 +3,11 @@
 
 namespace quietstar::cuda {
 
-Versions versions() {
-  Versions found{};
-  check(cudaDriverGetVersion(&found.driver), "version of the driver");
-  check(cudaRuntimeGetVersion(&found.runtime), "version of the runtime");
-  return found;
+std::array<int, 2> versions() {
+  int driver = 0, runtime = 0;
+  check(cudaDriverGetVersion(&driver), "version of the driver");
+  check(cudaRuntimeGetVersion(&runtime), "version of the runtime");
+  return {driver, runtime};
 }
 
 }  // namespace quietstar::cuda

@@ -66,9 +66,22 @@ inline int multiprocessors(const Device& device) {
 }
 
 // Bytes of shared memory that a block may have.
-inline std::size_t most_shared_memory(const Device& device) {
+inline std::size_t max_shared_memory(const Device& device) {
   return static_cast<std::size_t>(
       device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device.index));
+}
+
+constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// So many blocks that each takes `each` of the work.
+inline dim3 blocks(std::int64_t work, std::int64_t each = 1) {
+  return dim3(static_cast<unsigned>(ceil_div(work, each)));
+}
+
+inline int bytes_of(DType dtype) {
+  return dtype == DType::f32 ? 4 : 2;
 }
 
 // A kernel whose blocks share more than 48 KiB, static arrays included, has to opt in. It does from

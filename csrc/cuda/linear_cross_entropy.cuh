@@ -8,10 +8,9 @@
 //   pass, which writes the gradient, reads it from there, and the rest of the row again, from L2.
 //   So the only barrier of a row is the one that joins the threads' sums.
 // Bytes: the loss reads an element once. The gradient reads and writes it once; of a row that is
-//   longer than shared memory (227 KB on sm_90: 115,000 words in bf16) it reads the rest twice.
+//   longer than shared memory (227 KB on sm_90: 115,000 tokens in bf16) it reads the rest twice.
 // Operations: some 12 instructions an element in both passes, 2 of them exp2; with a softcap about
-// 40, 6
-//   of them by the special-function unit, which then bounds the rate rather than memory.
+//   40, 6 of them by the special-function unit, which then bounds the rate rather than memory.
 //
 // The target is left out of the running sum. So 1 - p of a target that is almost certain is the sum
 // of the others over the total, without cancellation, and its loss is log1p of it.
@@ -23,7 +22,7 @@
 
 namespace quietstar::cuda {
 
-constexpr int kMostRowThreads = 1024;
+constexpr int kMaxRowThreads = 1024;
 constexpr float kLowest = -3.402823466e38f;
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr double kLn2 = 0.69314718055994531;
@@ -65,19 +64,19 @@ __device__ __forceinline__ Pack<T> to_pack(const float (&x)[Pack<T>::size]) {
 // before they are multiplied, so that what is near the largest is exact and nothing overflows:
 //   key(x)                   cheap, and the level grows with it
 //   level(key)
-//   below(x, most)           unit (level - most), the power of two that e^(y - ...) is
-//   power(x, most, factor)   factor 2^below dy/dx temperature / logit_scale
+//   below(x, max_level)      unit (level - max_level), the power of two that e^(y - ...) is
+//   power(x, max_level, factor)   factor 2^below dy/dx temperature / logit_scale
 //   slope(x)                 dy/dx temperature / logit_scale
 struct PlainLogit {
   static constexpr int kLoads = 4;  // of 16 bytes, under way per thread
   float sign, unit;
   __device__ __forceinline__ float key(float x) const { return x * sign; }
   __device__ __forceinline__ float level(float key) const { return key; }
-  __device__ __forceinline__ float below(float x, float most) const {
-    return fmaf(x, sign, -most) * unit;
+  __device__ __forceinline__ float below(float x, float max_level) const {
+    return fmaf(x, sign, -max_level) * unit;
   }
-  __device__ __forceinline__ float power(float x, float most, float factor) const {
-    return fast_exp2(below(x, most)) * factor;
+  __device__ __forceinline__ float power(float x, float max_level, float factor) const {
+    return fast_exp2(below(x, max_level)) * factor;
   }
   __device__ __forceinline__ float slope(float) const { return 1; }
 };
@@ -106,13 +105,13 @@ struct CappedLogit {
     float e;
     return tanh(key, &e);
   }
-  __device__ __forceinline__ float below(float x, float most) const {
-    return (level(key(x)) - most) * unit;
+  __device__ __forceinline__ float below(float x, float max_level) const {
+    return (level(key(x)) - max_level) * unit;
   }
-  __device__ __forceinline__ float power(float x, float most, float factor) const {
+  __device__ __forceinline__ float power(float x, float max_level, float factor) const {
     float e;
     const float mine = tanh(key(x), &e);
-    return fast_exp2((mine - most) * unit) * (factor * square_of_sech(e));
+    return fast_exp2((mine - max_level) * unit) * (factor * square_of_sech(e));
   }
   __device__ __forceinline__ float slope(float x) const {
     float e;
@@ -124,22 +123,22 @@ struct CappedLogit {
   }
 };
 
-// sum = Σ 2^below over some words, most their largest level.
+// sum = Σ 2^below over some tokens, max_level the largest of their levels.
 struct Partial {
-  float most, sum;
+  float max_level, sum;
 };
 
 // Bit for bit the same for both orders of its arguments, so all lanes of a butterfly agree.
 __device__ __forceinline__ Partial joined(Partial a, Partial b, float unit) {
-  const float most = fmaxf(a.most, b.most);
-  return {most, __fadd_rn(__fmul_rn(a.sum, fast_exp2((a.most - most) * unit)),
-                          __fmul_rn(b.sum, fast_exp2((b.most - most) * unit)))};
+  const float max_level = fmaxf(a.max_level, b.max_level);
+  return {max_level, __fadd_rn(__fmul_rn(a.sum, fast_exp2((a.max_level - max_level) * unit)),
+                               __fmul_rn(b.sum, fast_exp2((b.max_level - max_level) * unit)))};
 }
 
 __device__ __forceinline__ Partial warp_joined(Partial p, float unit) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
-    const Partial other{__shfl_xor_sync(kAllLanes, p.most, step),
+    const Partial other{__shfl_xor_sync(kAllLanes, p.max_level, step),
                         __shfl_xor_sync(kAllLanes, p.sum, step)};
     p = joined(p, other, unit);
   }
@@ -167,21 +166,21 @@ struct RowOfLogits {
   const std::uint32_t* banned;
   Logit logit;
 
-  __device__ __forceinline__ unsigned banned_from(int word) const {
+  __device__ __forceinline__ unsigned banned_from(int token) const {
     if (banned == nullptr) return 0;
-    const std::uint64_t two = static_cast<std::uint64_t>(banned[word / 32 + 1]) << 32;
-    return static_cast<unsigned>((two | banned[word / 32]) >> (word % 32)) & kWhole;
+    const std::uint64_t two = static_cast<std::uint64_t>(banned[token / 32 + 1]) << 32;
+    return static_cast<unsigned>((two | banned[token / 32]) >> (token % 32)) & kWhole;
   }
-  // A bit for each word of the pack at `word` that the sum leaves out.
-  __device__ __forceinline__ unsigned left_out(int word) const {
-    const unsigned at = static_cast<unsigned>(target - word);
-    return banned_from(word) | (at < static_cast<unsigned>(kSize) ? 1u << at : 0u);
+  // A bit for each token of the pack at `token` that the sum leaves out.
+  __device__ __forceinline__ unsigned left_out(int token) const {
+    const unsigned at = static_cast<unsigned>(target - token);
+    return banned_from(token) | (at < static_cast<unsigned>(kSize) ? 1u << at : 0u);
   }
-  __device__ __forceinline__ bool is_banned(int word) const {
-    return banned != nullptr && (banned[word / 32] >> (word % 32) & 1) != 0;
+  __device__ __forceinline__ bool is_banned(int token) const {
+    return banned != nullptr && (banned[token / 32] >> (token % 32) & 1) != 0;
   }
 
-  // Adds the words of some packs; out has kSize bits for each.
+  // Adds the tokens of some packs; out has kSize bits for each.
   template <bool some_out, int count>
   __device__ __forceinline__ void add(Partial& p, const Pack<T> (&packs)[count],
                                       unsigned out) const {
@@ -194,38 +193,39 @@ struct RowOfLogits {
         key = fmaxf(key, some_out && (out >> (u * kSize + j) & 1) ? kLowest : mine);
       }
     }
-    const float most = fmaxf(p.most, logit.level(key));
+    const float max_level = fmaxf(p.max_level, logit.level(key));
     float sum = 0;
 #pragma unroll
     for (int u = 0; u < count; ++u) {
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        const float power = fast_exp2(logit.below(to_float(packs[u].at[j]), most));
+        const float power = fast_exp2(logit.below(to_float(packs[u].at[j]), max_level));
         sum += some_out && (out >> (u * kSize + j) & 1) ? 0 : power;
       }
     }
-    p = {most, p.sum * fast_exp2((p.most - most) * logit.unit) + sum};
+    p = {max_level, p.sum * fast_exp2((p.max_level - max_level) * logit.unit) + sum};
   }
 
-  __device__ __forceinline__ void add_single(Partial& p, int word, float x) const {
-    if (word == target || is_banned(word)) return;
-    const float most = fmaxf(p.most, logit.level(logit.key(x)));
-    p = {most, p.sum * fast_exp2((p.most - most) * logit.unit) + fast_exp2(logit.below(x, most))};
+  __device__ __forceinline__ void add_single(Partial& p, int token, float x) const {
+    if (token == target || is_banned(token)) return;
+    const float max_level = fmaxf(p.max_level, logit.level(logit.key(x)));
+    p = {max_level, p.sum * fast_exp2((p.max_level - max_level) * logit.unit) +
+                        fast_exp2(logit.below(x, max_level))};
   }
 
-  __device__ __forceinline__ float gradient(float x, int word, float most, float factor,
+  __device__ __forceinline__ float gradient(float x, int token, float max_level, float factor,
                                             float at_target) const {
-    if (word == target) return at_target;
-    return is_banned(word) ? 0 : logit.power(x, most, factor);
+    if (token == target) return at_target;
+    return is_banned(token) ? 0 : logit.power(x, max_level, factor);
   }
 };
 
 // nll[row], and with `gradient` the row's gradient: a block of 32 .. 1024 threads per row, with
 // `kept` packs of dynamic shared memory. scale is logit_scale / temperature.
 template <class T, class Logit, bool gradient>
-__global__ void __launch_bounds__(kMostRowThreads)
-    softmax_cross_entropy_rows(T* logits, std::int64_t rows, int words, std::int64_t row_stride,
-                               const std::int64_t* targets, const unsigned char* live,
+__global__ void __launch_bounds__(kMaxRowThreads)
+    softmax_cross_entropy_rows(T* logits, std::int64_t rows, int vocab, std::int64_t row_stride,
+                               const std::int64_t* targets, const unsigned char* valid_rows,
                                const std::uint32_t* banned, Logit logit, float scale, float* nll,
                                const float* row_weights, int kept) {
   QUIETSTAR_DYNAMIC_SHARED(memory);
@@ -240,10 +240,10 @@ __global__ void __launch_bounds__(kMostRowThreads)
   int turn = 0;  // the scratch of the row before may still be read
   for (std::int64_t r = blockIdx.x; r < rows; r += gridDim.x) {
     T* const data = logits + r * row_stride;
-    const Cut<T> cut(data, words);
+    const Cut<T> cut(data, vocab);
     const int head = static_cast<int>(cut.head), packs = static_cast<int>(cut.packs);
-    const int tail = static_cast<int>(cut.tail), singles = head + words - tail;
-    // This thread's single word: those before the packs, then those behind them.
+    const int tail = static_cast<int>(cut.tail), singles = head + vocab - tail;
+    // This thread's single token: those before the packs, then those behind them.
     const int single = thread < head ? thread : tail + thread - head;
     T* const body = data + head;
 
@@ -251,14 +251,14 @@ __global__ void __launch_bounds__(kMostRowThreads)
       for (int i = thread; i < packs; i += threads) store16_global(body + i * kSize, Pack<T>{});
       if (thread < singles) data[single] = from_float<T>(0);
     };
-    if (live != nullptr && live[r] == 0) {
+    if (valid_rows != nullptr && valid_rows[r] == 0) {
       if (thread == 0) nll[r] = 0;
       if (gradient) write_zeros();
       continue;
     }
 
     const std::int64_t wanted = targets[r];
-    const bool known = wanted >= 0 && wanted < words;
+    const bool known = wanted >= 0 && wanted < vocab;
     const Row row{known ? static_cast<int>(wanted) : -kSize - 1, banned, logit};
     // Read by all before anybody writes.
     const float x = known ? to_float(data[row.target]) : __uint_as_float(0x7fc00000u);
@@ -299,9 +299,9 @@ __global__ void __launch_bounds__(kMostRowThreads)
     // The target joins.
     const bool banned_target = known && row.is_banned(row.target);
     const float level = logit.level(logit.key(x));
-    const float most = banned_target ? others.most : fmaxf(others.most, level);
-    const float sum = others.sum * fast_exp2((others.most - most) * logit.unit);
-    const float own = banned_target ? 0 : fast_exp2(logit.below(x, most));
+    const float max_level = banned_target ? others.max_level : fmaxf(others.max_level, level);
+    const float sum = others.sum * fast_exp2((others.max_level - max_level) * logit.unit);
+    const float own = banned_target ? 0 : fast_exp2(logit.below(x, max_level));
     const float total = sum + own;
     if (thread == 0) {
       float loss;
@@ -310,7 +310,7 @@ __global__ void __launch_bounds__(kMostRowThreads)
       } else if (sum < own) {
         loss = log1pf(sum / own);
       } else {
-        loss = static_cast<float>(kLn2 * (static_cast<double>(most) - level) * logit.unit +
+        loss = static_cast<float>(kLn2 * (static_cast<double>(max_level) - level) * logit.unit +
                                   logf(total));
       }
       nll[r] = loss;
@@ -326,21 +326,22 @@ __global__ void __launch_bounds__(kMostRowThreads)
     const float factor = scaled / total;
     const float at_target = banned_target ? 0 : -scaled * logit.slope(x) * (sum / total);
     if (thread < singles) {
-      const float value = row.gradient(to_float(data[single]), single, most, factor, at_target);
+      const float value =
+          row.gradient(to_float(data[single]), single, max_level, factor, at_target);
       data[single] = from_float<T>(value);
     }
     const auto rewrite = [&](int pack, const Pack<T>& old) {
-      const int word = head + pack * kSize;
-      const unsigned out = row.left_out(word);
+      const int token = head + pack * kSize;
+      const unsigned out = row.left_out(token);
       float values[kSize];
 #pragma unroll
       for (int j = 0; j < kSize; ++j) {
-        values[j] = logit.power(to_float(old.at[j]), most, factor);
+        values[j] = logit.power(to_float(old.at[j]), max_level, factor);
       }
       if (out != 0) {
 #pragma unroll
         for (int j = 0; j < kSize; ++j) {
-          const float left = word + j == row.target ? at_target : 0;
+          const float left = token + j == row.target ? at_target : 0;
           values[j] = out >> j & 1 ? left : values[j];
         }
       }
@@ -365,10 +366,11 @@ __global__ void __launch_bounds__(kMostRowThreads)
   }
 }
 
-__global__ void __launch_bounds__(256) set_banned_words(const std::int64_t* ids, std::int64_t count,
-                                                        std::int64_t words, std::uint32_t* mask) {
+__global__ void __launch_bounds__(256)
+    set_banned_tokens(const std::int64_t* ids, std::int64_t count, std::int64_t vocab,
+                      std::uint32_t* mask) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= count || ids[i] < 0 || ids[i] >= words) return;
+  if (i >= count || ids[i] < 0 || ids[i] >= vocab) return;
   atomicOr(&mask[ids[i] / 32], 1u << (ids[i] % 32));
 }
 

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kElementThreads) mixing_first_kernel(MixingHea
   const std::int64_t p = position_of(call, r);
   QUIETSTAR_REQUIRE(p >= 0 && p < call.positions, "base_index is out of range");
   const float* product = call.product + r * call.width;
-  const float* from_base = call.from_base + p * call.width;
+  const float* from_base = row_of<float>(call.from_base, p, call.width);
   const T* b1 = row_of<T>(call.b1, 0, 0);
   T* h1 = row_of<T>(call.h1, r, call.width);
   for (int i = threadIdx.x * P::size; i < call.width; i += blockDim.x * P::size) {

@@ -28,10 +28,10 @@
 // token is that of the exact sums in either case (see draw()).
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
 #include <string>
 
 #include "launch.cuh"
+#include "quietstar/checks.h"
 #include "sample_tokens_draw.cuh"
 #include "sample_tokens_truncate.cuh"
 
@@ -63,8 +63,8 @@ __global__ __launch_bounds__(kThreads,
 
 // Brings the sums to the scale of the row's maximum.
 __device__ __forceinline__ void weigh(const Options& o, int entries, const float* maxima,
-                                      float row_most, double* sums) {
-  const float scale = scale_of(row_most, o);
+                                      float row_max, double* sums) {
+  const float scale = scale_of(row_max, o);
   for (int i = static_cast<int>(threadIdx.x); i < entries; i += kThreads) {
     sums[i] *= power_of_two(scale_of(maxima[i], o) - scale);
   }
@@ -73,8 +73,8 @@ __device__ __forceinline__ void weigh(const Options& o, int entries, const float
 
 // What the block of a row keeps in shared memory.
 struct RowState {
-  double sums[kMostEntries];
-  float maxima[kMostEntries];
+  double sums[kMaxEntries];
+  float maxima[kMaxEntries];
   int banned[kFewBanned];
   float scratch[kThreads / 32];
   bool decided;
@@ -89,36 +89,36 @@ QUIETSTAR_NOINLINE __device__ void finish(RowState& state, Bins& bins, const Opt
   const int thread = static_cast<int>(threadIdx.x);
   double* const sums = state.sums;
   float* const maxima = state.maxima;
-  float row_most = -kInf;
-  for (int i = thread; i < row.entries; i += kThreads) row_most = max_nan(row_most, maxima[i]);
-  row_most = block_reduce<kThreads>(row_most, state.scratch, LargestNan{});
+  float row_max = -kInf;
+  for (int i = thread; i < row.entries; i += kThreads) row_max = max_nan(row_max, maxima[i]);
+  row_max = block_reduce<kThreads>(row_max, state.scratch, LargestNan{});
 
-  if (!(fabsf(row_most) < kInf)) {  // NaN, +inf, or nothing is left
+  if (!(fabsf(row_max) < kInf)) {  // NaN, +inf, or nothing is left
     if (thread == 0) write_row(o, n, -1, kNaN);
     return;
   }
   if (o.greedy) {
-    if (thread < 32) take_largest(row, o, n, maxima, row_most);
+    if (thread < 32) take_largest(row, o, n, maxima, row_max);
     return;
   }
-  if (fabsf(row_most) * o.factor > kShiftedFrom) {
-    row.origin = row_most;
-    row_most = 0;
+  if (fabsf(row_max) * o.factor > kShiftedFrom) {
+    row.origin = row_max;
+    row_max = 0;
     rescan(row, o, kLowest, true, sums, maxima);
     __syncthreads();
     doubt = 0;
   }
-  weigh(o, row.entries, maxima, row_most, sums);
+  weigh(o, row.entries, maxima, row_max, sums);
   float floor = kLowest;
   if (o.truncated) {
-    floor = smallest_kept(bins, row, o, sums, maxima, row_most);
+    floor = smallest_kept(bins, row, o, sums, maxima, row_max);
     __syncthreads();
     rescan(row, o, floor, false, sums, maxima);
     __syncthreads();
-    weigh(o, row.entries, maxima, row_most, sums);
+    weigh(o, row.entries, maxima, row_max, sums);
   }
   if (thread < 32) {
-    const bool done = draw(row, o, n, sums, maxima, row_most, floor, doubt);
+    const bool done = draw(row, o, n, sums, maxima, row_max, floor, doubt);
     if (thread == 0) state.decided = done;
   }
   if (doubt == 0) return;
@@ -126,8 +126,8 @@ QUIETSTAR_NOINLINE __device__ void finish(RowState& state, Bins& bins, const Opt
   if (state.decided) return;
   rescan(row, o, floor, false, sums, maxima);
   __syncthreads();
-  weigh(o, row.entries, maxima, row_most, sums);
-  if (thread < 32) draw(row, o, n, sums, maxima, row_most, floor, 0);
+  weigh(o, row.entries, maxima, row_max, sums);
+  if (thread < 32) draw(row, o, n, sums, maxima, row_max, floor, 0);
 }
 
 template <class T, bool kFast>
@@ -155,40 +155,12 @@ __global__ void clear_bits(unsigned* bits, std::int64_t words) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < words) bits[i] = 0;
 }
-__global__ void set_bits(unsigned* bits, const std::int64_t* ids, std::int64_t count,
-                         std::int64_t vocab) {
-  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= count) return;
-  const std::int64_t id = ids[i];
-  if (id >= 0 && id < vocab) atomicOr(&bits[id / 32], 1u << (id % 32));
-}
 
-void require(bool fine, const std::string& message) {
-  if (!fine) throw std::invalid_argument(message);
-}
-
-void check(const SampleTokens& call) {
-  const auto text = [](auto x) { return std::to_string(x); };
-  require(call.vocab >= 1 && call.vocab < (std::int64_t{1} << 31),
-          "logits has " + text(call.vocab) + " columns; expected 1 to 2^31 - 1");
+void check_on_device(const SampleTokens& call) {
+  check(call);
   require(call.rows >= 0 && call.rows < (std::int64_t{1} << 31),
-          "logits has " + text(call.rows) + " rows; expected 0 to 2^31 - 1");
-  require(
-      call.temperature == 0 || (call.temperature >= 1e-30 && call.temperature <= 1e30),
-      "temperature is " + text(call.temperature) + "; expected 0 or a number from 1e-30 to 1e30");
-  require(call.top_k >= 0, "top_k is " + text(call.top_k) + "; expected 0 or more");
-  require(call.top_p > 0 && call.top_p <= 1,
-          "top_p is " + text(call.top_p) + "; expected a number above 0 and up to 1");
-  require(call.min_p >= 0 && call.min_p <= 1,
-          "min_p is " + text(call.min_p) + "; expected a number from 0 to 1");
-  require(call.softcap >= 0, "softcap is " + text(call.softcap) + "; expected 0 or more");
-}
-
-int size_of(DType dtype) {
-  return dtype == DType::f32 ? 4 : 2;
-}
-std::int64_t quotient_up(std::int64_t a, std::int64_t b) {
-  return (a + b - 1) / b;
+          "logits has " + std::to_string(call.rows) + " rows; expected 0 to 2^31 - 1");
+  require(call.softcap >= 0, "softcap is " + std::to_string(call.softcap) + "; expected 0 or more");
 }
 
 // How a launch is cut up.
@@ -200,18 +172,18 @@ struct Plan {
 
 Plan plan(DType dtype, std::int64_t rows, std::int64_t vocab, std::int64_t banned_count,
           const Device& device) {
-  const int pack = 16 / size_of(dtype);
-  const std::int64_t chunks = quotient_up(vocab + pack - 1, 32 * kPacks * pack);
+  const int pack = 16 / bytes_of(dtype);
+  const std::int64_t chunks = ceil_div(vocab + pack - 1, 32 * kPacks * pack);
   Plan plan{};
-  plan.per_entry = static_cast<int>(quotient_up(chunks, kMostEntries));
-  plan.max_entries = static_cast<int>(quotient_up(chunks, plan.per_entry));
-  plan.words = banned_count > kFewBanned ? quotient_up(vocab, 32) : 0;
+  plan.per_entry = static_cast<int>(ceil_div(chunks, kMaxEntries));
+  plan.max_entries = static_cast<int>(ceil_div(chunks, plan.per_entry));
+  plan.words = banned_count > kFewBanned ? ceil_div(vocab, 32) : 0;
   plan.parts = 1;
   const std::int64_t multiprocessors = cuda::multiprocessors(device);
   if (rows > 0 && rows < multiprocessors) {
     // A chunk for each of a block's eight warps, and four blocks per multiprocessor.
-    plan.parts = std::min(quotient_up(plan.max_entries, kThreads / 32),
-                          quotient_up(4 * multiprocessors, rows));
+    plan.parts =
+        std::min(ceil_div(plan.max_entries, kThreads / 32), ceil_div(4 * multiprocessors, rows));
   }
   return plan;
 }
@@ -275,10 +247,6 @@ Options options_of(const SampleTokens& call, const Plan& plan) {
   return o;
 }
 
-dim3 blocks(std::int64_t count) {
-  return dim3(static_cast<unsigned>(quotient_up(count, kThreads)));
-}
-
 // Both launches add up in the same way, so that a row's result does not depend on how many others
 // there are.
 template <class T, bool kFast>
@@ -292,15 +260,6 @@ void launch_rows(const Options& o, std::int64_t rows, std::int64_t parts, const 
          dim3(kThreads), shared, o);
 }
 
-template <class T>
-void launch_16_bit(const Options& o, std::int64_t rows, std::int64_t parts, const Device& device) {
-  if (o.fast) {
-    launch_rows<T, true>(o, rows, parts, device);
-  } else {
-    launch_rows<T, false>(o, rows, parts, device);
-  }
-}
-
 }  // namespace
 
 std::int64_t sample_tokens_workspace(DType dtype, std::int64_t rows, std::int64_t vocab,
@@ -309,30 +268,28 @@ std::int64_t sample_tokens_workspace(DType dtype, std::int64_t rows, std::int64_
     return offsets(plan(dtype, count, vocab, banned_count, device), count).end;
   };
   // A call with fewer rows needs more where it takes two launches.
-  const std::int64_t most = multiprocessors(device) - 1;
-  return rows > most ? std::max(bytes(rows), bytes(most)) : bytes(rows);
+  const std::int64_t max_split = multiprocessors(device) - 1;
+  return rows > max_split ? std::max(bytes(rows), bytes(max_split)) : bytes(rows);
 }
 
 void sample_tokens(const SampleTokens& call, const Device& device) {
-  check(call);
+  check_on_device(call);
   if (call.rows == 0) return;
   const Plan cut = plan(call.dtype, call.rows, call.vocab, call.banned_count, device);
   const Options o = options_of(call, cut);
   if (cut.words) {
     auto* bits = const_cast<unsigned*>(o.banned_bits);
-    launch("sample_tokens, clearing the bitmap", device, clear_bits, blocks(cut.words),
+    launch("sample_tokens, clearing the bitmap", device, clear_bits, blocks(cut.words, kThreads),
            dim3(kThreads), 0, bits, cut.words);
-    launch("sample_tokens, banned ids", device, set_bits, blocks(call.banned_count), dim3(kThreads),
-           0, bits, call.banned, call.banned_count, call.vocab);
+    banned_tokens(call.banned, call.banned_count, call.vocab, bits, device);
   }
-  switch (call.dtype) {
-    case DType::bf16:
-      return launch_16_bit<BFloat16>(o, call.rows, cut.parts, device);
-    case DType::f16:
-      return launch_16_bit<Float16>(o, call.rows, cut.parts, device);
-    default:
-      return launch_rows<float, false>(o, call.rows, cut.parts, device);
-  }
+  with_type(call.dtype, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (sizeof(T) == 2) {
+      if (o.fast) return launch_rows<T, true>(o, call.rows, cut.parts, device);
+    }
+    launch_rows<T, false>(o, call.rows, cut.parts, device);
+  });
 }
 
 }  // namespace quietstar::cuda

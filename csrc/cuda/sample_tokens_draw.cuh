@@ -46,10 +46,10 @@ struct Found {
 
 // One warp looks for the first token of an entry whose running sum passes `left`.
 template <class T>
-__device__ __forceinline__ Found find(const Row<T>& row, const Options& o, int entry, float most,
-                                      float floor, double left) {
+__device__ __forceinline__ Found find(const Row<T>& row, const Options& o, int entry,
+                                      float max_logit, float floor, double left) {
   constexpr int kSize = Pack<T>::size;
-  const ExactPower power(most, o);
+  const ExactPower power(max_logit, o);
   const int stop = min((entry + 1) * o.per_entry, row.chunks);
   Found last{-1, 0, -1};
   double passed = 0;
@@ -107,14 +107,14 @@ __device__ __forceinline__ Found find(const Row<T>& row, const Options& o, int e
   return last;
 }
 
-// One warp draws from weighed sums: sums[i] in units of 2^scale_of(row_most). The sums of a fast
+// One warp draws from weighed sums: sums[i] in units of 2^scale_of(row_max). The sums of a fast
 // pass are each off by `doubt` of themselves, a few times what is usual where the errors of a
 // chunk's elements add up. Taking them for independent from chunk to chunk, an edge is off by
 // doubt * sqrt(sum of squares); a number that falls closer to one than that is left undecided: the
 // result is false, and the row has to be added up exactly. So the token is that of the exact sums.
 template <class T>
 QUIETSTAR_NOINLINE __device__ bool draw(Row<T> row, const Options& o, std::int64_t n,
-                                        const double* sums, const float* maxima, float row_most,
+                                        const double* sums, const float* maxima, float row_max,
                                         float floor, double doubt) {
   double total = 0, squares = 0;
   for (int i = lane_id(); i < row.entries; i += 32) {
@@ -143,7 +143,7 @@ QUIETSTAR_NOINLINE __device__ bool draw(Row<T> row, const Options& o, std::int64
     passed += __shfl_sync(kAllLanes, running, 31);
   }
 
-  const float row_scale = scale_of(row_most, o);
+  const float row_scale = scale_of(row_max, o);
   const double unit = power_of_two(scale_of(maxima[entry], o) - row_scale);
   left = fmax(left - start, 0.0) / unit;
   const Found found = find(row, o, entry, maxima[entry], floor, left);
@@ -159,15 +159,15 @@ QUIETSTAR_NOINLINE __device__ bool draw(Row<T> row, const Options& o, std::int64
   return true;
 }
 
-// One warp writes the first token whose logit is row_most.
+// One warp writes the first token whose logit is row_max.
 template <class T>
 QUIETSTAR_NOINLINE __device__ void take_largest(Row<T> row, const Options& o, std::int64_t n,
-                                                const float* maxima, float row_most) {
+                                                const float* maxima, float row_max) {
   constexpr int kSize = Pack<T>::size;
   int entry = 0;
   for (int first = 0; first < row.entries; first += 32) {
     const int i = first + lane_id();
-    const unsigned hits = __ballot_sync(kAllLanes, i < row.entries && maxima[i] == row_most);
+    const unsigned hits = __ballot_sync(kAllLanes, i < row.entries && maxima[i] == row_max);
     if (hits) {
       entry = first + lowest_lane(hits);
       break;
@@ -184,7 +184,7 @@ QUIETSTAR_NOINLINE __device__ void take_largest(Row<T> row, const Options& o, st
       int mine = -1;
 #pragma unroll
       for (int k = kSize - 1; k >= 0; --k) {
-        if (logit(chunk, i * kSize + k, o, row.origin) == row_most) mine = k;
+        if (logit(chunk, i * kSize + k, o, row.origin) == row_max) mine = k;
       }
       const unsigned hits = __ballot_sync(kAllLanes, mine >= 0);
       if (hits && place < 0) {

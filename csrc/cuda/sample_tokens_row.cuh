@@ -18,8 +18,8 @@ constexpr int kPacks = 4;
 template <class T>
 constexpr int kChunk = 32 * kPacks * Pack<T>::size;  // elements
 
-constexpr int kMostEntries = 512;  // sums kept per row; an entry is one chunk or several
-constexpr int kFewBanned = 64;     // up to so many ids are compared, more need a bitmap
+constexpr int kMaxEntries = 512;  // sums kept per row; an entry is one chunk or several
+constexpr int kFewBanned = 64;    // up to so many ids are compared, more need a bitmap
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 constexpr float kLowest = std::numeric_limits<float>::lowest();  // below it there is only -inf
@@ -49,7 +49,7 @@ struct Options {
   std::int64_t* tokens;
   float* logprobs;
   int per_entry;    // chunks
-  int max_entries;  // of any row, at most kMostEntries
+  int max_entries;  // of any row, at most kMaxEntries
   double* sums;     // [rows, max_entries] where the first pass is a launch of its own, else null
   float* maxima;    // [rows, max_entries]
 };
@@ -272,9 +272,9 @@ __device__ __forceinline__ float chunk_max(const Chunk<T>& chunk, const Options&
   if constexpr (sizeof(T) == 2) {
     if (!o.transformed && origin == 0) return chunk_max_of_pairs(chunk);
   }
-  float most = -kInf;
-  for_logits(chunk, o, origin, [&](int, float y) { most = max_nan(most, y); });
-  return warp_reduce(most, LargestNan{});
+  float max_logit = -kInf;
+  for_logits(chunk, o, origin, [&](int, float y) { max_logit = max_nan(max_logit, y); });
+  return warp_reduce(max_logit, LargestNan{});
 }
 
 }  // namespace quietstar::cuda::sampling

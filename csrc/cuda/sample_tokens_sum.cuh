@@ -13,13 +13,13 @@ namespace quietstar::cuda::sampling {
 constexpr double kOctaves = 100;
 // Beyond |y factor| = 2^22 the exponent has no bits left for a fraction. Rows whose maximum is near
 // are shifted by it (Row::origin); chunks below weigh nothing in the others.
-constexpr float kMostExponent = 0x1p22f, kShiftedFrom = 0x1p21f;
+constexpr float kMaxExponent = 0x1p22f, kShiftedFrom = 0x1p21f;
 
-__device__ __forceinline__ float scale_of(float most, const Options& o) {
-  return rintf(fminf(fmaxf(most * o.hi, -kMostExponent), kMostExponent));
+__device__ __forceinline__ float scale_of(float max_logit, const Options& o) {
+  return rintf(fminf(fmaxf(max_logit * o.hi, -kMaxExponent), kMaxExponent));
 }
-__device__ __forceinline__ bool has_weight(float most, const Options& o) {
-  return most * o.hi > -kMostExponent + 200;
+__device__ __forceinline__ bool has_weight(float max_logit, const Options& o) {
+  return max_logit * o.hi > -kMaxExponent + 200;
 }
 
 // 2^n for an integer n; 0 where that is no normal number.
@@ -31,16 +31,16 @@ __device__ __forceinline__ double power_of_two(float n) {
   return value;
 }
 
-// 2^(y factor - scale) for an entry whose largest logit is `most`.
+// 2^(y factor - scale) for an entry whose largest logit is `max_logit`.
 struct ExactPower {
   float hi, lo, lowest;
   unsigned shift;
 
-  __device__ __forceinline__ ExactPower(float most, const Options& o)
+  __device__ __forceinline__ ExactPower(float max_logit, const Options& o)
       : hi(o.hi),
         lo(o.lo),
-        lowest(static_cast<float>(most - kOctaves / o.factor)),
-        shift(static_cast<unsigned>(static_cast<int>(scale_of(most, o))) << 23) {}
+        lowest(static_cast<float>(max_logit - kOctaves / o.factor)),
+        shift(static_cast<unsigned>(static_cast<int>(scale_of(max_logit, o))) << 23) {}
 
   // Logits under `lowest` count as that: 2^-100.
   __device__ __forceinline__ float operator()(float y) const {
@@ -68,9 +68,9 @@ struct ExactPower {
 
 // Of logits >= floor; the sum of all lanes.
 template <class T>
-__device__ __forceinline__ double exact_sum(const Chunk<T>& chunk, float most, const Options& o,
-                                            float origin, float floor) {
-  const ExactPower power(most, o);
+__device__ __forceinline__ double exact_sum(const Chunk<T>& chunk, float max_logit,
+                                            const Options& o, float origin, float floor) {
+  const ExactPower power(max_logit, o);
   double sum[2] = {0, 0};
   if (floor > kLowest) {
     for_logits(chunk, o, origin,
@@ -83,8 +83,9 @@ __device__ __forceinline__ double exact_sum(const Chunk<T>& chunk, float most, c
 }
 
 template <class T>
-__device__ __forceinline__ double fast_sum(const Chunk<T>& chunk, float most, const Options& o) {
-  const float shift = -scale_of(most, o);
+__device__ __forceinline__ double fast_sum(const Chunk<T>& chunk, float max_logit,
+                                           const Options& o) {
+  const float shift = -scale_of(max_logit, o);
   float sum[4] = {0, 0, 0, 0};
 #pragma unroll
   for (int j = 0; j < Chunk<T>::count; ++j) {
@@ -95,17 +96,17 @@ __device__ __forceinline__ double fast_sum(const Chunk<T>& chunk, float most, co
   return static_cast<double>(warp_reduce((sum[0] + sum[1]) + (sum[2] + sum[3]), Sum{}));
 }
 
-// Maximum and sum of an entry, the sum in units of 2^scale_of(most).
+// Maximum and sum of an entry, the sum in units of 2^scale_of(max_logit).
 struct Entry {
-  float most;
+  float max_logit;
   double sum;
 
-  __device__ __forceinline__ void add(float chunk_most, double chunk_sum, const Options& o) {
-    const float before = most;
-    most = max_nan(most, chunk_most);
-    const float scale = scale_of(most, o);
+  __device__ __forceinline__ void add(float max_in_chunk, double chunk_sum, const Options& o) {
+    const float before = max_logit;
+    max_logit = max_nan(max_logit, max_in_chunk);
+    const float scale = scale_of(max_logit, o);
     sum = sum * power_of_two(scale_of(before, o) - scale) +
-          chunk_sum * power_of_two(scale_of(chunk_most, o) - scale);
+          chunk_sum * power_of_two(scale_of(max_in_chunk, o) - scale);
   }
 };
 
@@ -130,29 +131,29 @@ __device__ __forceinline__ void scan(const Row<T>& row, const Options& o, int fi
     if (next_entry < last) load_chunk(next, row, next_number, once);
 
     ban(chunk, o, row, number);
-    float most;
+    float max_logit;
     if constexpr (kFast) {
-      most = chunk_max_of_pairs(chunk);
+      max_logit = chunk_max_of_pairs(chunk);
     } else {
-      most = chunk_max(chunk, o, row.origin);
+      max_logit = chunk_max(chunk, o, row.origin);
     }
     double powers = 0;
-    if (o.first_sums && has_weight(most, o)) {
+    if (o.first_sums && has_weight(max_logit, o)) {
       if constexpr (kFast) {
-        powers = fast_sum(chunk, most, o);
+        powers = fast_sum(chunk, max_logit, o);
       } else {
-        powers = exact_sum(chunk, most, o, row.origin, kLowest);
+        powers = exact_sum(chunk, max_logit, o, row.origin, kLowest);
       }
     }
     if (o.per_entry == 1) {
-      sum = {most, powers};
+      sum = {max_logit, powers};
     } else {
-      sum.add(most, powers, o);
+      sum.add(max_logit, powers, o);
     }
     if (closes) {
       if (lane_id() == 0) {
         sums[entry] = sum.sum;
-        maxima[entry] = sum.most;
+        maxima[entry] = sum.max_logit;
       }
       sum = {-kInf, 0};
     }
@@ -176,22 +177,22 @@ QUIETSTAR_NOINLINE __device__ void rescan(Row<T> row, const Options& o, float fl
         Chunk<T> chunk;
         load_chunk(chunk, row, number, false);
         ban(chunk, o, row, number);
-        const float most = chunk_max(chunk, o, row.origin);
+        const float max_logit = chunk_max(chunk, o, row.origin);
         double powers = 0;
-        if (has_weight(most, o) && most >= floor) {
-          powers = exact_sum(chunk, most, o, row.origin, floor);
+        if (has_weight(max_logit, o) && max_logit >= floor) {
+          powers = exact_sum(chunk, max_logit, o, row.origin, floor);
         }
         if (o.per_entry == 1) {
-          sum = {most, powers};
+          sum = {max_logit, powers};
         } else {
-          sum.add(most, powers, o);
+          sum.add(max_logit, powers, o);
         }
       }
     }
     __syncwarp();  // every lane has read maxima[entry]
     if (lane_id() == 0) {
       sums[entry] = sum.sum;
-      maxima[entry] = sum.most;
+      maxima[entry] = sum.max_logit;
     }
   }
 }

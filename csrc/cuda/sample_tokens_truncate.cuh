@@ -61,9 +61,9 @@ QUIETSTAR_NOINLINE __device__ inline void put(Bins& bins, unsigned bin, Fixed ma
 // Elements >= bound that have the digits found so far, into the bins of the next one.
 template <class T>
 __device__ __forceinline__ void fill(Bins& bins, const Row<T>& row, const Options& o, int level,
-                                     const float* maxima, float row_most, float bound,
+                                     const float* maxima, float row_max, float bound,
                                      bool with_mass) {
-  const ExactPower power(row_most, o);
+  const ExactPower power(row_max, o);
   const Digit digit = digit_of(level);
   const unsigned prefix = bins.prefix;
   // A shift by 32 is undefined; there is no digit above the first.
@@ -72,9 +72,9 @@ __device__ __forceinline__ void fill(Bins& bins, const Row<T>& row, const Option
   };
   for (int entry = static_cast<int>(threadIdx.x / 32); entry < row.entries;
        entry += static_cast<int>(blockDim.x / 32)) {
-    const float most = maxima[entry];
-    if (!(most >= bound)) continue;
-    if (level > 0 && key_of(most) >> digit.shift >> digit.bits < prefix) continue;
+    const float max_logit = maxima[entry];
+    if (!(max_logit >= bound)) continue;
+    if (level > 0 && key_of(max_logit) >> digit.shift >> digit.bits < prefix) continue;
     const int stop = min((entry + 1) * o.per_entry, row.chunks);
     for (int number = entry * o.per_entry; number < stop; ++number) {
       Chunk<T> chunk;
@@ -163,7 +163,7 @@ __device__ __forceinline__ void choose_digit(Bins& bins, bool by_mass) {
 // mass from there up.
 template <class T>
 QUIETSTAR_NOINLINE __device__ float search(Bins& bins, Row<T> row, const Options& o,
-                                           const float* maxima, float row_most, float bound,
+                                           const float* maxima, float row_max, float bound,
                                            bool by_mass, Fixed goal, bool with_mass) {
   // The lower bits of 16-bit logits say nothing.
   const int levels = sizeof(T) == 2 && !o.transformed && row.origin == 0 ? 2 : 3;
@@ -182,7 +182,7 @@ QUIETSTAR_NOINLINE __device__ float search(Bins& bins, Row<T> row, const Options
     }
     if (threadIdx.x == 0) bins.digit_bits = digit_of(level).bits;
     __syncthreads();
-    fill(bins, row, o, level, maxima, row_most, bound, with_mass);
+    fill(bins, row, o, level, maxima, row_max, bound, with_mass);
     __syncthreads();
     choose_digit(bins, by_mass);
     if (!bins.reached) return -kInf;
@@ -211,11 +211,11 @@ __device__ __forceinline__ float bound_of_rank(Bins& bins, int entries, const fl
 template <class T>
 QUIETSTAR_NOINLINE __device__ float smallest_kept(Bins& bins, Row<T> row, const Options& o,
                                                   const double* sums, const float* maxima,
-                                                  float row_most) {
+                                                  float row_max) {
   float floor = kLowest;
   if (o.top_k > 0) {
     const float bound = bound_of_rank(bins, row.entries, maxima, o.top_k);
-    const float found = search(bins, row, o, maxima, row_most, bound, false,
+    const float found = search(bins, row, o, maxima, row_max, bound, false,
                                static_cast<Fixed>(o.top_k), o.top_p < 1);
     floor = fmaxf(found, kLowest);
   }
@@ -230,14 +230,14 @@ QUIETSTAR_NOINLINE __device__ float smallest_kept(Bins& bins, Row<T> row, const 
       mass = total * o.unit;
       // Tokens lighter than (1 - top_p) total / vocab weigh less than 1 - top_p together.
       const double lightest = (1 - o.top_p) * total / static_cast<double>(o.vocab);
-      const double least = (log2(lightest) + scale_of(row_most, o) - 1e-3) / o.factor;
+      const double least = (log2(lightest) + scale_of(row_max, o) - 1e-3) / o.factor;
       if (least > kLowest) bound = static_cast<float>(least);
     }
     const Fixed goal = static_cast<Fixed>(fmax(ceil(o.top_p * mass), 1.0));
-    const float found = search(bins, row, o, maxima, row_most, bound, true, goal, true);
+    const float found = search(bins, row, o, maxima, row_max, bound, true, goal, true);
     floor = fmaxf(found, floor);
   }
-  const double least = row_most + o.min_p_shift;
+  const double least = row_max + o.min_p_shift;
   if (least > floor) {
     floor = static_cast<float>(least);
     if (floor < least) floor = nextafterf(floor, kInf);

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <string>
 
-#include "quietstar/thought_attention_sizes.h"
+#include "quietstar/checks.h"
 #include "thought_attention.cuh"
 
 namespace quietstar::cuda {
@@ -15,18 +15,10 @@ using attention::Arguments;
 using attention::Divider;
 using attention::Scores;
 
-constexpr std::int64_t kMost = std::int64_t{1} << 30;
+constexpr std::int64_t kMaxRows = std::int64_t{1} << 30;
 // A split takes at least so many text keys, and there are at most so many splits.
-constexpr std::int64_t kSplitKeys = 64, kMostSplits = 128;
-constexpr std::int64_t kMostParts = 64;
-
-std::int64_t over(std::int64_t n, std::int64_t d) {
-  return (n + d - 1) / d;
-}
-
-int element_bytes(DType dtype) {
-  return dtype == DType::f32 ? 4 : 2;
-}
+constexpr std::int64_t kSplitKeys = 64, kMaxSplits = 128;
+constexpr std::int64_t kMaxParts = 64;
 
 // The kernels that take a call: those of a head size, the small ones where the others do not fit.
 struct Kernels {
@@ -34,36 +26,33 @@ struct Kernels {
   bool small;
 };
 Kernels kernels_for(DType dtype, std::int64_t head_size, const Device& device) {
-  Kernels k{element_bytes(dtype), 256, false};
+  Kernels k{bytes_of(dtype), 256, false};
   if (head_size <= 128) k.size = 128;
   if (head_size <= 96 && k.bytes == 2) k.size = 96;
   if (head_size <= 64) k.size = 64;
   k.small = k.bytes == 2 && k.size == 256 &&
-            attention::most_bytes(k.bytes, k.size, false) > most_shared_memory(device);
+            attention::max_bytes(k.bytes, k.size, false) > max_shared_memory(device);
   return k;
 }
 
-Kernels check(const ThoughtAttention& call, const Device& device) {
-  check_sizes(call);
-  const auto require = [](bool fine, const std::string& message) {
-    if (!fine) throw std::invalid_argument(message);
-  };
+Kernels check_on(const ThoughtAttention& call, const Device& device) {
+  check(call);
   require(call.head_size <= 256, "q has a head size of " + std::to_string(call.head_size) +
                                      "; the CUDA kernels take at most 256");
   const std::int64_t groups = call.q_heads / call.kv_heads;
   require(call.columns * std::max<std::int64_t>(call.query_slots * groups, call.key_slots + 15) <
-                  kMost &&
-              call.text_length < kMost && call.batch * call.kv_heads < kMost,
+                  kMaxRows &&
+              call.text_length < kMaxRows && call.batch * call.kv_heads < kMaxRows,
           "q has " + std::to_string(call.columns) + " columns of " +
               std::to_string(call.query_slots) + " slots and k_text " +
               std::to_string(call.text_length) +
               " keys; the CUDA kernels take less than 2^30 rows and keys of a key head");
-  const SharedMemory memory = thought_attention_shared_memory(call.dtype, call.head_size, device);
-  require(memory.needed <= memory.available,
-          "q has a head size of " + std::to_string(call.head_size) +
-              ", for which the kernels need " + std::to_string(memory.needed) +
-              " bytes of shared memory in a block; the device has " +
-              std::to_string(memory.available));
+  const auto [needed, available] =
+      thought_attention_shared_memory(call.dtype, call.head_size, device);
+  require(needed <= available, "q has a head size of " + std::to_string(call.head_size) +
+                                   ", for which the kernels need " + std::to_string(needed) +
+                                   " bytes of shared memory in a block; the device has " +
+                                   std::to_string(available));
   return kernels_for(call.dtype, call.head_size, device);
 }
 
@@ -84,7 +73,7 @@ class Extents {
  private:
   bool aligned(const AttentionTensor& t, std::int64_t heads, std::int64_t slots,
                std::int64_t columns) const {
-    const std::int64_t bytes = element_bytes(call_.dtype);
+    const std::int64_t bytes = bytes_of(call_.dtype);
     const auto fits = [&](std::int64_t extent, std::int64_t stride) {
       return extent <= 1 || stride * bytes % 16 == 0;
     };
@@ -125,7 +114,7 @@ Arguments arguments(const ThoughtAttention& call) {
   a.slot_stride = column_rows >= 16 ? (a.key_slots + 15) / 16 * 16 : a.key_slots;
   a.slot_keys = a.columns * a.slot_stride;
   a.slot_stride = std::max(a.slot_stride, 1);
-  a.slot_window = static_cast<int>(call.window > 0 ? std::min(call.window, kMost) : kMost);
+  a.slot_window = static_cast<int>(call.window > 0 ? std::min(call.window, kMaxRows) : kMaxRows);
   a.by_rows = Divider::by(std::max(column_rows, 1));
   a.by_groups = Divider::by(std::max(a.groups, 1));
   a.by_slot_stride = Divider::by(a.slot_stride);
@@ -154,12 +143,12 @@ Arguments arguments(const ThoughtAttention& call) {
 std::int64_t plan_forward(Arguments& a, const Kernels& k, const Device& device, void* memory) {
   const std::int64_t all = static_cast<std::int64_t>(a.rows) * a.pairs;
   const attention::Shape shape = attention::forward_shape(k.bytes, k.size, k.small);
-  const std::int64_t blocks = over(a.rows, shape.rows()) * a.pairs;
+  const std::int64_t blocks = ceil_div(a.rows, shape.rows()) * a.pairs;
   const std::int64_t wanted = multiprocessors(device);
   if (blocks == 0 || blocks >= wanted) return 0;
   a.splits =
-      static_cast<int>(std::min({over(2 * wanted, blocks), kMostSplits,
-                                 std::max<std::int64_t>(over(a.text_length, kSplitKeys), 1)}));
+      static_cast<int>(std::min({ceil_div(2 * wanted, blocks), kMaxSplits,
+                                 std::max<std::int64_t>(ceil_div(a.text_length, kSplitKeys), 1)}));
   if (a.splits == 1) return 0;
   a.split_out = static_cast<float*>(memory);
   a.split_lse = a.split_out + a.splits * all * k.size;
@@ -169,16 +158,16 @@ std::int64_t plan_forward(Arguments& a, const Kernels& k, const Device& device, 
 // The same for the backward pass: parts of the text's gradients.
 std::int64_t plan_backward(Arguments& a, const Kernels& k, const Device& device, void* memory) {
   const attention::KeyShape shape = attention::key_gradient_shape(k.bytes, k.size, k.small);
-  const std::int64_t batch = a.pairs / a.kv_heads, tiles = over(a.text_length, shape.keys());
-  a.row_blocks = static_cast<int>(over(a.rows, shape.rows));
-  const std::int64_t ranges = over(batch * a.row_blocks * std::int64_t{sizeof(int2)}, 64) * 64;
+  const std::int64_t batch = a.pairs / a.kv_heads, tiles = ceil_div(a.text_length, shape.keys());
+  a.row_blocks = static_cast<int>(ceil_div(a.rows, shape.rows));
+  const std::int64_t ranges = ceil_div(batch * a.row_blocks * std::int64_t{sizeof(int2)}, 64) * 64;
   a.block_ranges = static_cast<int2*>(memory);
   // Under a causal mask with a column at every position, tile i of n is seen by n - i as many rows
   // as the last one. So the longest block is not longer than what a multiprocessor has to do.
-  const std::int64_t wanted = over(2 * std::int64_t{multiprocessors(device)},
-                                   std::max<std::int64_t>(a.pairs, 1) * (tiles + 1));
+  const std::int64_t wanted = ceil_div(2 * std::int64_t{multiprocessors(device)},
+                                       std::max<std::int64_t>(a.pairs, 1) * (tiles + 1));
   a.parts = static_cast<int>(
-      std::max<std::int64_t>(std::min({wanted, kMostParts, std::int64_t{a.row_blocks} / 2}), 1));
+      std::max<std::int64_t>(std::min({wanted, kMaxParts, std::int64_t{a.row_blocks} / 2}), 1));
   if (a.parts == 1 || tiles == 0) {
     a.parts = 1;
     return ranges;
@@ -189,8 +178,8 @@ std::int64_t plan_backward(Arguments& a, const Kernels& k, const Device& device,
   return ranges + 2 * a.parts * part * std::int64_t{sizeof(float)};
 }
 
-template <int kSize, bool kBackward, class T, bool kSmall = false>
-void run(const Arguments& a, const Device& device) {
+template <bool kBackward, class T, int kSize, bool kSmall = false>
+void run_size(const Arguments& a, const Device& device) {
   if constexpr (kBackward) {
     attention::launch_backward<T, kSize, kSmall>(a, device);
   } else {
@@ -198,57 +187,48 @@ void run(const Arguments& a, const Device& device) {
   }
 }
 
-template <bool kBackward, class T>
-void run_size(const Arguments& a, const Kernels& k, const Device& device) {
-  if (k.size == 64) return run<64, kBackward, T>(a, device);
-  if constexpr (sizeof(T) == 2) {
-    if (k.size == 96) return run<96, kBackward, T>(a, device);
-    if (k.small) return run<256, kBackward, T, true>(a, device);
-  }
-  if (k.size == 128) return run<128, kBackward, T>(a, device);
-  run<256, kBackward, T>(a, device);
-}
-
 template <bool kBackward>
-void run_type(const Arguments& a, DType dtype, const Kernels& k, const Device& device) {
-  switch (dtype) {
-    case DType::bf16:
-      return run_size<kBackward, BFloat16>(a, k, device);
-    case DType::f16:
-      return run_size<kBackward, Float16>(a, k, device);
-    default:
-      return run_size<kBackward, float>(a, k, device);
-  }
+void run(const Arguments& a, DType dtype, const Kernels& k, const Device& device) {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    if (k.size == 64) return run_size<kBackward, T, 64>(a, device);
+    if constexpr (sizeof(T) == 2) {
+      if (k.size == 96) return run_size<kBackward, T, 96>(a, device);
+      if (k.small) return run_size<kBackward, T, 256, true>(a, device);
+    }
+    if (k.size == 128) return run_size<kBackward, T, 128>(a, device);
+    run_size<kBackward, T, 256>(a, device);
+  });
 }
 
 }  // namespace
 
-SharedMemory thought_attention_shared_memory(DType dtype, std::int64_t head_size,
-                                             const Device& device) {
+std::array<std::int64_t, 2> thought_attention_shared_memory(DType dtype, std::int64_t head_size,
+                                                            const Device& device) {
   const Kernels k = kernels_for(dtype, head_size, device);
-  return {static_cast<std::int64_t>(attention::most_bytes(k.bytes, k.size, k.small)),
-          static_cast<std::int64_t>(most_shared_memory(device))};
+  return {static_cast<std::int64_t>(attention::max_bytes(k.bytes, k.size, k.small)),
+          static_cast<std::int64_t>(max_shared_memory(device))};
 }
 
 std::int64_t thought_attention_workspace(const ThoughtAttention& call, bool backward,
                                          const Device& device) {
-  const Kernels kernels = check(call, device);
+  const Kernels kernels = check_on(call, device);
   Arguments a = arguments(call);
   const auto plan = backward ? plan_backward : plan_forward;
   return plan(a, kernels, device, nullptr);
 }
 
 void thought_attention(const ThoughtAttention& call, const Device& device) {
-  const Kernels kernels = check(call, device);
+  const Kernels kernels = check_on(call, device);
   Arguments a = arguments(call);
   if (a.rows == 0 || a.pairs == 0) return;
   plan_forward(a, kernels, device, call.workspace);
-  run_type<false>(a, call.dtype, kernels, device);
+  run<false>(a, call.dtype, kernels, device);
 }
 
 void thought_attention_backward(const ThoughtAttentionBackward& call, const Device& device) {
   const ThoughtAttention& forward = call.forward;
-  const Kernels kernels = check(forward, device);
+  const Kernels kernels = check_on(forward, device);
   Arguments a = arguments(forward);
   a.dout = call.dout;
   a.dlse = call.dlse;
@@ -265,7 +245,7 @@ void thought_attention_backward(const ThoughtAttentionBackward& call, const Devi
                         of.slots_aligned(a.dv_thought);
   if (a.pairs == 0) return;
   plan_backward(a, kernels, device, forward.workspace);
-  run_type<true>(a, forward.dtype, kernels, device);
+  run<true>(a, forward.dtype, kernels, device);
 }
 
 }  // namespace quietstar::cuda

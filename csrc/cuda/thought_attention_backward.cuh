@@ -65,9 +65,6 @@ template <class T, int kSize, bool kSmall>
 void launch_backward(const Arguments& a, const Device& device) {
   constexpr int kBlockRows = key_gradient_shape(sizeof(T), kSize, kSmall).rows;
   const int batch = a.pairs / a.kv_heads;
-  const auto blocks = [](std::int64_t work, std::int64_t each) {
-    return dim3(static_cast<unsigned>((work + each - 1) / each));
-  };
   launch("thought_attention_block_ranges", device, block_ranges_kernel<kBlockRows>,
          blocks(static_cast<std::int64_t>(batch) * a.row_blocks, kSmallThreads / 32),
          dim3(kSmallThreads), 0, a, a.block_ranges, batch);

@@ -63,18 +63,18 @@ struct Forward {
             if (key < from || key >= to) x = -INFINITY;
           }
         }
-        float most = top[r][low];
+        float row_max = top[r][low];
 #pragma unroll
         for (int j = 0; j < kKeyTiles * 4; ++j) {
-          most = fmaxf(most, scores[r][j / 4][j / 2 % 2][low * 2 + j % 2]);
+          row_max = fmaxf(row_max, scores[r][j / 4][j / 2 % 2][low * 2 + j % 2]);
         }
-        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
+        row_max = fmaxf(row_max, __shfl_xor_sync(kAllLanes, row_max, 1));
+        row_max = fmaxf(row_max, __shfl_xor_sync(kAllLanes, row_max, 2));
         // Both products must be rounded alike. In an fma with base, the old one would leave behind
         // what the rounding of the new one cut off: an unchanged maximum would not shrink by 1.
-        const float base = most == -INFINITY ? 0 : __fmul_rn(most, a.outer);
+        const float base = row_max == -INFINITY ? 0 : __fmul_rn(row_max, a.outer);
         const float shrink = exp2_of<T>(__fmul_rn(top[r][low], a.outer) - base);
-        top[r][low] = most;
+        top[r][low] = row_max;
         float total = 0;
 #pragma unroll
         for (int j = 0; j < kKeyTiles * 4; ++j) {
@@ -234,16 +234,13 @@ __global__ void __launch_bounds__(Forward<T, kSize, kSmall>::kThreads)
 template <class T, int kSize, bool kSmall>
 void launch_forward(const Arguments& a, const Device& device) {
   using Tile = Forward<T, kSize, kSmall>;
-  const std::int64_t blocks =
-      (static_cast<std::int64_t>(a.rows) + Tile::kRows - 1) / Tile::kRows * a.pairs;
-  launch("thought_attention", device, forward_kernel<T, kSize, kSmall>,
-         dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(a.splits)), dim3(Tile::kThreads),
+  dim3 grid = blocks(ceil_div(a.rows, Tile::kRows) * a.pairs);
+  grid.y = static_cast<unsigned>(a.splits);
+  launch("thought_attention", device, forward_kernel<T, kSize, kSmall>, grid, dim3(Tile::kThreads),
          forward_bytes(sizeof(T), kSize, kSmall), a);
   if (a.splits == 1) return;
-  const std::int64_t merged =
-      (static_cast<std::int64_t>(a.rows) * a.pairs + kMergeWarps - 1) / kMergeWarps;
   launch("thought_attention_merge", device, merge_kernel<T, kSize>,
-         dim3(static_cast<unsigned>(merged)), dim3(kMergeWarps * 32), 0, a);
+         blocks(std::int64_t{a.rows} * a.pairs, kMergeWarps), dim3(kMergeWarps * 32), 0, a);
 }
 
 }  // namespace quietstar::cuda::attention

@@ -300,10 +300,10 @@ __global__ void __launch_bounds__(KeyGradients<T, kSize, kPass, kSmall>::kThread
 template <class T, int kSize, Pass kPass, bool kSmall>
 void launch_key_gradients(const Arguments& a, const Device& device) {
   using Tile = KeyGradients<T, kSize, kPass, kSmall>;
-  const auto tiles = [](std::int64_t n) { return (n + Tile::kKeys - 1) / Tile::kKeys; };
-  const std::int64_t blocks = (tiles(a.text_length) * a.parts + tiles(a.slot_keys)) * a.pairs;
+  const std::int64_t text_tiles = ceil_div(a.text_length, Tile::kKeys) * a.parts;
+  const std::int64_t slot_tiles = ceil_div(a.slot_keys, Tile::kKeys);
   launch("thought_attention_key_gradients", device, key_gradients_kernel<T, kSize, kPass, kSmall>,
-         dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
+         blocks((text_tiles + slot_tiles) * a.pairs), dim3(Tile::kThreads),
          key_gradient_bytes(sizeof(T), kSize, kSmall), a);
 }
 

@@ -200,10 +200,8 @@ __global__ void __launch_bounds__(RowGradients<T, kSize, kSmall>::kThreads)
 template <class T, int kSize, bool kSmall>
 void launch_row_gradients(const Arguments& a, const Device& device) {
   using Tile = RowGradients<T, kSize, kSmall>;
-  const std::int64_t blocks =
-      (static_cast<std::int64_t>(a.rows) + Tile::kRows - 1) / Tile::kRows * a.pairs;
   launch("thought_attention_row_gradients", device, row_gradients_kernel<T, kSize, kSmall>,
-         dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads),
+         blocks(ceil_div(a.rows, Tile::kRows) * a.pairs), dim3(Tile::kThreads),
          row_gradient_bytes(sizeof(T), kSize, kSmall), a);
 }
 

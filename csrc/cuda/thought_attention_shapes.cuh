@@ -60,22 +60,21 @@ constexpr std::size_t key_gradient_bytes(int bytes, int size, bool small) {
   return static_cast<std::size_t>(bytes) * size * (2 * s.keys() + 4 * s.rows) +
          sizeof(int) * 2 * 4 * s.rows;
 }
-// Of the kernel that takes most.
-constexpr std::size_t most_bytes(int bytes, int size, bool small) {
+// Of the kernel that needs the largest number.
+constexpr std::size_t max_bytes(int bytes, int size, bool small) {
   const std::size_t all[] = {forward_bytes(bytes, size, small),
                              row_gradient_bytes(bytes, size, small),
                              key_gradient_bytes(bytes, size, small)};
-  std::size_t most = 0;
-  for (const std::size_t each : all) most = each > most ? each : most;
-  return most;
+  std::size_t max = 0;
+  for (const std::size_t each : all) max = each > max ? each : max;
+  return max;
 }
 
 constexpr std::size_t kGraphicsCard = 99 * 1024;
-static_assert(most_bytes(2, 64, false) <= kGraphicsCard &&
-              most_bytes(2, 96, false) <= kGraphicsCard);
-static_assert(most_bytes(2, 128, false) <= kGraphicsCard, "the head size of most models");
-static_assert(most_bytes(4, 64, false) <= kGraphicsCard &&
-              most_bytes(4, 128, false) <= kGraphicsCard);
-static_assert(most_bytes(2, 256, true) <= kGraphicsCard);
+static_assert(max_bytes(2, 64, false) <= kGraphicsCard && max_bytes(2, 96, false) <= kGraphicsCard);
+static_assert(max_bytes(2, 128, false) <= kGraphicsCard, "the head size of most models");
+static_assert(max_bytes(4, 64, false) <= kGraphicsCard &&
+              max_bytes(4, 128, false) <= kGraphicsCard);
+static_assert(max_bytes(2, 256, true) <= kGraphicsCard);
 
 }  // namespace quietstar::cuda::attention

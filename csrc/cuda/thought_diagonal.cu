@@ -11,10 +11,10 @@
 // Operations, per row: 4 D Sk forward, 10 D Sk backward. With Sk = 15 and bf16 that is some 10 per
 // byte: the kernels wait for memory.
 #include <algorithm>
-#include <stdexcept>
 #include <string>
 
 #include "launch.cuh"
+#include "quietstar/checks.h"
 #include "quietstar/thought_diagonal.h"
 #include "thought_diagonal_backward.cuh"
 #include "thought_diagonal_forward.cuh"
@@ -23,28 +23,16 @@
 namespace quietstar::cuda {
 namespace {
 
-constexpr std::int64_t kMostTasks = (std::int64_t{1} << 31) - 1;
+constexpr std::int64_t kMaxTasks = (std::int64_t{1} << 31) - 1;
 
-void require(bool fine, const std::string& message) {
-  if (!fine) throw std::invalid_argument(message);
-}
-
-void check(const ThoughtDiagonal& call) {
-  require(call.batch >= 0 && call.columns >= 0 && call.query_slots >= 0 && call.key_slots >= 0,
-          "a size is negative; expected 0 or more");
-  require(call.head_size >= 1 && call.head_size <= kMostDiagonalSize,
+void check_on_device(const ThoughtDiagonal& call) {
+  check_heads_and_slots(call, "k_thought");
+  require(call.head_size <= kMaxDiagonalSize,
           "q has a head size of " + std::to_string(call.head_size) + "; expected 1 to " +
-              std::to_string(kMostDiagonalSize));
-  require(call.kv_heads >= 1 && call.q_heads >= 0 && call.q_heads % call.kv_heads == 0,
-          "q has " + std::to_string(call.q_heads) + " heads and k_thought " +
-              std::to_string(call.kv_heads) + "; expected q's to be a multiple of k_thought's");
-  require(call.key_slots >= call.query_slots || (call.key_slots == 0 && call.query_slots == 1),
-          "k_thought has " + std::to_string(call.key_slots) + " slots and q has " +
-              std::to_string(call.query_slots) +
-              "; expected at least as many, or none with one query slot");
+              std::to_string(kMaxDiagonalSize));
   require(call.batch * call.columns * std::max(call.q_heads, call.kv_heads) *
                   std::max(call.query_slots, call.key_slots) <=
-              kMostTasks,
+              kMaxTasks,
           "q has too many rows; expected less than 2^31");
 }
 
@@ -68,87 +56,81 @@ bool takes_matrix_units(const ThoughtDiagonal& call) {
          keys_aligned(call.v_thought, call);
 }
 
-unsigned blocks_for(unsigned tasks, int per_block) {
-  return (tasks + per_block - 1) / per_block;
+// Columns under a key head, and the rows of one.
+unsigned columns_of(const ThoughtDiagonal& call) {
+  return static_cast<unsigned>(call.batch * call.columns * call.kv_heads);
+}
+unsigned rows_of(const ThoughtDiagonal& call) {
+  return static_cast<unsigned>(call.q_heads / call.kv_heads * call.query_slots);
 }
 
 template <class T, int kSize>
 void forward_tiles(const ThoughtDiagonal& call, const Device& device) {
-  const auto rows = static_cast<unsigned>(call.q_heads / call.kv_heads * call.query_slots);
-  const unsigned tiles = blocks_for(rows, diagonal::kTile);
-  const auto tasks = static_cast<unsigned>(call.batch * call.columns * call.kv_heads) * tiles;
+  const auto tiles = static_cast<unsigned>(ceil_div(rows_of(call), diagonal::kTile));
+  const unsigned tasks = columns_of(call) * tiles;
   launch("thought_diagonal", device, diagonal::diagonal_forward<T, kSize>,
-         dim3(blocks_for(tasks, diagonal::kForwardWarps)), dim3(32 * diagonal::kForwardWarps), 0,
-         call, tiles, tasks);
+         blocks(tasks, diagonal::kForwardWarps), dim3(32 * diagonal::kForwardWarps), 0, call, tiles,
+         tasks);
 }
 
 template <class T, int kSize>
 void backward_tiles(const ThoughtDiagonalBackward& back, const Device& device) {
-  const ThoughtDiagonal& call = back.forward;
-  const auto blocks = static_cast<unsigned>(call.batch * call.columns * call.kv_heads);
-  launch("thought_diagonal_backward", device, diagonal::diagonal_backward<T, kSize>, dim3(blocks),
-         dim3(32 * diagonal::kBackwardWarps<kSize>), 0, back);
+  launch("thought_diagonal_backward", device, diagonal::diagonal_backward<T, kSize>,
+         blocks(columns_of(back.forward)), dim3(32 * diagonal::kBackwardWarps<kSize>), 0, back);
 }
 
 template <class T>
 void forward_plain(const ThoughtDiagonal& call, const Device& device) {
   using namespace diagonal_plain;
-  const auto rows = static_cast<unsigned>(call.q_heads / call.kv_heads * call.query_slots);
-  const auto tasks = static_cast<unsigned>(call.batch * call.columns * call.kv_heads) * rows;
-  launch("thought_diagonal (plain)", device, diagonal_forward_plain<T>,
-         dim3(blocks_for(tasks, kWarps)), dim3(32 * kWarps), 0, call, rows, tasks);
+  const unsigned rows = rows_of(call), tasks = columns_of(call) * rows;
+  launch("thought_diagonal (plain)", device, diagonal_forward_plain<T>, blocks(tasks, kWarps),
+         dim3(32 * kWarps), 0, call, rows, tasks);
 }
 
 template <class T>
 void backward_plain(const ThoughtDiagonalBackward& back, const Device& device) {
   using namespace diagonal_plain;
-  const ThoughtDiagonal& call = back.forward;
-  const auto columns = static_cast<unsigned>(call.batch * call.columns * call.kv_heads);
-  const auto rows = static_cast<unsigned>(call.q_heads / call.kv_heads * call.query_slots);
+  const unsigned rows = rows_of(back.forward), tasks = columns_of(back.forward) * rows;
   launch("thought_diagonal_backward dq (plain)", device, diagonal_dq_plain<T>,
-         dim3(blocks_for(columns * rows, kWarps)), dim3(32 * kWarps), 0, back, rows,
-         columns * rows);
-  const auto keys = columns * static_cast<unsigned>(call.key_slots);
+         blocks(tasks, kWarps), dim3(32 * kWarps), 0, back, rows, tasks);
+  const auto keys = columns_of(back.forward) * static_cast<unsigned>(back.forward.key_slots);
   launch("thought_diagonal_backward dk dv (plain)", device, diagonal_dkv_plain<T>,
-         dim3(blocks_for(keys, kWarps)), dim3(32 * kWarps), 0, back, static_cast<int>(rows), keys);
+         blocks(keys, kWarps), dim3(32 * kWarps), 0, back, static_cast<int>(rows), keys);
 }
 
 }  // namespace
 
 void thought_diagonal(const ThoughtDiagonal& call, const Device& device) {
-  check(call);
-  if (takes_matrix_units(call) &&
-      (call.text_out.data == nullptr || rows_aligned(call.text_out, call))) {
-    const auto run = [&](auto type) {
-      using T = decltype(type);
-      if (call.head_size <= 64) return forward_tiles<T, 64>(call, device);
-      if (call.head_size <= 128) return forward_tiles<T, 128>(call, device);
-      return forward_tiles<T, 256>(call, device);
-    };
-    return call.dtype == DType::bf16 ? run(BFloat16{}) : run(Float16{});
-  }
-  if (call.dtype == DType::f32) return forward_plain<float>(call, device);
-  if (call.dtype == DType::bf16) return forward_plain<BFloat16>(call, device);
-  return forward_plain<Float16>(call, device);
+  check_on_device(call);
+  const bool tiles =
+      takes_matrix_units(call) && (!call.text_out.data || rows_aligned(call.text_out, call));
+  with_type(call.dtype, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (sizeof(T) == 2) {
+      if (tiles && call.head_size <= 64) return forward_tiles<T, 64>(call, device);
+      if (tiles && call.head_size <= 128) return forward_tiles<T, 128>(call, device);
+      if (tiles) return forward_tiles<T, 256>(call, device);
+    }
+    forward_plain<T>(call, device);
+  });
 }
 
 void thought_diagonal_backward(const ThoughtDiagonalBackward& back, const Device& device) {
   const ThoughtDiagonal& call = back.forward;
-  check(call);
-  if (takes_matrix_units(call) && rows_aligned(back.dout, call) && rows_aligned(back.dq, call) &&
-      (back.text_dq.data == nullptr || rows_aligned(back.text_dq, call)) &&
-      keys_aligned(back.dk_thought, call) && keys_aligned(back.dv_thought, call)) {
-    const auto run = [&](auto type) {
-      using T = decltype(type);
-      if (call.head_size <= 64) return backward_tiles<T, 64>(back, device);
-      if (call.head_size <= 128) return backward_tiles<T, 128>(back, device);
-      return backward_tiles<T, 256>(back, device);
-    };
-    return call.dtype == DType::bf16 ? run(BFloat16{}) : run(Float16{});
-  }
-  if (call.dtype == DType::f32) return backward_plain<float>(back, device);
-  if (call.dtype == DType::bf16) return backward_plain<BFloat16>(back, device);
-  return backward_plain<Float16>(back, device);
+  check_on_device(call);
+  const bool tiles = takes_matrix_units(call) && rows_aligned(back.dout, call) &&
+                     rows_aligned(back.dq, call) &&
+                     (!back.text_dq.data || rows_aligned(back.text_dq, call)) &&
+                     keys_aligned(back.dk_thought, call) && keys_aligned(back.dv_thought, call);
+  with_type(call.dtype, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (sizeof(T) == 2) {
+      if (tiles && call.head_size <= 64) return backward_tiles<T, 64>(back, device);
+      if (tiles && call.head_size <= 128) return backward_tiles<T, 128>(back, device);
+      if (tiles) return backward_tiles<T, 256>(back, device);
+    }
+    backward_plain<T>(back, device);
+  });
 }
 
 }  // namespace quietstar::cuda

@@ -48,20 +48,20 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kForwardBlocks)
     scores_of<T, kSize>(x, call, c, rows, first);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float most = top[r];
+      float row_max = top[r];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) most = fmaxf(most, x[i / 2][2 * r + i % 2]);
-      most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(kAllLanes, most, 2));
+      for (int i = 0; i < 4; ++i) row_max = fmaxf(row_max, x[i / 2][2 * r + i % 2]);
+      row_max = fmaxf(row_max, __shfl_xor_sync(kAllLanes, row_max, 1));
+      row_max = fmaxf(row_max, __shfl_xor_sync(kAllLanes, row_max, 2));
       // Where nothing was seen yet, any finite shift turns the weights into 0.
-      const float shift = most == -INFINITY ? 0 : most;
+      const float shift = row_max == -INFINITY ? 0 : row_max;
       float added = 0;
 #pragma unroll
       for (int i = 0; i < 4; ++i) added += fast_exp2(x[i / 2][2 * r + i % 2] - shift);
       added += __shfl_xor_sync(kAllLanes, added, 1);
       added += __shfl_xor_sync(kAllLanes, added, 2);
       total[r] = total[r] * fast_exp2(top[r] - shift) + added;
-      top[r] = most;
+      top[r] = row_max;
     }
   }
 

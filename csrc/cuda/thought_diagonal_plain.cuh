@@ -8,7 +8,7 @@
 namespace quietstar::cuda::diagonal_plain {
 
 constexpr int kWarps = 4;
-constexpr int kPieces = static_cast<int>(kMostDiagonalSize) / 32;
+constexpr int kPieces = static_cast<int>(kMaxDiagonalSize) / 32;
 
 // A row in the registers of a warp: lane + 32 i.
 struct LaneRow {
@@ -68,13 +68,13 @@ __global__ void __launch_bounds__(32 * kWarps)
   for (int t = 0; t < row.seen; ++t) {
     other.load(row_at<const T>(call.k_thought, c.batch, c.head, t, c.column), size);
     const float x = q.dot(other) * scale;
-    const float most = fmaxf(top, x);
-    const float kept = top == -INFINITY ? 0 : exp2f(top - most);
-    const float weight = most == -INFINITY ? 0 : exp2f(x - most);
+    const float row_max = fmaxf(top, x);
+    const float kept = top == -INFINITY ? 0 : exp2f(top - row_max);
+    const float weight = row_max == -INFINITY ? 0 : exp2f(x - row_max);
     other.load(row_at<const T>(call.v_thought, c.batch, c.head, t, c.column), size);
     sum.blend(kept, other, weight);
     total = total * kept + weight;
-    top = most;
+    top = row_max;
   }
   const bool text = call.text_out.data != nullptr;
   const MergedRow merged = merge_row(

@@ -54,11 +54,11 @@ struct MergedRow {
 // for a row without slots. lse_text: natural log.
 __device__ __forceinline__ MergedRow merge_row(float top, float total, float text_lse, float sink) {
   const float text = text_lse * kLog2e, extra = sink * kLog2e;
-  const float most = fmaxf(fmaxf(top, text), extra);
-  if (most == -INFINITY) return {0, 0, -INFINITY};
-  const float slots = exp2f(top - most), of_text = exp2f(text - most);
-  const float sum = total * slots + of_text + exp2f(extra - most);
-  return {slots / sum, of_text / sum, (most + log2f(sum)) * kLn2};
+  const float row_max = fmaxf(fmaxf(top, text), extra);
+  if (row_max == -INFINITY) return {0, 0, -INFINITY};
+  const float slots = exp2f(top - row_max), of_text = exp2f(text - row_max);
+  const float sum = total * slots + of_text + exp2f(extra - row_max);
+  return {slots / sum, of_text / sum, (row_max + log2f(sum)) * kLn2};
 }
 
 }  // namespace quietstar::cuda

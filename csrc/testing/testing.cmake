@@ -13,7 +13,7 @@ list(APPEND sources ${cuda_instances})
 set_source_files_properties(${sources} PROPERTIES LANGUAGE CXX)
 pybind11_add_module(cuda_on_cpu NO_EXTRAS EXCLUDE_FROM_ALL csrc/testing/module.cpp
                     csrc/testing/fibers.cpp csrc/testing/operations.cpp csrc/bindings_cuda.cpp
-                    csrc/bindings_cuda_attention.cpp csrc/bindings_cuda_diagonal.cpp ${sources})
+                    ${sources})
 set_target_properties(cuda_on_cpu PROPERTIES OUTPUT_NAME _cuda_on_cpu)
 target_include_directories(cuda_on_cpu PRIVATE csrc csrc/include csrc/cuda csrc/testing)
 target_compile_options(cuda_on_cpu PRIVATE -g1 -Wno-unknown-pragmas)

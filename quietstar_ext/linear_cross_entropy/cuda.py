@@ -28,7 +28,7 @@ import torch
 from quietstar_ext.linear_cross_entropy.call import Losses, Products
 from quietstar_ext.linear_cross_entropy.cpu import WeightGradient
 from quietstar_ext.linear_cross_entropy.softmax import SoftmaxCrossEntropy
-from quietstar_ext.native import DTYPE_CODES, address, address_and_count, cuda_device, cuda_kernels
+from quietstar_ext.native import cuda_device, cuda_kernels, fields
 from quietstar_ext.precision import gradient_dtype
 
 WORKSPACE_BYTES = 256 * 2**20
@@ -85,9 +85,7 @@ def scale_(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Multiply a contiguous tensor in place by a scalar on its device. The device sees for itself if
     that is 1; then nothing is moved."""
     scale, count = scale.float(), tensor.numel()
-    cuda_kernels().cuda_scale_in_place(
-        tensor.data_ptr(), DTYPE_CODES[tensor.dtype], count, scale.data_ptr(), *cuda_device(tensor)
-    )
+    cuda_kernels().cuda_scale_in_place(*fields(tensor, tensor.dtype, count, scale), cuda_device(tensor))
     return tensor
 
 
@@ -185,8 +183,8 @@ class _Kernel:
         if softmax.banned is not None:
             vocab = weight.shape[0]
             self.mask = weight.new_zeros(vocab // 32 + 2, dtype=torch.int32)
-            banned, place = address_and_count(softmax.banned), cuda_device(weight)
-            cuda_kernels().cuda_banned_words(*banned, vocab, self.mask.data_ptr(), *place)
+            ids = fields(softmax.banned, softmax.banned.numel(), vocab, self.mask)
+            cuda_kernels().cuda_banned_tokens(*ids, cuda_device(weight))
 
     def __call__(
         self,
@@ -199,8 +197,10 @@ class _Kernel:
         """Write nll, and with row_weights the gradients of Σ row_weights · nll over the logits."""
         softmax = self.softmax
         cuda_kernels().cuda_softmax_cross_entropy(
-            *(logits.data_ptr(), DTYPE_CODES[logits.dtype], *logits.shape, logits.stride(0)),
-            *map(address, (targets, valid_rows, self.mask)),
-            *(softmax.temperature, softmax.softcap or 0.0, softmax.logit_scale),
-            *(nll.data_ptr(), address(row_weights), *cuda_device(logits)),
+            fields(
+                *(logits, logits.dtype, *logits.shape, logits.stride(0), targets),
+                *(softmax.temperature, softmax.softcap, softmax.logit_scale, nll, row_weights),
+                *(0, None, 0, None, None, None, 1, valid_rows, self.mask),
+            ),
+            cuda_device(logits),
         )

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from quietstar_ext.native import (
-    DTYPE_CODES,
-    address,
-    address_and_count,
-    native,
-    native_unsupported_reason,
-)
+from quietstar_ext.native import fields, native, native_unsupported_reason
 from quietstar_ext.precision import compute_dtype
 
 
@@ -104,9 +98,12 @@ class SoftmaxCrossEntropy:
         rows, vocab = logits.shape
         size = native().softmax_cross_entropy_workspace(rows, vocab)
         workspace = torch.empty(size, dtype=torch.uint8)
+        banned, (largest, total, nll, row_weights) = self.banned, of_rows
         getattr(native(), f"softmax_cross_entropy_{step}")(
-            *(logits.data_ptr(), DTYPE_CODES[logits.dtype], rows, vocab, max(rows, logits.stride(1))),
-            *(first_token, targets.data_ptr(), *address_and_count(self.banned)),
-            *(self.temperature, self.softcap or 0.0, self.logit_scale, *map(address, of_rows)),
-            *(workspace.data_ptr(), torch.get_num_threads()),
+            fields(
+                *(logits, logits.dtype, rows, vocab, max(rows, logits.stride(1)), targets),
+                *(self.temperature, self.softcap, self.logit_scale, nll, row_weights, first_token),
+                *(banned, 0 if banned is None else banned.numel(), largest, total, workspace),
+                *(torch.get_num_threads(), None, None),
+            )
         )

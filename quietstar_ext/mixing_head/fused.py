@@ -13,6 +13,7 @@ from quietstar_ext.native import (
     DTYPE_CODES,
     cuda_device,
     cuda_kernels,
+    fields,
     native,
     native_unsupported_reason,
     takes_cuda_path,
@@ -20,21 +21,13 @@ from quietstar_ext.native import (
 from quietstar_ext.operators import register
 from quietstar_ext.precision import wide_product
 
-# The pointers of (cuda::)MixingHead in csrc/include/quietstar/mixing_head.h, in its order.
-_GRADIENTS = (
-    *("grad_mixed", "grad_gate", "grad_thought", "grad_base", "grad_h1", "grad_from_base", "grad_h2"),
-    *("grad_b1", "grad_b2", "grad_w3"),
-)
-_POINTERS = (
-    *("index", "base", "thought", "from_base", "h1", "h2", "b2", "w3", "mixed", "gate"),
-    *_GRADIENTS,
-)
-_CUDA_POINTERS = (
-    *("index", "base", "thought", "from_base", "product", "b1", "h1", "h2", "w3", "mixed", "w", "gate"),
-    *(*_GRADIENTS, "first", "order", "workspace"),
-)
-_PLACES, _CUDA_PLACES = (
-    {name: place for place, name in enumerate(names)} for names in (_POINTERS, _CUDA_POINTERS)
+Sizes = tuple[int, int, int, int, bool]  # dtype's number, rows, positions, width, sigmoid
+
+# The tensors of MixingHead in csrc/include/quietstar/mixing_head.h, in its order.
+_TENSORS = (
+    *("index", "base", "thought", "from_base", "product", "b1", "h1", "h2", "b2", "w3", "mixed", "w"),
+    *("gate", "grad_mixed", "grad_gate", "grad_thought", "grad_base", "grad_h1", "grad_from_base"),
+    *("grad_h2", "grad_b1", "grad_b2", "grad_w3", "first", "order", "workspace"),
 )
 
 
@@ -51,7 +44,7 @@ def fused_unsupported_reason(thought: Tensor) -> str | None:
 @torch.compiler.assume_constant_result
 def max_width(device: torch.device) -> int:
     """Of the CUDA kernels: beyond it they need more shared memory than a block may have."""
-    width: int = cuda_kernels().cuda_mixing_most_width(device.index or 0, 0)
+    width: int = cuda_kernels().cuda_mixing_max_width((device.index or 0, 0))
     return width
 
 
@@ -80,22 +73,15 @@ class _MixingHead(torch.autograd.Function):
         return (None, *first_only("mixing_head", tensors[:7], shown), None)
 
 
-def _launch(
-    step: str, sizes: tuple[int, int, int, int, bool], tensors: dict[str, Tensor | None]
-) -> None:
-    """Run a step; ``tensors`` are contiguous, by the names of the pointers."""
+def _launch(step: str, sizes: Sizes, tensors: dict[str, Tensor | None]) -> None:
+    """Run a step; ``tensors`` are contiguous, by their names in the kernels' struct."""
     thought = tensors["thought"]
     assert thought is not None
-    on_cuda = takes_cuda_path(thought)
-    places = _CUDA_PLACES if on_cuda else _PLACES
-    addresses = [0] * len(places)
-    for name, tensor in tensors.items():
-        if tensor is not None and name in places:
-            addresses[places[name]] = tensor.data_ptr()
-    if on_cuda:
-        getattr(cuda_kernels(), f"cuda_mixing_{step}")(*sizes, addresses, *cuda_device(thought))
+    taken = fields(*sizes, *map(tensors.get, _TENSORS), torch.get_num_threads())
+    if takes_cuda_path(thought):
+        getattr(cuda_kernels(), f"cuda_mixing_{step}")(taken, cuda_device(thought))
     else:
-        getattr(native(), f"mixing_{step}")(*sizes, addresses, torch.get_num_threads())
+        getattr(native(), f"mixing_{step}")(taken)
 
 
 def _forward(call: MixingHead) -> Mixed:

@@ -6,9 +6,9 @@ import torch
 
 from quietstar_ext.native import (
     DTYPE_CODES,
-    address_and_count,
     cuda_device,
     cuda_kernels,
+    fields,
     native,
     takes_cuda_path,
 )
@@ -41,20 +41,16 @@ def draw(
         workspace: of :func:`workspace_for`.
     """
     logits, (temperature, top_k, top_p, min_p, banned, seed, offset), _ = call
-    rows = logits.data_ptr(), DTYPE_CODES[logits.dtype], *logits.shape, logits.stride(0)
     banned = None if banned is None else banned.contiguous()
-    ids = address_and_count(banned)
-    results = drawn.tokens.data_ptr(), drawn.logprobs.data_ptr(), workspace.data_ptr()
-    if takes_cuda_path(logits):
-        cuda_kernels().cuda_sample_tokens(
-            *(*rows, (temperature, top_p, min_p, logit_scale, softcap or 0.0), top_k, *ids),
-            *(seed.data_ptr(), offset, *results, *cuda_device(logits)),
-        )
-        return -1
-    return native().sample_tokens(
-        *(*rows, temperature, top_k, top_p, min_p, *ids),
-        *(int(seed), offset, *results, torch.get_num_threads()),
+    taken = fields(
+        *(logits, logits.dtype, *logits.shape, logits.stride(0), temperature, top_k, top_p, min_p),
+        *(banned, 0 if banned is None else banned.numel(), seed, offset, *drawn, workspace),
+        *(torch.get_num_threads(), logit_scale, softcap),
     )
+    if takes_cuda_path(logits):
+        cuda_kernels().cuda_sample_tokens(taken, cuda_device(logits))
+        return -1
+    return native().sample_tokens(taken)
 
 
 def workspace_for(
@@ -66,9 +62,9 @@ def workspace_for(
     where the rows are few, and a bit per token where many are banned.
     """
     if takes_cuda_path(like):
-        count = address_and_count(banned)[1]
+        count = 0 if banned is None else banned.numel()
         size = cuda_kernels().cuda_sample_tokens_workspace(
-            DTYPE_CODES[like.dtype], rows, vocab, count, *cuda_device(like)
+            DTYPE_CODES[like.dtype], rows, vocab, count, cuda_device(like)
         )
     else:
         size = native().sample_tokens_workspace(vocab, torch.get_num_threads())

@@ -60,6 +60,7 @@ def new_lse(q: Tensor) -> Tensor:
     return q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-def place(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
-    """Address and strides, as the kernels take a tensor."""
-    return tensor.data_ptr(), tensor.stride()
+def place(tensor: Tensor | None) -> tuple[int, ...]:
+    """Address and strides but the last, as the kernels take a tensor; of text [B, H, N, D], where the
+    column is always 0, and of numbers [B, H, S, M] all strides."""
+    return (0,) * 5 if tensor is None else (tensor.data_ptr(), *tensor.stride()[:4])

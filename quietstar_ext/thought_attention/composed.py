@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from quietstar_ext.dispatch import Setting
-from quietstar_ext.native import DTYPE_CODES, address, cuda_device, cuda_kernels, takes_cuda_path
+from quietstar_ext.native import cuda_device, cuda_kernels, fields, takes_cuda_path
 from quietstar_ext.operators import register
 from quietstar_ext.thought_attention.call import (
     Gradients,
@@ -162,34 +162,22 @@ class ThoughtDiagonalBackward(NamedTuple):
 
 def diagonal_forward(call: ThoughtDiagonal) -> None:
     """Write out and lse."""
-    places = map(_place, (*call[:5], call.out, call.lse))
-    cuda_kernels().cuda_thought_diagonal(
-        *(DTYPE_CODES[call.q.dtype], _sizes(call), *places, address(call.sinks), call.scale),
-        *cuda_device(call.q),
-    )
+    cuda_kernels().cuda_thought_diagonal(_fields(call), cuda_device(call.q))
 
 
 def diagonal_backward(call: ThoughtDiagonalBackward) -> None:
     """Write dq (with text_dq added, where it is given), dk_thought, dv_thought and delta."""
-    forward = call.forward
-    places = map(_place, (*forward[:3], forward.out, forward.lse))
-    cuda_kernels().cuda_thought_diagonal_backward(
-        *(DTYPE_CODES[forward.q.dtype], _sizes(forward), *places, forward.scale),
-        *(*map(_place, call[1:]), *cuda_device(forward.q)),
-    )
+    taken = (_fields(call.forward), *map(place, call[1:]))
+    cuda_kernels().cuda_thought_diagonal_backward(taken, cuda_device(call.forward.q))
 
 
-def _place(tensor: Tensor | None) -> tuple[int, tuple[int, ...]]:
-    """Address and strides; a tensor of numbers per row [B, H, S, M] counts as one of rows."""
-    if tensor is None:
-        return 0, (0,) * 5
-    start, strides = place(tensor)
-    return start, strides if len(strides) == 5 else (*strides, 1)
-
-
-def _sizes(call: ThoughtDiagonal) -> tuple[int, ...]:
+def _fields(call: ThoughtDiagonal) -> tuple[Any, ...]:
     batch, q_heads, slots, columns, size = call.q.shape
-    return batch, q_heads, call.k_thought.shape[1], slots, call.k_thought.shape[2], columns, size
+    heads, key_slots = call.k_thought.shape[1:3]
+    return fields(
+        *(call.q.dtype, batch, q_heads, heads, slots, key_slots, columns, size),
+        *(*map(place, (*call[:5], call.out, call.lse)), call.sinks, call.scale),
+    )
 
 
 def _forward(call: ThoughtAttention) -> tuple[Tensor, Tensor]:

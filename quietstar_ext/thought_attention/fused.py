@@ -11,9 +11,9 @@ from quietstar_ext.checks import dtype_name
 from quietstar_ext.derivatives import first_only
 from quietstar_ext.native import (
     DTYPE_CODES,
-    address,
     cuda_device,
     cuda_kernels,
+    fields,
     native,
     native_unsupported_reason,
     takes_cuda_path,
@@ -55,7 +55,7 @@ def fused_unsupported_reason(q: Tensor) -> str | None:
 def _shared_memory(dtype_code: int, device: int) -> tuple[int, int]:
     """Bytes of it that a block of the largest heads' kernels needs, and may have on the device."""
     size_of = cuda_kernels().cuda_thought_attention_shared_memory
-    needed, available = size_of(dtype_code, MAX_HEAD_SIZE, device, 0)
+    needed, available = size_of(dtype_code, MAX_HEAD_SIZE, (device, 0))
     return needed, available
 
 
@@ -110,30 +110,21 @@ def _run(name: str, call: ThoughtAttention, out: Tensor, lse: Tensor, *more: Any
     q, k_text, _, k_thought, *_ = call
     batch, q_heads, slots, columns, size = q.shape
     heads, length = k_text.shape[1:3]
-    sizes = (batch, q_heads, heads, slots, k_thought.shape[2], columns, length, size)
-    code = DTYPE_CODES[q.dtype]
     on_cuda = takes_cuda_path(q)
-    # The last of the forward pass's: CUDA's is whether fp32 products may round to tf32, the CPU's its
-    # threads.
-    last: int
-    if on_cuda:
-        last = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        size_of = cuda_kernels().cuda_thought_attention_workspace
-        needed = size_of(code, sizes, bool(more), *cuda_device(q))
-    else:
-        last = torch.get_num_threads()
-        needed = native().thought_attention_workspace(sizes, bool(more), last)
-    workspace = torch.empty(needed, dtype=torch.uint8, device=q.device)
-    arguments = (
-        *(code, sizes, *map(place, call[:5]), place(out), lse.data_ptr()),
-        *(call.text_start.data_ptr(), call.text_stop.data_ptr()),
-        *(address(call.sinks), call.scale, call.window, call.softcap),
-        *(workspace.data_ptr(), last, *more),
+    module, prefix = (cuda_kernels(), "cuda_") if on_cuda else (native(), "")
+    device = (cuda_device(q),) if on_cuda else ()
+    # Whether fp32 products may round to tf32 is CUDA's, the threads are the CPU's.
+    tf32 = on_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    taken = fields(
+        *(q.dtype, batch, q_heads, heads, slots, k_thought.shape[2], columns, length, size),
+        *(*map(place, (*call[:5], out)), lse, call.text_start, call.text_stop, call.sinks),
+        *(call.scale, call.window, call.softcap, torch.get_num_threads(), tf32),
     )
-    if on_cuda:
-        getattr(cuda_kernels(), f"cuda_{name}")(*arguments, *cuda_device(q))
-    else:
-        getattr(native(), name)(*arguments)
+    size_of = getattr(module, f"{prefix}thought_attention_workspace")
+    needed = size_of((*taken, 0), bool(more), *device)
+    workspace = torch.empty(needed, dtype=torch.uint8, device=q.device)
+    taken = (*taken, workspace.data_ptr())
+    getattr(module, prefix + name)((taken, *more) if more else taken, *device)
 
 
 def _forward(call: ThoughtAttention) -> tuple[Tensor, Tensor]:
@@ -146,9 +137,8 @@ def _backward(call: ThoughtAttentionBackward) -> Gradients:
     out, lse, dout = last_contiguous(call.out), call.lse.contiguous(), last_contiguous(call.dout)
     dlse = None if call.dlse is None else call.dlse.contiguous()
     *gradients, delta = results = _backward_fake(call)
-    incoming = place(dout), address(dlse)
-    outgoing = *map(place, gradients), delta.data_ptr()
-    _run("thought_attention_backward", call.forward, out, lse, *incoming, *outgoing)
+    more = fields(place(dout), dlse, *map(place, gradients), delta)
+    _run("thought_attention_backward", call.forward, out, lse, *more)
     return results
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import thinking_model, tiny_decoder
+from poison import poisoned_memory
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -165,9 +166,9 @@ class TestFromBase:
 
 
 @pytest.fixture
-def poisoned(poison: Callable[[], Any]) -> Iterator[None]:
+def poisoned() -> Iterator[None]:
     """Memory that nobody has set holds NaN."""
-    with poison():
+    with poisoned_memory():
         assert torch.empty(8).isnan().all()
         yield
 

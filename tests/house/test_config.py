@@ -114,7 +114,7 @@ def test_both_settings_of_where_to_think_have_one_grammar():
         ({"entropy_bonus": -1.0}, "entropy_bonus is -1.0; expected a number >= 0"),
         ({"nll_weight": float("nan")}, "nll_weight is nan; expected a number >= 0"),
         ({"mixing_floor": 1.5}, "mixing_floor is 1.5; expected a number from 0 to 1"),
-        ({"mixing_floor": 0.1}, "expected 'sigmoid', an unbounded weight has no floor"),
+        ({"mixing_floor": 0.1}, "expected 'sigmoid': an unbounded weight has no floor"),
         ({"policy_mean": "all"}, r"policy_mean is 'all'; expected one of \('rewarded', 'paper'\)"),
     ],
 )

@@ -24,7 +24,7 @@ def module(cuda_on_cpu: ModuleType) -> Iterator[ModuleType]:
 def scale(module: ModuleType, device: int) -> torch.Tensor:
     """Ones, doubled by a kernel on the device."""
     data, factor = torch.ones(8), torch.tensor(2.0)
-    module.cuda_scale_in_place(data.data_ptr(), 0, 8, factor.data_ptr(), device, 0)
+    module.cuda_scale_in_place(data.data_ptr(), 0, 8, factor.data_ptr(), (device, 0))
     return data
 
 

@@ -224,15 +224,13 @@ def test_scale_in_place(device: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.cuda_on_cpu
 def test_bad_arguments_of_the_kernel(cuda_on_cpu: ModuleType) -> None:
-    def call(words: int = 4, stride: int = 4, temperature: float = 1.0, softcap: float = 0.0) -> None:
-        pointers = (0, 0, 0)
-        cuda_on_cpu.cuda_softmax_cross_entropy(
-            *(0, 0, 1, words, stride, *pointers, temperature, softcap, 1.0, 0, 0, 0, 0)
-        )
+    def call(vocab: int = 4, stride: int = 4, temperature: float = 1.0, softcap: float = 0.0) -> None:
+        options = (temperature, softcap, 1.0)
+        cuda_on_cpu.cuda_softmax_cross_entropy((0, 0, 1, vocab, stride, 0, *options, *[0] * 11), (0, 0))
 
-    with pytest.raises(ValueError, match="words is 0; expected 1 to"):
-        call(words=0)
-    with pytest.raises(ValueError, match="row_stride is 3; expected at least 4"):
+    with pytest.raises(ValueError, match="vocab is 0; expected 1 to"):
+        call(vocab=0)
+    with pytest.raises(ValueError, match="stride is 3; expected at least 4"):
         call(stride=3)
     with pytest.raises(ValueError, match="temperature is 0"):
         call(temperature=0)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from attention_budget import NAMES, assert_within_budget, case, ours, truth
-from attention_cases import SHAPES, draw, random_shape
+from attention_cases import SHAPES, draw, random_shape, sizes_alone
 from contract import captured
 from torch import Tensor
 
@@ -91,9 +91,8 @@ def test_few_rows_are_split_over_their_keys(
     tensors, start, stop, options = case(shape, dtype, device)
     start = start // 4
     sizes = (*shape[:3], *shape[3:8])
-    code = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[dtype]
     needed = cuda_kernels().cuda_thought_attention_workspace(
-        code, sizes, False, *cuda_device(tensors[0])
+        sizes_alone(dtype, sizes), False, cuda_device(tensors[0])
     )
     assert needed > 0  # out and lse of each split
     assert_within_budget(tensors, start, stop, options)

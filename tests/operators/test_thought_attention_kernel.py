@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import gradients, make, random_shape
+from attention_cases import gradients, make, random_shape, sizes_alone
 from poison import poisoned_memory
 
 from quietstar_ext.native import native
@@ -98,5 +98,6 @@ def test_same_bits_for_any_number_of_threads(threads, dtype):
 def test_workspace_holds_no_scores():
     sizes = (1, 8, 2, 15, 15, 512, 512, 64)  # B Hq Hkv Sq Sk M N D
     scores = 8 * 15 * 512 * 512 * 4
-    assert native().thought_attention_workspace(sizes, False, 2) < scores / 50
-    assert native().thought_attention_workspace(sizes, True, 2) < scores / 5
+    call = sizes_alone(torch.float32, sizes, threads=2)
+    assert native().thought_attention_workspace(call, False) < scores / 50
+    assert native().thought_attention_workspace(call, True) < scores / 5

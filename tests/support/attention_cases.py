@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from quietstar_ext.native import fields
+from quietstar_ext.thought_attention.call import place
+
 TENSORS = ["q", "k_text", "v_text", "k_thought", "v_thought"]
 
 #            B  Hq Hkv Sq Sk  M  N  D   options
@@ -30,6 +33,12 @@ SHAPES = {
     "no text": (1, 2, 1, 3, 3, 4, 0, 4, {}),
     "one element": (1, 1, 1, 1, 1, 1, 1, 1, {}),
 }
+
+
+def sizes_alone(dtype, sizes, threads=1):
+    """The kernels' struct for B, Hq, Hkv, Sq, Sk, M, N and D, with no memory behind its pointers."""
+    tensors = [place(None)] * 6
+    return fields(dtype, *sizes, *tensors, *[None] * 4, 1.0, 0, 0.0, threads, False, None)
 
 
 def make(b, hq, hkv, sq, sk, m, n, d, options=None, dtype=torch.float64):

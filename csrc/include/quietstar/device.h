@@ -1,6 +1,7 @@
 // Where a CUDA kernel runs, and whether it can.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 namespace quietstar::cuda {
@@ -12,9 +13,6 @@ struct Device {
 
 // CUDA's versions as CUDA numbers them, 13000 for 13.0: the newest that the driver supports, and
 // the one that the kernels were built with.
-struct Versions {
-  int driver, runtime;
-};
-Versions versions();
+std::array<int, 2> versions();
 
 }  // namespace quietstar::cuda

@@ -20,24 +20,32 @@ struct MixingHead {
   const std::int64_t* index;  // [rows] in [0, positions), or null: row for row, rows == positions
   const void* base;           // [positions, width]
   const void* thought;        // [rows, width]
-  const void* from_base;      // [positions, width]
-  void* h1;                   // [rows, width]
-  void* h2;                   // [rows, width]
-  const void* b2;             // [width], or null: none left to add
-  const void* w3;             // [width]
-  void* mixed;                // [rows, width]
-  float* gate;                // [rows]
-  const void* grad_mixed;     // [rows, width]
-  const float* grad_gate;     // [rows]
-  void* grad_thought;         // [rows, width]
-  void* grad_base;            // [positions, width]
-  void* grad_h1;              // [rows, width]
-  void* grad_from_base;       // [positions, width]
-  void* grad_h2;              // [rows, width]
-  float* grad_b1;             // [width]
-  float* grad_b2;             // [width]
-  float* grad_w3;             // [width]
-  int threads;                // >= 1; changes nothing in the results
+  const void* from_base;      // [positions, width], base W1a^T + b1; on CUDA base W1a^T in fp32
+  const float* product;    // [rows, width], thought W1b^T; may be h1 where dtype is f32. CUDA only
+  const void* b1;          // [width]. CUDA only
+  void* h1;                // [rows, width]
+  void* h2;                // [rows, width]; on CUDA h1 W2^T + b2, before relu, and only read
+  const void* b2;          // [width], or null: none left to add. CPU only
+  const void* w3;          // [width]
+  void* mixed;             // [rows, width]
+  void* w;                 // [rows]. CUDA only
+  float* gate;             // [rows], w before rounding
+  const void* grad_mixed;  // [rows, width]
+  const float* grad_gate;  // [rows]
+  void* grad_thought;      // [rows, width]
+  void* grad_base;         // [positions, width]
+  void* grad_h1;           // [rows, width]
+  void* grad_from_base;    // [positions, width]
+  void* grad_h2;           // [rows, width]
+  void* grad_b1;           // [width], and the next two; on the CPU fp32
+  void* grad_b2;
+  void* grad_w3;
+  // CUDA only. The rows of position p, in their order, are order[first[p]] ..
+  // order[first[p + 1] - 1].
+  const std::int64_t* first;  // [positions + 1], or null where index is
+  const std::int64_t* order;  // [rows], or null where index is
+  float* workspace;           // [mixing_workspace(..)], for the two backward functions
+  int threads;                // >= 1; changes nothing in the results. CPU only
 };
 
 // h1 holds thought W1b^T and becomes relu(h1 + from_base[index]).
@@ -61,41 +69,8 @@ void mixing_first_backward(const MixingHead& call);
 // read, everywhere through relu; and the rows of a position are handed in as lists.
 namespace cuda {
 
-// Widths beyond it are refused: the column sums of a block have to fit into its shared memory.
-std::int64_t most_mixing_width(const Device& device);
-
-// Matrices are row-major without gaps; [..] of dtype where nothing else is said.
-struct MixingHead {
-  DType dtype;  // f32, bf16 or f16
-  std::int64_t rows, positions, width;
-  bool sigmoid;
-  const std::int64_t* index;  // [rows] in [0, positions), or null: row for row, rows == positions
-  const void* base;           // [positions, width]
-  const void* thought;        // [rows, width]
-  const float* from_base;     // [positions, width], base W1a^T
-  const float* product;       // [rows, width], thought W1b^T; may be h1 where dtype is f32
-  const void* b1;             // [width]
-  void* h1;                   // [rows, width]
-  const void* h2;             // [rows, width], h1 W2^T + b2, before relu
-  const void* w3;             // [width]
-  void* mixed;                // [rows, width]
-  void* w;                    // [rows]
-  float* gate;                // [rows], w before rounding
-  const void* grad_mixed;     // [rows, width]
-  const float* grad_gate;     // [rows]
-  void* grad_thought;         // [rows, width]
-  void* grad_base;            // [positions, width]
-  void* grad_h1;              // [rows, width]
-  void* grad_from_base;       // [positions, width]
-  void* grad_h2;              // [rows, width]
-  void* grad_b1;              // [width]
-  void* grad_b2;              // [width]
-  void* grad_w3;              // [width]
-  // The rows of position p, in their order, are order[first[p]] .. order[first[p + 1] - 1].
-  const std::int64_t* first;  // [positions + 1], or null where index is
-  const std::int64_t* order;  // [rows], or null where index is
-  float* workspace;           // [mixing_workspace(..)], for the two backward functions
-};
+// Widths beyond it are rejected: the column sums of a block have to fit into its shared memory.
+std::int64_t max_mixing_width(const Device& device);
 
 // Numbers of fp32 that the backward functions need as workspace.
 std::int64_t mixing_workspace(DType dtype, std::int64_t rows, std::int64_t positions,
@@ -107,12 +82,8 @@ void mixing_first(const MixingHead& call, const Device& device);
 // Writes gate, w and mixed.
 void mixing_tail(const MixingHead& call, const Device& device);
 
-// Writes grad_h2, grad_b2, grad_w3, and grad_thought = gate grad_mixed.
 void mixing_tail_backward(const MixingHead& call, const Device& device);
-
-// As on the CPU: grad_h1 in place, grad_from_base, grad_b1 and grad_base.
 void mixing_first_backward(const MixingHead& call, const Device& device);
 
 }  // namespace cuda
-
 }  // namespace quietstar

@@ -24,13 +24,17 @@ struct SampleTokens {
   double min_p;             // [0, 1]; 0: all
   const std::int64_t* banned;  // [banned_count] ids in [0, vocab), any order, repeats allowed
   std::int64_t banned_count;
-  std::uint64_t seed;    // key of the generator
-  std::uint64_t offset;  // row n uses the counter offset + n
-  std::int64_t* tokens;  // out [rows]; -1 for a row that cannot be sampled
+  const std::int64_t* seed;  // [1] key of the generator, read when the kernel runs
+  std::uint64_t offset;      // row n uses the counter offset + n
+  std::int64_t* tokens;      // out [rows]; -1 for a row that cannot be sampled
   float* logprobs;  // out [rows], natural log of the probability under the distribution sampled
                     // from (0 at temperature 0); NaN for a row that cannot be sampled
   void* workspace;  // sample_tokens_workspace(...) bytes, aligned to 64
-  int threads;      // >= 1; changes nothing in the results
+  int threads;      // >= 1; changes nothing in the results. CPU only
+  // CUDA only: logits are scaled and capped while they are read, x * logit_scale, then
+  // softcap * tanh(that / softcap).
+  double logit_scale;
+  double softcap;  // 0: none
 };
 
 // Bytes of workspace that sample_tokens needs.
@@ -40,41 +44,17 @@ std::int64_t sample_tokens_workspace(std::int64_t vocab, int threads);
 // -1 where there is none. Throws std::invalid_argument for an argument out of range.
 std::int64_t sample_tokens(const SampleTokens& call);
 
-}  // namespace quietstar
+namespace cuda {
 
-namespace quietstar::cuda {
-
-// As above, with all memory on the device, and logits that are scaled and capped while they are
-// read: x * logit_scale, then softcap * tanh(that / softcap). A row that cannot be sampled is
-// marked in the outputs alone, and banned ids out of range are ignored: nobody waits for the
-// device.
-struct SampleTokens {
-  const void* logits;
-  DType dtype;
-  std::int64_t rows;
-  std::int64_t vocab;
-  std::int64_t row_stride;
-  double temperature;
-  std::int64_t top_k;
-  double top_p;
-  double min_p;
-  double logit_scale;
-  double softcap;  // 0: none
-  const std::int64_t* banned;
-  std::int64_t banned_count;
-  const std::int64_t* seed;  // [1] key of the generator, read when the kernel runs
-  std::uint64_t offset;
-  std::int64_t* tokens;
-  float* logprobs;
-  void* workspace;  // sample_tokens_workspace(...) bytes, aligned to 16; may be null for none
-};
-
-// Bytes of workspace that sample_tokens needs for up to so many rows.
+// Bytes of workspace that sample_tokens needs for up to so many rows; where that is 0, it may be
+// null.
 std::int64_t sample_tokens_workspace(DType dtype, std::int64_t rows, std::int64_t vocab,
                                      std::int64_t banned_count, const Device& device);
 
-// Throws std::invalid_argument for an argument out of range, std::runtime_error where a launch
-// fails.
+// As above, with all memory on the device. A row that cannot be sampled is marked in the outputs
+// alone, and banned ids out of range are ignored: nobody waits for the device. Throws
+// std::invalid_argument for an argument out of range, std::runtime_error where a launch fails.
 void sample_tokens(const SampleTokens& call, const Device& device);
 
-}  // namespace quietstar::cuda
+}  // namespace cuda
+}  // namespace quietstar

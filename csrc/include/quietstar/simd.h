@@ -24,6 +24,18 @@ void set_simd(const std::string& name);
 
 }  // namespace quietstar
 
+// Declares functions that a *_kernel.cpp defines: once per set.
+#define QUIETSTAR_EACH_SIMD(...) \
+  namespace generic {            \
+  __VA_ARGS__                    \
+  }                              \
+  namespace avx2 {               \
+  __VA_ARGS__                    \
+  }                              \
+  namespace avx512 {             \
+  __VA_ARGS__                    \
+  }
+
 // QUIETSTAR_SIMD_CALL(f, args...) calls quietstar::<set>::f(args...) of the set in use.
 #ifdef QUIETSTAR_X86
 #define QUIETSTAR_SIMD_CALL(function, ...)               \

@@ -12,6 +12,7 @@
 // A row that sees nothing and has no sink gets out = 0 and lse = -inf.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "quietstar/device.h"
@@ -49,9 +50,9 @@ struct ThoughtAttention {
   double scale;
   std::int64_t window;  // tokens, the row's own among them; 0: none
   double softcap;       // 0: none
-  void* workspace;      // thought_attention_workspace(...) bytes, aligned to 64
   int threads;          // >= 1; changes nothing in the results. CPU only
   bool tf32;            // fp32 products may round their operands to tf32. CUDA only
+  void* workspace;      // thought_attention_workspace(...) bytes, aligned to 64
 };
 
 struct ThoughtAttentionBackward {
@@ -87,11 +88,8 @@ void thought_attention_backward(const ThoughtAttentionBackward& call, const Devi
 // Bytes of shared memory that a block of the kernels for these heads needs, of either pass, and
 // what a block may have on the device. Where that is less, the functions above throw
 // std::invalid_argument.
-struct SharedMemory {
-  std::int64_t needed, available;
-};
-SharedMemory thought_attention_shared_memory(DType dtype, std::int64_t head_size,
-                                             const Device& device);
+std::array<std::int64_t, 2> thought_attention_shared_memory(DType dtype, std::int64_t head_size,
+                                                            const Device& device);
 
 }  // namespace cuda
 }  // namespace quietstar

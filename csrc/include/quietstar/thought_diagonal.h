@@ -19,7 +19,7 @@
 namespace quietstar::cuda {
 
 // Head sizes up to this.
-constexpr std::int64_t kMostDiagonalSize = 256;
+constexpr std::int64_t kMaxDiagonalSize = 256;
 
 // Tensors are addressed as in thought_attention.h; lse, text_lse and delta are fp32 [B, Hq, Sq, M].
 struct ThoughtDiagonal {

@@ -1,4 +1,4 @@
-// Element types and status values that every operator's interface shares. No torch, no Python.
+// Element types that every operator's interface shares. No torch, no Python.
 #pragma once
 
 #include <cstdint>
@@ -15,5 +15,18 @@ struct BFloat16 {
 struct Float16 {
   std::uint16_t bits;
 };
+
+// Returns function(T{}) for the type T of the elements.
+template <class Function>
+auto with_type(DType dtype, Function function) {
+  switch (dtype) {
+    case DType::bf16:
+      return function(BFloat16{});
+    case DType::f16:
+      return function(Float16{});
+    default:
+      return function(float{});
+  }
+}
 
 }  // namespace quietstar
