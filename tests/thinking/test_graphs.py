@@ -54,7 +54,7 @@ def same(a, b) -> bool:
 def captured(model: QuietStarForCausalLM) -> int:
     """Chains that have a graph."""
     chains = graphs._chains.get(model.base, {}).values()
-    return sum(isinstance(c, graphs.Chain) and c._graph is not None for c in chains)
+    return sum(isinstance(c, graphs.Chain) and c.captured for c in chains)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
@@ -139,7 +139,7 @@ def test_the_loop_runs_over_buffers(way):
     (chain,) = graphs._chains[model.base].values()
     assert isinstance(chain, graphs.Chain)
     assert all(keys.k_thought is not None for keys in chain._run.layout.keys.values())
-    assert (chain._graph is not None) == (mode == "auto")
+    assert chain.captured == (mode == "auto")
 
 
 def test_no_more_chains_than_that():
@@ -153,6 +153,79 @@ def test_no_more_chains_than_that():
     assert next(reversed(chains.values()))._run.input_ids.shape == (1, 4 + graphs.MAX_CHAINS)
     graphs.forget(model.base)
     assert model.base not in graphs._chains
+
+
+class Pretended:
+    """Chains that count as captured when they are replayed, on a CPU that passes for a device."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.captures = self.replays = 0
+        self.memory = True
+        monkeypatch.setattr(graphs, "_can_capture", lambda device: True)
+        monkeypatch.setattr(graphs.Chain, "replay", self.replay())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def replay(outer):
+        def replay(chain):
+            if not chain.captured:
+                if not outer.memory:
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+                outer.captures += 1
+                chain._graph = object()
+            outer.replays += 1
+            return chain.run()
+
+        return replay
+
+
+def thoughts_of(model: QuietStarForCausalLM, length: int) -> torch.Tensor:
+    torch.manual_seed(length)
+    ids = torch.randint(3, 38, (1, length))
+    with torch.no_grad():
+        return model(ids, labels=ids).thought_ids
+
+
+def test_graphs_are_on_where_there_is_a_device(monkeypatch):
+    pretended, model = Pretended(monkeypatch), build()
+    for _ in range(5):
+        thoughts_of(model, 6)
+    assert (pretended.captures, pretended.replays) == (1, 4)  # from the second time on
+
+
+def test_lengths_that_keep_changing_are_not_captured_again_and_again(monkeypatch):
+    """Each comes twice in a row, which is the worst case: captured, never replayed again."""
+    pretended, model = Pretended(monkeypatch), build()
+    for round_ in range(3):
+        for length in range(4, 14):
+            for _ in range(2):
+                thoughts_of(model, length)
+        assert pretended.captures <= graphs.MAX_CHAINS + pretended.replays // 8, round_
+    for _ in range(40):  # and once they stop changing, graphs come back
+        thoughts_of(model, 5)
+    assert pretended.captures == graphs.MAX_CHAINS
+    with use_graphs("off"):
+        expected = thoughts_of(model, 9)
+    assert torch.equal(thoughts_of(model, 9), expected)
+
+
+def test_without_memory_for_a_graph_it_goes_on_kernel_by_kernel(monkeypatch, caplog):
+    pretended, model = Pretended(monkeypatch), build()
+    for length in (5, 6):
+        for _ in range(2):
+            thoughts_of(model, length)
+    assert pretended.captures == 2
+    pretended.memory = False
+    thoughts_of(model, 7)
+    with use_graphs("off"):
+        expected = thoughts_of(model, 7)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(thoughts_of(model, 7), expected)
+    assert "not captured in a graph: CUDA out of memory" in caplog.text
+    assert captured(model) == 0  # their memory is what the step needs
+    pretended.memory = True
+    for _ in range(3):
+        thoughts_of(model, 6)
+    assert pretended.captures == 2
 
 
 def test_chains_die_with_their_model():
@@ -196,7 +269,7 @@ def test_length_dependent_rotary_embeddings_are_left_alone(caplog):
 
 
 def test_modes():
-    message = "QUIETSTAR_GRAPHS is 'on'; expected one of off, auto, buffers"
+    message = "QUIETSTAR_GRAPHS is 'on'; expected one of auto, off, buffers"
     with pytest.raises(ValueError, match=message), use_graphs("on"):
         pass
     model = build()

@@ -14,10 +14,11 @@ launch as fast as the device runs them. What kept them from being captured, and 
 The loop is the same with and without: :class:`Chain` only changes what it is given. A chain
 is built for one combination of shapes and options and captured when that comes for the second time, so
 that what comes once is not paid for; the latest few are kept, and each keeps its keys, hidden states
-and buffers on the device: about what a rollout needs while it runs.
+and buffers on the device: about what a rollout needs while it runs. Batches whose lengths keep changing
+stop being captured (:class:`_Known`), and so does what does not fit the memory.
 
-``QUIETSTAR_GRAPHS=auto`` (or :func:`use_graphs`) switches it on. It is off by default as long as it has
-not been measured on a device.
+It is on for CUDA devices; ``QUIETSTAR_GRAPHS=off`` (or :func:`use_graphs`) switches it off. On an H200 it
+took 7 to 28 per cent off a training step of the Mistral-7B shape (docs/gpu_paths.md).
 """
 
 from __future__ import annotations
@@ -44,15 +45,16 @@ from quietstar_ext.dispatch import Setting
 
 logger = logging.getLogger("quietstar")
 
-MODES = ("off", "auto", "buffers")
+MODES = ("auto", "off", "buffers")
 # Text buffers of a single column per row (generation) grow by so many tokens at a time.
 TEXT_STEP = 256
 MAX_CHAINS = 4
+# A capture costs about as much as three chains launched kernel by kernel, and a replay saves a part of
+# one: so many replays pay for a capture beyond the first.
+REPLAYS_PER_CAPTURE = 8
 
 _mode = Setting("QUIETSTAR_GRAPHS", MODES)
-_chains: weakref.WeakKeyDictionary[PreTrainedModel, OrderedDict[Hashable, Chain | str | None]] = (
-    weakref.WeakKeyDictionary()
-)
+_chains: weakref.WeakKeyDictionary[PreTrainedModel, _Known] = weakref.WeakKeyDictionary()
 # A chain's buffers hold one call's inputs at a time.
 _one_at_a_time = threading.RLock()
 
@@ -76,43 +78,85 @@ def run_slots(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) -
     """:func:`quietstar.thinking.slots.run_slots_singly`, replayed where the mode says so and
     it can be."""
     mode = _mode.get()
-    off = mode == "off" or (mode == "auto" and run.layout.anchors.device.type != "cuda")
+    off = mode == "off" or (mode == "auto" and not _can_capture(run.layout.anchors.device))
     if off or run.last == 0 or torch.compiler.is_compiling():
         return run_slots_singly(decoder, config, run)
     with _one_at_a_time:
         return _run_known(decoder, config, run, mode)
 
 
+def _can_capture(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+class _Known(OrderedDict[Hashable, "Chain | str | None"]):
+    """A decoder's latest combinations: the chain, or why there is none, or None before the second time.
+
+    Captures are paid for by replays, so that lengths that keep changing do not cost more than they would
+    kernel by kernel.
+    """
+
+    captures = replays = 0
+    full = False  # a chain did not fit the memory
+
+    def may_capture(self) -> bool:
+        return not self.full and self.captures < MAX_CHAINS + self.replays // REPLAYS_PER_CAPTURE
+
+    def remember(self, key: Hashable, found: Chain | str | None) -> None:
+        self[key] = found
+        self.move_to_end(key)
+        while len(self) > MAX_CHAINS:
+            self.popitem(last=False)
+
+    def give_back_memory(self) -> None:
+        self.clear()
+        self.full = True
+        torch.cuda.empty_cache()
+
+
 def _run_known(
     decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun, mode: str
 ) -> SlotResults:
     """A chain over its buffers, if there is one for this combination, or the loop itself."""
-    known = _chains.setdefault(decoder, OrderedDict())
+    known = _chains.setdefault(decoder, _Known())
     key = _key(decoder, config, run)
     found = known.get(key)
-    if found is None and (mode == "buffers" or key in known):
-        reason = _unsupported_reason(decoder)
-        found = Chain(decoder, config, run) if reason is None else reason
-        if reason is not None:
-            logger.warning("slot steps are not captured in a graph: %s", reason)
-    known[key] = found
-    known.move_to_end(key)
-    while len(known) > MAX_CHAINS:
-        known.popitem(last=False)
-    if not isinstance(found, Chain):
-        return run_slots_singly(decoder, config, run)
-    found.fill(run)
-    if mode == "buffers":
-        return found.run()
-    try:
-        return found.replay()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        known[key] = str(error).splitlines()[0]
-        logger.warning("slot steps are not captured in a graph: %s", known[key])
+    if found is None and (mode == "buffers" or (key in known and known.may_capture())):
+        found = _unsupported_reason(decoder) or _NEW
+        if found is not _NEW:
+            logger.warning("slot steps are not captured in a graph: %s", found)
+    known.remember(key, None if found is _NEW else found)
+    if found is _NEW or isinstance(found, Chain):
+        try:
+            return _run_chain(known, key, (decoder, config, run), mode)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if mode == "buffers":
+                raise
+            reason = str(error).splitlines()[0]
+            if isinstance(error, torch.OutOfMemoryError):
+                known.give_back_memory()
+            known[key] = reason
+        logger.warning("slot steps are not captured in a graph: %s", reason)
         torch.cuda.synchronize(run.layout.anchors.device)
-        return run_slots_singly(decoder, config, run)
+    return run_slots_singly(decoder, config, run)
+
+
+_NEW = "a chain is to be made"
+
+
+def _run_chain(
+    known: _Known, key: Hashable, call: tuple[PreTrainedModel, QuietStarConfig, SlotRun], mode: str
+) -> SlotResults:
+    chain = known[key]
+    if not isinstance(chain, Chain):
+        chain = known[key] = Chain(*call)
+    chain.fill(call[2])
+    if mode == "buffers":
+        return chain.run()
+    known.captures += not chain.captured
+    results = chain.replay()
+    known.replays += 1
+    return results
 
 
 def _key(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) -> Hashable:
@@ -180,6 +224,10 @@ class Chain:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs: SlotResults | None = None
         self._read: torch.Event | None = None
+
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
 
     @torch.no_grad()
     def fill(self, run: SlotRun) -> None:
