@@ -17,8 +17,8 @@ that what comes once is not paid for; the latest few are kept, and each keeps it
 and buffers on the device: about what a rollout needs while it runs. Batches whose lengths keep changing
 stop being captured (:class:`_Known`), and so does what does not fit the memory.
 
-It is on for CUDA devices; ``QUIETSTAR_GRAPHS=off`` (or :func:`use_graphs`) switches it off. On an H200 it
-took 7 to 28 per cent off a training step of the Mistral-7B shape (docs/gpu_paths.md).
+It is on for CUDA devices; ``QUIETSTAR_GRAPHS=off`` (or :func:`use_graphs`) switches it off. On an H200
+it took 7 to 28 per cent off a training step of the Mistral-7B shape (docs/gpu_paths.md).
 """
 
 from __future__ import annotations
