@@ -2,7 +2,7 @@
 
 Both serve a training step in which every position thinks; which of them takes it is decided by the
 length of the text alone (``quietstar_ext.thought_attention.composed.takes_composed``), and the last
-table says where this device would set ``COMPOSED_FROM_TEXT_LENGTH``: the shortest text from which the
+table says what this device would put into ``MEASURED`` there: the shortest text from which the
 composed path is ahead, forward and backward together, at every longer length that was tried.
 
 Shapes: the heads of Mistral-7B and Llama-3.1-8B (32 over 8, size 128), 15 slots, bf16; one rationale

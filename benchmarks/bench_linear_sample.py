@@ -77,14 +77,14 @@ def bench_linear_sample(benchmark: Any, shape: tuple[int, int, int]) -> None:
 def bench_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first contestant is the size in use."""
     module = importlib.import_module("quietstar_ext.linear_sample")
-    in_use = module.CUDA_CHUNK_ROWS
     shape = rows, width, vocabulary = SHAPES[1]
+    per_row = vocabulary * DTYPE.itemsize
+    in_use = module.cuda_rows_per_chunk(rows, per_row)
     ours = contestants(shape)["linear_sample"]
 
     def with_rows(count: int) -> Callable[[], object]:
         def run() -> object:
-            monkeypatch.setattr(module, "CUDA_CHUNK_ROWS", count)
-            monkeypatch.setattr(module, "CUDA_MAX_BYTES", 2**40)
+            monkeypatch.setattr(module, "CUDA_CHUNK_BYTES", count * per_row)
             return ours()
 
         return run

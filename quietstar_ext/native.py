@@ -143,8 +143,11 @@ def fields(*values: Any) -> tuple[Any, ...]:
     return tuple(map(_field, values))
 
 
+_PLAIN = (int, float, tuple)  # a union would be built again for every field
+
+
 def _field(value: Any) -> Any:
-    if isinstance(value, int | float | tuple):
+    if isinstance(value, _PLAIN):
         return value
     if value is None:
         return 0

@@ -6,7 +6,7 @@ It also decides what is compiled, by these environment variables:
   found; ``on`` compiles them in any case; ``off`` leaves them out.
 - ``QUIETSTAR_CUDA_ARCHS``: such as ``sm_80,sm_90``, or ``native``; default: the GPUs of this machine,
   and where there is none every architecture that the compiler knows of ``ARCHS``.
-- ``QUIETSTAR_CUDA_TOOLKIT=pip``: nvcc from PyPI even where a toolkit is installed.
+- ``QUIETSTAR_CUDA_TOOLKIT=pip``: nvcc from PyPI even where a toolkit is installed; means ``on``.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def wanted() -> str:
     mode = os.environ.get("QUIETSTAR_CUDA", "auto").lower() or "auto"
     if mode not in ("auto", "on", "off"):
         raise SystemExit(f"QUIETSTAR_CUDA is {mode!r}; expected auto, on or off")
-    return mode
+    return "on" if mode == "auto" and from_pip() else mode
 
 
 def from_pip() -> bool:

@@ -100,7 +100,11 @@ def run_nvcc(nvcc: str, source: Path, options: Iterable[str]) -> str:
 def compile_file(nvcc: str, source: Path, archs: Iterable[str]) -> str:
     """What the compiler reports of a file, its device half compiled once for all architectures."""
     with tempfile.TemporaryDirectory() as folder:
-        targets = [f"-gencode=arch=compute_80,code=[{','.join(archs)}]"]  # as cuda.cmake has it
+        # As cuda.cmake has it: architectures of a letter are compiled on their own.
+        plain = [arch for arch in archs if arch[-1].isdigit()]
+        lettered = [arch.removeprefix("sm_") for arch in archs if not arch[-1].isdigit()]
+        targets = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in lettered]
+        targets += [f"-gencode=arch=compute_80,code=[{','.join(plain)}]"] if plain else []
         out = Path(folder) / "out.fatbin"
         return run_nvcc(nvcc, source, ["-Xptxas", "-v", "-fatbin", *targets, "-o", str(out)])
 

@@ -141,7 +141,16 @@ class QuietStarConfig(PretrainedConfig):
     end_token_id: int | None = None
     self_check: bool = True
 
-    def __init__(self, text_config: PretrainedConfig | dict[str, Any] | None = None, **kwargs: Any):
+    def __init__(
+        self, text_config: PretrainedConfig | dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ):
+        # The fields may be given by position, in the order in which they stand above.
+        for name, value in zip(settings(), args, strict=False):
+            if name in kwargs:
+                raise TypeError(f"{name} was given by position and by name")
+            kwargs[name] = value
+        if len(args) > len(settings()):
+            raise TypeError(f"{len(args) + 1} settings were given by position; expected fewer")
         check_fields(kwargs)
         if isinstance(text_config, dict):
             if "model_type" not in text_config:
@@ -283,6 +292,19 @@ _GENERAL = {
 def settings() -> dict[str, Any]:
     """The fields of :class:`QuietStarConfig` beside ``text_config``, and their types."""
     return inspect.get_annotations(QuietStarConfig, eval_str=True)
+
+
+# What help() and editors show.
+QuietStarConfig.__signature__ = inspect.Signature(
+    [
+        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default)
+        for name, default in (
+            ("text_config", None),
+            *((name, getattr(QuietStarConfig, name)) for name in settings()),
+        )
+    ]
+    + [inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD)]
+)
 
 
 def _fields() -> tuple[str, ...]:

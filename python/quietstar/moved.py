@@ -97,6 +97,9 @@ RENAMED = {
     "like": "sharded_like",
     "text_with_layout": "text_pass",
     "why_unreadable": "unsupported_reason",
+    "why_no_column": "missing_column",
+    "MOST_ROWS": "MAX_ROWS",
+    "NoiseSource": "Probability",
     "rollout": "sample_thoughts",
 }
 

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import torch
 
 from quietstar_ext.linear_cross_entropy.call import Losses, Products
-from quietstar_ext.precision import compute_dtype, gradient_dtype, wide_product
+from quietstar_ext.precision import compute_dtype, gradient_dtype
 
 WORKSPACE_BYTES = 64 * 2**20
 # With 1024 rows, 8192 fp32 logits each no longer leave the 32 MB cache room for the operands: 2048 x 256
@@ -151,6 +151,7 @@ class WeightGradient:
         sum_dtype: in which chunks are added up; float32 or that of weight.
         block_vocab: how many tokens' 16-bit products are added to a float32 sum at a time; None: the
             products are in float32 themselves.
+        parts: of the vocabulary, a product each; None: one for all.
     """
 
     def __init__(
@@ -159,30 +160,33 @@ class WeightGradient:
         wanted: bool,
         sum_dtype: torch.dtype,
         block_vocab: int | None = None,
+        parts: list[slice] | None = None,
     ):
         self.weight, self.wanted = weight, wanted
         self.sum_dtype, self.block_vocab = sum_dtype, block_vocab
+        self.parts = parts or [slice(0, weight.shape[0])]
         self.sum: torch.Tensor | None = None
 
     def add(self, gradient: torch.Tensor, h: torch.Tensor) -> None:
         """gradient [rows, vocab], h [rows, d]."""
-        a, total = gradient.T, self.sum
+        a, beta = gradient.T, int(self.sum is not None)  # 0: what stands in the memory is ignored
         if not self.wanted:
             return
-        if a.dtype == self.sum_dtype:
-            self.sum = torch.mm(a, h) if total is None else total.addmm_(a, h)
-        elif self.block_vocab is not None:
-            self.sum = h.new_zeros(self.weight.shape, dtype=self.sum_dtype) if total is None else total
-            for rows, part in zip(
-                self.sum.split(self.block_vocab), a.split(self.block_vocab), strict=True
-            ):
-                rows += part @ h
-        elif total is None:
-            self.sum = wide_product(a, h)
-        elif a.device.type == "cuda":
-            torch.addmm(total, a, h, out_dtype=torch.float32, out=total)
-        else:  # a test: PyTorch has this product on devices only
-            total.addmm_(a.float(), h.float())
+        if self.sum is None:
+            self.sum = h.new_empty(self.weight.shape, dtype=self.sum_dtype)
+        if a.dtype != self.sum_dtype and self.block_vocab is not None:
+            blocks = self.sum.split(self.block_vocab), a.split(self.block_vocab)
+            for rows, part in zip(*blocks, strict=True):
+                rows.copy_(part @ h) if beta == 0 else rows.add_(part @ h)
+            return
+        for tokens in self.parts:
+            total, part = self.sum[tokens], a[tokens]
+            if a.dtype == self.sum_dtype:
+                total.addmm_(part, h, beta=beta)
+            elif a.device.type == "cuda":
+                torch.addmm(total, part, h, beta=beta, out_dtype=torch.float32, out=total)
+            else:  # a test: PyTorch has this product on devices only
+                total.addmm_(part.float(), h.float(), beta=beta)
 
     def result(self) -> torch.Tensor:
         """The sum, which another factor will scale, in its dtype; zeros where nothing was added."""

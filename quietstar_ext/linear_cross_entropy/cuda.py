@@ -29,14 +29,17 @@ from quietstar_ext.linear_cross_entropy.call import Losses, Products
 from quietstar_ext.linear_cross_entropy.cpu import WeightGradient
 from quietstar_ext.linear_cross_entropy.softmax import SoftmaxCrossEntropy
 from quietstar_ext.native import cuda_device, cuda_kernels, fields
-from quietstar_ext.precision import gradient_dtype
+from quietstar_ext.precision import (
+    ROW_ALIGNMENT,
+    aligned_parts,
+    gradient_dtype,
+    hidden_product,
+    vocabulary_product,
+)
 
 WORKSPACE_BYTES = 256 * 2**20
 # Whole tiles of cuBLAS's kernels in a chunk.
 ROW_UNIT = 128
-# Rows of logits begin at a multiple of this many elements, whatever the vocabulary: products and
-# kernel then read and write aligned memory.
-ROW_ALIGNMENT = 64
 # Operations that a wait must be able to save: about 0.1 ms of an H200's products.
 WAIT_FOR_FLOP = 1e11
 
@@ -51,7 +54,9 @@ def run(products: Products) -> Losses:
     grad_hidden = new(hidden.shape if want_hidden else (0,))
     # A float16 gradient is scaled later, and its sum may overflow before.
     sum_dtype = torch.float32 if chunks.wide else gradient_dtype(weight.dtype)
-    grad_weight = WeightGradient(weight, want_weight, sum_dtype)
+    grad_weight = WeightGradient(
+        weight, want_weight, sum_dtype, parts=aligned_parts(weight.shape[0], weight.dtype)
+    )
 
     targets = chunks.taken(targets)
     factors = None
@@ -161,16 +166,16 @@ class _Chunks:
     def logits(self, h: torch.Tensor) -> torch.Tensor:
         """[rows of the chunk, V]; those of the next chunk take the same memory."""
         out = self._buffer[: h.shape[0], : self._weight.shape[0]]
-        return torch.mm(h, self._weight.T, out=out)
+        return vocabulary_product(h, self._weight, out)
 
     def put_product(
         self, grad_hidden: torch.Tensor, part: slice, gradient: torch.Tensor, h: torch.Tensor
     ) -> None:
         """Write the chunk's rows of gradient @ weight; h may be overwritten where it is a copy."""
         if self.index is None:
-            torch.mm(gradient, self._weight, out=grad_hidden[part])
+            hidden_product(gradient, self._weight, grad_hidden[part])
         else:
-            product = torch.mm(gradient, self._weight, out=h)
+            product = hidden_product(gradient, self._weight, h)
             grad_hidden.index_copy_(0, self.index[part], product)
 
 

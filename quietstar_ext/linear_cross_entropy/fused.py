@@ -161,16 +161,20 @@ def _backward(call: LinearCrossEntropyBackward) -> tuple[torch.Tensor, torch.Ten
 
 def _common_factor(grad: torch.Tensor, valid_rows: torch.Tensor, flop: float) -> torch.Tensor | None:
     """The one value of grad [rows] in all valid rows, a scalar on its device, or None where they differ
-    or finding out is not worth the wait; flop is what knowing it saves."""
+    or finding out is not worth the wait; flop is what knowing it saves. 1 where no row is valid: their
+    gradients are 0, which an infinite factor would make NaN."""
     if grad.numel() == 0:
         return grad.new_ones(())
-    if grad.stride(0) == 0 or grad.numel() == 1:  # of a sum: one number, expanded
-        return grad[0]
-    if takes_cuda_path(grad) and not cuda.may_wait(grad, flop):
-        return None
+    if takes_cuda_path(grad):
+        if grad.stride(0) == 0 or grad.numel() == 1:  # of a sum: one number, expanded
+            return torch.where(valid_rows.any(), grad[0], 1)
+        if not cuda.may_wait(grad, flop):
+            return None
     low = grad.masked_fill(~valid_rows, torch.inf).amin()
     high = grad.masked_fill(~valid_rows, -torch.inf).amax()
-    return torch.where(low > high, 1, low) if bool(low >= high) else None
+    if bool(low > high):
+        return grad.new_ones(())
+    return low if bool(low >= high) and bool(low.isfinite()) else None
 
 
 def scale_(tensor: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ class SoftmaxCrossEntropy:
             three tensors [rows] in float32 (float64 for float64).
         """
         if self.fused:
-            nll, largest, total = torch.empty(3, logits.shape[0]).unbind(0)
+            nll, largest, total = logits.new_empty(3, logits.shape[0], dtype=torch.float32).unbind(0)
             self._call("loss", logits, targets, 0, (largest, total, nll, None))
             return nll, largest, total
         y, _ = self.scaled(logits)

@@ -163,7 +163,7 @@ def _backward(call: MixingHeadBackward) -> list[Tensor]:
     _launch("first_backward", sizes, tensors)
 
     nothing = base.new_empty(0)
-    grad_w1 = torch.empty_like(w1) if wanted[2] else nothing
+    grad_w1 = w1.new_empty(w1.shape) if wanted[2] else nothing
     if wanted[0]:
         grad_base.addmm_(grad_from_base, w1[:, :size])
     if wanted[1]:

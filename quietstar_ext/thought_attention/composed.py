@@ -37,13 +37,26 @@ from quietstar_ext.thought_attention.stock import stock_backward, stock_forward,
 
 PATHS = ("auto", "fused", "composed")
 
-# From how many text tokens on the composed path is taken. A guess from what the two move and compute,
-# and too long on an H200 for heads of 128 (docs/gpu_paths.md). The composed path writes the text part
-# and reads it again, backward it copies out and its gradient if there are several rationales and sums
-# the text gradients of all slots: work linear in N. The stock kernel's advantage, if it has one, is a
-# share of the quadratic part. benchmarks/bench_attention_paths.py times both and prints the length from
-# which it is ahead.
-COMPOSED_FROM_TEXT_LENGTH = 2048
+
+class Borders(NamedTuple):
+    """From how many text tokens on a path is the fastest, forward and backward together.
+
+    The composed path writes the text part and reads it again, backward it copies out and its gradient if
+    there are several rationales and sums the text gradients of all slots: work linear in N. The stock
+    kernel's advantage is a share of the quadratic part.
+    """
+
+    composed: int  # ahead of the fused kernel
+    cudnn: int  # and, with cuDNN's kernel, ahead of flash
+
+
+# A guess, where nothing was measured. benchmarks/bench_attention_paths.py prints what a device measures.
+UNMEASURED = Borders(composed=2048, cudnn=2**62)
+# By compute capability and head size, for one rationale and for two or more: an H200, 32 heads over 8,
+# 15 slots (benchmarks/results/nvidia-h200.json). Two at 256 tokens: level, and 512 was not measured.
+MEASURED = {
+    ((9, 0), 128): (Borders(composed=256, cudnn=2048), Borders(composed=1024, cudnn=1024)),
+}
 
 _MAX_HEAD_SIZE = 256  # in the stock kernel and in ours
 
@@ -59,15 +72,27 @@ def use_path(path: str) -> contextlib.AbstractContextManager[None]:
     return _path.use(path)
 
 
-def takes_composed(text_length: int, reason: str | None) -> bool:
-    """Whether a call goes the composed path: where it applies, by the length of the text alone.
+@torch.compiler.assume_constant_result
+def _measured(device: torch.device, size: int) -> tuple[Borders, Borders]:
+    if device.type != "cuda":
+        return UNMEASURED, UNMEASURED
+    found = MEASURED.get((torch.cuda.get_device_capability(device), size))
+    return (UNMEASURED, UNMEASURED) if found is None else found
 
-    Columns, slots and heads multiply the work of both paths alike.
-    """
+
+def borders(call: ThoughtAttention) -> Borders:
+    """What was measured for such calls on their device. Slots and heads multiply the work of both paths
+    alike."""
+    one, more = _measured(call.q.device, call.q.shape[-1])
+    return one if call.q.shape[3] <= call.k_text.shape[2] else more
+
+
+def takes_composed(text_length: int, reason: str | None, known: Borders = UNMEASURED) -> bool:
+    """Whether a call goes the composed path: where it applies, by the length of the text."""
     path = _path.get()
     if reason is not None or path == "fused":
         return False
-    return path == "composed" or text_length >= COMPOSED_FROM_TEXT_LENGTH
+    return path == "composed" or text_length >= known.composed
 
 
 def goes_composed(impl: str, call: ThoughtAttention, every_position: bool) -> bool:
@@ -80,7 +105,7 @@ def goes_composed(impl: str, call: ThoughtAttention, every_position: bool) -> bo
         return False
     reason = composed_unsupported_reason(call, every_position)
     if impl != "composed":
-        return takes_composed(call.k_text.shape[2], reason)
+        return takes_composed(call.k_text.shape[2], reason, borders(call))
     if reason is not None:
         raise RuntimeError(f"thought_attention: impl='composed' cannot be used here: {reason}")
     return True
@@ -106,6 +131,11 @@ def composed_unsupported_reason(call: ThoughtAttention, every_position: bool) ->
     if size > _MAX_HEAD_SIZE:
         return f"heads of {size} are larger than {_MAX_HEAD_SIZE}"
     return stock_unsupported_reason(call.q)
+
+
+def _preferred(call: ThoughtAttention) -> str:
+    """Torch's kernel for a call."""
+    return "cudnn" if call.k_text.shape[2] >= borders(call).cudnn else "flash"
 
 
 def _whole_packs(tensor: Tensor) -> Tensor:
@@ -185,9 +215,10 @@ def _forward(call: ThoughtAttention) -> tuple[Tensor, Tensor]:
     q, k_text, v_text, k_thought, v_thought, *_ = call
     batch, _, slots, columns, _ = q.shape
     out, lse = _fake(call)
+    kernel = _preferred(call)
     for at in _pieces(batch, columns // k_text.shape[2]):
         k, v = (t[at[0]].expand(slots, -1, -1, -1) for t in (k_text, v_text))
-        text_out, text_lse = stock_forward(_slots_first(q[at]), k, v, call.scale)
+        text_out, text_lse = stock_forward(_slots_first(q[at]), k, v, call.scale, kernel)
         text = _as_piece(last_contiguous(text_out)), _as_piece(text_lse)
         slot = q[at], k_thought[at], v_thought[at]
         diagonal_forward(ThoughtDiagonal(*slot, *text, call.sinks, out[at], lse[at], call.scale))
@@ -198,7 +229,7 @@ def _backward(call: ThoughtAttentionBackward) -> Gradients:
     """As the fused kernel's, for no gradient of lse."""
     forward = call.forward.laid_out(_whole_packs)
     q, k_text, v_text, k_thought, v_thought, *_ = forward
-    scale, lse = forward.scale, call.lse
+    scale, lse, kernel = forward.scale, call.lse, _preferred(forward)
     out, dout = _whole_packs(call.out), _whole_packs(call.dout)
     batch, _, slots, columns, _ = q.shape
     dq, dk_thought, dv_thought = (torch.empty_like(t) for t in (q, k_thought, v_thought))
@@ -208,7 +239,7 @@ def _backward(call: ThoughtAttentionBackward) -> Gradients:
     for at in _pieces(batch, columns // k_text.shape[2]):
         k, v = (t[at[0]].expand(slots, -1, -1, -1) for t in (k_text, v_text))
         grad, query, result, of_rows = (_slots_first(t[at]) for t in (dout, q, out, lse))
-        text_dq, dk, dv = stock_backward(grad, query, k, v, result, of_rows, scale)
+        text_dq, dk, dv = stock_backward(grad, query, k, v, result, of_rows, scale, kernel)
         dk_text[at[0]] += dk.sum(0, dtype=torch.float32)
         dv_text[at[0]] += dv.sum(0, dtype=torch.float32)
         slot = q[at], k_thought[at], v_thought[at]

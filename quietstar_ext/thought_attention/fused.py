@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -115,16 +116,25 @@ def _run(name: str, call: ThoughtAttention, out: Tensor, lse: Tensor, *more: Any
     device = (cuda_device(q),) if on_cuda else ()
     # Whether fp32 products may round to tf32 is CUDA's, the threads are the CPU's.
     tf32 = on_cuda and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    taken = fields(
-        *(q.dtype, batch, q_heads, heads, slots, k_thought.shape[2], columns, length, size),
-        *(*map(place, (*call[:5], out)), lse, call.text_start, call.text_stop, call.sinks),
-        *(call.scale, call.window, call.softcap, torch.get_num_threads(), tf32),
-    )
-    size_of = getattr(module, f"{prefix}thought_attention_workspace")
-    needed = size_of((*taken, 0), bool(more), *device)
+    sizes = fields(q.dtype, batch, q_heads, heads, slots, k_thought.shape[2], columns, length, size)
+    options = call.scale, call.window, call.softcap, torch.get_num_threads(), tf32
+    places = fields(*map(place, (*call[:5], out)), lse, call.text_start, call.text_stop, call.sinks)
+    taken = (*sizes, *places, *options)
+    if on_cuda:
+        needed = cuda_kernels().cuda_thought_attention_workspace((*taken, 0), bool(more), *device)
+    else:
+        needed = _workspace_size(sizes, options, bool(more))
     workspace = torch.empty(needed, dtype=torch.uint8, device=q.device)
     taken = (*taken, workspace.data_ptr())
     getattr(module, prefix + name)((taken, *more) if more else taken, *device)
+
+
+@functools.lru_cache(maxsize=1024)
+def _workspace_size(sizes: tuple[int, ...], options: tuple[float, ...], backward: bool) -> int:
+    """Bytes for a call on the CPU; asking costs as much as a small call."""
+    nowhere = ((0,) * 5,) * 6 + (0,) * 4
+    needed: int = native().thought_attention_workspace((*sizes, *nowhere, *options, 0), backward)
+    return needed
 
 
 def _forward(call: ThoughtAttention) -> tuple[Tensor, Tensor]:

@@ -47,14 +47,16 @@ SCHEMAS = {
     ),
 }
 
-#: ``flash`` is the default until both have been measured. cuDNN's is the faster kernel on sm_90 (Shah et
-#: al. 2024, arXiv 2407.08608), but is given contiguous copies of what it reads here.
 KERNELS = ("flash", "cudnn")
-_kernel = Setting("QUIETSTAR_STOCK_ATTENTION", KERNELS)
+# ``auto`` is what the caller prefers. cuDNN's is the faster kernel for long texts on sm_90 (Shah et al.
+# 2024, arXiv 2407.08608), but is given contiguous copies of what it reads here.
+_kernel = Setting("QUIETSTAR_STOCK_ATTENTION", ("auto", *KERNELS))
 
 
 def use_stock(kernel: str) -> contextlib.AbstractContextManager[None]:
     """Inside the block, let the composed path use ``"flash"`` or ``"cudnn"`` on a GPU.
+
+    ``"auto"`` takes what was measured as the faster one.
 
     The environment variable ``QUIETSTAR_STOCK_ATTENTION`` sets the same for a process.
     """
@@ -75,9 +77,20 @@ def declared_otherwise(kernel: str) -> str | None:
 _OTHERWISE = {kernel: declared_otherwise(kernel) for kernel in KERNELS}
 
 
+def kernel_for(q: torch.Tensor, preferred: str) -> str:
+    """The kernel that takes queries like these: by the setting, or the preferred one if it can."""
+    chosen = _kernel.get()
+    if chosen != "auto":
+        return chosen
+    return preferred if _unsupported_reason(q, preferred) is None else "flash"
+
+
 def stock_unsupported_reason(q: torch.Tensor) -> str | None:
     """Half a sentence on why the stock kernel cannot take queries like these, or None where it can."""
-    kernel = _kernel.get()
+    return _unsupported_reason(q, kernel_for(q, "flash"))
+
+
+def _unsupported_reason(q: torch.Tensor, kernel: str) -> str | None:
     if q.device.type != "cuda":
         return _OTHERWISE["flash"]
     if _OTHERWISE[kernel] is not None:
@@ -92,14 +105,14 @@ def stock_unsupported_reason(q: torch.Tensor) -> str | None:
 
 
 def stock_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, preferred: str = "flash"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [S, Hq, N, D] and lse [S, Hq, N] fp32, any strides."""
     aten = torch.ops.aten
     if q.device.type == "cpu":
         op = aten._scaled_dot_product_flash_attention_for_cpu
         return op(q, k, v, 0.0, True, scale=scale)
-    if _kernel.get() == "cudnn":
+    if kernel_for(q, preferred) == "cudnn":
         q, k, v = (t.contiguous() for t in (q, k, v))
         op = aten._scaled_dot_product_cudnn_attention
         out, lse, *_ = op(q, k, v, None, True, 0.0, True, False, scale=scale)
@@ -116,6 +129,7 @@ def stock_backward(
     out: torch.Tensor,
     lse: torch.Tensor,
     scale: float,
+    preferred: str = "flash",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v, of the share of the softmax that ``lse`` leaves to these keys."""
     aten = torch.ops.aten
@@ -126,7 +140,7 @@ def stock_backward(
         return op(dout, q, k, v, out, lse, 0.0, True, scale=scale)
     length = q.shape[2]
     no_numbers = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is not
-    if _kernel.get() == "cudnn":
+    if kernel_for(q, preferred) == "cudnn":
         # It takes out to lie as its forward would have left it, and the statistics with a last 1.
         dout, q, k, v, out = (t.contiguous() for t in (dout, q, k, v, out))
         return aten._scaled_dot_product_cudnn_attention_backward(

@@ -1,6 +1,7 @@
 """QuietStarConfig: a field misspelt is rejected, whatever else configurations have is not."""
 
 import copy
+import inspect
 import json
 import logging
 
@@ -78,6 +79,18 @@ def test_a_newer_version_s_checkpoint_loads_with_a_warning(tmp_path, caplog):
     assert [r.message for r in caplog.records if "thought_lengths, which this version" in r.message]
     assert loaded.config.thought_length == model.config.thought_length
     assert loaded.config.to_dict()["thought_lengths"] == [2, 3]
+
+
+def test_fields_by_position_stand_in_their_order():
+    assert [*inspect.signature(QuietStarConfig).parameters][:4] == [
+        *("text_config", "thought_length", "talk_length", "num_rationales")
+    ]
+    config = QuietStarConfig(None, 7, 2)
+    assert (config.thought_length, config.talk_length, config.num_rationales) == (7, 2, 2)
+    with pytest.raises(TypeError, match="thought_length was given by position and by name"):
+        QuietStarConfig(None, 7, thought_length=3)
+    with pytest.raises(TypeError, match="41 settings were given by position"):
+        QuietStarConfig(None, *range(40))
 
 
 def test_both_settings_of_where_to_think_have_one_grammar():

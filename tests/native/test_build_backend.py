@@ -100,8 +100,7 @@ class TestPlan:
         self, backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         monkeypatch.setenv("CUDACXX", str(nvcc(tmp_path, "13.0")))
-        monkeypatch.setenv("QUIETSTAR_CUDA", "on")
-        monkeypatch.setenv("QUIETSTAR_CUDA_TOOLKIT", "pip")
+        monkeypatch.setenv("QUIETSTAR_CUDA_TOOLKIT", "pip")  # which means on
         assert set(backend.PIP_TOOLKIT) <= set(backend.get_requires_for_build_wheel())
         assert set(backend.PIP_TOOLKIT) <= set(backend.get_requires_for_build_editable())
         monkeypatch.setenv("QUIETSTAR_CUDA", "off")

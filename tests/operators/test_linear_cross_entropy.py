@@ -259,3 +259,19 @@ def test_a_second_pass_through_the_vocabulary(function, monkeypatch):
     assert len(list(made[0].rows())) > 1
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a.float(), b.float(), rtol=2e-2, atol=1e-2 * float(b.abs().max()))
+
+
+@pytest.mark.parametrize("scale", [float("inf"), float("nan")])
+@pytest.mark.parametrize("ignored", [slice(None), slice(0, 2)], ids=["all", "some"])
+def test_an_ignored_row_has_no_gradient_whatever_comes_in(scale, ignored):
+    """As of a mean over no target: the loss is NaN, its gradients are those of nothing."""
+    hidden = torch.randn(4, 8, requires_grad=True)
+    weight = torch.randn(17, 8, requires_grad=True)
+    targets = torch.tensor([3, 5, 7, 9])
+    targets[ignored] = -100
+    for impl in ("fused", "reference"):
+        nll = linear_cross_entropy(hidden, weight, targets, impl=impl)
+        found = torch.autograd.grad(nll.sum(), (hidden, weight), torch.tensor(scale))
+        assert not found[0][ignored].any(), impl
+        assert not found[0][2:].isfinite().all() or ignored == slice(None), impl
+        assert not found[1].any() or ignored != slice(None), impl

@@ -53,7 +53,6 @@ def inputs(
 def chunks_of(rows: int, row_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "CHUNK_BYTES", rows * row_bytes)
     monkeypatch.setattr(module, "CUDA_CHUNK_BYTES", rows * row_bytes)
-    monkeypatch.setattr(module, "CUDA_CHUNK_ROWS", 0)
 
 
 @with_options
@@ -151,15 +150,16 @@ def test_rows_per_chunk() -> None:
     def size(rows: int, vocab: int, width: int = 2) -> int:
         return module.cuda_rows_per_chunk(rows, vocab * width)
 
-    assert size(4096, 32_000) == 512  # 32 MiB would be 524
-    assert size(4096, 128_256) == 512
-    assert size(4096, 1_000_000) == 128  # 256 MiB would be 134
+    assert size(4096, 32_000) == 4096
+    assert size(4096, 128_256) == 2048  # 512 MiB would be 2093
+    assert size(8192, 128_256) == 2048
+    assert size(4096, 1_000_000) == 256  # 268
     assert size(3, 2**31 - 1, 4) == 1
-    assert size(4096, 2_000_000) == 67
+    assert size(4096, 4_000_000) == 67
     assert size(0, 32_000) == 1
-    for rows in (1, 100, 513, 524, 525, 600, 2000):
-        per_chunk = size(rows, 32_000)
-        assert 1 <= per_chunk <= 524
+    for rows in (1, 100, 2093, 2100, 4000, 9000):
+        per_chunk = size(rows, 128_256)
+        assert 1 <= per_chunk <= 2093
         # None is much smaller than the others.
         assert rows - (-(-rows // per_chunk) - 1) * per_chunk > per_chunk / 4
 

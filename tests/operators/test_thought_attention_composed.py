@@ -12,6 +12,7 @@ from attention_budget import ROUNDING, budget, reference
 from attention_cases import TENSORS, dense, gradients, make
 from contract import captured
 from families import tiny_decoder
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quietstar import QuietStarForCausalLM
 from quietstar.thinking import attention
@@ -178,7 +179,7 @@ def test_operators_are_registered_well(cuda_on_cpu):
 
 
 def test_the_rule_can_be_overruled():
-    border = composed.COMPOSED_FROM_TEXT_LENGTH
+    border = composed.UNMEASURED.composed
     assert composed.takes_composed(border, None) and not composed.takes_composed(border - 1, None)
     assert not composed.takes_composed(border, "a reason")
     with composed.use_path("composed"):
@@ -187,6 +188,38 @@ def test_the_rule_can_be_overruled():
         assert not composed.takes_composed(border, None)
     with pytest.raises(ValueError, match="'other'; expected one of auto"), composed.use_path("other"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("size", "length", "rationales", "expected"),
+    [
+        (128, 255, 1, None),
+        (128, 256, 1, "flash"),
+        (128, 2047, 1, "flash"),
+        (128, 2048, 1, "cudnn"),
+        (128, 512, 2, None),
+        (128, 1024, 2, "cudnn"),
+        (64, 1024, 1, None),  # not measured
+        (64, 4096, 1, "flash"),
+    ],
+)
+def test_what_was_measured_decides(monkeypatch, size, length, rationales, expected):
+    """The path of a call on an H200, and torch's kernel in it; elsewhere the guess."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    columns = length * rationales
+    shapes = [(1, 4, 3, columns, size), *[(1, 2, length, size)] * 2, *[(1, 2, 3, columns, size)] * 2]
+    with FakeTensorMode():
+        tensors = [torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
+        ranges = [torch.empty(1, columns, dtype=torch.int32, device="cuda") for _ in range(2)]
+        call = ThoughtAttention(*tensors, *ranges, None, 1.0, 0, 0.0)
+        taken = composed.takes_composed(length, None, composed.borders(call))
+        assert taken == (expected is not None)
+        if expected is not None:
+            assert stock.kernel_for(call.q, composed._preferred(call)) == expected
+        with stock.use_stock("flash"):
+            assert stock.kernel_for(call.q, "cudnn") == "flash"
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+        assert composed.borders(call) == composed.UNMEASURED
 
 
 @pytest.mark.parametrize(

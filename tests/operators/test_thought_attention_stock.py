@@ -57,5 +57,5 @@ def test_what_a_stock_kernel_does_not_take():
             q = torch.empty(1, 2, 3, 8, size, dtype=dtype, device="cuda")
             with stock.use_stock(kernel):
                 assert words in stock.stock_unsupported_reason(q)
-    with pytest.raises(ValueError, match="'other'; expected one of flash, cudnn"):
+    with pytest.raises(ValueError, match="'other'; expected one of auto, flash, cudnn"):
         stock.use_stock("other").__enter__()

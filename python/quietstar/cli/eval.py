@@ -53,7 +53,7 @@ def add_parser(commands: Commands) -> None:
         "--thinking",
         metavar="RULE",
         default="always",
-        help="gsm8k-cot: always (the default), never, every:K or entropy:X, as in generate",
+        help="gsm8k-cot: always (the default), never, every:K or entropy-nats:X, as in generate",
     )
     add("--include-path", metavar="DIR", type=Path, help="task files for lm-evaluation-harness")
     add("--seed", metavar="N", type=int, default=0, help="default: 0")

@@ -36,8 +36,8 @@ def add_parser(commands: Commands) -> None:
         "--thinking",
         metavar="RULE",
         default="always",
-        help="always (the default), never, every:K tokens, or entropy:X (where the next token's entropy"
-        " exceeds X nats)",
+        help="always (the default), never, every:K tokens, or entropy-nats:X (where the next token's"
+        " entropy exceeds X nats)",
     )
     add("--thinking-budget", metavar="N", type=int, help="at most N thoughts")
     add(

@@ -306,6 +306,8 @@ class StreamedBlocks(IterableDataset[Item]):
                         if limit is None or rows - begun < limit:
                             rows += 1
                             yield _item(row, getattr(row, "documents", None))
+                    if limit is not None and rows - begun >= limit:
+                        break  # what follows is not read, and nothing is said about it
                 if limit is not None and rows - begun >= limit:
                     break
             if not self.repeat or (rows == begun and worker is not None):

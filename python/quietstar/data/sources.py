@@ -152,6 +152,8 @@ def hub_documents(
         check_columns(columns, [text_column], f"data set {name}")
         rows = rows.select_columns([text_column])
     if not streaming:
+        if not len(rows):
+            raise UserError(f"data set {name} has no rows")
         rows, shuffle = rows.to_iterable_dataset(), (0, 0)
     elif shuffle[0] > 0:
         # The order of the shards alone; rows are shuffled by a buffer that a position can hold.

@@ -72,7 +72,7 @@ def undisturbed(model: Any, seed: int | None = None, **fields: Any) -> Iterator[
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         if seed is not None:
             torch.manual_seed(seed)
-        if training:
+        if hasattr(model, "eval"):  # always: a part of it may be in training mode
             model.eval()
         try:
             for name in before:

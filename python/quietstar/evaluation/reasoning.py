@@ -319,7 +319,13 @@ def score_answers(
             correct = exact_match(logits, targets)
         else:
             letters = torch.tensor(valid.letters, device=logits.device)
-            gold = (targets[:, :, None] == letters).any(1).int().argmax(1)
+            named = (targets[:, :, None] == letters).any(1)
+            if not named.any(1).all():
+                raise UserError(
+                    "the answer of an item has none of the letters as a token; this tokenizer writes"
+                    " them in another way behind its question"
+                )
+            gold = named.int().argmax(1)
             correct = letter_choice(logits, targets, valid.letters, choices) == gold
         for record, p, c in zip(records, probability.tolist(), correct.tolist(), strict=True):
             record[f"{name}_probability"] = p
