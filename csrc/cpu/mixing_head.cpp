@@ -73,9 +73,9 @@ void mixing_first_backward(const MixingHead& call) {
   for (std::int64_t r = 0; r < call.rows; ++r) {
     const std::int64_t p = position(r);
     if (p < 0 || p >= call.positions) {
-      QUIETSTAR_REQUIRE(false, "base_index contains " + std::to_string(p) +
-                                   "; expected values from 0 to " +
-                                   std::to_string(call.positions - 1));
+      QUIETSTAR_ARGUMENT(false, "base_index contains " + std::to_string(p) +
+                                    "; expected values from 0 to " +
+                                    std::to_string(call.positions - 1));
     }
     ++first[p + 1];
   }

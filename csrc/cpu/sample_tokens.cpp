@@ -37,14 +37,14 @@ std::vector<std::int32_t> sorted_banned(const SampleTokens& call) {
   ids.reserve(call.banned_count);
   for (std::int64_t i = 0; i < call.banned_count; ++i) {
     const std::int64_t id = call.banned[i];
-    QUIETSTAR_REQUIRE(id >= 0 && id < call.vocab, "banned has the id " + std::to_string(id) +
-                                                      "; expected ids from 0 to " +
-                                                      std::to_string(call.vocab - 1));
+    QUIETSTAR_ARGUMENT(id >= 0 && id < call.vocab, "banned has the id " + std::to_string(id) +
+                                                       "; expected ids from 0 to " +
+                                                       std::to_string(call.vocab - 1));
     ids.push_back(static_cast<std::int32_t>(id));
   }
   std::sort(ids.begin(), ids.end());
   ids.erase(std::unique(ids.begin(), ids.end()), ids.end());
-  QUIETSTAR_REQUIRE(
+  QUIETSTAR_ARGUMENT(
       static_cast<std::int64_t>(ids.size()) < call.vocab,
       "banned has all " + std::to_string(call.vocab) + " ids; expected at least one left");
   return ids;

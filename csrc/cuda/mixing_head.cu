@@ -23,11 +23,11 @@ constexpr std::int64_t kWarpPieces = 4 * 32;  // rows of at most that many piece
 void check_on(const MixingHead& call, const Device& device) {
   check(call);
   const std::int64_t max = max_mixing_width(device);
-  QUIETSTAR_REQUIRE(call.width <= max, "width is " + std::to_string(call.width) +
-                                           "; expected 1 to " + std::to_string(max) +
-                                           " on this device");
-  QUIETSTAR_REQUIRE(call.rows < std::int64_t{1} << 31,
-                    "thought has " + std::to_string(call.rows) + " rows; expected fewer than 2^31");
+  QUIETSTAR_ARGUMENT(call.width <= max, "width is " + std::to_string(call.width) +
+                                            "; expected 1 to " + std::to_string(max) +
+                                            " on this device");
+  QUIETSTAR_ARGUMENT(call.rows < std::int64_t{1} << 31, "thought has " + std::to_string(call.rows) +
+                                                            " rows; expected fewer than 2^31");
 }
 
 // Whether all rows of all operands start at multiples of 16 bytes.

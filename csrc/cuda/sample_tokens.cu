@@ -158,10 +158,10 @@ __global__ void clear_bits(unsigned* bits, std::int64_t words) {
 
 void check_on_device(const SampleTokens& call) {
   check(call);
-  QUIETSTAR_REQUIRE(call.rows >= 0 && call.rows < (std::int64_t{1} << 31),
-                    "logits has " + std::to_string(call.rows) + " rows; expected 0 to 2^31 - 1");
-  QUIETSTAR_REQUIRE(call.softcap >= 0,
-                    "softcap is " + std::to_string(call.softcap) + "; expected 0 or more");
+  QUIETSTAR_ARGUMENT(call.rows >= 0 && call.rows < (std::int64_t{1} << 31),
+                     "logits has " + std::to_string(call.rows) + " rows; expected 0 to 2^31 - 1");
+  QUIETSTAR_ARGUMENT(call.softcap >= 0,
+                     "softcap is " + std::to_string(call.softcap) + "; expected 0 or more");
 }
 
 // How a launch is cut up.

@@ -37,11 +37,11 @@ Kernels kernels_for(DType dtype, std::int64_t head_size, const Device& device) {
 
 Kernels check_on(const ThoughtAttention& call, const Device& device) {
   check(call);
-  QUIETSTAR_REQUIRE(call.head_size <= 256, "q has a head size of " +
-                                               std::to_string(call.head_size) +
-                                               "; the CUDA kernels take at most 256");
+  QUIETSTAR_ARGUMENT(call.head_size <= 256, "q has a head size of " +
+                                                std::to_string(call.head_size) +
+                                                "; the CUDA kernels take at most 256");
   const std::int64_t groups = call.q_heads / call.kv_heads;
-  QUIETSTAR_REQUIRE(
+  QUIETSTAR_ARGUMENT(
       call.columns * std::max<std::int64_t>(call.query_slots * groups, call.key_slots + 15) <
               kMaxRows &&
           call.text_length < kMaxRows && call.batch * call.kv_heads < kMaxRows,
@@ -50,11 +50,11 @@ Kernels check_on(const ThoughtAttention& call, const Device& device) {
           " keys; the CUDA kernels take less than 2^30 rows and keys of a key head");
   const auto [needed, available] =
       thought_attention_shared_memory(call.dtype, call.head_size, device);
-  QUIETSTAR_REQUIRE(needed <= available, "q has a head size of " + std::to_string(call.head_size) +
-                                             ", for which the kernels need " +
-                                             std::to_string(needed) +
-                                             " bytes of shared memory in a block; the device has " +
-                                             std::to_string(available));
+  QUIETSTAR_ARGUMENT(needed <= available,
+                     "q has a head size of " + std::to_string(call.head_size) +
+                         ", for which the kernels need " + std::to_string(needed) +
+                         " bytes of shared memory in a block; the device has " +
+                         std::to_string(available));
   return kernels_for(call.dtype, call.head_size, device);
 }
 

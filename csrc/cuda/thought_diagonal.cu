@@ -27,13 +27,13 @@ constexpr std::int64_t kMaxTasks = (std::int64_t{1} << 31) - 1;
 
 void check_on_device(const ThoughtDiagonal& call) {
   check_heads_and_slots(call, "k_thought");
-  QUIETSTAR_REQUIRE(call.head_size <= kMaxDiagonalSize,
-                    "q has a head size of " + std::to_string(call.head_size) + "; expected 1 to " +
-                        std::to_string(kMaxDiagonalSize));
-  QUIETSTAR_REQUIRE(call.batch * call.columns * std::max(call.q_heads, call.kv_heads) *
-                            std::max(call.query_slots, call.key_slots) <=
-                        kMaxTasks,
-                    "q has too many rows; expected less than 2^31");
+  QUIETSTAR_ARGUMENT(call.head_size <= kMaxDiagonalSize,
+                     "q has a head size of " + std::to_string(call.head_size) + "; expected 1 to " +
+                         std::to_string(kMaxDiagonalSize));
+  QUIETSTAR_ARGUMENT(call.batch * call.columns * std::max(call.q_heads, call.kv_heads) *
+                             std::max(call.query_slots, call.key_slots) <=
+                         kMaxTasks,
+                     "q has too many rows; expected less than 2^31");
 }
 
 bool is_aligned(const AttentionTensor& t, std::int64_t heads, std::int64_t slots,
