@@ -67,7 +67,8 @@ def render(results: dict[str, Any], highlights: tuple[str, ...] | None = None) -
             if "utilisation" in ours:
                 memory += f", {ours['utilisation']:.0%} of a matrix product's rate"
             digits = 1 if ours["ms"] >= 10 else 2
-            lines.append(f"| {work} | {ours['ms']:.{digits}f} ms{memory} | {'; '.join(cells)} |")
+            most = f" to {ours['most_ms']:.{digits}f}" if "most_ms" in ours else ""
+            lines.append(f"| {work} | {ours['ms']:.{digits}f}{most} ms{memory} | {'; '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -18,12 +18,12 @@ from quietstar.data.collator import collator_for
 from quietstar.errors import UserError, blaming
 from quietstar.evaluation.perplexity import summarize, token_losses
 from quietstar.files import INCOMPLETE, METRICS_FILE, check_writable, write_json
-from quietstar.optional_packages import check_packages
 from quietstar.recipes.build import build_data, build_model, build_tokenizer, check_files
 from quietstar.recipes.disk import check_room, checkpoint_bytes
 from quietstar.recipes.recipe import Recipe
 from quietstar.recipes.run_folder import identity, open_run, start_run
 from quietstar.training.arguments import QuietStarArguments
+from quietstar.training.optional_packages import check_packages
 from quietstar.training.options import check_options
 from quietstar.training.trainer import QuietStarTrainer
 

@@ -14,9 +14,9 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from quietstar.config import QuietStarConfig
-from quietstar.optional_packages import check_loggers
 from quietstar.thinking.noise import refusal_of_neftune
 from quietstar.training.arguments import argument
+from quietstar.training.optional_packages import check_loggers
 
 _OWN_LOSS = "the loss is the thoughts' own (QuietStarConfig sets its terms and weights)"
 # Arguments of TrainingArguments: the values that are taken, and why no others.
