@@ -289,6 +289,27 @@ __device__ __forceinline__ void load_keys(const Arguments& a, const Pair& pair,
                                           const AttentionTensor& thought, const KeyTile& keys,
                                           T* tile) {
   constexpr int kPack = Pack<T>::size, kChunks = kSize / kPack;
+  // Where the threads make whole rows, a thread's rows are a fixed step apart, in memory and, if the
+  // step keeps the places of the chunks (a multiple of 8 rows), in the tile: addresses of text keys
+  // are computed once a tile instead of once a chunk.
+  constexpr int kStep = kThreads / kChunks;
+  if constexpr (kThreads % kChunks == 0 && kStep % 8 == 0 && kKeys % kStep == 0) {
+    if (!keys.slots && a.keys_aligned) {
+      const int r = static_cast<int>(threadIdx.x) / kChunks;
+      const int d = static_cast<int>(threadIdx.x) % kChunks * kPack;
+      const bool in_row = d < a.size;
+      const int left = in_row ? keys.end - keys.begin - r : 0;
+      const T* from = element<const T>(text, pair.batch, pair.kv_head, keys.begin + r, 0);
+      if (in_row) from += d;
+      T* to = in_tile<T, kSize>(tile, r, d);
+#pragma unroll
+      for (int i = 0; i < kKeys; i += kStep) {
+        // Nothing is read of a key that is not there: not even its address is looked at.
+        copy16_async(to + i * kSize, from + i * text.slot, i < left);
+      }
+      return;
+    }
+  }
 #pragma unroll 2
   for (int i = static_cast<int>(threadIdx.x); i < kKeys * kChunks; i += kThreads) {
     const int r = i / kChunks, d = i % kChunks * kPack, key = keys.begin + r;
