@@ -43,11 +43,11 @@ def training_step_flops(
 ) -> StepFlops:
     """Operations of one step in which every parameter is trained.
 
-    With B texts of N tokens, M columns per text (positions that think x rationales R), S slots, T drawn
-    and K talk tokens, width d, vocabulary V, P weights in the body's matrices, q = heads x head size and
-    L layers::
+    With B texts of N tokens, A positions per text that think, M = A R columns for R rationales (which
+    share the start slot), S slots, T drawn and K talk tokens, width d, vocabulary V, P weights in the
+    body's matrices, q = heads x head size and L layers::
 
-        body        6 P B (N + S M)
+        body        6 P B (N + A + (S-1) M)
         attention   12 q L B (N (N+1)/2 + M S ((N+1)/2 + (S+1)/2))
         vocabulary  2 d V (B M T + 3 (B (N-1) + B M K + rewarded B M T))
         mixing      6 d² (B N + 2 B M K)     the base half once per position, the rest per talk token

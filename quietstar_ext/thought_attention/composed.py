@@ -53,8 +53,10 @@ class Borders(NamedTuple):
 # A guess, where nothing was measured. benchmarks/bench_attention_paths.py prints what a device measures.
 UNMEASURED = Borders(composed=2048, cudnn=2**62)
 # By compute capability and head size, for one rationale and for two or more: an H200, 32 heads over 8,
-# 15 slots (benchmarks/results/nvidia-h200.json). Two at 256 tokens: level, and 512 was not measured.
+# 15 slots (benchmarks/results/nvidia-h200.json). Heads of 128, two rationales, 256 tokens: level, and
+# 512 was not measured. Heads of 64 were measured at 256 and 1,024 tokens.
 MEASURED = {
+    ((9, 0), 64): (Borders(composed=256, cudnn=2**62), Borders(composed=256, cudnn=1024)),
     ((9, 0), 128): (Borders(composed=256, cudnn=2048), Borders(composed=1024, cudnn=1024)),
 }
 

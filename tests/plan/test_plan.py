@@ -134,23 +134,27 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_operations_of_the_decoder(checkpointing: bool):
+@pytest.mark.parametrize(
+    ("checkpointing", "reuse"), [(False, False), (True, False), (False, True)], ids=str
+)
+def test_operations_of_the_decoder(checkpointing: bool, reuse: bool):
     """Exactly the products of the linear layers; attention and vocabulary are operators of their own."""
     decoder, thoughts, batch, length = drawn_case()
     thoughts["think_at"] = "all"
     model = build("float32", checkpointing, decoder, **thoughts)
+    model.reuse_rollout(reuse)
     ids = torch.randint(0, 1000, (batch, length))
     model(input_ids=ids, labels=ids)  # looks at the output layer once
     with Products() as products:
         model(input_ids=ids, labels=ids).loss.backward()
     sizes = plan.decoder_sizes(LlamaConfig(**decoder))
-    step = plan.Step(batch, length, checkpointing=checkpointing)
+    step = plan.Step(batch, length, checkpointing=checkpointing, reuse_rollout=reuse)
     rows = plan.Rows.of(model.config, step)
-    drawn = rows.text + model.config.thought_length * rows.columns
-    body = 2 * sizes.linear * (drawn + (3 + checkpointing) * rows.packed)
+    body = 2 * sizes.linear * (rows.rollout + (3 + checkpointing) * rows.packed)
     if checkpointing:  # which stops short of the last product, as nothing needs its result
         body -= 2 * rows.packed * sizes.layers * sizes.width * sizes.inner
+    if reuse:
+        body -= 2 * sizes.linear * rows.rollout
     assert products.total == body
     flops = plan.step_flops(model.config, sizes, step)
     assert body < flops["rollout"] + flops["packed"] < 1.5 * body
@@ -168,6 +172,11 @@ def test_what_is_shared_and_what_is_saved():
     assert plan.peak_bytes(config, sizes, sharded) < plan.peak_bytes(config, sizes, plain)
     ddp = plan.Step(2, 256, precision="autocast", processes=8)
     assert plan.peak_bytes(config, sizes, ddp) > plan.peak_bytes(config, sizes, plain)
+    kept = plan.Step(2, 256, precision="autocast", reuse_rollout=True)
+    outputs = 2 * 4096 + 2 * sizes.key + 2 * 11008 + 4096
+    rows = plan.Rows.of(config, kept).rollout
+    assert plan.kept_bytes(config, sizes, kept) == 2 * rows * outputs * sizes.layers
+    assert plan.peak_bytes(config, sizes, kept) > plan.peak_bytes(config, sizes, plain)
     batches = [
         plan.largest_batch(config, sizes, step, 24e9)
         for step in (plain, plan.Step(2, 256, precision="autocast", checkpointing=True))

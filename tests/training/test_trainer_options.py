@@ -38,7 +38,6 @@ def build(folder: Path, *, fields: dict[str, Any] | None = None, **given: Any) -
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor is 0.1, which has no effect: .* 0.0"),
         ({"label_names": ["targets"]}, r"label_names is \['targets'\], which has no effect"),
-        ({"use_liger_kernel": True}, "use_liger_kernel is True, which has no effect"),
         ({"liger_kernel_config": {"rope": True}}, "liger_kernel_config is .* which has no effect"),
     ],
 )

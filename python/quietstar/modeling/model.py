@@ -35,6 +35,7 @@ from quietstar.modeling.input_checks import (
 from quietstar.modeling.loading import check_folder, keep_4bit_differentiable, load_whole
 from quietstar.modeling.meta_tokens import add_meta_tokens, meta_token_ids
 from quietstar.modeling.output import QuietStarOutput
+from quietstar.modeling.speed_options import SpeedOptionsMixin
 from quietstar.modeling.text_cache import CACHE_NAME, check_alone, check_grows, one_cache
 from quietstar.thinking.attention import implementation_name
 from quietstar.thinking.batch_share import WHOLE_BATCH, BatchShard
@@ -49,7 +50,7 @@ from quietstar.thinking.text_batch import TextBatch, check_labels, num_rationale
 from quietstar.thinking.text_part import text_body, text_config_of
 
 
-class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin):
+class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin, SpeedOptionsMixin):
     """Wraps any supported Hugging Face decoder with thoughts (see :class:`QuietStarConfig`).
 
     The decoder is ``self.base``, unmodified; the model adds ``thought_embedding`` and ``mixing_head``.

@@ -2,7 +2,8 @@
 
 The formulas are those of docs/scaling.md, counted for decoders with RMSNorm and a gated MLP (Llama,
 Mistral, Qwen, ...) and checked against measured peaks by tests/plan/test_plan.py. A step's rows are
-``L = B (N + S M)``: B texts of N tokens, S slots for each of M columns (M = anchors x rationales).
+``L = B (N + A + (S-1) M)``: B texts of N tokens, and for each of A anchors a start slot and S-1 more for
+each of its rationales (M = anchors x rationales).
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class Step:
         quantized: the frozen decoder's linear layers are in 4 bits.
         processes: GPUs; sharded: FSDP2 over them, otherwise DDP.
         optimizer_bytes: Adam's states per trained parameter, None: two in the parameters' dtype.
+        reuse_rollout: linear layers take the rollout's rows from the rollout.
     """
 
     batch: int
@@ -101,14 +103,16 @@ class Step:
     processes: int = 1
     sharded: bool = False
     optimizer_bytes: float | None = None
+    reuse_rollout: bool = False
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How many rows each part of a step has."""
+    """How many rows each part of a step has; ``rollout`` of them are those of the rollout."""
 
     text: int
     columns: int
+    rollout: int
     packed: int
     talk: int
     base: int
@@ -121,11 +125,14 @@ class Rows:
         sampled = config.thought_kind == "sampled"
         rationales = config.num_rationales if sampled else 1
         anchors = max(1, round(step.length * share)) if config.thinks else 0
-        text, columns = step.batch * step.length, step.batch * anchors * rationales
+        text, starts = step.batch * step.length, step.batch * anchors
+        columns = starts * rationales
+        drawn = config.thought_length if sampled and anchors else 0
         return Rows(
             text=text,
             columns=columns,
-            packed=text + config.num_slots * columns,
+            rollout=text + (starts + (drawn - 1) * columns if drawn else 0),
+            packed=text + starts + (config.num_slots - 1) * columns,
             talk=config.talk_length * columns,
             base=step.batch * (step.length - 1),
             scored=config.thought_length * columns if sampled else 0,
@@ -255,7 +262,23 @@ def peak_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float:
     if step.processes > 1:
         extra = 2 * 4 * sizes.body / sizes.layers if step.sharded else item * trained
     step_peak = activation_bytes(config, sizes, step) + extra
-    return static_bytes(sizes, step) + max(step_peak, rollout_bytes(config, sizes, step))
+    kept = kept_bytes(config, sizes, step)
+    return static_bytes(sizes, step) + kept + max(step_peak, rollout_bytes(config, sizes, step))
+
+
+def kept_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float:
+    """What the rollout's linear layers gave, where the packed pass takes it; a CUDA graph holds all of
+    it for good."""
+    if not reuses(step):
+        return 0.0
+    outputs = sizes.query + 2 * sizes.key + 2 * sizes.inner + 2 * sizes.width
+    item = 4 if step.precision == "float32" else 2
+    return float(Rows.of(config, step).rollout * outputs * item * sizes.layers)
+
+
+def reuses(step: Step) -> bool:
+    """Whether the packed pass takes outputs of the rollout; a layer in 4 bits has none to take."""
+    return step.reuse_rollout and not step.checkpointing and not step.quantized
 
 
 def step_flops(config: QuietStarConfig, sizes: Sizes, step: Step) -> dict[str, float]:
@@ -271,17 +294,17 @@ def step_flops(config: QuietStarConfig, sizes: Sizes, step: Step) -> dict[str, f
     if step.checkpointing:
         # Computed again up to the layer's last product, which nothing needs.
         passes += 1 - sizes.layers * sizes.width * sizes.inner / sizes.linear
-    packed: float = linear * rows.packed
-    packed += attention * (text_pairs + slots * rows.columns * ((n + 1) / 2 + (slots + 1) / 2))
+    multiplied: float = linear * rows.packed
+    scored = attention * (text_pairs + slots * rows.columns * ((n + 1) / 2 + (slots + 1) / 2))
     drawn = config.thought_length if config.thought_kind == "sampled" else 0
-    rollout: float = linear * (rows.text + drawn * rows.columns)
+    rollout: float = linear * rows.rollout
     rollout += attention * (text_pairs + drawn * rows.columns * ((n + 1) / 2 + (drawn + 1) / 2))
     head = 2 * sizes.vocabulary * sizes.width
     products = 3 if step.rank is None else 2
     learned = rows.talk + rows.base + rows.scored / 2
     return {
         "rollout": rollout if config.thinks else 0.0,
-        "packed": passes * packed,
+        "packed": passes * (multiplied + scored) - (linear * rows.rollout if reuses(step) else 0.0),
         "vocabulary": head * (drawn * rows.columns + products * learned),
     }
 
@@ -316,4 +339,5 @@ def step_of(recipe: Any) -> Step:
         rank=adapter.rank,
         quantized=adapter.quantize == "4bit",
         optimizer_bytes=2.0 if "8bit" in optim else None,
+        reuse_rollout=recipe.model.reuse_rollout,
     )

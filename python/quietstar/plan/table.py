@@ -41,6 +41,8 @@ def ways(own: Step) -> Iterator[tuple[str, Step]]:
         whole = change(rank=None, quantized=False, checkpointing=True)
         yield "everything trained, checkpointing", whole
     if not own.checkpointing:
+        if not own.reuse_rollout and not own.quantized:
+            yield "outputs of the rollout reused", change(reuse_rollout=True)
         yield "gradient checkpointing", change(checkpointing=True)
     if own.rank is None:
         adapted = change(rank=16, precision="autocast", checkpointing=True)

@@ -34,6 +34,14 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStar
 
     Adds the meta tokens to ``tokenizer`` if they are new.
     """
+    model, section = _model(recipe, tokenizer), recipe.model
+    model.fuse_layers(section.fused_layers)
+    if section.reuse_rollout:
+        model.reuse_rollout()
+    return model
+
+
+def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStarForCausalLM:
     section = recipe.model
     options: dict[str, Any] = {
         "dtype": section.dtype if section.dtype == "auto" else getattr(torch, section.dtype),

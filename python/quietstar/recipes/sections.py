@@ -25,6 +25,11 @@ class ModelSection:
         base_only: of a Quiet-STaR checkpoint take only the decoder and start the thought parts
             anew.
         init_embedding_from: the start and end embeddings begin as the mean embedding of this text.
+        fused_layers: norms, rotary embeddings, gates and residual adds as fused kernels
+            (:mod:`quietstar.thinking.fused_layers`): ``auto`` (compiled on CUDA), ``compile``, ``liger``
+            or ``off``.
+        reuse_rollout: linear layers take their outputs of the rollout's rows from the rollout, for the
+            memory of these outputs (:mod:`quietstar.thinking.kept_outputs`).
     """
 
     name: str | None = None
@@ -36,6 +41,8 @@ class ModelSection:
     revision: str | None = None
     base_only: bool = False
     init_embedding_from: str = "---"
+    fused_layers: Literal["auto", "compile", "liger", "off"] = "auto"
+    reuse_rollout: bool = False
 
 
 @dataclass

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from quietstar.thinking.layout import HandedKeys, LayerKeys, ThoughtLayout
+from quietstar.thinking.shared_start import join_rows, split_rows
 from quietstar.thinking.text_part import kind_of, text_config_of
 from quietstar_ext import thought_attention
 
@@ -79,7 +80,8 @@ def _attention(name: str, fallback: str) -> Callable[..., tuple[Tensor, Tensor |
             )
         _check_call(module, attention_mask, kwargs)
         call = _Call(module, query, key, value, scaling, kwargs)
-        return _with_thoughts(call, thought_layout, plain_products=name == "thought_eager"), None
+        run = _with_thoughts_apart if thought_layout.apart else _with_thoughts
+        return run(call, thought_layout, plain_products=name == "thought_eager"), None
 
     return forward
 
@@ -144,27 +146,26 @@ def _with_thoughts(call: _Call, layout: ThoughtLayout, plain_products: bool) -> 
     _check_window(call.module, layer, call.others.get("sliding_window"))
     if layout.phase == "slot":
         return _slot_step(call, layout, layout.keys[layer])
-    n, (query, key, value) = layout.text_length, call[1:4]
-    rows = (query[:, :, :n], key[:, :, :n], value[:, :, :n])
-    of_text = _Call(call.module, *rows, call.scaling, call.others)
-    text = _text_rows_eager(of_text, layout) if plain_products else _text_rows(of_text, layout)
+    text_rows = _text_rows_eager if plain_products else _text_rows
     if layout.phase == "text":
-        layout.keys[layer] = layer_keys(key, value)
-        return text
-    columns = (layout.num_slots, layout.num_columns)
+        layout.keys[layer] = layer_keys(call.key, call.value)
+        return text_rows(call, layout)
+    sizes = (layout.text_length, layout.num_columns, layout.rationales)
+    (query, q), (key, k), (value, v) = (split_rows(tensor, *sizes) for tensor in call[1:4])
+    text = text_rows(_Call(call.module, query, key, value, call.scaling, call.others), layout)
     slots = _attend(
-        query[:, :, n:].unflatten(2, columns),
-        of_text.key,
-        of_text.value,
-        key[:, :, n:].unflatten(2, columns),
-        value[:, :, n:].unflatten(2, columns),
+        *(q, key, value, k, v),
         layout.text_start,
         layout.text_stop,
         every_position=layout.every_position,
         **call.options(),
     )
     slots = slots[..., : value.shape[-1]]
-    return torch.cat([text, slots.flatten(2, 3).transpose(1, 2)], dim=1)
+    return join_rows(text, slots, layout.rationales)
+
+
+# A graph break for torch.compile, so that what it makes of a layer serves all layers and all slots.
+_with_thoughts_apart = torch.compiler.disable(_with_thoughts)
 
 
 def layer_keys(key: Tensor, value: Tensor, offset: int = 0) -> LayerKeys:
@@ -227,19 +228,22 @@ def _text_rows_eager(call: _Call, layout: ThoughtLayout) -> Tensor:
 
 
 def _slot_step(call: _Call, layout: ThoughtLayout, keys: LayerKeys) -> Tensor:
-    """One slot of every column: query [B, Hq, M, D] -> [B, M, Hq, E]; keeps the slot's key and value."""
-    batch, heads, columns, _ = call.key.shape
+    """One slot of every column: query [B, Hq, M, D] -> [B, M, Hq, E], of the start slot [B, Hq, A, D]
+    -> [B, A, Hq, E]; keeps the slot's key and value."""
+    batch, heads, rows, _ = call.key.shape
     width = keys.k_text.shape[-1]
     if keys.k_thought is None or keys.v_thought is None:
-        shape = (batch, heads, layout.num_slots, columns, width)
+        shape = (batch, heads, layout.num_slots, layout.num_columns, width)
         keys.k_thought, keys.v_thought = call.key.new_empty(shape), call.value.new_empty(shape)
-    keys.k_thought[:, :, layout.slot] = _widened(call.key, width)
-    keys.v_thought[:, :, layout.slot] = _widened(call.value, width)
-    start, stop = layout.text_start, layout.text_stop
+    repeats = layout.num_columns // rows  # R in the start slot
+    for kept, new in ((keys.k_thought, call.key), (keys.v_thought, call.value)):
+        kept[:, :, layout.slot].unflatten(2, (rows, repeats)).copy_(_widened(new, width)[:, :, :, None])
+    start, stop = layout.text_start[:, ::repeats], layout.text_stop[:, ::repeats]
     if keys.offset:
         start, stop = (start - keys.offset).clamp(min=0), (stop - keys.offset).clamp(min=0)
-    seen = slice(layout.slot + 1)
-    k_thought, v_thought = keys.k_thought[:, :, seen], keys.v_thought[:, :, seen]
+    k_thought, v_thought = (
+        kept[:, :, : layout.slot + 1, ::repeats] for kept in (keys.k_thought, keys.v_thought)
+    )
     text = (keys.k_text, keys.v_text)
     out = _attend(call.query[:, :, None], *text, k_thought, v_thought, start, stop, **call.options())
     return out[:, :, 0, :, : call.value.shape[-1]].transpose(1, 2)

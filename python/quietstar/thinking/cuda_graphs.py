@@ -38,6 +38,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.config import QuietStarConfig
+from quietstar.thinking.kept_outputs import KeptOutputs
 from quietstar.thinking.layout import LayerKeys, ThoughtLayout
 from quietstar.thinking.positions import rope_limits
 from quietstar.thinking.slots import SlotResults, SlotRun, run_slots_singly
@@ -172,10 +173,10 @@ def _key(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) -> Has
         tuple(layout.row_start.shape),
         tuple(run.input_ids.shape),
         _capacity(layout),
-        layout.num_slots,
+        (layout.num_slots, layout.rationales),
         tuple((t.shape, t.dtype) for t in run.start_end),
         thought,
-        (run.temperature, run.last, shard.index, shard.count),
+        (run.temperature, run.last, run.keeps, shard.index, shard.count),
         (autocast, decoder.training),
         # Weights that moved (another dtype, an adapter merged, a unit gathered elsewhere).
         hash(tuple(weight.data_ptr() for weight in decoder.parameters())),
@@ -224,6 +225,7 @@ class Chain:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._outputs: SlotResults | None = None
         self._read: torch.Event | None = None
+        self._replays = 0
 
     @property
     def captured(self) -> bool:
@@ -268,9 +270,18 @@ class Chain:
                 None if made.ids is None else made.ids.clone(),
                 None if made.logprobs is None else made.logprobs.clone(),
                 [hidden.clone() for hidden in made.hidden],
+                self._kept(made.kept),
             )
             self._read = torch.cuda.current_stream().record_event()
         return own
+
+    def _kept(self, made: KeptOutputs | None) -> KeptOutputs | None:
+        """What the graph has kept, where it lies: it is large, and good until the next replay."""
+        self._replays += 1
+        if made is None:
+            return None
+        now = self._replays
+        return KeptOutputs(dict(made.parts), made.rows, lambda: self._replays == now)
 
     def _capture(self) -> None:
         # Autocast keeps the weights that it has cast. Those from before must not get into the graph, and
@@ -302,7 +313,11 @@ def _inputs(run: SlotRun) -> list[Tensor]:
 def _empty_copy(layout: ThoughtLayout, capacity: int) -> ThoughtLayout:
     """A layout of the same shapes over memory of its own, with room for ``capacity`` text tokens."""
     ranges = (layout.row_start.clone(), layout.row_stop.clone())
-    own = ThoughtLayout(*ranges, layout.anchors.clone(), layout.num_slots, phase=layout.phase)
+    own = ThoughtLayout(
+        *(*ranges, layout.anchors.clone(), layout.num_slots),
+        phase=layout.phase,
+        rationales=layout.rationales,
+    )
     for layer, keys in layout.keys.items():
         batch, heads, _, size = keys.k_text.shape
         # Zeros: what is behind the text is never used, but a masked NaN would still be one.

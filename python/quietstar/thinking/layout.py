@@ -44,7 +44,8 @@ class ThoughtLayout:
     A *column* is one thought: it hangs from a text position, its anchor, and holds one slot per depth.
     Two kinds of pass use a layout:
 
-    - the **packed** pass, one differentiable forward over ``[text N | slot 1: M | ... | slot S: M]``;
+    - the **packed** pass, one differentiable forward over ``[text N | slot 1: A | slot 2: M | ... |
+      slot S: M]``, where the A anchors' start slots serve all their rationales;
     - the **rollout**, without gradients: one text pass that keeps each layer's keys and values here,
       then one pass per slot over all M columns at once.
 
@@ -57,12 +58,16 @@ class ThoughtLayout:
         anchors: [B, M] int64, the text position of each column.
         text_start, text_stop: [B, M] int32, the text range that each column sees.
         num_slots: S.
+        rationales: R, neighbouring columns with the same anchor, whose start slot is run once
+            (:mod:`quietstar.thinking.shared_start`).
         phase: ``"packed"``, ``"text"`` (the rollout's first pass) or ``"slot"``.
         slot: in phase ``"slot"``, the slot being computed, counted from 0.
         plain_text: True when every text token sees exactly the tokens before it and itself (no left
             padding, no document boundary), so that any ordinary causal kernel may serve the text rows.
         every_position: True when besides every position has the same number of columns, in order.
             Columns of padding at the right may then see it; nothing reads them.
+        apart: whether torch.compile is to leave the attention out of what it compiles
+            (:mod:`quietstar.thinking.fused_layers`).
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class ThoughtLayout:
         phase: str = "packed",
         plain_text: bool = False,
         every_position: bool = False,
+        rationales: int = 1,
     ):
         self.text_length = row_start.shape[1]
         self.row_start = row_start
@@ -83,12 +89,14 @@ class ThoughtLayout:
         self.text_start = row_start.gather(1, anchors)
         self.text_stop = row_stop.gather(1, anchors)
         self.num_slots = num_slots
+        self.rationales = rationales
         self.phase = phase
         self.slot = 0
         self.plain_text = plain_text
         self.every_position = plain_text and every_position
         self.keys: dict[int, LayerKeys] = {}
         self.layers_seen: dict[int, int] = {}
+        self.apart = False
 
     @classmethod
     def over(cls, ranges: TextRanges, anchors: Tensor, num_slots: int, **options: Any) -> ThoughtLayout:
@@ -101,17 +109,24 @@ class ThoughtLayout:
         """M."""
         return self.anchors.shape[1]
 
+    def slot_rows(self, last: int) -> tuple[int, ...]:
+        """How many rows each of the first ``last`` slots has in a pass."""
+        return (self.num_columns // self.rationales, *(self.num_columns,) * (last - 1))
+
     def packed_positions(self) -> Tensor:
-        """Position ids [B, N + S*M] of the packed sequence: an anchor's own plus the slot's depth."""
+        """Position ids [B, N + A + (S-1)*M] of the packed sequence: an anchor's own plus the slot's
+        depth."""
         text = text_positions(self.row_start, self.row_stop)
-        depth = torch.arange(1, self.num_slots + 1, device=text.device)
-        slots = text.gather(1, self.anchors)[:, None, :] + depth[None, :, None]
-        return torch.cat([text, slots.flatten(1)], dim=1)
+        depth = torch.arange(2, self.num_slots + 1, device=text.device)
+        own = text.gather(1, self.anchors)
+        later = own[:, None, :] + depth[None, :, None]
+        return torch.cat([text, own[:, :: self.rationales] + 1, later.flatten(1)], dim=1)
 
     def slot_positions(self) -> Tensor:
-        """Position ids [B, M] of the slot that a rollout is at."""
+        """Position ids [B, M] of the slot that a rollout is at, [B, A] of the start slot."""
         text = text_positions(self.row_start, self.row_stop)
-        return text.gather(1, self.anchors) + self.slot + 1
+        anchors = self.anchors if self.slot else self.anchors[:, :: self.rationales]
+        return text.gather(1, anchors) + self.slot + 1
 
 
 def text_positions(row_start: Tensor, row_stop: Tensor) -> Tensor:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from quietstar.thinking.kept_outputs import taking
 from quietstar.thinking.layout import ThoughtLayout
 from quietstar.thinking.positions import check_length
 from quietstar.thinking.rollout import Thoughts
+from quietstar.thinking.shared_start import start_repeated
 from quietstar.thinking.slots import SlotInputs
 from quietstar.thinking.text_batch import TextBatch
 from quietstar.thinking.text_pass import run_decoder
@@ -30,9 +32,13 @@ def packed_pass(
     count = num_slots or td.config.num_slots
     embed, n = td.decoder.get_input_embeddings(), batch.input_ids.shape[1]
     check_length(td.decoder, n, count)
-    layout = ThoughtLayout.over(batch.ranges, batch.columns, count, every_position=batch.every_position)
-    inputs = SlotInputs(td.config, embed, td.start_end_embeddings(), batch.input_ids, batch.columns)
+    options = {"every_position": batch.every_position, "rationales": batch.rationales}
+    layout = ThoughtLayout.over(batch.ranges, batch.columns, count, **options)
+    start_end = td.start_end_embeddings()
+    inputs = SlotInputs(td.config, embed, start_end, batch.input_ids, batch.columns, batch.rationales)
     text = embed(batch.input_ids)
     slots = [inputs.embeds(slot, thoughts.ids).to(text.dtype) for slot in range(count)]
-    hidden = run_decoder(td.decoder, torch.cat([text, *slots], dim=1), layout.packed_positions(), layout)
-    return hidden[:, :n], hidden[:, n:].unflatten(1, (count, layout.num_columns))
+    embeds = torch.cat([text, *slots], dim=1)
+    with taking(thoughts.kept):
+        hidden = run_decoder(td.decoder, embeds, layout.packed_positions(), layout)
+    return hidden[:, :n], start_repeated(hidden[:, n:], layout.num_columns, batch.rationales)

@@ -7,6 +7,7 @@ states equal the rollout's.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from quietstar.thinking.anchors import choose_anchors
 from quietstar.thinking.cuda_graphs import run_slots
 from quietstar.thinking.fsdp2 import decoder_gathered
+from quietstar.thinking.kept_outputs import KeptOutputs, keeping, keeps_outputs
 from quietstar.thinking.layout import ThoughtLayout
 from quietstar.thinking.positions import check_length
 from quietstar.thinking.slots import SlotRun
@@ -36,6 +38,7 @@ class Thoughts:
         logprobs: [B, M, T] of the distribution sampled from, no gradient.
         text_hidden: [B, N, d].
         slot_hidden: [B, S, M, d] of the slots whose hidden states the rollout was asked for.
+        kept: what linear layers gave for the text and the slots that tokens were drawn from.
     """
 
     anchors: Tensor
@@ -43,6 +46,7 @@ class Thoughts:
     logprobs: Tensor | None = None
     text_hidden: Tensor | None = None
     slot_hidden: Tensor | None = None
+    kept: KeptOutputs | None = None
 
     @property
     def hidden(self) -> tuple[Tensor, Tensor] | None:
@@ -65,12 +69,22 @@ def sample_thoughts(td: ThoughtDecoder, batch: TextBatch, keep_slots: int | None
     with decoder_gathered(td.decoder):
         start_end, seed = td.start_end_embeddings(), batch.shard.seed()
         check_length(td.decoder, batch.input_ids.shape[1], slots)
-        text_hidden, keys = text_pass(td.decoder, batch.input_ids, batch.ranges)
+        keeps = keep_slots is None and keeps_outputs(td.decoder)
+        with keeping() if keeps else nullcontext() as record:
+            text_hidden, keys = text_pass(td.decoder, batch.input_ids, batch.ranges)
         batch = choose_anchors(batch, text_hidden, td.output)
-        layout = ThoughtLayout.over(batch.ranges, batch.columns, slots, phase="slot")
+        layout = ThoughtLayout.over(
+            batch.ranges, batch.columns, slots, phase="slot", rationales=batch.rationales
+        )
         layout.keys = keys
-        run = SlotRun(start_end, batch.input_ids, layout, last, batch.temperature, seed, batch.shard)
+        run = SlotRun(
+            *(start_end, batch.input_ids, layout, last, batch.temperature, seed, batch.shard),
+            keeps and last > 0,
+        )
         made = run_slots(td.decoder, config, run)
     slot_hidden = torch.stack(made.hidden, dim=1) if keep_slots else None
     assert batch.anchors is not None
-    return Thoughts(batch.anchors, made.ids, made.logprobs, text_hidden, slot_hidden)
+    kept = KeptOutputs.of(record, (batch.input_ids.shape[1],)) if record is not None else None
+    if kept is not None and made.kept is not None:
+        kept = kept.followed_by(made.kept)
+    return Thoughts(batch.anchors, made.ids, made.logprobs, text_hidden, slot_hidden, kept)

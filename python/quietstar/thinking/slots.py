@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from quietstar.config import QuietStarConfig
 from quietstar.thinking.batch_share import WHOLE_BATCH, BatchShard
+from quietstar.thinking.kept_outputs import KeptOutputs, keeping
 from quietstar.thinking.layout import ThoughtLayout
 from quietstar.thinking.output_layer import output_layer
 from quietstar.thinking.text_pass import run_decoder
@@ -41,6 +42,7 @@ class SlotInputs:
         start_end: start and end embedding [d] at their size in use.
         input_ids: [B, N], for the talk slots.
         anchors: [B, M], the columns' text positions.
+        rationales: R, columns that share a start slot.
     """
 
     config: QuietStarConfig
@@ -48,15 +50,18 @@ class SlotInputs:
     start_end: StartEnd
     input_ids: Tensor
     anchors: Tensor
+    rationales: int = 1
 
     def embeds(self, slot: int, thought_ids: Tensor | None) -> Tensor:
-        """What is fed into one slot of every column, [B, M, d].
+        """What is fed into one slot of every column, [B, M, d]; into the start slot of every anchor,
+        [B, A, d].
 
         Args:
             slot: from 0: start, T thought tokens, end, K - 1 talk tokens.
             thought_ids: [B, M, T], or None where pause tokens stand in the thought.
         """
-        start, end = (embedding.expand(*self.anchors.shape, -1) for embedding in self.start_end)
+        rows, columns = self.anchors.shape
+        start, end = (embedding.expand(rows, columns, -1) for embedding in self.start_end)
         behind_end = slot + 1 - depth_of_end(self.config)
         if behind_end == 0:
             return end
@@ -64,7 +69,9 @@ class SlotInputs:
             # Past the end of the text anything may stand here: those rows carry no loss.
             ahead = (self.anchors + behind_end).clamp(max=self.input_ids.shape[1] - 1)
             return self.embed(self.input_ids.gather(1, ahead))
-        if slot == 0 or thought_ids is None:
+        if slot == 0:
+            return start[:, : columns // self.rationales]
+        if thought_ids is None:
             return start
         return self.embed(thought_ids[:, :, slot - 1])
 
@@ -80,6 +87,7 @@ class SlotRun:
         temperature: of the sampled tokens; 0 takes the most likely.
         seed: a number, or an int64 tensor [1] on the device.
         shard: which part of a larger batch this is.
+        keeps: whether outputs of linear layers are kept for a packed pass.
     """
 
     start_end: StartEnd
@@ -89,6 +97,7 @@ class SlotRun:
     temperature: float
     seed: int | Tensor
     shard: BatchShard = WHOLE_BATCH
+    keeps: bool = False
 
 
 @dataclass
@@ -97,20 +106,30 @@ class SlotResults:
 
     Attributes:
         ids, logprobs: [B, M, T], None for pause tokens; hidden: [B, M, d] of every slot.
+        kept: what linear layers gave, if the run was to keep it.
     """
 
     ids: Tensor | None
     logprobs: Tensor | None
     hidden: list[Tensor]
+    kept: KeptOutputs | None = None
 
 
 @torch.no_grad()
 def run_slots_singly(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) -> SlotResults:
     """Run the slots, sampling what they hold."""
+    if not run.keeps:
+        return _run_slots(decoder, config, run)
+    with keeping() as record:
+        made = _run_slots(decoder, config, run)
+    return replace(made, kept=KeptOutputs.of(record, run.layout.slot_rows(run.last)))
+
+
+def _run_slots(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) -> SlotResults:
     embed, output, layout = decoder.get_input_embeddings(), output_layer(decoder), run.layout
     anchors = layout.anchors
     batch, columns = anchors.shape
-    inputs = SlotInputs(config, embed, run.start_end, run.input_ids, anchors)
+    inputs = SlotInputs(config, embed, run.start_end, run.input_ids, anchors, layout.rationales)
     # Asked of the layer itself: a wrapper's weight may be another, or packed.
     dtype = embed(run.input_ids[:1, :1]).dtype
     ids = logprobs = None
@@ -127,6 +146,8 @@ def run_slots_singly(decoder: PreTrainedModel, config: QuietStarConfig, run: Slo
         layout.slot = slot
         embeds = inputs.embeds(slot, ids)
         hidden = run_decoder(decoder, embeds.to(dtype), layout.slot_positions(), layout)
+        if slot == 0:
+            hidden = hidden.repeat_interleave(layout.rationales, dim=1)
         kept.append(hidden)
         if ids is not None and logprobs is not None and slot < config.thought_length:
             # Rows are numbered over the whole batch: every part draws its own numbers.

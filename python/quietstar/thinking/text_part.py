@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 
@@ -23,3 +24,12 @@ def text_body(decoder: PreTrainedModel) -> PreTrainedModel:
     """
     composite = text_config_of(decoder.config) is not decoder.config
     return decoder.get_decoder() if composite else decoder.base_model
+
+
+def decoder_layers(decoder: PreTrainedModel) -> list[nn.Module]:
+    """The layers of a decoder's body; empty where they are in no list."""
+    count = text_config_of(decoder.config).num_hidden_layers
+    for module in text_body(decoder).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return list(module)
+    return []

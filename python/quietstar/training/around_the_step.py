@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from quietstar.checkpoints.save import saved_count
+from quietstar.thinking.fused_layers import fuse_layers
+from quietstar.training.options import decoder_of
 
 if TYPE_CHECKING:
     from quietstar.training.trainer import QuietStarTrainer
@@ -29,6 +31,8 @@ class AroundTheStep(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A resumed run counts on; the copy begins with the training, whatever its first step is."""
         trainer = self._trainer
+        if args.use_liger_kernel:
+            fuse_layers(decoder_of(trainer.own_model), "liger")
         trainer.missing_targets.begin(state)
         if state.is_hyper_param_search:
             trainer.build_parts()

@@ -57,6 +57,9 @@ class PolicyClipper:
     """
 
     def __init__(self, max_norm: float):
+        # A compiled backward pass may use up what it was given, where it knows that it is the only one.
+        if hasattr(torch._functorch.config, "donated_buffer"):
+            torch._functorch.config.donated_buffer = False
         self.max_norm = max_norm
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self._parameters: list[nn.Parameter] = []

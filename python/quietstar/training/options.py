@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from quietstar.config import QuietStarConfig
+from quietstar.thinking.fused_layers import uses_liger
 from quietstar.thinking.noise import refusal_of_neftune
 from quietstar.training.arguments import argument
 from quietstar.training.optional_packages import check_loggers
@@ -23,11 +24,19 @@ _OWN_LOSS = "the loss is the thoughts' own (QuietStarConfig sets its terms and w
 _ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_smoothing_factor": ((0.0,), _OWN_LOSS),
     "label_names": ((None, ["labels"]), "the model takes its targets from labels"),
-    "use_liger_kernel": ((False,), "thoughts have fused kernels of their own"),
-    "liger_kernel_config": ((None,), "thoughts have fused kernels of their own"),
+    "liger_kernel_config": (
+        (None,),
+        "use_liger_kernel takes all but the losses, which are fused already",
+    ),
 }
 # Parameters of Trainer itself.
 _PARAMETERS = {"compute_loss_func": _OWN_LOSS}
+
+
+def decoder_of(model: Any) -> PreTrainedModel:
+    """The decoder inside a Quiet-STaR model, adapters around it or not."""
+    decoder: PreTrainedModel = (model.get_base_model() if hasattr(model, "peft_config") else model).base
+    return decoder
 
 
 def check_model(model: Any) -> None:
@@ -156,7 +165,7 @@ def _check_several_processes(args: TrainingArguments) -> None:
         )
 
 
-def check_gradients(trainer: Trainer, keeps_copy: bool) -> None:
+def check_gradients(trainer: Any, keeps_copy: bool) -> None:
     """Reject what handles gradients or weights in a way that training with thoughts cannot follow.
 
     Args:
@@ -168,6 +177,10 @@ def check_gradients(trainer: Trainer, keeps_copy: bool) -> None:
     alpha = trainer.args.neftune_noise_alpha
     if alpha:
         raise ValueError(refusal_of_neftune(alpha))
+    if trainer.args.use_liger_kernel and trainer.args.device.type != "cuda":
+        raise ValueError(
+            f"use_liger_kernel is True on {trainer.args.device.type}; its kernels expect a CUDA device"
+        )
     deepspeed = trainer.is_deepspeed_enabled
     policy_max_norm = argument(trainer.args, "policy_max_grad_norm")
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
@@ -179,6 +192,12 @@ def check_gradients(trainer: Trainer, keeps_copy: bool) -> None:
         raise ValueError(
             f"policy_max_grad_norm is {policy_max_norm} with {owner}, which handles"
             " gradients itself; expected null"
+        )
+    liger = trainer.args.use_liger_kernel or uses_liger(decoder_of(trainer.own_model))
+    if policy_max_norm is not None and liger:
+        raise ValueError(
+            f"policy_max_grad_norm is {policy_max_norm} with liger-kernel, whose gated MLP can go"
+            " through one backward pass only; expected fused_layers 'compile', or null"
         )
     if deepspeed and keeps_copy:
         raise ValueError(

@@ -1,0 +1,40 @@
+"""Options of a model that change how fast it runs and what it holds, and no result."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from quietstar.thinking.cuda_graphs import forget
+from quietstar.thinking.fused_layers import fuse_layers
+from quietstar.thinking.kept_outputs import reuse_rollout
+
+
+class SpeedOptionsMixin:
+    """Fused layers, and outputs of the rollout that the packed pass takes."""
+
+    base: PreTrainedModel
+
+    def fuse_layers(self, way: str = "auto") -> None:
+        """Run the decoder's norms, rotary embeddings, gates and residual adds as fused kernels.
+
+        Args:
+            way: ``"compile"`` (torch.compile, layer by layer, in passes with thoughts), ``"liger"``
+                (liger-kernel, for families that it knows, on CUDA), ``"auto"`` (compiled wherever the
+                model is on a CUDA device), or ``"off"``.
+
+        Raises:
+            ValueError: for another way, or one that does not fit the decoder.
+            ImportError: for ``"liger"`` without liger-kernel.
+        """
+        forget(self.base)
+        fuse_layers(self.base, way)
+
+    def reuse_rollout(self, on: bool = True) -> int:
+        """While training, let linear layers take their outputs of the rollout's rows from the rollout,
+        for the memory of these outputs (:mod:`quietstar.thinking.kept_outputs`).
+
+        Returns:
+            How many layers do; those that are more than a product do not.
+        """
+        forget(self.base)
+        return reuse_rollout(self.base, on)

@@ -1,0 +1,180 @@
+"""Fused layers: the same losses, gradients and generated tokens, whatever the pass."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from families import gradients, thinking_model
+from small_training import rows, small_model, trainer
+from torch import Tensor
+
+from quietstar import QuietStarForCausalLM
+from quietstar.thinking.cuda_graphs import use_graphs
+from quietstar.thinking.fused_layers import FusedForward, fuse_layers
+from quietstar.thinking.text_part import decoder_layers
+
+pytestmark = pytest.mark.slow  # torch.compile takes a while
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+IDS = torch.randint(3, 36, (2, 9), generator=torch.Generator().manual_seed(2))
+
+
+def build(family: str = "llama", **fields) -> QuietStarForCausalLM:
+    fields = {"start_token_id": 39, "end_token_id": 40, "thought_length": 3, "talk_length": 2, **fields}
+    return thinking_model(family, mixing=0.3, embeddings=0.003, **fields).train()
+
+
+def step(model: QuietStarForCausalLM, ids: Tensor = IDS) -> tuple[float, dict[str, Tensor]]:
+    model.zero_grad()
+    torch.manual_seed(5)
+    ids = ids.to(model.device)
+    output = model(ids, labels=ids)
+    output.loss.backward()
+    return output.loss.item(), gradients(model)
+
+
+def same(found: tuple[float, dict[str, Tensor]], wanted: tuple[float, dict[str, Tensor]]) -> None:
+    assert found[0] == pytest.approx(wanted[0], rel=1e-5)
+    assert found[1].keys() == wanted[1].keys()
+    for name, value in wanted[1].items():
+        size = float(value.abs().max())
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=2e-4 * size + 1e-7, msg=name)
+
+
+@pytest.fixture
+def traced_only(monkeypatch) -> None:
+    """What torch.compile traces runs as it is: quick, and as good where no fused kernel matters."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
+def test_compiled():
+    """By inductor, as a user gets it."""
+    model = build()
+    wanted = step(model)
+    model.fuse_layers("compile")
+    same(step(model), wanted)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_what_a_compiled_layer_meets(family: str, traced_only):
+    """Text, slots and packed pass, lengths that change, generation, outputs of the rollout, and back."""
+    model = build(family)
+    wanted, longer = step(model), torch.randint(3, 36, (3, 12))
+    wanted_longer = step(model, longer)
+    model.eval()
+    tokens = model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    model.train().fuse_layers("compile")
+    layers = decoder_layers(model.base)
+    assert all(isinstance(layer.forward, FusedForward) for layer in layers)
+    same(step(model), wanted)
+    same(step(model, longer), wanted_longer)
+    same(step(copy.deepcopy(model)), wanted)
+    with use_graphs("buffers"):
+        same(step(model), wanted)
+    assert model.reuse_rollout() == 7 * len(layers)
+    same(step(model), wanted)
+    model.reuse_rollout(False)
+    same(step(model), wanted)
+    model.gradient_checkpointing_enable()
+    same(step(model), wanted)
+    model.gradient_checkpointing_disable()
+    model.eval()
+    assert torch.equal(model.generate(IDS, max_new_tokens=3, do_sample=False, pad_token_id=0), tokens)
+    model.train().fuse_layers("off")
+    assert not any("forward" in vars(layer) for layer in layers)
+    same(step(model), wanted)
+
+
+def test_lengths_and_layers_share_what_is_compiled(traced_only):
+    torch._dynamo.reset()
+    model, counters = build(), torch._dynamo.utils.counters
+    model.fuse_layers("compile")
+    counters.clear()
+    step(model)
+    first = counters["stats"]["unique_graphs"]
+    step(model, torch.randint(3, 36, (2, 10)))
+    both = counters["stats"]["unique_graphs"]
+    for length in (11, 12, 13):
+        step(model, torch.randint(3, 36, (2, length)))
+    # Text, slots and packed pass of one layer; the second length makes them fit any.
+    assert 0 < first <= 15 and counters["stats"]["unique_graphs"] == both <= 2 * first
+
+
+def test_auto_is_compiled_on_cuda_alone():
+    model = build()
+    wanted = step(model)
+    model.fuse_layers("auto")
+    torch._dynamo.utils.counters.clear()
+    found = step(model)
+    assert not torch._dynamo.utils.counters["stats"]
+    assert found[0] == wanted[0]
+    assert all(torch.equal(found[1][name], value) for name, value in wanted[1].items())
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", ["off", "auto"])
+def test_on_a_gpu(graphs: str):
+    model = build().cuda()
+    with use_graphs("off"):
+        wanted = step(model)
+    model.fuse_layers("auto")
+    with use_graphs(graphs):
+        for _ in range(3):
+            same(step(model), wanted)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_liger_kernel():
+    pytest.importorskip("liger_kernel")
+    model, other = build().cuda(), build()
+    wanted, wanted_cpu = step(model), step(other)
+    model.fuse_layers("liger")
+    model.fuse_layers("liger")
+    for _ in range(3):
+        same(step(model), wanted)
+    same(step(other), wanted_cpu)  # rotary embeddings are patched for the whole family
+    with pytest.raises(ValueError, match="fused_layers is 'off', but liger-kernel is in the decoder's"):
+        model.fuse_layers("off")
+
+
+def test_two_backward_passes_through_compiled_layers(tmp_path, traced_only):
+    found = []
+    for way in ("off", "compile"):
+        torch.manual_seed(0)
+        model = small_model()
+        model.fuse_layers(way)
+        run = trainer(tmp_path, model, rows(8, True), max_steps=2, policy_max_grad_norm=0.5, optim="sgd")
+        run.train()
+        found.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+class TestErrors:
+    def test_another_way(self):
+        with pytest.raises(
+            ValueError, match="fused_layers is 'fast'; expected one of auto, compile, liger"
+        ):
+            build().fuse_layers("fast")
+
+    def test_a_replaced_forward(self):
+        model = build()
+        layer = decoder_layers(model.base)[0]
+        layer.forward = layer.forward
+        with pytest.raises(
+            ValueError, match="'compile', but the forward of LlamaDecoderLayer was replaced"
+        ):
+            model.fuse_layers("compile")
+        model.fuse_layers("auto")
+        assert not isinstance(layer.forward, FusedForward)
+
+    def test_liger_that_is_not_there(self, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ImportError, match=r"needs liger-kernel \(pip install liger-kernel\)"):
+            fuse_layers(build().base, "liger")
+
+    def test_liger_in_the_trainer(self, tmp_path):
+        with pytest.raises((ValueError, ImportError), match="use_liger_kernel is True on cpu|iger"):
+            trainer(tmp_path, small_model(), rows(4), use_liger_kernel=True).train()

@@ -1,0 +1,205 @@
+"""Linear layers that take the rollout's rows from the rollout: same losses and gradients, fewer rows."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from families import gradients, thinking_model
+from torch import Tensor
+
+from quietstar import QuietStarForCausalLM
+from quietstar.thinking import kept_outputs
+from quietstar.thinking.cuda_graphs import use_graphs
+from quietstar.thinking.kept_outputs import KeptOutputs, keeping, taking
+
+WAYS = [
+    pytest.param(("cpu", "off"), id="cpu"),
+    pytest.param(("cpu", "buffers"), id="buffers"),
+    pytest.param(("cuda", "auto"), id="graph", marks=pytest.mark.gpu),
+]
+IDS = torch.randint(3, 36, (2, 9), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(params=WAYS)
+def device(request) -> Iterator[str]:
+    device, mode = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    with use_graphs(mode):
+        yield device
+
+
+@pytest.fixture
+def products(monkeypatch) -> list[tuple[int, int]]:
+    """Rows of the inputs of layers that took outputs, and how many of them were multiplied."""
+    seen: list[tuple[int, int]] = []
+    apply = kept_outputs._KnownRows.apply
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None, *known: Tensor) -> Tensor:
+        seen.append((x.shape[1], x.shape[1] - sum(part.shape[1] for part in known)))
+        return apply(x, weight, bias, *known)
+
+    monkeypatch.setattr(kept_outputs._KnownRows, "apply", counted)
+    return seen
+
+
+def build(family: str = "llama", **fields) -> QuietStarForCausalLM:
+    fields = {"start_token_id": 39, "end_token_id": 40, "thought_length": 3, "talk_length": 2, **fields}
+    return thinking_model(family, mixing=0.3, embeddings=0.003, **fields).train()
+
+
+def step(model: QuietStarForCausalLM, ids: Tensor = IDS) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients; the thoughts are those of one seed."""
+    model.zero_grad()
+    torch.manual_seed(5)
+    ids = ids.to(model.device)
+    output = model(ids, labels=ids)
+    output.loss.backward()
+    return output.loss.item(), gradients(model)
+
+
+def same(found: tuple[float, dict[str, Tensor]], wanted: tuple[float, dict[str, Tensor]]) -> None:
+    assert found[0] == pytest.approx(wanted[0], rel=1e-5)
+    assert found[1].keys() == wanted[1].keys()
+    for name, value in wanted[1].items():
+        size = float(value.abs().max())
+        torch.testing.assert_close(found[1][name], value, rtol=0, atol=2e-4 * size + 1e-7, msg=name)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "qwen2"])
+def test_the_same_losses_and_gradients(family: str, device: str, products):
+    model = build(family).to(device)
+    for _ in range(3):
+        wanted = step(model)
+    assert not products
+    layers = model.reuse_rollout()
+    assert layers == 7 * model.base.config.num_hidden_layers
+    for _ in range(3):  # as it is, captured, replayed
+        products.clear()
+        same(step(model), wanted)
+        # The last thought token, the end token and one talk token are new.
+        slot = 9 * model.config.num_rationales
+        assert products == [(9 + 9 + 5 * slot, 3 * slot)] * layers
+    assert model.reuse_rollout(False) == 0
+    products.clear()
+    same(step(model), wanted)
+    assert not products
+
+
+def test_thoughts_of_another_length(device: str, products):
+    model = build().to(device)
+    model.reuse_rollout()
+    for thought, talk in ((1, 1), (4, 3), (1, 1)):
+        model.config.thought_length, model.config.talk_length = thought, talk
+        wanted = step(copy.deepcopy(model).requires_grad_(True))
+        products.clear()
+        same(step(model), wanted)
+        assert products
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"thought_kind": "pause"}, {"think_at": "stride:3"}, {"num_rationales": 1}],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_other_thoughts(fields, products):
+    model = build(**fields)
+    wanted = step(model)
+    model.reuse_rollout()
+    same(step(model), wanted)
+    assert products
+
+
+def test_nothing_is_kept_where_it_would_not_be_used(products, monkeypatch):
+    model = build()
+    wanted = step(model)
+    layers = model.reuse_rollout()
+    monkeypatch.setattr(KeptOutputs, "of", lambda *_: pytest.fail("outputs were kept"))
+    with torch.no_grad():
+        model(IDS, labels=IDS)
+    model.eval()
+    model(IDS)
+    model.train()
+    model.gradient_checkpointing_enable()
+    same(step(model), wanted)
+    assert layers and not products
+
+
+def test_autocast(products):
+    """In bf16 the known rows come from other kernels: as far from fp32 as without them, not farther."""
+    model = build()
+    exact = step(model)
+
+    def error(found: tuple[float, dict[str, Tensor]]) -> float:
+        gaps = [(found[1][n] - g).norm() / g.norm() for n, g in exact[1].items() if g.norm() > 0]
+        return float(torch.stack(gaps).median())
+
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = error(step(model))
+        model.reuse_rollout()
+        kept = error(step(model))
+    assert products and kept < 2 * plain
+
+
+def test_layers_that_are_more_than_a_product():
+    model = build()
+    layer = model.base.model.layers[0].mlp.up_proj
+    layer.register_forward_hook(lambda module, args, output: output * 2)
+    wanted = step(model)
+    assert model.reuse_rollout() == 7 * model.base.config.num_hidden_layers - 1
+    same(step(model), wanted)
+
+
+class TestRecord:
+    """What a record says of outputs that cannot be taken."""
+
+    layer = torch.nn.Linear(3, 4)
+
+    def kept(self, *outputs: Tensor, change: bool = False) -> KeptOutputs:
+        record = {self.layer: [(output, output._version) for output in outputs]}
+        if change:
+            outputs[0].mul_(2)
+        return KeptOutputs.of(record, (2, 5))
+
+    def output(self, kept: KeptOutputs, rows: int = 8) -> tuple[Tensor, Tensor]:
+        x = torch.randn(1, rows, 3)
+        return kept.output(self.layer, x), torch.nn.functional.linear(
+            x, self.layer.weight, self.layer.bias
+        )
+
+    def test_known_rows_come_first(self):
+        known = torch.randn(1, 2, 4), torch.randn(1, 5, 4)
+        got, wanted = self.output(self.kept(*known))
+        assert torch.equal(got, torch.cat([*known, wanted[:, 7:]], dim=1))
+
+    @pytest.mark.parametrize(
+        "case", ["changed in place", "once more", "other rows", "overwritten", "short"]
+    )
+    def test_not_taken(self, case: str):
+        known = [torch.randn(1, 2, 4), torch.randn(1, 5, 4)]
+        known += [torch.randn(1, 5, 4)] if case == "once more" else []
+        known[1] = torch.randn(5, 4) if case == "other rows" else known[1]
+        kept = self.kept(*known, change=case == "changed in place")
+        kept.are_current = lambda: case != "overwritten"
+        got, wanted = self.output(kept, rows=7 if case == "short" else 8)
+        assert torch.equal(got, wanted)
+
+    def test_a_second_call_multiplies_all(self):
+        kept = self.kept(torch.randn(1, 2, 4), torch.randn(1, 5, 4))
+        self.output(kept)
+        got, wanted = self.output(kept)
+        assert torch.equal(got, wanted)
+
+    def test_records_and_takers_do_not_nest_wrongly(self):
+        model = build()
+        model.reuse_rollout()
+        with keeping() as outer:
+            with keeping() as inner:
+                model.base(IDS)
+            model.base(IDS[:, :4])
+        assert {o.shape[1] for made in inner.values() for o, _ in made} == {9}
+        assert {o.shape[1] for made in outer.values() for o, _ in made} == {4}
+        with pytest.raises(RuntimeError, match="inside"), taking(KeptOutputs({}, ())):
+            raise RuntimeError("inside")
+        model.base(IDS)
