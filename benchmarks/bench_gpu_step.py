@@ -12,9 +12,11 @@ tests/benchmarks/test_benchmark_step.py runs the same functions with a tiny deco
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ from benchmarks.sequential import sequential_step
 from quietstar import QuietStarForCausalLM
 from quietstar.modeling.text_cache import cache_argument
 from quietstar.plan.costs import decoder_sizes
-from quietstar.thinking.cuda_graphs import forget, run_slots, use_graphs
+from quietstar.thinking.cuda_graphs import run_slots, use_graphs
 from quietstar.thinking.layout import LayerKeys, ThoughtLayout
 from quietstar.thinking.slots import SlotRun, depth_of_end
 
@@ -81,10 +83,45 @@ def build(name: str) -> QuietStarForCausalLM:
     return model.to(DEVICE, torch.bfloat16)
 
 
-def training_step(name: str, batch: int, length: int, rounds: int = 5) -> Table:
-    """Time, memory and utilisation of our step, with checkpointing and without, and of the published.
+class Way(NamedTuple):
+    """How our step is run; the first of :data:`WAYS` is how a recipe runs it on a GPU."""
 
-    A contestant that runs out of memory is left out of the table, and said so.
+    fused_layers: str = "auto"
+    reuse_rollout: bool = False
+    graphs: str = "auto"
+    checkpointing: bool = False
+
+
+WAYS = {
+    "quietstar": Way(),
+    "quietstar, outputs of the rollout reused": Way(reuse_rollout=True),
+    "quietstar, layers as they are": Way("off"),
+    "quietstar, layers as they are, no graph": Way("off", graphs="off"),
+    "quietstar, gradient checkpointing": Way(checkpointing=True),
+}
+
+
+@contextlib.contextmanager
+def run_as(model: QuietStarForCausalLM, way: Way) -> Iterator[None]:
+    """The model in this way, and as it was afterwards."""
+    model.fuse_layers(way.fused_layers)
+    model.reuse_rollout(way.reuse_rollout)
+    if way.checkpointing:
+        model.gradient_checkpointing_enable()
+    try:
+        with use_graphs(way.graphs):
+            yield
+    finally:
+        model.gradient_checkpointing_disable()
+        model.reuse_rollout(False)
+        model.fuse_layers("off")
+
+
+def training_step(name: str, batch: int, length: int, rounds: int = 5) -> Table:
+    """Time, memory and utilisation of our step in several ways, and of the published algorithm.
+
+    One after the other, each timed ``rounds`` times when it is warm: what one has captured and compiled
+    is gone when the next begins. What runs out of memory is left out of the table, and said so.
     """
     model = build(name).train()
     ids = torch.randint(0, SHAPES[name]().vocab_size - 2, (batch, length), device=DEVICE)
@@ -101,34 +138,23 @@ def training_step(name: str, batch: int, length: int, rounds: int = 5) -> Table:
         rewarded.append((output.advantage.detach() > 0).float().mean())
         return output.loss
 
-    def with_checkpointing() -> None:
-        model.gradient_checkpointing_enable()
-        try:
-            step(ours)
-        finally:
-            model.gradient_checkpointing_disable()
-
-    def with_graphs() -> None:
-        with use_graphs("auto"):
-            step(ours)
-
-    runs = {
-        "quietstar": lambda: step(ours),
-        "quietstar, slots as a graph": with_graphs,
-        "quietstar, gradient checkpointing": with_checkpointing,
-        "sequential, dense (as published)": lambda: step(lambda: sequential_step(model, ids)),
-    }
-    memory = {}
-    for title in list(runs):
-        peak = peak_mb(runs[title])
-        forget(model.base)  # the next one's memory is its own
-        if peak is None:
-            print(f"  {title}: does not fit this device")
-            optimizer.zero_grad(set_to_none=True)
-            del runs[title]
-        else:
-            memory[title] = peak
-    table = compare(runs, rounds, graph=False)
+    runs: list[tuple[str, Way, Callable[[], torch.Tensor]]]
+    runs = [(title, way, ours) for title, way in WAYS.items()]
+    sequential = functools.partial(sequential_step, model, ids)
+    runs.append(("sequential, dense (as published)", Way("off", graphs="off"), sequential))
+    table: Table = {}
+    for title, way, loss_of in runs:
+        run = functools.partial(step, loss_of)
+        with run_as(model, way):
+            peak = peak_mb(run)
+            if peak is None:
+                print(f"  {title}: does not fit this device")
+                optimizer.zero_grad(set_to_none=True)
+                continue
+            table[title] = compare({title: run}, rounds, graph=False)[title]
+        if ON_GPU:
+            table[title]["peak_mb"] = peak
+        table[title]["times_ours"] = table[title]["ms"] / next(iter(table.values()))["ms"]
     flops = training_step_flops(
         model.config,
         decoder_sizes(model.base.config),
@@ -138,8 +164,6 @@ def training_step(name: str, batch: int, length: int, rounds: int = 5) -> Table:
     )
     rate = matmul_gflop_per_s()
     for title, row in table.items():
-        if ON_GPU:
-            row["peak_mb"] = memory[title]
         row["needed_gflop"] = flops.needed / 1e9
         row["matmul_gflop_per_s"] = rate
         row["utilisation"] = flops.needed / 1e9 / row["ms"] * 1e3 / rate

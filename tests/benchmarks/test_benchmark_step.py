@@ -35,7 +35,8 @@ def test_operations_by_hand():
     assert sizes.linear == 2 * (2 * 16 + 2 * 8 + 3 * 24) == 240
     found = load_flops().training_step_flops(config, sizes, batch=1, length=3, rewarded=0.25)
     # Start, two thought tokens, end and one talk token are 5 slots; 3 positions twice are 6 columns.
-    assert found.body == 6 * 240 * (3 + 5 * 6) == 47520
+    # The start slot is the same for both columns of a position.
+    assert found.body == 6 * 240 * (3 + 3 + 4 * 6) == 43200
     # Text rows see 1 + 2 + 3 keys. A column's five slots see its text and 1 + 2 + .. + 5 slots.
     text_of_columns = 2 * (1 + 2 + 3)
     pairs = (1 + 2 + 3) + 5 * text_of_columns + 6 * (1 + 2 + 3 + 4 + 5)
@@ -44,10 +45,10 @@ def test_operations_by_hand():
     assert found.vocabulary == 2 * 4 * 10 * (12 + 3 * (2 + 12 + 3)) == 5040
     # 4x4 for 3 base rows, and 4x4 and 4x4 for each of 12 talk rows, forward and twice backward.
     assert found.mixing == 3 * 2 * 16 * (3 + 2 * 12) == 2592
-    assert found.needed == 47520 + 96 * 156 + 5040 + 2592
+    assert found.needed == 43200 + 96 * 156 + 5040 + 2592
     # The rollout: the text, and start and first token of the 6 columns, without gradients.
     rollout_pairs = 6 + 2 * text_of_columns + 6 * (1 + 2)
-    assert found.rollout == 2 * 240 * (3 + 2 * 6) + 4 * 4 * 2 * rollout_pairs
+    assert found.rollout == 2 * 240 * (3 + 3 + 6) + 4 * 4 * 2 * rollout_pairs
 
 
 @pytest.mark.slow
@@ -64,7 +65,9 @@ print(json.dumps(tables))
     step, slots = json.loads(done.stdout.splitlines()[-1])
     assert list(step) == [
         "quietstar",
-        "quietstar, slots as a graph",
+        "quietstar, outputs of the rollout reused",
+        "quietstar, layers as they are",
+        "quietstar, layers as they are, no graph",
         "quietstar, gradient checkpointing",
         "sequential, dense (as published)",
     ]
