@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Compiles every csrc/cuda/*.cu and instance for sm_80, sm_90 and sm_100 and reads what the compiler
-says of each kernel: registers, spills, shared memory. No GPU is needed.
+says of each kernel: registers, spills, shared memory; and counts instructions of loops in the machine
+code, where there is a disassembler. No GPU is needed.
 
     python scripts/compile_check.py [FILE.cu ...] [--archs sm_90,...]
 
 What the package's own build reported a moment ago is not compiled again. Prints a table, a line per
 kernel. Exit status 1: a kernel of ``NO_SPILLS`` spills, one of ``WIDE`` stores its 16 bytes in pieces,
-a pattern there names no kernel any more, or a file does not compile. Without nvcc it says so and checks
+one of ``LOOPS`` takes more instructions than it may, a pattern there names no kernel any more, or a file
+does not compile. Without nvcc it says so and checks
 nothing.
 """
 
@@ -25,6 +27,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from machine_code import find_cuobjdump, instructions, round_of_loop
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = REPOSITORY / "csrc" / "cuda"
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -42,6 +46,15 @@ NO_SPILLS = (
 WIDE = {
     "linear_cross_entropy.cu": ("softmax_cross_entropy_rows<*, true>", "scale_elements*"),
     "mixing_head.cu": ("mixing_*_kernel<*, true*>",),
+}
+
+# The loops that a file's kernels spend their time in: the operation that a loop has more of than any
+# other, and the most instructions of sm_90 that a round of it may take.
+LOOPS = {
+    "sample_tokens.cu": {
+        "scan_rows_fast<*": ("MUFU.EX2", 245),
+        "sample_rows_fast<*": ("MUFU.EX2", 245),
+    },
 }
 
 
@@ -115,6 +128,15 @@ def ptx_of(nvcc: str, source: Path) -> str:
         out = Path(folder) / "out.ptx"
         run_nvcc(nvcc, source, ["-ptx", "-arch=compute_80", "-o", str(out)])
         return out.read_text()
+
+
+def sass_of(nvcc: str, cuobjdump: str, source: Path) -> str:
+    """The file's machine code for sm_90, as the package's build makes it, from PTX for compute_80."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.cubin"
+        run_nvcc(nvcc, source, ["-cubin", "-gencode=arch=compute_80,code=sm_90", "-o", str(out)])
+        done = subprocess.run([cuobjdump, "-sass", str(out)], capture_output=True, text=True, check=True)
+        return done.stdout
 
 
 def reports_of_build(archs: Iterable[str]) -> dict[str, str]:
@@ -265,6 +287,37 @@ def narrow_faults(nvcc: str, files: Iterable[Path]) -> list[str]:
     return found
 
 
+def loop_faults(nvcc: str, cuobjdump: str, files: Iterable[Path]) -> list[str]:
+    """Prints the rounds of the LOOPS. A sentence for each that takes more than it may, and for each
+    pattern that names no loop."""
+    files = [file for file in files if file.name in LOOPS]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        texts = list(pool.map(lambda file: sass_of(nvcc, cuobjdump, file), files))
+    found = []
+    for file, text in zip(files, texts, strict=True):
+        code = instructions(text)
+        names = readable(code)
+        for pattern, (operation, most) in LOOPS[file.name].items():
+            rounds = {
+                names[name]: round_of_loop(code[name], operation)
+                for name in code
+                if fnmatchcase(names[name], pattern)
+            }
+            if not rounds:
+                found.append(
+                    f"no kernel of {file.name} is called {pattern}; LOOPS should follow its name"
+                )
+            for name, length in rounds.items():
+                print(
+                    f"{name}: a round of the {operation} loop is {length} instructions, at most {most}"
+                )
+                if length is None or length > most:
+                    found.append(
+                        f"{name} has a {operation} loop of {length} instructions; allowed: {most}"
+                    )
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="default: all of csrc/cuda")
@@ -294,7 +347,13 @@ def judge(nvcc: str, files: list[Path], archs: list[str], chosen: bool) -> int:
     print(f"{len(names)} kernels; {len(rest)} files compiled, {len(known)} read from the build's log")
     print("\n".join(spills) or "no spills where none may be")
     print("\n".join(narrow) or "no packs taken apart where none may be")
-    return 1 if spills or narrow else 0
+    cuobjdump = find_cuobjdump(nvcc)
+    if cuobjdump is None:
+        print("loops not counted: cuobjdump was not found")
+        return 1 if spills or narrow else 0
+    long = loop_faults(nvcc, cuobjdump, files)
+    print("\n".join(long) or "no loops longer than they may be")
+    return 1 if spills or narrow or long else 0
 
 
 if __name__ == "__main__":

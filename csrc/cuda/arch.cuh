@@ -80,6 +80,17 @@ __device__ __forceinline__ void store16_global(T* p, const Pack<T>& pack) {
 #endif
 }
 
+// Keeps the compiler from computing an address anew, from what the loop counts, at each of its
+// uses.
+template <class T>
+__device__ __forceinline__ void keep(T*& p) {
+#ifdef __CUDACC__
+  asm volatile("" : "+l"(p));
+#else
+  static_cast<void>(p);
+#endif
+}
+
 // For data that is read once: it does not stay in L1 and leaves L2 first.
 template <class T>
 __device__ __forceinline__ Pack<T> load16_once(const T* p) {
@@ -93,6 +104,24 @@ __device__ __forceinline__ Pack<T> load16_once(const T* p) {
   asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
                : "=r"(u.bits.x), "=r"(u.bits.y), "=r"(u.bits.z), "=r"(u.bits.w)
                : "l"(p), "l"(policy));
+  return u.pack;
+#else
+  return load16(p);
+#endif
+}
+
+// For data that a block reads once, in loops without registers to spare for a policy of L2: it does
+// not stay in L1.
+template <class T>
+__device__ __forceinline__ Pack<T> load16_past_l1(const T* p) {
+#ifdef __CUDACC__
+  union {
+    uint4 bits;
+    Pack<T> pack;
+  } u;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(u.bits.x), "=r"(u.bits.y), "=r"(u.bits.z), "=r"(u.bits.w)
+               : "l"(p));
   return u.pack;
 #else
   return load16(p);

@@ -1,23 +1,28 @@
 // One token per row of logits; what is computed stands in quietstar/sample_tokens.h.
 //
-// Many rows: a block of 256 threads per row, one launch. A warp takes a chunk of the row (1024
-// 16-bit logits or 512 of fp32, four 16-byte loads per lane, the next chunk's under way), finds its
-// maximum, adds up its powers of two, and leaves maximum and sum in shared memory. Then the first
-// warp takes one uniform number from Philox, picks a chunk by the running sum of the sums, and
-// reads that chunk alone again to find the token. No noise per element, no sort, nothing per
-// element in memory.
+// Many rows: a block per row, one launch. A warp takes a chunk of the row (1024 16-bit logits or
+// 512 of fp32, four 16-byte loads per lane), finds its maximum, adds up its powers of two, and
+// leaves maximum and sum in shared memory. Then the first warp takes one uniform number from
+// Philox, picks a chunk by the running sum of the sums, and reads that chunk alone again to find
+// the token. No noise per element, no sort, nothing per element in memory.
 //
 // Few rows: the first pass is a launch of its own with several blocks per row, which leaves the
 // same maxima and sums in the workspace; the second launch finishes, a block per row.
+//
+// Two pairs of kernels: the fast ones (sample_tokens_fast.cuh) for 16-bit logits in the usual call,
+// the others for the rest. While a row's token is drawn its block loads nothing, so what counts is
+// that others do: fast blocks have 40 registers a thread, 48 warps to a multiprocessor, and as few
+// threads as the number of rows allows, 12 rows at once where there are many.
 //
 // Bytes: vocab elements per row, once, and one chunk of 2 KB again.
 //
 // Operations per element, in issue slots (a multiprocessor has four warps' a cycle: at 4.2 TB/s and
 // 1.8 GHz an H200 has 14 per 16-bit element and 29 per fp32 element):
-// - fast, for 16-bit logits: 1 conversion, 1/4 maximum, 2 multiply-adds, 1 exp2, 1 addition, and 3
-//   for what a chunk costs, counted in the machine code for sm_90: 8 1/4;
-// - exact, for the rest: 1 maximum, 1 lower limit, 4 for the argument, 6 for the polynomial, 1 for
-//   the exponent, 2 for a sum in double, and 4 for the chunk: 19.
+// - fast: 1 conversion, 1/4 maximum, 2 multiply-adds, 1 exp2, 1 addition, and 2 for what a chunk
+//   costs, counted in the machine code for sm_90 (scripts/compile_check.py has the limit): 7 1/4;
+// - exact: 1 maximum, 1 lower limit, 4 for the argument, 6 for the polynomial, 1 for the exponent,
+// 2
+//   for a sum in double, and 4 for the chunk: 19.
 //
 // Where the edges between tokens lie must not depend on how they were computed: with V tokens of
 // equal size, errors that move an edge by x of the total change V x of the draws, so 1 in 100,000
@@ -25,14 +30,14 @@
 // whose relative error is 2^-22. So fp32 logits are added up exactly from the start, as csrc/cpu
 // does. 16-bit logits are added up fast, and again exactly in the rows (about one in a hundred
 // where all tokens are equally likely, else fewer) whose number falls too close to an edge: the
-// token is that of the exact sums in either case (see draw()).
+// token is that of the exact sums in either case (see draw_fast()).
 #include <algorithm>
 #include <cmath>
 #include <string>
 
 #include "launch.cuh"
 #include "quietstar/checks.h"
-#include "sample_tokens_draw.cuh"
+#include "sample_tokens_fast.cuh"
 #include "sample_tokens_truncate.cuh"
 
 namespace quietstar::cuda {
@@ -40,13 +45,16 @@ namespace {
 
 using namespace sampling;
 
-constexpr double kDoubt = 5e-7;  // see draw()
 // Blocks per multiprocessor that there are registers for; each of their threads has 64 to 128 bytes
 // of loads under way.
 template <class T>
 constexpr int kBlocks = sizeof(T) == 2 ? 4 : 3;
+// The same of the fast kernels, whose blocks have 128 to 512 threads: 48 warps in all.
+constexpr int kFastThreads = 512, kFastBlocks = 3;
+// Blocks per multiprocessor to plan the first of two launches for.
+constexpr int kResident = 4;
 
-template <class T, bool kFast>
+template <class T>
 __global__ __launch_bounds__(kThreads,
                              kBlocks<T>) void scan_rows(const __grid_constant__ Options o) {
   QUIETSTAR_SHARED(int, banned, [kFewBanned]);
@@ -54,21 +62,9 @@ __global__ __launch_bounds__(kThreads,
   __syncthreads();
   const std::int64_t n = blockIdx.y;
   const Row<T> row = row_of<T>(o, n, banned);
-  const int per_block =
-      (o.max_entries + static_cast<int>(gridDim.x) - 1) / static_cast<int>(gridDim.x);
-  const int first = static_cast<int>(blockIdx.x) * per_block;
-  scan<T, kFast>(row, o, first, min(first + per_block, row.entries), o.sums + n * o.max_entries,
-                 o.maxima + n * o.max_entries);
-}
-
-// Brings the sums to the scale of the row's maximum.
-__device__ __forceinline__ void weigh(const Options& o, int entries, const float* maxima,
-                                      float row_max, double* sums) {
-  const float scale = scale_of(row_max, o);
-  for (int i = static_cast<int>(threadIdx.x); i < entries; i += kThreads) {
-    sums[i] *= power_of_two(scale_of(maxima[i], o) - scale);
-  }
-  __syncthreads();
+  const int first = static_cast<int>(blockIdx.x) * o.per_block;
+  scan<T>(row, o, first, min(first + o.per_block, row.entries), o.sums + n * o.max_entries,
+          o.maxima + n * o.max_entries);
 }
 
 // What the block of a row keeps in shared memory.
@@ -77,13 +73,11 @@ struct RowState {
   float maxima[kMaxEntries];
   int banned[kFewBanned];
   float scratch[kThreads / 32];
-  bool decided;
 };
 
-// From the maxima and sums of a row to its token. doubt: of the sums (see draw); 0 for exact ones.
+// From the maxima and sums of a row to its token.
 template <class T>
-QUIETSTAR_NOINLINE __device__ void finish(RowState& state, Bins& bins, const Options& o,
-                                          double doubt) {
+QUIETSTAR_NOINLINE __device__ void finish(RowState& state, Bins& bins, const Options& o) {
   const std::int64_t n = blockIdx.x;
   Row<T> row = row_of<T>(o, n, state.banned);
   const int thread = static_cast<int>(threadIdx.x);
@@ -106,7 +100,6 @@ QUIETSTAR_NOINLINE __device__ void finish(RowState& state, Bins& bins, const Opt
     row_max = 0;
     rescan(row, o, kLowest, true, sums, maxima);
     __syncthreads();
-    doubt = 0;
   }
   weigh(o, row.entries, maxima, row_max, sums);
   float floor = kLowest;
@@ -117,20 +110,10 @@ QUIETSTAR_NOINLINE __device__ void finish(RowState& state, Bins& bins, const Opt
     __syncthreads();
     weigh(o, row.entries, maxima, row_max, sums);
   }
-  if (thread < 32) {
-    const bool done = draw(row, o, n, sums, maxima, row_max, floor, doubt);
-    if (thread == 0) state.decided = done;
-  }
-  if (doubt == 0) return;
-  __syncthreads();
-  if (state.decided) return;
-  rescan(row, o, floor, false, sums, maxima);
-  __syncthreads();
-  weigh(o, row.entries, maxima, row_max, sums);
-  if (thread < 32) draw(row, o, n, sums, maxima, row_max, floor, 0);
+  if (thread < 32) draw(row, o, n, sums, maxima, row_max, floor);
 }
 
-template <class T, bool kFast>
+template <class T>
 __global__ __launch_bounds__(kThreads,
                              kBlocks<T>) void sample_rows(const __grid_constant__ Options o) {
   QUIETSTAR_SHARED(RowState, state, [1]);
@@ -145,10 +128,59 @@ __global__ __launch_bounds__(kThreads,
       state->maxima[i] = o.maxima[n * o.max_entries + i];
     }
   } else {
-    scan<T, kFast>(row, o, 0, row.entries, state->sums, state->maxima);
+    scan<T>(row, o, 0, row.entries, state->sums, state->maxima);
   }
   __syncthreads();
-  finish<T>(*state, *reinterpret_cast<Bins*>(memory), o, kFast ? kDoubt : 0);
+  finish<T>(*state, *reinterpret_cast<Bins*>(memory), o);
+}
+
+template <class T>
+__global__ __launch_bounds__(kFastThreads,
+                             kFastBlocks) void scan_rows_fast(const __grid_constant__ Options o) {
+  QUIETSTAR_SHARED(int, banned, [kFewBanned]);
+  load_banned(o, banned);
+  __syncthreads();
+  const std::int64_t n = blockIdx.y;
+  const Row<T> row = row_of<T>(o, n, banned);
+  const int first = static_cast<int>(blockIdx.x) * o.per_block;
+  scan_chunks<T, false>(row, o, first, min(first + o.per_block, row.chunks),
+                        o.fast_sums + n * o.max_entries, o.maxima + n * o.max_entries);
+}
+
+template <class T>
+__global__ __launch_bounds__(kFastThreads,
+                             kFastBlocks) void sample_rows_fast(const __grid_constant__ Options o) {
+  QUIETSTAR_SHARED(FastState, state, [1]);
+  const int thread = static_cast<int>(threadIdx.x);
+  const std::int64_t n = blockIdx.x;
+  load_banned(o, state->banned);
+  __syncthreads();
+  // Before the first pass, or the end would wait for the seed.
+  if (thread == 0) {
+    state->uniform = philox_uniform(static_cast<std::uint64_t>(*o.seed),
+                                    o.offset + static_cast<std::uint64_t>(n));
+  }
+  const Row<T> row = row_of<T>(o, n, state->banned);
+  if (o.fast_sums) {
+    for (int i = thread; i < row.chunks; i += static_cast<int>(blockDim.x)) {
+      state->sums[i] = o.fast_sums[n * o.max_entries + i];
+      state->maxima[i] = o.maxima[n * o.max_entries + i];
+    }
+  } else {
+    scan_chunks<T, false>(row, o, 0, row.chunks, state->sums, state->maxima);
+  }
+  __syncthreads();
+  if (thread < 32) {
+    float row_max;
+    const Verdict verdict =
+        draw_fast(row, o, n, state->uniform, state->sums, state->maxima, row_max);
+    if (thread == 0) {
+      state->row_max = row_max;
+      state->verdict = verdict;
+    }
+  }
+  __syncthreads();
+  if (state->verdict != kDecided) draw_exactly(*state, row, o, n);
 }
 
 __global__ void clear_bits(unsigned* bits, std::int64_t words) {
@@ -164,10 +196,12 @@ void check_on_device(const SampleTokens& call) {
                      "softcap is " + std::to_string(call.softcap) + "; expected 0 or more");
 }
 
-// How a launch is cut up.
+// How a call is cut up.
 struct Plan {
   int per_entry, max_entries;
-  std::int64_t parts;  // blocks per row in the first of two launches; 1: there is only one launch
+  int parts;           // blocks per row in the first of two launches; 1: there is only one launch
+  int per_block;       // entries of such a block
+  int threads;         // of a fast block
   std::int64_t words;  // of the bitmap of banned ids; 0: none
 };
 
@@ -181,10 +215,16 @@ Plan plan(DType dtype, std::int64_t rows, std::int64_t vocab, std::int64_t banne
   plan.words = banned_count > kFewBanned ? ceil_div(vocab, 32) : 0;
   plan.parts = 1;
   const std::int64_t multiprocessors = cuda::multiprocessors(device);
+  // While one warp draws, the others of its block have nothing to load: where there are rows enough
+  // to fill the device a block is small.
+  plan.threads = rows < 4 * multiprocessors ? 512 : rows < 8 * multiprocessors ? 256 : 128;
   if (rows > 0 && rows < multiprocessors) {
-    // A chunk for each of a block's eight warps, and four blocks per multiprocessor.
-    plan.parts =
-        std::min(ceil_div(plan.max_entries, kThreads / 32), ceil_div(4 * multiprocessors, rows));
+    // Blocks of eight warps, all resident at once, and as many chunks for each warp.
+    const std::int64_t warps = kThreads / 32 * kResident * multiprocessors;
+    const std::int64_t per_block = kThreads / 32 * ceil_div(rows * plan.max_entries, warps);
+    plan.per_block = static_cast<int>(std::min<std::int64_t>(per_block, plan.max_entries));
+    plan.parts = static_cast<int>(ceil_div(plan.max_entries, plan.per_block));
+    plan.threads = kThreads;
   }
   return plan;
 }
@@ -210,6 +250,7 @@ Options options_of(const SampleTokens& call, const Plan& plan) {
   const double temperature = call.temperature == 0 ? 1 : call.temperature;
   constexpr double kLog2E = 1.4426950408889634;
   o.factor = kLog2E / temperature;
+  o.reach = kOctaves / o.factor;
   o.hi = static_cast<float>(o.factor);
   o.lo = static_cast<float>(o.factor - static_cast<double>(o.hi));
   o.below_hi = static_cast<double>(o.hi) < o.factor ? o.hi : std::nextafterf(o.hi, 0.0f);
@@ -226,7 +267,8 @@ Options options_of(const SampleTokens& call, const Plan& plan) {
   o.first_sums = !o.greedy && (!o.truncated || (o.top_p < 1 && o.top_k == 0));
   // Very high and low temperatures may leave the range of fp32 on the way.
   const bool usual = o.factor > 1e-4 && o.factor < 1e4;
-  o.fast = usual && call.dtype != DType::f32 && !o.transformed && o.first_sums && !o.truncated;
+  o.fast = usual && call.dtype != DType::f32 && !o.transformed && o.first_sums && !o.truncated &&
+           plan.per_entry == 1;
   int vocab_bits = 1;
   while (call.vocab >> vocab_bits) ++vocab_bits;
   o.unit = std::ldexp(1.0, 61 - vocab_bits);
@@ -241,24 +283,33 @@ Options options_of(const SampleTokens& call, const Plan& plan) {
   char* workspace = static_cast<char*>(call.workspace);
   const Offsets at = offsets(plan, call.rows);
   if (plan.parts > 1) {
-    o.sums = reinterpret_cast<double*>(workspace);
+    o.per_block = plan.per_block;
+    if (o.fast) {
+      o.fast_sums = reinterpret_cast<float*>(workspace);
+    } else {
+      o.sums = reinterpret_cast<double*>(workspace);
+    }
     o.maxima = reinterpret_cast<float*>(workspace + at.maxima);
   }
   if (plan.words) o.banned_bits = reinterpret_cast<unsigned*>(workspace + at.bits);
   return o;
 }
 
-// Both launches add up in the same way, so that a row's result does not depend on how many others
-// there are.
+// One launch and two add up in the same way, so that a row's result does not depend, to the last
+// bit, on how many others there are.
 template <class T, bool kFast>
-void launch_rows(const Options& o, std::int64_t rows, std::int64_t parts, const Device& device) {
-  const std::size_t shared = o.truncated ? sizeof(Bins) : 0;
-  if (parts > 1) {
-    launch("sample_tokens, first pass", device, scan_rows<T, kFast>,
-           dim3(static_cast<unsigned>(parts), static_cast<unsigned>(rows)), dim3(kThreads), 0, o);
+void launch_rows(const Options& o, std::int64_t rows, const Plan& plan, const Device& device) {
+  const char *const first_name = "sample_tokens, first pass", *const name = "sample_tokens";
+  const dim3 parts(static_cast<unsigned>(plan.parts), static_cast<unsigned>(rows));
+  if constexpr (kFast) {
+    const dim3 block(static_cast<unsigned>(plan.threads));
+    if (plan.parts > 1) launch(first_name, device, scan_rows_fast<T>, parts, block, 0, o);
+    launch(name, device, sample_rows_fast<T>, blocks(rows), block, 0, o);
+  } else {
+    if (plan.parts > 1) launch(first_name, device, scan_rows<T>, parts, dim3(kThreads), 0, o);
+    const std::size_t shared = o.truncated ? sizeof(Bins) : 0;
+    launch(name, device, sample_rows<T>, blocks(rows), dim3(kThreads), shared, o);
   }
-  launch("sample_tokens", device, sample_rows<T, kFast>, dim3(static_cast<unsigned>(rows)),
-         dim3(kThreads), shared, o);
 }
 
 }  // namespace
@@ -287,9 +338,9 @@ void sample_tokens(const SampleTokens& call, const Device& device) {
   with_type(call.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (sizeof(T) == 2) {
-      if (o.fast) return launch_rows<T, true>(o, call.rows, cut.parts, device);
+      if (o.fast) return launch_rows<T, true>(o, call.rows, cut, device);
     }
-    launch_rows<T, false>(o, call.rows, cut.parts, device);
+    launch_rows<T, false>(o, call.rows, cut, device);
   });
 }
 

@@ -36,12 +36,10 @@ __device__ __forceinline__ void write_row(const Options& o, std::int64_t n, std:
   o.logprobs[n] = logprob;
 }
 
-// A token at its place in the row, its element, and how far from either edge of its interval the
-// number fell.
+// A token at its place in the row, and its element.
 struct Found {
   long long place;
   float x;
-  double margin;
 };
 
 // One warp looks for the first token of an entry whose running sum passes `left`.
@@ -51,7 +49,7 @@ __device__ __forceinline__ Found find(const Row<T>& row, const Options& o, int e
   constexpr int kSize = Pack<T>::size;
   const ExactPower power(max_logit, o);
   const int stop = min((entry + 1) * o.per_entry, row.chunks);
-  Found last{-1, 0, -1};
+  Found last{-1, 0};
   double passed = 0;
   for (int number = entry * o.per_entry; number < stop; ++number) {
     Chunk<T> chunk;
@@ -77,16 +75,13 @@ __device__ __forceinline__ Found find(const Row<T>& row, const Options& o, int e
         if (found || !(e[k] > 0)) continue;
         here.place = static_cast<long long>(number) * kChunk<T> + place_in_chunk<T>(i * kSize + k);
         here.x = element(chunk, i * kSize + k);
-        const double high = low + static_cast<double>(e[k]);
-        here.margin = fmin(left - low, high - left);
-        low = high;
+        low += static_cast<double>(e[k]);
         found = left < low;
       }
       if (hits) {
         const int lane = lowest_lane(hits);
         here.place = __shfl_sync(kAllLanes, here.place, lane);
         here.x = __shfl_sync(kAllLanes, here.x, lane);
-        here.margin = __shfl_sync(kAllLanes, here.margin, lane);
         return here;
       }
       last = here;
@@ -94,7 +89,6 @@ __device__ __forceinline__ Found find(const Row<T>& row, const Options& o, int e
     }
   }
   // Rounding let the search run off the end: the last token that has weight.
-  last.margin = -1;
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
     const long long place = __shfl_xor_sync(kAllLanes, last.place, step);
@@ -107,20 +101,24 @@ __device__ __forceinline__ Found find(const Row<T>& row, const Options& o, int e
   return last;
 }
 
-// One warp draws from weighed sums: sums[i] in units of 2^scale_of(row_max). The sums of a fast
-// pass are each off by `doubt` of themselves, a few times what is usual where the errors of a
-// chunk's elements add up. Taking them for independent from chunk to chunk, an edge is off by
-// doubt * sqrt(sum of squares); a number that falls closer to one than that is left undecided: the
-// result is false, and the row has to be added up exactly. So the token is that of the exact sums.
-template <class T>
-QUIETSTAR_NOINLINE __device__ bool draw(Row<T> row, const Options& o, std::int64_t n,
-                                        const double* sums, const float* maxima, float row_max,
-                                        float floor, double doubt) {
-  double total = 0, squares = 0;
-  for (int i = lane_id(); i < row.entries; i += 32) {
-    total += sums[i];
-    squares += sums[i] * sums[i];
+// Brings the sums to the scale of the row's maximum. Every thread of the block calls it.
+__device__ __forceinline__ void weigh(const Options& o, int entries, const float* maxima,
+                                      float row_max, double* sums) {
+  const float scale = scale_of(row_max, o);
+  const int threads = static_cast<int>(blockDim.x);
+  for (int i = static_cast<int>(threadIdx.x); i < entries; i += threads) {
+    sums[i] *= power_of_two(scale_of(maxima[i], o) - scale);
   }
+  __syncthreads();
+}
+
+// One warp draws from weighed sums: sums[i] in units of 2^scale_of(row_max).
+template <class T>
+QUIETSTAR_NOINLINE __device__ void draw(Row<T> row, const Options& o, std::int64_t n,
+                                        const double* sums, const float* maxima, float row_max,
+                                        float floor) {
+  double total = 0;
+  for (int i = lane_id(); i < row.entries; i += 32) total += sums[i];
   total = warp_reduce(total, Sum{});
   double left = philox_uniform(static_cast<std::uint64_t>(*o.seed),
                                o.offset + static_cast<std::uint64_t>(n)) *
@@ -147,16 +145,11 @@ QUIETSTAR_NOINLINE __device__ bool draw(Row<T> row, const Options& o, std::int64
   const double unit = power_of_two(scale_of(maxima[entry], o) - row_scale);
   left = fmax(left - start, 0.0) / unit;
   const Found found = find(row, o, entry, maxima[entry], floor, left);
-  if (doubt > 0) {
-    const double margin = doubt * sqrt(warp_reduce(squares, Sum{})) / unit;
-    if (!(found.margin > margin)) return false;
-  }
   if (lane_id() == 0) {
     const float y = logit_of(found.x, o, row.origin);
     const double log2p = y * o.factor - row_scale - log2(total);
     write_row(o, n, found.place - row.lead, static_cast<float>(log2p < 0 ? log2p * kLn2 : 0));
   }
-  return true;
 }
 
 // One warp writes the first token whose logit is row_max.

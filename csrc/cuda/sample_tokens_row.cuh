@@ -29,7 +29,8 @@ struct Options {
   const void* logits;
   std::int64_t vocab, row_stride;
   double factor;            // log2(e) / temperature
-  float hi, lo;             // the same as a sum
+  double reach;             // 100 octaves of the result, in logits
+  float hi, lo;             // the factor as a sum
   float below_hi, above_0;  // the same as a sum whose second part is positive
   float gain, cap;          // logit = x gain; with a cap, cap tanh(a) where e^(2 a) = 2^(x gain)
   bool transformed;         // gain or cap change something
@@ -50,8 +51,11 @@ struct Options {
   float* logprobs;
   int per_entry;    // chunks
   int max_entries;  // of any row, at most kMaxEntries
-  double* sums;     // [rows, max_entries] where the first pass is a launch of its own, else null
-  float* maxima;    // [rows, max_entries]
+  int per_block;    // entries of a block where the first pass is a launch of its own
+  // [rows, max_entries] each, where the first pass is a launch of its own, else null: exact sums or
+  // fast ones.
+  double* sums;
+  float *fast_sums, *maxima;
 };
 
 template <class T>
@@ -119,12 +123,13 @@ __device__ __forceinline__ Row<T> row_of(const Options& o, std::int64_t n, const
   return row;
 }
 
-// Every thread of the block calls it; the ids may be used after the next barrier.
+// Every thread of the block calls it, kFewBanned at least; the ids may be used after the next
+// barrier, where there are any.
 __device__ __forceinline__ void load_banned(const Options& o, int* banned) {
-  for (int i = static_cast<int>(threadIdx.x); i < kFewBanned; i += static_cast<int>(blockDim.x)) {
-    const std::int64_t id = i < o.banned_count ? o.banned[i] : -1;
-    banned[i] = id >= 0 && id < o.vocab ? static_cast<int>(id) : -1;
-  }
+  const int i = static_cast<int>(threadIdx.x);
+  if (o.banned_count == 0 || i >= kFewBanned) return;
+  const std::int64_t id = i < o.banned_count ? o.banned[i] : -1;
+  banned[i] = id >= 0 && id < o.vocab ? static_cast<int>(id) : -1;
 }
 
 // Place, within its chunk, of a lane's element number j.

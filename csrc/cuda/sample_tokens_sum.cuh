@@ -1,8 +1,7 @@
 // Sums of 2^(y log2(e) / temperature - scale) over the chunks of a row, two ways:
 // - exact: the element's power by the polynomial of csrc/cpu on the product that is not rounded, to
 //   one unit in the last place, added up in double: what the CPU kernel computes;
-// - fast: one instruction of the special-function unit and sums in fp32; what its errors would do
-//   is caught in draw().
+// - fast (sample_tokens_fast.cuh): one instruction of the special-function unit and sums in fp32.
 #pragma once
 
 #include "sample_tokens_row.cuh"
@@ -39,7 +38,7 @@ struct ExactPower {
   __device__ __forceinline__ ExactPower(float max_logit, const Options& o)
       : hi(o.hi),
         lo(o.lo),
-        lowest(static_cast<float>(max_logit - kOctaves / o.factor)),
+        lowest(static_cast<float>(max_logit - o.reach)),
         shift(static_cast<unsigned>(static_cast<int>(scale_of(max_logit, o))) << 23) {}
 
   // Logits under `lowest` count as that: 2^-100.
@@ -82,20 +81,6 @@ __device__ __forceinline__ double exact_sum(const Chunk<T>& chunk, float max_log
   return warp_reduce(sum[0] + sum[1], Sum{});
 }
 
-template <class T>
-__device__ __forceinline__ double fast_sum(const Chunk<T>& chunk, float max_logit,
-                                           const Options& o) {
-  const float shift = -scale_of(max_logit, o);
-  float sum[4] = {0, 0, 0, 0};
-#pragma unroll
-  for (int j = 0; j < Chunk<T>::count; ++j) {
-    const float x = element(chunk, j);
-    // above_0 is positive, so that minus infinity stays what it is.
-    sum[j % 4] += fast_exp2(fmaf(x, o.above_0, fmaf(x, o.below_hi, shift)));
-  }
-  return static_cast<double>(warp_reduce((sum[0] + sum[1]) + (sum[2] + sum[3]), Sum{}));
-}
-
 // Maximum and sum of an entry, the sum in units of 2^scale_of(max_logit).
 struct Entry {
   float max_logit;
@@ -112,7 +97,7 @@ struct Entry {
 
 // The first pass over the entries [first, last) of a row by the warps of a block. Entry i goes to
 // sums[i] and maxima[i]. The next chunk is under way while one is worked on.
-template <class T, bool kFast>
+template <class T>
 __device__ __forceinline__ void scan(const Row<T>& row, const Options& o, int first, int last,
                                      double* sums, float* maxima) {
   const int warps = static_cast<int>(blockDim.x / 32);
@@ -131,19 +116,10 @@ __device__ __forceinline__ void scan(const Row<T>& row, const Options& o, int fi
     if (next_entry < last) load_chunk(next, row, next_number, once);
 
     ban(chunk, o, row, number);
-    float max_logit;
-    if constexpr (kFast) {
-      max_logit = chunk_max_of_pairs(chunk);
-    } else {
-      max_logit = chunk_max(chunk, o, row.origin);
-    }
+    const float max_logit = chunk_max(chunk, o, row.origin);
     double powers = 0;
     if (o.first_sums && has_weight(max_logit, o)) {
-      if constexpr (kFast) {
-        powers = fast_sum(chunk, max_logit, o);
-      } else {
-        powers = exact_sum(chunk, max_logit, o, row.origin, kLowest);
-      }
+      powers = exact_sum(chunk, max_logit, o, row.origin, kLowest);
     }
     if (o.per_entry == 1) {
       sum = {max_logit, powers};

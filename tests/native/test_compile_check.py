@@ -81,12 +81,39 @@ PTX = """
 """
 
 
+# A loop as cuobjdump prints it, whose usual round leaves out the four instructions behind a branch, and
+# another one with less of the same operation.
+SASS = """
+		Function : _Z4loopPf
+	.headerflags	@"EF_CUDA_TEXMODE_UNIFIED"
+        /*0000*/                   LDC R1, c[0x0][0x28] ;            /* 0x00000a00ff017b82 */
+                                                                     /* 0x000fe20000000800 */
+        /*0010*/                   MUFU.EX2 R2, R1 ;                 /* 0x00000a00ff017b82 */
+        /*0020*/              @!P1 BRA 0x10 ;                        /* 0x00000a00ff017b82 */
+        /*0030*/               @P0 BRA 0x80 ;                        /* 0x00000a00ff017b82 */
+        /*0040*/                   LDG.E R3, desc[UR4][R2.64] ;      /* 0x00000a00ff017b82 */
+        /*0050*/                   LDG.E R3, desc[UR4][R2.64] ;      /* 0x00000a00ff017b82 */
+        /*0060*/                   LDG.E R3, desc[UR4][R2.64] ;      /* 0x00000a00ff017b82 */
+        /*0070*/                   LDG.E R3, desc[UR4][R2.64] ;      /* 0x00000a00ff017b82 */
+        /*0080*/                   MUFU.EX2 R3, R3 ;                 /* 0x00000a00ff017b82 */
+        /*0090*/              @!P0 MUFU.EX2 R3, R3 ;                 /* 0x00000a00ff017b82 */
+        /*00a0*/                   BRA.DIV UR8, 0xc0 ;               /* 0x00000a00ff017b82 */
+        /*00b0*/               @P0 BRA 0x30 ;                        /* 0x00000a00ff017b82 */
+        /*00c0*/                   EXIT ;                            /* 0x00000a00ff017b82 */
+        /*00d0*/                   BRA 0xd0;                         /* 0x00000a00ff017b82 */
+		Function : _Z5plainPf
+        /*0000*/                   MUFU.EX2 R2, R1 ;                 /* 0x00000a00ff017b82 */
+        /*0010*/                   EXIT ;                            /* 0x00000a00ff017b82 */
+"""
+
+
 @pytest.fixture(scope="module")
 def check() -> ModuleType:
     spec = importlib.util.spec_from_file_location("compile_check", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["compile_check"] = module  # dataclasses look it up there
+    sys.path.insert(0, str(SCRIPT.parent))  # for the scripts that it imports
     spec.loader.exec_module(module)
     return module
 
@@ -168,6 +195,32 @@ def test_a_kernel_whose_packs_are_taken_apart_fails(check, tmp_path, monkeypatch
     monkeypatch.setattr(check, "WIDE", {"other.cu": ("narrow",)})
     assert check.main([str(source), "--archs", "sm_80"]) == 0
     assert "no packs taken apart where none may be" in capsys.readouterr().out
+
+
+def test_counts_the_usual_round_of_a_loop(check) -> None:
+    code = check.instructions(SASS)
+    assert {name: len(lines) for name, lines in code.items()} == {"_Z4loopPf": 14, "_Z5plainPf": 2}
+    # 80 90 a0 b0 30, and not the shorter loop at 10
+    assert check.round_of_loop(code["_Z4loopPf"], "MUFU.EX2") == 5
+    assert check.round_of_loop(code["_Z4loopPf"], "LDG.E") == 9
+    assert check.round_of_loop(code["_Z4loopPf"], "HMMA") is None
+    assert check.round_of_loop(code["_Z5plainPf"], "MUFU.EX2") is None
+
+
+def test_a_loop_that_is_too_long_fails(check, tmp_path, monkeypatch, capsys) -> None:
+    source = tmp_path / "loop.cu"
+    monkeypatch.setattr(check, "sass_of", lambda *arguments: SASS)
+    limits = {"*loop*": ("MUFU.EX2", 4), "*plain*": ("MUFU.EX2", 4), "gone": ("HMMA", 4)}
+    monkeypatch.setattr(check, "LOOPS", {"loop.cu": limits})
+    found = check.loop_faults("nvcc", "cuobjdump", [source, tmp_path / "other.cu"])
+    assert [sentence.partition(";")[0].split(" ", 1)[1] for sentence in found] == [
+        "has a MUFU.EX2 loop of 5 instructions",
+        "has a MUFU.EX2 loop of None instructions",
+        "kernel of loop.cu is called gone",
+    ]
+    limits["*loop*"] = ("MUFU.EX2", 5)
+    assert len(check.loop_faults("nvcc", "cuobjdump", [source])) == 2
+    assert "a round of the MUFU.EX2 loop is 5 instructions, at most 5" in capsys.readouterr().out
 
 
 def test_reads_the_log_of_a_build(check, monkeypatch, tmp_path) -> None:

@@ -86,8 +86,7 @@ def test_draws_at_the_edges_are_those_of_the_cpu_kernel(kernel_device: str, dtyp
 def test_a_row_does_not_depend_on_the_others(
     kernel_device: str, dtype: torch.dtype, vocab: int, options: dict[str, Any]
 ) -> None:
-    """Nor on how the rows are cut up: a few take two launches, and one alone, too. Where a row is one
-    chunk its log-probability is the same to the last bit."""
+    """Nor on how the rows are cut up: a few take two launches, and one alone, too. To the last bit."""
     rows = SOME if kernel_device == "cpu" else 300
     logits = random(rows, vocab, kernel_device, dtype)
     tokens, logprobs = fused(logits, seed=5, offset=10, **options)
@@ -95,8 +94,21 @@ def test_a_row_does_not_depend_on_the_others(
     for part in (*parts, slice(rows - FEW, rows)):
         alone = fused(logits[part], seed=5, offset=10 + part.start, **options)
         assert torch.equal(alone[0], tokens[part])
-        tolerance = 0 if vocab == 3200 else 1e-6
-        torch.testing.assert_close(alone[1], logprobs[part], atol=tolerance, rtol=tolerance)
+        assert torch.equal(alone[1], logprobs[part])
+
+
+@pytest.mark.parametrize("banned", [None, [7, 3333, 7001], range(0, 7003, 100)], ids=str)
+def test_blocks_of_every_size_find_the_same(kernel_device: str, banned: Any) -> None:
+    """The more rows, the smaller are the blocks of 16-bit logits. Rows lie at every alignment."""
+    few, some, many = (2, 14, 25) if kernel_device == "cpu" else (100, 800, 1200)
+    logits = random(many, 7003, kernel_device, torch.bfloat16)
+    options = {"seed": fresh_seed(), "banned": None if banned is None else list(banned)}
+    tokens, logprobs = fused(logits, **options)
+    same_draws((tokens, logprobs), reference(logits, **options))
+    for rows in (few, some):
+        fewer = fused(logits[:rows], **options)
+        assert torch.equal(fewer[0], tokens[:rows])
+        assert torch.equal(fewer[1], logprobs[:rows])
 
 
 def test_a_strided_tensor_of_banned_ids(kernel_device: str) -> None:
