@@ -1,7 +1,7 @@
 """Generation that thinks before a token: the text's cache is kept, the thought's keys are dropped.
 
-Each new token costs one ordinary decoding step and, if its row thinks, one step per slot of the thought
-(start, T sampled tokens, end) over the thinking rows alone.
+Each new token costs one ordinary decoding step and, if its row thinks, T + 1 more over the thinking rows
+alone: one for the start token and each of the T sampled ones, the last of which the end token shares.
 """
 
 from __future__ import annotations

@@ -227,22 +227,25 @@ def _text_rows_eager(call: _Call, layout: ThoughtLayout) -> Tensor:
 
 
 def _slot_step(call: _Call, layout: ThoughtLayout, keys: LayerKeys) -> Tensor:
-    """One slot of every column: query [B, Hq, M, D] -> [B, M, Hq, E]; keeps the slot's key and value."""
-    batch, heads, columns, _ = call.key.shape
+    """Slots of every column, c of them: query [B, Hq, c*M, D] -> [B, c*M, Hq, E]; keeps their keys and
+    values."""
+    columns = (layout.at_once, layout.num_columns)
+    query, key, value = (tensor.unflatten(2, columns) for tensor in call[1:4])
     width = keys.k_text.shape[-1]
     if keys.k_thought is None or keys.v_thought is None:
-        shape = (batch, heads, layout.num_slots, columns, width)
-        keys.k_thought, keys.v_thought = call.key.new_empty(shape), call.value.new_empty(shape)
-    keys.k_thought[:, :, layout.slot] = _widened(call.key, width)
-    keys.v_thought[:, :, layout.slot] = _widened(call.value, width)
+        shape = (*key.shape[:2], layout.num_slots, layout.num_columns, width)
+        keys.k_thought, keys.v_thought = key.new_empty(shape), value.new_empty(shape)
+    behind = layout.slot + layout.at_once
+    place, seen = slice(layout.slot, behind), slice(behind)
+    keys.k_thought[:, :, place] = _widened(key, width)
+    keys.v_thought[:, :, place] = _widened(value, width)
     start, stop = layout.text_start, layout.text_stop
     if keys.offset:
         start, stop = (start - keys.offset).clamp(min=0), (stop - keys.offset).clamp(min=0)
-    seen = slice(layout.slot + 1)
     k_thought, v_thought = keys.k_thought[:, :, seen], keys.v_thought[:, :, seen]
     text = (keys.k_text, keys.v_text)
-    out = _attend(call.query[:, :, None], *text, k_thought, v_thought, start, stop, **call.options())
-    return out[:, :, 0, :, : call.value.shape[-1]].transpose(1, 2)
+    out = _attend(query, *text, k_thought, v_thought, start, stop, **call.options())
+    return out[..., : value.shape[-1]].flatten(2, 3).transpose(1, 2)
 
 
 def _note_layer(module: nn.Module, layout: ThoughtLayout | HandedKeys) -> int:

@@ -175,7 +175,7 @@ def _key(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) -> Has
         layout.num_slots,
         tuple((t.shape, t.dtype) for t in run.start_end),
         thought,
-        (run.temperature, run.last, shard.index, shard.count),
+        (run.temperature, run.last, run.together, shard.index, shard.count),
         (autocast, decoder.training),
         # Weights that moved (another dtype, an adapter merged, a unit gathered elsewhere).
         hash(tuple(weight.data_ptr() for weight in decoder.parameters())),

@@ -46,7 +46,7 @@ class ThoughtLayout:
 
     - the **packed** pass, one differentiable forward over ``[text N | slot 1: M | ... | slot S: M]``;
     - the **rollout**, without gradients: one text pass that keeps each layer's keys and values here,
-      then one pass per slot over all M columns at once.
+      then one pass per slot (or several slots whose tokens are known) over all M columns at once.
 
     Not a dataclass on purpose: FSDP rebuilds dataclass arguments when it casts inputs, and a rebuilt
     layout would lose the keys that the attention layers leave in it.
@@ -58,7 +58,8 @@ class ThoughtLayout:
         text_start, text_stop: [B, M] int32, the text range that each column sees.
         num_slots: S.
         phase: ``"packed"``, ``"text"`` (the rollout's first pass) or ``"slot"``.
-        slot: in phase ``"slot"``, the slot being computed, counted from 0.
+        slot: in phase ``"slot"``, the slot being computed, counted from 0; at_once: how many are, this
+            one and those behind it, which lie one after the other in the pass.
         plain_text: True when every text token sees exactly the tokens before it and itself (no left
             padding, no document boundary), so that any ordinary causal kernel may serve the text rows.
         every_position: True when besides every position has the same number of columns, in order.
@@ -85,6 +86,7 @@ class ThoughtLayout:
         self.num_slots = num_slots
         self.phase = phase
         self.slot = 0
+        self.at_once = 1
         self.plain_text = plain_text
         self.every_position = plain_text and every_position
         self.keys: dict[int, LayerKeys] = {}
@@ -109,9 +111,11 @@ class ThoughtLayout:
         return torch.cat([text, slots.flatten(1)], dim=1)
 
     def slot_positions(self) -> Tensor:
-        """Position ids [B, M] of the slot that a rollout is at."""
-        text = text_positions(self.row_start, self.row_stop)
-        return text.gather(1, self.anchors) + self.slot + 1
+        """Position ids [B, at_once * M] of the slots that a rollout is at."""
+        anchors = text_positions(self.row_start, self.row_stop).gather(1, self.anchors)
+        first = self.slot + 1
+        depths = [anchors + depth for depth in range(first, first + self.at_once)]
+        return depths[0] if self.at_once == 1 else torch.cat(depths, dim=1)
 
 
 def text_positions(row_start: Tensor, row_stop: Tensor) -> Tensor:

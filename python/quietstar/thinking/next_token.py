@@ -63,7 +63,7 @@ def think_at_the_end(
     if temperature:
         seed = int(torch.randint(2**62, ()))
     no_text = rows[:, None]  # no talk slot is run, so none is needed
-    run = SlotRun(td.start_end_embeddings(), no_text, layout, slots, temperature, seed)
+    run = SlotRun(td.start_end_embeddings(), no_text, layout, slots, temperature, seed, together=slots)
     made = run_slots(td.decoder, config, run)
     mixed, weight = td.mixing_head(
         end.hidden, made.hidden[-1][:, 0], config.mixing_activation, floor=config.mixing_floor

@@ -1,7 +1,12 @@
-"""What stands in the slots of a thought, and running them one after the other."""
+"""What stands in the slots of a thought, and running them one after the other.
+
+A slot whose token is drawn waits for the slot before it. The others do not: the last thought token, the
+end token and the talk tokens (and all slots of a pause) run together, as neighbours in one pass.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +20,10 @@ from quietstar.thinking.output_layer import output_layer
 from quietstar.thinking.text_pass import run_decoder
 
 StartEnd = tuple[Tensor, Tensor]
+# Slots of a rollout that run together: one pass less for the two that every prediction needs, and rows
+# (so memory) no more than twice those of one slot. Never by the batch's size: the processes of a sharded
+# decoder must run equally many passes.
+SLOTS_TOGETHER = 2
 
 
 def depth_of_end(config: QuietStarConfig) -> int:
@@ -68,6 +77,11 @@ class SlotInputs:
             return start
         return self.embed(thought_ids[:, :, slot - 1])
 
+    def embeds_from(self, slot: int, count: int, thought_ids: Tensor | None) -> Tensor:
+        """What is fed into several slots of every column, slot after slot: [B, count * M, d]."""
+        embeds = [self.embeds(each, thought_ids) for each in range(slot, slot + count)]
+        return embeds[0] if count == 1 else torch.cat(embeds, dim=1)
+
 
 @dataclass
 class SlotRun:
@@ -80,6 +94,7 @@ class SlotRun:
         temperature: of the sampled tokens; 0 takes the most likely.
         seed: a number, or an int64 tensor [1] on the device.
         shard: which part of a larger batch this is.
+        together: so many slots may run in one pass, where their tokens are known.
     """
 
     start_end: StartEnd
@@ -89,6 +104,15 @@ class SlotRun:
     temperature: float
     seed: int | Tensor
     shard: BatchShard = WHOLE_BATCH
+    together: int = SLOTS_TOGETHER
+
+    def passes(self, drawn: int) -> Iterator[tuple[int, int]]:
+        """First slot and number of slots of each pass, where the first ``drawn`` draw a token each."""
+        slot = 0
+        while slot < self.last:
+            count = 1 if slot < drawn else min(self.together, self.last - slot)
+            yield slot, count
+            slot += count
 
 
 @dataclass
@@ -123,12 +147,13 @@ def run_slots_singly(decoder: PreTrainedModel, config: QuietStarConfig, run: Slo
     if not isinstance(seed, Tensor):
         seed = torch.full((1,), seed, dtype=torch.int64, device=anchors.device)
     kept: list[Tensor] = []
-    for slot in range(run.last):
-        layout.slot = slot
-        embeds = inputs.embeds(slot, ids)
+    drawn = 0 if ids is None else config.thought_length
+    for slot, count in run.passes(drawn):
+        layout.slot, layout.at_once = slot, count
+        embeds = inputs.embeds_from(slot, count, ids)
         hidden = run_decoder(decoder, embeds.to(dtype), layout.slot_positions(), layout)
-        kept.append(hidden)
-        if ids is not None and logprobs is not None and slot < config.thought_length:
+        kept.extend(hidden.unflatten(1, (count, columns)).unbind(1))
+        if ids is not None and logprobs is not None and slot < drawn:
             # Rows are numbered over the whole batch: every part draws its own numbers.
             offset = (slot * run.shard.count + run.shard.index) * batch * columns
             tokens, logp = output.sample(hidden.flatten(0, 1), seed, offset)
