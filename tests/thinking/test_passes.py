@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 from families import thinking_model
+from passes import counted
 
 from quietstar import QuietStarForCausalLM
-from quietstar.thinking.cuda_graphs import use_graphs
 from quietstar.thinking.slots import SlotRun
-from quietstar.thinking.text_part import text_body
 
 T, K = 3, 4
 PASSES = SlotRun.passes
@@ -29,36 +27,8 @@ def build(family: str = "llama", **fields) -> QuietStarForCausalLM:
         **fields,
     }
     model = thinking_model(family, **fields).eval()
-    model.generation_config.eos_token_id = None
     model(torch.randint(3, 38, (1, 4)))  # the checks before the first pass
     return model
-
-
-@contextmanager
-def counted(model: QuietStarForCausalLM) -> Iterator[list[int]]:
-    """Rows of tokens of every pass through the decoder's body inside the block."""
-    passes: list[int] = []
-
-    def note(module, args, output) -> None:
-        passes.append(output.last_hidden_state.shape[1])
-
-    hook = text_body(model.base).register_forward_hook(note)
-    try:
-        yield passes
-    finally:
-        hook.remove()
-
-
-@pytest.mark.parametrize("graphs", ["off", "buffers"])
-@pytest.mark.parametrize("kind", ["sampled", "pause"])
-def test_a_generated_token(kind: str, graphs: str):
-    """Its text, the start slot and all thought tokens but the last; the last and the end together."""
-    model, new = build(thought_kind=kind), 3
-    ids = torch.randint(3, 38, (2, 6))
-    with use_graphs(graphs), counted(model) as passes:
-        model.generate(ids, max_new_tokens=new, do_sample=False)
-    slots = [1] * T + [2] if kind == "sampled" else [T + 2]
-    assert passes == [6, *slots] + [1, *slots] * (new - 1)
 
 
 def test_a_rollout():

@@ -118,6 +118,15 @@ class ThoughtLayout:
         return depths[0] if self.at_once == 1 else torch.cat(depths, dim=1)
 
 
+def first_keys(layout: ThoughtLayout) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values [B, Hkv, M, D] of the columns' first slot, by layer."""
+    found = {}
+    for layer, keys in layout.keys.items():
+        assert keys.k_thought is not None and keys.v_thought is not None
+        found[layer] = keys.k_thought[:, :, 0], keys.v_thought[:, :, 0]
+    return found
+
+
 def text_positions(row_start: Tensor, row_stop: Tensor) -> Tensor:
     """Position ids [B, N] of the text: counted from the first token that a token sees."""
     return (row_stop - 1 - row_start).clamp(min=0).long()
