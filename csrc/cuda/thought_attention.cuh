@@ -289,9 +289,9 @@ __device__ __forceinline__ void load_keys(const Arguments& a, const Pair& pair,
                                           const AttentionTensor& thought, const KeyTile& keys,
                                           T* tile) {
   constexpr int kPack = Pack<T>::size, kChunks = kSize / kPack;
-  // Where the threads make whole rows, a thread's rows are a fixed step apart, in memory and, if the
-  // step keeps the places of the chunks (a multiple of 8 rows), in the tile: addresses of text keys
-  // are computed once a tile instead of once a chunk.
+  // Where the threads make whole rows, a thread's rows are a fixed step apart, in memory and, if
+  // the step keeps the places of the chunks (a multiple of 8 rows), in the tile: addresses of text
+  // keys are computed once a tile instead of once a chunk.
   constexpr int kStep = kThreads / kChunks;
   if constexpr (kThreads % kChunks == 0 && kStep % 8 == 0 && kKeys % kStep == 0) {
     if (!keys.slots && a.keys_aligned) {

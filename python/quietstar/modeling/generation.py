@@ -1,13 +1,16 @@
 """Generation that thinks before a token: the text's cache is kept, the thought's keys are dropped.
 
-Each new token costs one ordinary decoding step and, if its row thinks, one step per slot of the thought
-(start, T sampled tokens, end) over the thinking rows alone.
+Each new token costs one ordinary decoding step and, if its row thinks, T + 1 more over the thinking rows
+alone: one for the start token and each of the T sampled ones, the last of which the end token shares.
+Where it is certain beforehand that all rows think, the new token and the start token share one as well;
+on a CUDA device all of it is one graph then (:mod:`quietstar.thinking.cuda_graphs`).
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,12 +35,15 @@ from quietstar.modeling.text_cache import (
     CACHE_NAME,
     cache_argument,
     check_prompt_is_longer,
+    holds_handed_keys,
+    keep_keys,
+    kept_keys,
     with_installed_name,
 )
 from quietstar.thinking.attention import check_layers
 from quietstar.thinking.cuda_graphs import without_checkpointing
 from quietstar.thinking.layout import HandedKeys
-from quietstar.thinking.next_token import EndOfText
+from quietstar.thinking.next_token import EndOfText, NewToken, NextToken
 from quietstar.thinking.positions import check_length
 from quietstar.thinking.slots import banned_ids
 from quietstar.thinking.text_part import text_body
@@ -75,7 +81,12 @@ def next_token_logits(
         attention_mask = input_ids.new_ones(input_ids.shape[0], total)
     check_length(model.base, total)
     is_text, first = text_before_the_end(attention_mask, past, new, look=thinking.step == 0)
+    together = new == 1 and thinking.cache_is_plain and thinking.foreseen() and model.config.thinks
+    if together and (keys := kept_keys(cache)):
+        token = NewToken(input_ids, first, keys, past)
+        return _read_and_think(model, token, cache, thinking, temperature)
     hidden, handed = read_text(model, input_ids, is_text, cache, thinking.prefill_chunk_size)
+    thinking.cache_is_plain = holds_handed_keys(cache, handed.keys)
     td = model.thought_decoder
     output = td.output
     logits = output.logits(hidden)
@@ -86,14 +97,32 @@ def next_token_logits(
     if len(rows):
         check_layers(handed, model.base)
         end = EndOfText(handed, rows, first[rows], total, hidden[rows])
-        mixed, weight, ids = td.next_token(end, temperature, seed=step)
-        thought_logits = output.logits(mixed)
+        made = td.next_token(end, temperature, seed=step)
+        thought_logits = output.logits(made.mixed)
         thought_logits[:, banned] = -torch.inf
         logits[rows] = thought_logits
-        if ids is not None:
-            for row, chain, share in zip(rows.tolist(), ids.tolist(), weight.tolist(), strict=True):
-                thinking.thoughts.append(SpokenThought(row, step, tuple(chain), share))
+        _note(thinking, step, rows.tolist(), made)
     return logits
+
+
+def _read_and_think(
+    model: QuietStarForCausalLM, token: NewToken, cache: Cache, thinking: Thinking, temperature: float
+) -> Tensor:
+    """:func:`next_token_logits` where all rows think, whatever their base prediction is."""
+    td, step = model.thought_decoder, thinking.step
+    made = td.text_and_next_token(token, temperature, seed=step)
+    keep_keys(cache, made.text_keys)
+    logits = td.output.logits(made.mixed)
+    logits[:, banned_ids(model.config, logits.device)] = -torch.inf
+    thinking.decide(logits)  # which has been foreseen: of the logits it takes no more than their number
+    _note(thinking, step, range(len(logits)), made)
+    return logits
+
+
+def _note(thinking: Thinking, step: int, rows: Iterable[int], made: NextToken) -> None:
+    if made.ids is not None:
+        for row, ids, weight in zip(rows, made.ids.tolist(), made.weight.tolist(), strict=True):
+            thinking.thoughts.append(SpokenThought(row, step, tuple(ids), weight))
 
 
 def read_text(

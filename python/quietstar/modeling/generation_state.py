@@ -57,23 +57,39 @@ class Thinking:
         self.prefill_chunk_size: int | None = None
         # A call has taken it; another would mix its thoughts into that one's.
         self.taken = False
+        # The text's cache was seen to hold what the decoder's layers hand to their attention.
+        self.cache_is_plain = False
+        # How often every row has thought, where all rows think at the same tokens.
+        self._times = 0
         whole = isinstance(self.budget, int) and not isinstance(self.budget, bool)
         if self.budget is not None and not (whole and self.budget >= 0):
             raise ValueError(f"thinking_budget is {self.budget!r}; expected a whole number >= 0")
+
+    def foreseen(self) -> bool | None:
+        """Whether every row thinks before the next token (or none does); None where that depends on its
+        base prediction."""
+        return None if type(self).decide is not Thinking.decide else self._by_rule()
+
+    def _by_rule(self) -> bool | None:
+        if self._name == "entropy":
+            return None
+        now = self._name in ("always", "every") and self.step % int(self._number) == 0
+        return now and (self.budget is None or self._times < self.budget)
 
     def decide(self, logits: Tensor) -> Tensor:
         """Which rows think now, [rows] bool, from the base prediction's logits [rows, V]."""
         rows = logits.shape[0]
         if self.spent is None:
             self.spent = torch.zeros(rows, dtype=torch.int64, device=logits.device)
-        if self._name == "entropy":
+        now = self._by_rule()
+        if now is None:
             # entr(0) is 0, which the banned meta tokens need.
             chosen = torch.special.entr(logits.float().softmax(-1)).sum(-1) > self._number
+            if self.budget is not None:
+                chosen &= self.spent < self.budget
         else:
-            now = self._name in ("always", "every") and self.step % int(self._number) == 0
             chosen = torch.full((rows,), now, device=logits.device)
-        if self.budget is not None:
-            chosen &= self.spent < self.budget
+            self._times += now
         self.spent += chosen
         self.step += 1
         self.chosen = chosen

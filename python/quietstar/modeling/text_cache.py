@@ -6,8 +6,11 @@ import inspect
 from functools import lru_cache
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from quietstar.thinking.next_token import KeysByLayer
 
 _NEW, _OLD = "cache", "past_key_values"
 
@@ -98,3 +101,46 @@ def check_alone(name: str, **others: Any) -> None:
     for other, value in others.items():
         if value is not None:
             raise ValueError(f"`{other}` and `{name}` cannot be combined")
+
+
+def holds_handed_keys(cache: Cache, handed: KeysByLayer) -> bool:
+    """Whether a cache holds, layer by layer, the very keys and values that the decoder's layers have
+    just handed to their attention, or the tail of them.
+
+    Then a pass without the cache can be followed by :func:`keep_keys`. Other caches hold a form of their
+    own (compressed, say), which only the layers can add to.
+    """
+    kept = kept_keys(cache)
+    return set(kept) == set(handed) and all(
+        _is_tail(mine, theirs)
+        for layer in kept
+        for mine, theirs in zip(kept[layer], handed[layer], strict=True)
+    )
+
+
+def _is_tail(kept: Tensor, handed: Tensor) -> bool:
+    same_memory = kept.untyped_storage().data_ptr() == handed.untyped_storage().data_ptr()
+    ends = [t.storage_offset() + (t.shape[2] - 1) * t.stride(2) for t in (kept, handed)]
+    same_shape = kept.shape[:2] == handed.shape[:2] and kept.shape[3] == handed.shape[3]
+    return same_memory and same_shape and kept.stride() == handed.stride() and ends[0] == ends[1]
+
+
+def kept_keys(cache: Cache) -> KeysByLayer:
+    """Keys and values [B, Hkv, N', D] by layer, of the last N' tokens of the text; nothing for caches
+    that are not known to keep just these."""
+    layers = cache.layers if type(cache) is DynamicCache else []
+    if not all(map(_keeps_keys, layers)):
+        return {}
+    return {index: (layer.keys, layer.values) for index, layer in enumerate(layers)}
+
+
+def _keeps_keys(layer: Any) -> bool:
+    windowed = type(layer) is DynamicSlidingWindowLayer and not getattr(layer, "record_past", False)
+    return (windowed or type(layer) is DynamicLayer) and layer.is_initialized
+
+
+def keep_keys(cache: Cache, new: KeysByLayer) -> None:
+    """Add a token's keys and values [B, Hkv, 1, D] to a cache, perhaps with zeros behind them."""
+    for index, (keys, values) in new.items():
+        layer = cache.layers[index]
+        cache.update(keys[..., : layer.keys.shape[-1]], values[..., : layer.values.shape[-1]], index)

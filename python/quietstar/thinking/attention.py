@@ -228,25 +228,26 @@ def _text_rows_eager(call: _Call, layout: ThoughtLayout) -> Tensor:
 
 
 def _slot_step(call: _Call, layout: ThoughtLayout, keys: LayerKeys) -> Tensor:
-    """One slot of every column: query [B, Hq, M, D] -> [B, M, Hq, E], of the start slot [B, Hq, A, D]
-    -> [B, A, Hq, E]; keeps the slot's key and value."""
-    batch, heads, rows, _ = call.key.shape
+    """Slots of every column, c of them: query [B, Hq, c*M, D] -> [B, c*M, Hq, E], of a start slot that
+    rationales share [B, Hq, A, D] -> [B, A, Hq, E]; keeps their keys and values."""
+    repeats = layout.repeats
+    columns = (layout.at_once, layout.num_columns // repeats)
+    query, key, value = (tensor.unflatten(2, columns) for tensor in call[1:4])
     width = keys.k_text.shape[-1]
     if keys.k_thought is None or keys.v_thought is None:
-        shape = (batch, heads, layout.num_slots, layout.num_columns, width)
-        keys.k_thought, keys.v_thought = call.key.new_empty(shape), call.value.new_empty(shape)
-    repeats = layout.num_columns // rows  # R in the start slot
-    for kept, new in ((keys.k_thought, call.key), (keys.v_thought, call.value)):
-        kept[:, :, layout.slot].unflatten(2, (rows, repeats)).copy_(_widened(new, width)[:, :, :, None])
+        shape = (*key.shape[:2], layout.num_slots, layout.num_columns, width)
+        keys.k_thought, keys.v_thought = key.new_empty(shape), value.new_empty(shape)
+    behind = layout.slot + layout.at_once
+    for kept, new in ((keys.k_thought, key), (keys.v_thought, value)):
+        place = kept[:, :, layout.slot : behind].unflatten(3, (-1, repeats))
+        place.copy_(_widened(new, width)[:, :, :, :, None])
     start, stop = layout.text_start[:, ::repeats], layout.text_stop[:, ::repeats]
     if keys.offset:
         start, stop = (start - keys.offset).clamp(min=0), (stop - keys.offset).clamp(min=0)
-    k_thought, v_thought = (
-        kept[:, :, : layout.slot + 1, ::repeats] for kept in (keys.k_thought, keys.v_thought)
-    )
+    k_thought, v_thought = (kept[:, :, :behind, ::repeats] for kept in (keys.k_thought, keys.v_thought))
     text = (keys.k_text, keys.v_text)
-    out = _attend(call.query[:, :, None], *text, k_thought, v_thought, start, stop, **call.options())
-    return out[:, :, 0, :, : call.value.shape[-1]].transpose(1, 2)
+    out = _attend(query, *text, k_thought, v_thought, start, stop, **call.options())
+    return out[..., : value.shape[-1]].flatten(2, 3).transpose(1, 2)
 
 
 def _note_layer(module: nn.Module, layout: ThoughtLayout | HandedKeys) -> int:

@@ -153,7 +153,7 @@ def _run_chain(
         chain = known[key] = Chain(*call)
     chain.fill(call[2])
     if mode == "buffers":
-        return chain.run()
+        return _own_copy(chain.run())
     known.captures += not chain.captured
     results = chain.replay()
     known.replays += 1
@@ -176,7 +176,7 @@ def _key(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) -> Has
         (layout.num_slots, layout.rationales),
         tuple((t.shape, t.dtype) for t in run.start_end),
         thought,
-        (run.temperature, run.last, run.keeps, shard.index, shard.count),
+        (run.temperature, run.last, run.together, run.new_text, run.keeps, shard.index, shard.count),
         (autocast, decoder.training),
         # Weights that moved (another dtype, an adapter merged, a unit gathered elsewhere).
         hash(tuple(weight.data_ptr() for weight in decoder.parameters())),
@@ -265,13 +265,7 @@ class Chain:
                 self._capture()
             assert self._graph is not None and self._outputs is not None
             self._graph.replay()
-            made = self._outputs
-            own = SlotResults(
-                None if made.ids is None else made.ids.clone(),
-                None if made.logprobs is None else made.logprobs.clone(),
-                [hidden.clone() for hidden in made.hidden],
-                self._kept(made.kept),
-            )
+            own = replace(_own_copy(self._outputs), kept=self._kept(self._outputs.kept))
             self._read = torch.cuda.current_stream().record_event()
         return own
 
@@ -301,6 +295,17 @@ class Chain:
         finally:
             torch.clear_autocast_cache()
         self._graph, self._outputs = graph, outputs
+
+
+def _own_copy(made: SlotResults) -> SlotResults:
+    """Results that the next run over the buffers does not overwrite; what was kept stays where it is."""
+    return SlotResults(
+        None if made.ids is None else made.ids.clone(),
+        None if made.logprobs is None else made.logprobs.clone(),
+        [hidden.clone() for hidden in made.hidden],
+        {layer: (keys.clone(), values.clone()) for layer, (keys, values) in made.text_keys.items()},
+        made.kept,
+    )
 
 
 def _inputs(run: SlotRun) -> list[Tensor]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from quietstar.config import QuietStarConfig
 from quietstar.thinking.anchors import choose_anchors
-from quietstar.thinking.next_token import think_at_the_end
+from quietstar.thinking.next_token import read_and_think, think_at_the_end
 from quietstar.thinking.output_layer import OutputLayer, output_layer
 from quietstar.thinking.packed import packed_pass
 from quietstar.thinking.rollout import sample_thoughts
@@ -69,6 +69,7 @@ class ThoughtDecoder:
     rollout = sample_thoughts
     packed = packed_pass
     next_token = think_at_the_end
+    text_and_next_token = read_and_think
 
     def talk_hidden(self, slots: Tensor, steps: int) -> Tensor:
         """The slots [B, S, M, d] that the first talk steps read, [K, B, M, d]."""

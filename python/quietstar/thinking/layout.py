@@ -47,7 +47,7 @@ class ThoughtLayout:
     - the **packed** pass, one differentiable forward over ``[text N | slot 1: A | slot 2: M | ... |
       slot S: M]``, where the A anchors' start slots serve all their rationales;
     - the **rollout**, without gradients: one text pass that keeps each layer's keys and values here,
-      then one pass per slot over all M columns at once.
+      then one pass per slot (or several slots whose tokens are known) over all M columns at once.
 
     Not a dataclass on purpose: FSDP rebuilds dataclass arguments when it casts inputs, and a rebuilt
     layout would lose the keys that the attention layers leave in it.
@@ -61,7 +61,8 @@ class ThoughtLayout:
         rationales: R, neighbouring columns with the same anchor, whose start slot is run once
             (:mod:`quietstar.thinking.shared_start`).
         phase: ``"packed"``, ``"text"`` (the rollout's first pass) or ``"slot"``.
-        slot: in phase ``"slot"``, the slot being computed, counted from 0.
+        slot: in phase ``"slot"``, the slot being computed, counted from 0; at_once: how many are, this
+            one and those behind it, which lie one after the other in the pass.
         plain_text: True when every text token sees exactly the tokens before it and itself (no left
             padding, no document boundary), so that any ordinary causal kernel may serve the text rows.
         every_position: True when besides every position has the same number of columns, in order.
@@ -92,6 +93,7 @@ class ThoughtLayout:
         self.rationales = rationales
         self.phase = phase
         self.slot = 0
+        self.at_once = 1
         self.plain_text = plain_text
         self.every_position = plain_text and every_position
         self.keys: dict[int, LayerKeys] = {}
@@ -109,6 +111,11 @@ class ThoughtLayout:
         """M."""
         return self.anchors.shape[1]
 
+    @property
+    def repeats(self) -> int:
+        """How many columns a row of the pass that a rollout is at stands for."""
+        return self.rationales if self.slot == 0 else 1
+
     def slot_rows(self, last: int) -> tuple[int, ...]:
         """How many rows each of the first ``last`` slots has in a pass."""
         return (self.num_columns // self.rationales, *(self.num_columns,) * (last - 1))
@@ -123,10 +130,22 @@ class ThoughtLayout:
         return torch.cat([text, own[:, :: self.rationales] + 1, later.flatten(1)], dim=1)
 
     def slot_positions(self) -> Tensor:
-        """Position ids [B, M] of the slot that a rollout is at, [B, A] of the start slot."""
+        """Position ids [B, at_once * M] of the slots that a rollout is at, [B, A] of a start slot that
+        rationales share."""
         text = text_positions(self.row_start, self.row_stop)
-        anchors = self.anchors if self.slot else self.anchors[:, :: self.rationales]
-        return text.gather(1, anchors) + self.slot + 1
+        anchors = text.gather(1, self.anchors[:, :: self.repeats])
+        first = self.slot + 1
+        depths = [anchors + depth for depth in range(first, first + self.at_once)]
+        return depths[0] if self.at_once == 1 else torch.cat(depths, dim=1)
+
+
+def first_keys(layout: ThoughtLayout) -> dict[int, tuple[Tensor, Tensor]]:
+    """Keys and values [B, Hkv, M, D] of the columns' first slot, by layer."""
+    found = {}
+    for layer, keys in layout.keys.items():
+        assert keys.k_thought is not None and keys.v_thought is not None
+        found[layer] = keys.k_thought[:, :, 0], keys.v_thought[:, :, 0]
+    return found
 
 
 def text_positions(row_start: Tensor, row_stop: Tensor) -> Tensor:

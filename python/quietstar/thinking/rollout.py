@@ -1,8 +1,8 @@
 """Sample a thought after every anchor, all of them in parallel and without gradients.
 
-One pass over the text keeps every layer's keys and values; then one pass per slot runs over all columns
-at once. :mod:`quietstar.thinking.packed` runs text and slots together; with the same tokens its hidden
-states equal the rollout's.
+One pass over the text keeps every layer's keys and values; then one pass per slot, or per two whose
+tokens are known, runs over all columns at once. :mod:`quietstar.thinking.packed` runs text and slots
+together; with the same tokens its hidden states equal the rollout's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,14 @@
-"""What stands in the slots of a thought, and running them one after the other."""
+"""What stands in the slots of a thought, and running them one after the other.
+
+A slot whose token is drawn waits for the slot before it. The others do not: the last thought token, the
+end token and the talk tokens (and all slots of a pause) run together, as neighbours in one pass. So does
+the start token with the text's newest token, where that one has not been through the decoder yet.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +17,15 @@ from transformers import PreTrainedModel
 from quietstar.config import QuietStarConfig
 from quietstar.thinking.batch_share import WHOLE_BATCH, BatchShard
 from quietstar.thinking.kept_outputs import KeptOutputs, keeping
-from quietstar.thinking.layout import ThoughtLayout
+from quietstar.thinking.layout import ThoughtLayout, first_keys
 from quietstar.thinking.output_layer import output_layer
 from quietstar.thinking.text_pass import run_decoder
 
 StartEnd = tuple[Tensor, Tensor]
+# Slots of a rollout that run together: one pass less for the two that every prediction needs, and rows
+# (so memory) no more than twice those of one slot. Never by the batch's size: the processes of a sharded
+# decoder must run equally many passes.
+SLOTS_TOGETHER = 2
 
 
 def depth_of_end(config: QuietStarConfig) -> int:
@@ -57,7 +67,7 @@ class SlotInputs:
         [B, A, d].
 
         Args:
-            slot: from 0: start, T thought tokens, end, K - 1 talk tokens.
+            slot: from 0: start, T thought tokens, end, K - 1 talk tokens; -1: the text's newest token.
             thought_ids: [B, M, T], or None where pause tokens stand in the thought.
         """
         rows, columns = self.anchors.shape
@@ -69,11 +79,18 @@ class SlotInputs:
             # Past the end of the text anything may stand here: those rows carry no loss.
             ahead = (self.anchors + behind_end).clamp(max=self.input_ids.shape[1] - 1)
             return self.embed(self.input_ids.gather(1, ahead))
+        if slot < 0:
+            return self.embed(self.input_ids[:, :1])
         if slot == 0:
             return start[:, : columns // self.rationales]
         if thought_ids is None:
             return start
         return self.embed(thought_ids[:, :, slot - 1])
+
+    def embeds_from(self, slot: int, count: int, thought_ids: Tensor | None) -> Tensor:
+        """What is fed into several slots of every column, slot after slot: [B, count * M, d]."""
+        embeds = [self.embeds(each, thought_ids) for each in range(slot, slot + count)]
+        return embeds[0] if count == 1 else torch.cat(embeds, dim=1)
 
 
 @dataclass
@@ -88,6 +105,10 @@ class SlotRun:
         seed: a number, or an int64 tensor [1] on the device.
         shard: which part of a larger batch this is.
         keeps: whether outputs of linear layers are kept for a packed pass.
+        together: so many slots may run in one pass, where their tokens are known.
+        new_text: the text's newest token, ``input_ids`` [B, 1], is not among its keys and runs first, as
+            if it were a slot. The layout has one slot more than there are, and one column per row, which
+            hangs from the token before that one.
     """
 
     start_end: StartEnd
@@ -98,6 +119,19 @@ class SlotRun:
     seed: int | Tensor
     shard: BatchShard = WHOLE_BATCH
     keeps: bool = False
+    together: int = SLOTS_TOGETHER
+    new_text: bool = False
+
+    def passes(self, drawn: int) -> Iterator[tuple[int, int]]:
+        """First slot and number of slots of each pass, where the first ``drawn`` draw a token each."""
+        slot = -1 if self.new_text else 0
+        while slot < self.last:
+            drawing = max(slot, 0)
+            count = min(self.together, self.last - slot)
+            if drawing < drawn:
+                count = drawing + 1 - slot
+            yield slot, count
+            slot += count
 
 
 @dataclass
@@ -105,13 +139,16 @@ class SlotResults:
     """What the slots held and gave.
 
     Attributes:
-        ids, logprobs: [B, M, T], None for pause tokens; hidden: [B, M, d] of every slot.
+        ids, logprobs: [B, M, T], None for pause tokens; hidden: [B, M, d] of every slot, and before
+            them of a new text token.
+        text_keys: of a new text token, by layer: keys and values [B, Hkv, 1, D].
         kept: what linear layers gave, if the run was to keep it.
     """
 
     ids: Tensor | None
     logprobs: Tensor | None
     hidden: list[Tensor]
+    text_keys: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     kept: KeptOutputs | None = None
 
 
@@ -142,17 +179,19 @@ def _run_slots(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) 
     if not isinstance(seed, Tensor):
         seed = torch.full((1,), seed, dtype=torch.int64, device=anchors.device)
     kept: list[Tensor] = []
-    for slot in range(run.last):
-        layout.slot = slot
-        embeds = inputs.embeds(slot, ids)
+    drawn = 0 if ids is None else config.thought_length
+    for slot, count in run.passes(drawn):
+        layout.slot, layout.at_once = slot + run.new_text, count
+        embeds = inputs.embeds_from(slot, count, ids)
         hidden = run_decoder(decoder, embeds.to(dtype), layout.slot_positions(), layout)
-        if slot == 0:
-            hidden = hidden.repeat_interleave(layout.rationales, dim=1)
-        kept.append(hidden)
-        if ids is not None and logprobs is not None and slot < config.thought_length:
+        if layout.repeats > 1:
+            hidden = hidden.repeat_interleave(layout.repeats, dim=1)
+        kept.extend(hidden.unflatten(1, (count, columns)).unbind(1))
+        slot += count - 1
+        if ids is not None and logprobs is not None and slot < drawn:
             # Rows are numbered over the whole batch: every part draws its own numbers.
             offset = (slot * run.shard.count + run.shard.index) * batch * columns
-            tokens, logp = output.sample(hidden.flatten(0, 1), seed, offset)
+            tokens, logp = output.sample(kept[-1].flatten(0, 1), seed, offset)
             ids[:, :, slot] = tokens.view(batch, columns)
             logprobs[:, :, slot] = logp.view(batch, columns)
-    return SlotResults(ids, logprobs, kept)
+    return SlotResults(ids, logprobs, kept, first_keys(layout) if run.new_text else {})
