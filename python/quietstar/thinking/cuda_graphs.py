@@ -178,8 +178,24 @@ def _key(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) -> Has
         (run.temperature, run.last, run.together, run.new_text, shard.index, shard.count),
         (autocast, decoder.training),
         # Weights that moved (another dtype, an adapter merged, a unit gathered elsewhere).
-        hash(tuple(weight.data_ptr() for weight in decoder.parameters())),
+        hash(tuple(_addresses(decoder))),
     )
+
+
+def _addresses(decoder: PreTrainedModel) -> list[int]:
+    """Of every weight, whatever module it is in by now. ``parameters()`` would make all their names as
+    well, which takes four times as long, at every call."""
+    found: list[int] = []
+    left: list[torch.nn.Module] = [decoder]
+    seen = set(left)
+    for module in left:  # grows
+        if module._parameters:
+            found += [weight.data_ptr() for weight in module._parameters.values() if weight is not None]
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                left.append(child)
+    return found
 
 
 def _capacity(layout: ThoughtLayout) -> int:
