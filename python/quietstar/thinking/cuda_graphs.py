@@ -11,6 +11,9 @@ launch as fast as the device runs them. What kept them from being captured, and 
 - **the seed** is a device tensor, read by the sampling kernel; the offsets of slots and rows do not
   change and are part of the graph.
 
+In generation the text's newest token can be part of its chain (``SlotRun.new_text``): its keys come out
+with the results, for the text's cache.
+
 The loop is the same with and without: :class:`Chain` only changes what it is given. A chain
 is built for one combination of shapes and options and captured when that comes for the second time, so
 that what comes once is not paid for; the latest few are kept, and each keeps its keys, hidden states
