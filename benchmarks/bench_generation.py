@@ -2,8 +2,9 @@
 
 Against the reference's way, which runs the whole prefix and a thought at every position again for each
 new token (once with the operators of this package, once as published, with dense masks and logits at
-every depth), and against plain generation without thoughts, for which the ideal is T + 3 decoding steps
-instead of one. The model is the recipe ``tiny``: hidden 128, 4 layers, vocabulary 2048, T = 5.
+every depth), and against plain generation without thoughts, for which the ideal is T + 1 decoding steps
+instead of one: the new token goes with the start token, and the last thought token with the end token.
+The model is the recipe ``tiny``: hidden 128, 4 layers, vocabulary 2048, T = 5.
 """
 
 from __future__ import annotations

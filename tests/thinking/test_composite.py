@@ -1,11 +1,13 @@
 """Decoders that are the text's part of a model for several modalities, used for text alone."""
 
+import copy
+
 import pytest
 import torch
 from families import VOCABULARY, thinking_model, tiny_decoder, tiny_gemma3
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from quietstar import QuietStarForCausalLM
+from quietstar import QuietStarConfig, QuietStarForCausalLM
 from quietstar.checkpoints.adapters import target_pattern
 from quietstar.plan.costs import decoder_sizes
 from quietstar.thinking.text_part import text_body, text_config_of
@@ -48,6 +50,20 @@ def test_it_trains_where_text_reaches_and_opens_again(tmp_path):
     assert torch.equal(opened(IDS).logits, model.eval()(IDS).logits)
     assert text_config_of(opened.config).model_type == "gemma3_text"
     assert opened.config.get_text_config(decoder=True).num_hidden_layers == 2
+
+
+def test_the_text_part_is_the_one_that_is_there_now():
+    """A plain configuration is remembered as its own part; a composite one's part may be replaced."""
+    whole = tiny_gemma3().config
+    first = text_config_of(whole)
+    assert first is whole.text_config is text_config_of(first)
+    whole.text_config = copy.deepcopy(first)
+    assert text_config_of(whole) is whole.text_config is not first
+    assert text_config_of(copy.copy(first)) is not first
+    alone = QuietStarConfig(start_token_id=3, end_token_id=4)
+    assert text_config_of(alone) is alone
+    alone.text_config = first
+    assert text_config_of(alone) is first
 
 
 def test_adapters_and_the_plan_see_the_text_alone():

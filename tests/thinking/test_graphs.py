@@ -257,6 +257,15 @@ def test_weights_that_moved_get_a_chain_of_their_own():
     assert len(graphs._chains[model.base]) == 2
 
 
+def test_every_weight_is_looked_at():
+    """Also one that two modules share, and those of a module that came later."""
+    decoder = build().base
+    decoder.lm_head.weight = decoder.model.embed_tokens.weight
+    decoder.model.layers[1].mlp.extra = torch.nn.Sequential(torch.nn.Linear(2, 3), decoder.lm_head)
+    assert set(graphs._addresses(decoder)) == {weight.data_ptr() for weight in decoder.parameters()}
+    assert graphs._addresses(decoder) == graphs._addresses(decoder)
+
+
 def test_length_dependent_rotary_embeddings_are_left_alone(caplog):
     model = build()
     model.base.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}

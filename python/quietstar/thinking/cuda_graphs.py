@@ -11,6 +11,9 @@ launch as fast as the device runs them. What kept them from being captured, and 
 - **the seed** is a device tensor, read by the sampling kernel; the offsets of slots and rows do not
   change and are part of the graph.
 
+In generation the text's newest token can be part of its chain (``SlotRun.new_text``): its keys come out
+with the results, for the text's cache.
+
 The loop is the same with and without: :class:`Chain` only changes what it is given. A chain
 is built for one combination of shapes and options and captured when that comes for the second time, so
 that what comes once is not paid for; the latest few are kept, and each keeps its keys, hidden states
@@ -179,8 +182,24 @@ def _key(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) -> Has
         (run.temperature, run.last, run.together, run.new_text, run.keeps, shard.index, shard.count),
         (autocast, decoder.training),
         # Weights that moved (another dtype, an adapter merged, a unit gathered elsewhere).
-        hash(tuple(weight.data_ptr() for weight in decoder.parameters())),
+        hash(tuple(_addresses(decoder))),
     )
+
+
+def _addresses(decoder: PreTrainedModel) -> list[int]:
+    """Of every weight, whatever module it is in by now. ``parameters()`` would make all their names as
+    well, which takes four times as long, at every call."""
+    found: list[int] = []
+    left: list[torch.nn.Module] = [decoder]
+    seen = set(left)
+    for module in left:  # grows
+        if module._parameters:
+            found += [weight.data_ptr() for weight in module._parameters.values() if weight is not None]
+        for child in module._modules.values():
+            if child is not None and child not in seen:
+                seen.add(child)
+                left.append(child)
+    return found
 
 
 def _capacity(layout: ThoughtLayout) -> int:

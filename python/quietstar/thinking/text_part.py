@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from weakref import WeakValueDictionary
+
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+
+# Configurations that are their own text part, by id: every pass asks several times, and transformers
+# looks for parts of many names. Composite ones are asked anew, as their part may be another by now.
+_whole: WeakValueDictionary[int, PretrainedConfig] = WeakValueDictionary()
 
 
 def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
     """The text decoder's configuration: itself, or the part that describes it."""
+    if _whole.get(id(config)) is config:
+        return config
     found = config.get_text_config(decoder=True)
-    return config if type(found) is type(config) else text_config_of(found)
+    if type(found) is not type(config):
+        return text_config_of(found)
+    if found is config and type(config).get_text_config is PretrainedConfig.get_text_config:
+        _whole[id(config)] = config
+    return config
 
 
 def kind_of(decoder: PreTrainedModel) -> str:
