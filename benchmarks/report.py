@@ -48,8 +48,13 @@ def render(results: dict[str, Any], highlights: tuple[str, ...] | None = None) -
     """
     machine = results["machine"]
     missing = machine.get("not_measured", [])
+    tables = [
+        table for benchmark in results["benchmarks"].values() for table in benchmark["tables"].values()
+    ]
+    several = any("commit" in row for table in tables for row in table.values())
+    runs = "Medians; the results say which run a row is from" if several else "Medians within one run"
     lines = [
-        f"Measured on {', '.join(_facts(machine))}. Medians within one run; others as multiples of ours."
+        f"Measured on {', '.join(_facts(machine))}. {runs}; others as multiples of ours."
         + (f" Not measured: {'; '.join(missing)}." if missing else ""),
         "",
         "| work | ours | others |",

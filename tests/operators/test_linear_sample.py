@@ -217,4 +217,4 @@ class TestDevice:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         fused(hidden, weight, seed=0)
-        assert torch.cuda.max_memory_allocated() - before < 257 * 2**20
+        assert torch.cuda.max_memory_allocated() - before < 513 * 2**20
