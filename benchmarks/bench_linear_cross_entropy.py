@@ -14,6 +14,7 @@ sizes of the workspace, which decides how many rows make a chunk.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -115,6 +116,11 @@ def contestants(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Ca
         "F.cross_entropy of full logits": step(lambda: full(hidden, weight, targets)),
         "chunked as in liger-kernel": step(lambda: _ChunkedInForward.apply(hidden, weight, targets)),
     }
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # torch 2.13 and later
+        chunked = functools.partial(
+            torch.nn.functional.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions()
+        )
+        found["F.linear_cross_entropy, chunked"] = step(lambda: chunked(hidden, weight, targets))
     if not ON_GPU:
         found["reference"] = step(
             lambda: linear_cross_entropy(hidden, weight, targets, impl="reference").mean()

@@ -25,6 +25,7 @@ import quietstar
 from quietstar import QuietStarConfig, QuietStarForCausalLM
 from quietstar.cli import app as cli
 from quietstar.cli import info, train
+from quietstar.cli.installed import compiled
 from quietstar.data.blocks import TokenBlocks
 from quietstar.data.lookup import LookupLanguage, TextMix
 from quietstar.errors import UserError
@@ -125,6 +126,16 @@ def test_words_after_options_are_settings(monkeypatch):
     monkeypatch.setattr(train, "run", lambda args: seen.append(args))
     assert cli.main(["train", "tiny", "a=1", "--output", "x", "b=2"]) == 0
     assert seen[0].settings == ["a=1", "b=2"] and seen[0].output == Path("x")
+
+
+def test_info_on_a_gpu_machine_without_kernels(monkeypatch):
+    facts = {"simd": "avx2", "cuda_archs": ""}
+    monkeypatch.setattr("quietstar_ext.build_info", lambda: dict(facts))
+    assert "cuda kernels" not in compiled()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert compiled()["cuda kernels"].endswith("QUIETSTAR_CUDA=on pip install . compiles them")
+    facts["cuda_archs"] = "sm_90"
+    assert "cuda kernels" not in compiled()
 
 
 def test_info(capsys):

@@ -18,6 +18,8 @@ def compiled() -> dict[str, str]:
         facts = build_info()
     except (ImportError, OSError, RuntimeError) as error:
         return {"native module": f"cannot be loaded: {' '.join(str(error).split())}"}
+    if torch.cuda.is_available() and not facts.get("cuda_archs"):
+        facts["cuda_kernels"] = "none in this build; QUIETSTAR_CUDA=on pip install . compiles them"
     return {str(key).replace("_", " "): _words(value) for key, value in facts.items()}
 
 
