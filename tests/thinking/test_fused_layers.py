@@ -44,7 +44,7 @@ def same(found: tuple[float, dict[str, Tensor]], wanted: tuple[float, dict[str, 
 @pytest.fixture
 def traced_only(monkeypatch) -> None:
     """What torch.compile traces runs as it is: quick, and as good where no fused kernel matters."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
 
 def test_compiled():
@@ -139,7 +139,7 @@ def test_liger_kernel():
         model.fuse_layers("off")
 
 
-def test_two_backward_passes_through_compiled_layers(tmp_path, traced_only):
+def test_two_backward_passes_through_compiled_layers(tmp_path):
     found = []
     for way in ("off", "compile"):
         torch.manual_seed(0)

@@ -112,7 +112,7 @@ def _compile(decoder: PreTrainedModel, cuda_only: bool) -> None:
 def _apply_liger(decoder: PreTrainedModel) -> None:
     if importlib.util.find_spec("liger_kernel") is None:
         raise ImportError("fused_layers is 'liger', which needs liger-kernel (pip install liger-kernel)")
-    from liger_kernel.transformers import monkey_patch  # type: ignore[import-not-found]
+    from liger_kernel.transformers import monkey_patch
 
     if text_config_of(decoder.config).model_type not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ValueError(
