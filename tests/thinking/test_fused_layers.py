@@ -152,6 +152,30 @@ def test_two_backward_passes_through_compiled_layers(tmp_path):
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_adapters_in_compiled_layers(traced_only):
+    peft = pytest.importorskip("peft")
+    found = []
+    for way in ("off", "compile"):
+        torch.manual_seed(0)
+        model = build()
+        model.fuse_layers(way)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+        adapted = peft.get_peft_model(model, config)
+        adapted.train()
+        found.append(step(adapted))
+    assert any("lora_A" in name for name in found[0][1])
+    same(found[1], found[0])
+
+
+def test_quantized_layers_are_left_alone_unless_asked(caplog):
+    model = build()
+    model.base.hf_quantizer = object()
+    with caplog.at_level("INFO", logger="quietstar"):
+        model.fuse_layers("auto")
+    assert "not fused: its weights are quantized" in caplog.text
+    assert not any("forward" in vars(layer) for layer in decoder_layers(model.base))
+
+
 class TestErrors:
     def test_another_way(self):
         with pytest.raises(

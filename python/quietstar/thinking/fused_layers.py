@@ -79,6 +79,8 @@ def fuse_layers(decoder: PreTrainedModel, way: str = "auto") -> None:
             _apply_liger(decoder)
     elif way != "off":
         reason = _not_compilable(decoder)
+        if way == "auto" and getattr(decoder, "hf_quantizer", None) is not None:
+            reason = reason or "its weights are quantized, which was not tried compiled"
         if reason is None:
             _compile(decoder, cuda_only=way == "auto")
         elif way == "compile":
