@@ -175,6 +175,8 @@ def test_unknown_recipe_names_the_nearest():
 def test_fingerprint_ignores_what_does_not_change_the_result():
     tiny = load_recipe("tiny")
     assert load_recipe("tiny", ["logging_steps=3", "save_steps=7"]).fingerprint() == tiny.fingerprint()
+    fast = load_recipe("tiny", ["model.fused_layers=off", "model.reuse_rollout=true"])
+    assert fast.fingerprint() == tiny.fingerprint()
     assert load_recipe("tiny", ["learning_rate=3e-4"]).fingerprint() != tiny.fingerprint()
 
 

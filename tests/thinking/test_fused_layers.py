@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -150,6 +151,15 @@ def test_two_backward_passes_through_compiled_layers(tmp_path):
         found.append({name: p.detach().clone() for name, p in model.named_parameters()})
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("way", ["auto", "compile"])
+def test_a_fused_model_can_be_pickled(way: str, traced_only):
+    model = build()
+    model.fuse_layers(way)
+    wanted = step(model)
+    again = pickle.loads(pickle.dumps(model))
+    same(step(again), wanted)
 
 
 def test_adapters_in_compiled_layers(traced_only):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import gradients, thinking_model
 from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from quietstar import QuietStarForCausalLM
 from quietstar.thinking import kept_outputs
@@ -149,6 +150,42 @@ def test_layers_that_are_more_than_a_product():
     wanted = step(model)
     assert model.reuse_rollout() == 7 * model.base.config.num_hidden_layers - 1
     same(step(model), wanted)
+
+
+def test_layers_in_checkpoint_wrappers(products):
+    """As accelerate wraps them for FSDP2."""
+    model = build()
+    layers = model.base.model.layers
+    model.base.model.layers = torch.nn.ModuleList(checkpoint_wrapper(layer) for layer in layers)
+    wanted = step(model)
+    assert model.reuse_rollout()
+    same(step(model), wanted)
+    assert not products
+
+
+def test_frozen_weights_hold_no_inputs():
+    """As with ordinary layers: the input is held for the weight's gradient alone."""
+    x, weight = torch.randn(1, 5, 3, requires_grad=True), torch.randn(4, 3)
+    for trained in (False, True):
+        output = kept_outputs._KnownRows.apply(
+            x, weight.requires_grad_(trained), None, torch.zeros(1, 2, 4)
+        )
+        held = [tensor is not None for tensor in output.grad_fn.saved_tensors]
+        assert held == [trained, True]
+        (gradient,) = torch.autograd.grad(output.sum(), [x])
+        torch.testing.assert_close(gradient, torch.ones(1, 5, 4) @ weight.detach())
+
+
+def test_not_with_liger_kernel():
+    """Its rotary embeddings write into what q_proj and k_proj gave, unseen by torch."""
+    model = build()
+    model.base._quietstar_liger = True
+    with pytest.raises(ValueError, match="reuse_rollout is on, but liger-kernel overwrites"):
+        model.reuse_rollout()
+    del model.base._quietstar_liger
+    model.reuse_rollout()
+    with pytest.raises((ValueError, ImportError), match="fused_layers is 'liger'"):
+        model.fuse_layers("liger")
 
 
 class TestRecord:

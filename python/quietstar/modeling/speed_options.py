@@ -5,8 +5,8 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from quietstar.thinking.cuda_graphs import forget
-from quietstar.thinking.fused_layers import fuse_layers
-from quietstar.thinking.kept_outputs import reuse_rollout
+from quietstar.thinking.fused_layers import fuse_layers, uses_liger
+from quietstar.thinking.kept_outputs import NOT_WITH_LIGER, reuse_rollout
 
 
 class SpeedOptionsMixin:
@@ -33,8 +33,15 @@ class SpeedOptionsMixin:
         """While training, let linear layers take their outputs of the rollout's rows from the rollout,
         for the memory of these outputs (:mod:`quietstar.thinking.kept_outputs`).
 
+        Before the model is sharded, and not with liger-kernel.
+
         Returns:
             How many layers do; those that are more than a product do not.
+
+        Raises:
+            ValueError: if liger-kernel is in the layers.
         """
+        if on and uses_liger(self.base):
+            raise ValueError(NOT_WITH_LIGER)
         forget(self.base)
         return reuse_rollout(self.base, on)

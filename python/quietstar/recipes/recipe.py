@@ -68,9 +68,10 @@ class Recipe:
         return parse_recipe(content, f"recipe {content['name']}")
 
     def relevant_settings(self) -> dict[str, Any]:
-        """The resolved recipe without what leaves the result unchanged: names, logging and saving."""
+        """The resolved recipe without what leaves the result unchanged: names, speed, logging, saves."""
         content = self.to_dict()
         del content["name"], content["description"]
+        del content["model"]["fused_layers"], content["model"]["reuse_rollout"]
         if self.adapter == AdapterSection():
             del content["adapter"]
         content["training"] = {

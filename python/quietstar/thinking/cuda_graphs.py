@@ -283,6 +283,7 @@ class Chain:
             if self._graph is None:
                 self._capture()
             assert self._graph is not None and self._outputs is not None
+            self._replays += 1  # first: what the last call was given is overwritten from now on
             self._graph.replay()
             own = replace(_own_copy(self._outputs), kept=self._kept(self._outputs.kept))
             self._read = torch.cuda.current_stream().record_event()
@@ -290,10 +291,9 @@ class Chain:
 
     def _kept(self, made: KeptOutputs | None) -> KeptOutputs | None:
         """What the graph has kept, where it lies: it is large, and good until the next replay."""
-        self._replays += 1
+        now = self._replays
         if made is None:
             return None
-        now = self._replays
         return KeptOutputs(dict(made.parts), made.rows, lambda: self._replays == now)
 
     def _capture(self) -> None:

@@ -8,7 +8,8 @@ Unfused they were 20 to 30 per cent of a training step's device time on an H200
   what is compiled.
 - ``"liger"``: liger-kernel's Triton kernels, for the families that it knows, on CUDA. Its gated MLP
   overwrites what it has saved for the backward pass, so a second one through the same graph would be
-  wrong: ``policy_max_grad_norm`` needs ``"compile"``. It cannot be taken off a decoder again.
+  wrong: ``policy_max_grad_norm`` needs ``"compile"``. It does not go with ``reuse_rollout``, and cannot
+  be taken off a decoder again.
 
 Under CUDA graphs (:mod:`quietstar.thinking.cuda_graphs`) either is captured: compiled by the run that
 comes before a capture.
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quietstar.thinking.kept_outputs import NOT_WITH_LIGER, takes_rollout
 from quietstar.thinking.layout import ThoughtLayout
 from quietstar.thinking.text_part import decoder_layers, kind_of, text_body, text_config_of
 
@@ -46,13 +48,19 @@ class FusedForward:
 
     def __init__(self, layer: nn.Module, cuda_only: bool):
         self._layer, self._cuda_only = layer, cuda_only
-        self._compiled = torch.compile(type(layer).forward)
+        self._compiled: Callable[..., Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is compiled cannot be pickled.
+        return {**vars(self), "_compiled": None}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layout = kwargs.get("thought_layout")
         if not isinstance(layout, ThoughtLayout) or (self._cuda_only and not layout.anchors.is_cuda):
             return type(self._layer).forward(self._layer, *args, **kwargs)
         layout.apart = True
+        if self._compiled is None:
+            self._compiled = torch.compile(type(self._layer).forward)
         return self._compiled(self._layer, *args, **kwargs)
 
 
@@ -112,6 +120,8 @@ def _compile(decoder: PreTrainedModel, cuda_only: bool) -> None:
 
 
 def _apply_liger(decoder: PreTrainedModel) -> None:
+    if takes_rollout(decoder):
+        raise ValueError(f"fused_layers is 'liger' and {NOT_WITH_LIGER}")
     if importlib.util.find_spec("liger_kernel") is None:
         raise ImportError("fused_layers is 'liger', which needs liger-kernel (pip install liger-kernel)")
     from liger_kernel.transformers import monkey_patch

@@ -9,7 +9,8 @@ other rows alone, and put both together. Backward is that of an ordinary layer.
 It costs the memory of the kept outputs while a step is under way (Mistral-7B at the paper's settings:
 13 GB), freed layer by layer unless a CUDA graph holds them. Layers that are more than a product
 (quantised, hooked) or do not take one row per token (experts) are run as always, and with gradient
-checkpointing, where memory is short, nothing is kept.
+checkpointing, where memory is short, nothing is kept. liger-kernel's rotary embeddings write over what a
+layer gave, so the two exclude each other.
 """
 
 from __future__ import annotations
@@ -135,7 +136,10 @@ class _KnownRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *known: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        # As F.linear does: what a frozen weight or a first layer does not need is not held.
+        ctx.save_for_backward(
+            x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
+        )
         first = sum(part.shape[1] for part in known)
         return torch.cat([*known, F.linear(x[:, first:], weight, bias)], dim=1)
 
@@ -153,8 +157,16 @@ class _KnownRows(torch.autograd.Function):
         )
 
 
+NOT_WITH_LIGER = (
+    "reuse_rollout is on, but liger-kernel overwrites what linear layers gave; expected one of them"
+    " (fused_layers 'compile' goes with reuse_rollout)"
+)
+
+
 def reuse_rollout(decoder: PreTrainedModel, on: bool) -> int:
     """Let the decoder's linear layers keep what they give in a rollout for the packed pass, or stop it.
+
+    Before the model is sharded: a sharded layer does not.
 
     Returns:
         How many layers do.
@@ -171,8 +183,18 @@ def reuse_rollout(decoder: PreTrainedModel, on: bool) -> int:
 
 def keeps_outputs(decoder: PreTrainedModel) -> bool:
     """Whether a rollout of this decoder is to keep outputs."""
-    kept = any(isinstance(vars(layer).get("forward"), KeptLinear) for layer in _linears(decoder))
-    return kept and not any(getattr(m, "gradient_checkpointing", False) for m in decoder.modules())
+    return takes_rollout(decoder) and not any(map(_checkpoints, decoder.modules()))
+
+
+def takes_rollout(decoder: PreTrainedModel) -> bool:
+    """Whether :func:`reuse_rollout` is on."""
+    return any(isinstance(vars(layer).get("forward"), KeptLinear) for layer in _linears(decoder))
+
+
+def _checkpoints(module: nn.Module) -> bool:
+    """transformers' checkpointing, or the wrapper that accelerate puts around FSDP2's layers."""
+    wrapped = type(module).__name__ == "CheckpointWrapper"
+    return wrapped or bool(getattr(module, "gradient_checkpointing", False))
 
 
 def _linears(decoder: PreTrainedModel) -> list[nn.Linear]:

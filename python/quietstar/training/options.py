@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from quietstar.config import QuietStarConfig
 from quietstar.thinking.fused_layers import uses_liger
+from quietstar.thinking.kept_outputs import NOT_WITH_LIGER, takes_rollout
 from quietstar.thinking.noise import refusal_of_neftune
 from quietstar.training.arguments import argument
 from quietstar.training.optional_packages import check_loggers
@@ -26,7 +27,7 @@ _ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_names": ((None, ["labels"]), "the model takes its targets from labels"),
     "liger_kernel_config": (
         (None,),
-        "use_liger_kernel takes all but the losses, which are fused already",
+        "use_liger_kernel takes all kernels but the losses",
     ),
 }
 # Parameters of Trainer itself.
@@ -177,10 +178,15 @@ def check_gradients(trainer: Any, keeps_copy: bool) -> None:
     alpha = trainer.args.neftune_noise_alpha
     if alpha:
         raise ValueError(refusal_of_neftune(alpha))
-    if trainer.args.use_liger_kernel and trainer.args.device.type != "cuda":
+    decoder = decoder_of(trainer.own_model)
+    liger = trainer.args.use_liger_kernel or uses_liger(decoder)
+    if liger and trainer.args.device.type != "cuda":
         raise ValueError(
-            f"use_liger_kernel is True on {trainer.args.device.type}; its kernels expect a CUDA device"
+            f"use_liger_kernel or fused_layers asks for liger-kernel on {trainer.args.device.type}; its"
+            " kernels expect a CUDA device"
         )
+    if liger and takes_rollout(decoder):
+        raise ValueError(f"use_liger_kernel is True and {NOT_WITH_LIGER}")
     deepspeed = trainer.is_deepspeed_enabled
     policy_max_norm = argument(trainer.args, "policy_max_grad_norm")
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
@@ -193,7 +199,6 @@ def check_gradients(trainer: Any, keeps_copy: bool) -> None:
             f"policy_max_grad_norm is {policy_max_norm} with {owner}, which handles"
             " gradients itself; expected null"
         )
-    liger = trainer.args.use_liger_kernel or uses_liger(decoder_of(trainer.own_model))
     if policy_max_norm is not None and liger:
         raise ValueError(
             f"policy_max_grad_norm is {policy_max_norm} with liger-kernel, whose gated MLP can go"
