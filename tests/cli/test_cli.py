@@ -34,6 +34,7 @@ from quietstar.recipes.build import build_data, build_model, build_tokenizer
 from quietstar.recipes.recipe import Recipe, parse_recipe
 from quietstar.recipes.run import run_recipe
 from quietstar.training.trainer import NonFiniteLoss
+from quietstar.versions import package_versions
 
 pytestmark = pytest.mark.usefixtures("stdlib_tokenizer_once")
 COMMANDS = ("info", "train", "plan", "merge", "generate", "inspect", "eval", "demo")
@@ -125,6 +126,12 @@ def test_words_after_options_are_settings(monkeypatch):
     monkeypatch.setattr(train, "run", lambda args: seen.append(args))
     assert cli.main(["train", "tiny", "a=1", "--output", "x", "b=2"]) == 0
     assert seen[0].settings == ["a=1", "b=2"] and seen[0].output == Path("x")
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"quietstar {package_versions()['quietstar']}\n"
 
 
 def test_info(capsys):
