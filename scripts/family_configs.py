@@ -297,7 +297,9 @@ def _settings(kind: type[PretrainedConfig], extra: dict[str, Any]) -> dict[str, 
 def _parts(kind: type[PretrainedConfig]) -> dict[str, type[PretrainedConfig]]:
     """The configurations that a composite one holds."""
     found = {}
-    for name, part in getattr(kind, "sub_configs_defaults", {}).items():
+    # The older versions of transformers have the classes alone.
+    classes = {n: part for n, part in kind.sub_configs.items() if hasattr(part, "model_type")}
+    for name, part in getattr(kind, "sub_configs_defaults", classes).items():
         if not isinstance(part, type):
             if part.optional:
                 continue

@@ -35,6 +35,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 SIMD_LEVELS = ("generic", "avx2", "avx512")
 # Cases of a test that run under the sanitizers, which take ten times as long.
 MAX_SANITIZED = 5
+# Seconds: the first test of the CUDA sources on the CPU compiles them, on as many cores as are free.
+WITH_A_BUILD = 1800
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -42,8 +44,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out slow tests of whole folders, and under the sanitizers all but some cases of a test."""
+    """Leave out slow tests of whole folders, and under the sanitizers all but some cases of a test;
+    give those time that may have to build."""
     kept = items
+    for item in items:
+        if item.get_closest_marker("cuda_on_cpu") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(WITH_A_BUILD))
     named = any(".py" in argument for argument in config.args)
     if not (named or config.getoption("--slow") or config.getoption("-m")):
         kept = [item for item in kept if not item.get_closest_marker("slow")]

@@ -35,6 +35,7 @@ from quietstar.recipes.build import build_data, build_model, build_tokenizer
 from quietstar.recipes.recipe import Recipe, parse_recipe
 from quietstar.recipes.run import run_recipe
 from quietstar.training.trainer import NonFiniteLoss
+from quietstar.versions import package_versions
 
 pytestmark = pytest.mark.usefixtures("stdlib_tokenizer_once")
 COMMANDS = ("info", "train", "plan", "merge", "generate", "inspect", "eval", "demo")
@@ -136,6 +137,12 @@ def test_info_on_a_gpu_machine_without_kernels(monkeypatch):
     assert compiled()["cuda kernels"].endswith("QUIETSTAR_CUDA=on pip install . compiles them")
     facts["cuda_archs"] = "sm_90"
     assert "cuda kernels" not in compiled()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"quietstar {package_versions()['quietstar']}\n"
 
 
 def test_info(capsys):

@@ -138,6 +138,12 @@ class TestTooShort:
         with pytest.raises(UserError, match="the text has no documents"):
             read_blocks(lambda: iter([]), tokenizer, Blocks(8), progress=False)
 
+    def test_nothing_behind_what_is_evaluated_on(self, tokenizer: PreTrainedTokenizerFast):
+        with pytest.raises(
+            UserError, match=r"after the first 9, .* set data.eval_files, data.eval_blocks=0"
+        ):
+            read_blocks(documents_iter, tokenizer, Blocks(8), skip=9, progress=False)
+
     def test_block_size(self):
         with pytest.raises(
             UserError, match=r"block_size is 3; expected at least 6 \(talk_length \+ 2\)"

@@ -74,6 +74,7 @@ class TestLocalFiles:
             ("empty.txt", b"", "empty.txt is empty; expected text"),
             ("blank.txt", b" \n\n", "holds nothing but white space"),
             ("latin.txt", b"caf\xe9", "latin.txt is not UTF-8 text"),
+            ("a.jsonl", b'{"text": \n{"text": 3}\n', "(and 1 more that cannot be used)"),
             ("a.jsonl", b'{"text": \n{"text": 3}\n', "line 1 is not JSON"),
             ("a.jsonl", b'{"body": "x", "id": 1}\n', "no text column 'text'; its columns are: body, id"),
             ("a.jsonl", b'{"text": 3}\n', "column 'text' holds int; expected text"),
@@ -95,6 +96,12 @@ class TestLocalFiles:
             texts_of(path)
         assert words in str(error.value)
         assert "\n" not in str(error.value)
+
+    def test_a_file_is_not_counted_beside_its_only_row(self, tmp_path):
+        path = tmp_path / "a.jsonl"
+        path.write_text('{"text": \n')
+        with pytest.raises(UserError, match=r"line 1 is not JSON \([^()]+\)$"):
+            texts_of(path)
 
     def test_csv_tsv_and_json(self, tmp_path):
         texts = ["plain", 'with, comma and "quotes"', "two\nlines", "é"]

@@ -53,6 +53,14 @@ def test_n_ahead_too_small():
         ({"input_ids": IDS, "head_mask": IDS}, "unexpected argument 'head_mask'"),
         ({"input_ids": IDS, "inputs_embeds": IDS}, "inputs_embeds were given; expected input_ids"),
         ({"labels": IDS}, "input_ids is missing"),
+        ({"input_ids": IDS.tolist()}, "input_ids is a list; expected a torch.Tensor"),
+        ({"input_ids": IDS.float()}, "input_ids has dtype float32; expected int64"),
+        ({"input_ids": IDS, "labels": IDS.tolist()}, "labels is a list; expected a torch.Tensor"),
+        ({"input_ids": IDS, "attention_mask": {"full": IDS}}, "attention_mask is a dict; expected a"),
+        (
+            {"input_ids": IDS, "document_ids": [0] * 10},
+            "document_ids is a list; expected a torch.Tensor",
+        ),
         ({"input_ids": IDS, "logits_to_keep": 11}, "logits_to_keep is 11; expected 0 to 10"),
     ],
 )

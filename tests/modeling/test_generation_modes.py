@@ -51,6 +51,24 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"inputs": prompt()[0][0]}, r"inputs has shape \[\d+\]; expected \[rows, tokens\]"),
+        ({"inputs": prompt()[0][:, :0]}, r"inputs has shape \[\d+, 0\]; expected \[rows, tokens\]"),
+        ({"input_ids": prompt()[0].tolist()}, "input_ids is a list; expected a torch.Tensor"),
+        ({"input_ids": prompt()[0].float()}, "input_ids has dtype float32; expected int64"),
+        ({"attention_mask": prompt()[1].tolist()}, "attention_mask is a list; expected a torch.Tensor"),
+    ],
+)
+def test_prompts_that_are_none(given: dict, said: str):
+    call = {**options(), **given}
+    if not {"inputs", "input_ids"} & set(given):
+        call["inputs"] = prompt()[0]
+    with pytest.raises((ValueError, TypeError), match=said):
+        build().generate(**call)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_generate_cannot_do_is_refused_by_name(name: str):
     alone = rf"`{name}` and `\w+` cannot be combined"

@@ -20,7 +20,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def installed_folder() -> Path | None:
-    """Where pip put the package; None for a development install, which runs from the repository."""
+    """Where pip put the package; None for a development install, which runs from the repository, and
+    where a build has left nothing but an egg-info there."""
     try:
         distribution = importlib.metadata.distribution("quietstar")
     except importlib.metadata.PackageNotFoundError:
@@ -29,7 +30,7 @@ def installed_folder() -> Path | None:
     if origin.get("dir_info", {}).get("editable"):
         return None
     folder = Path(str(distribution.locate_file("quietstar_ext"))).resolve()
-    return folder if folder != REPOSITORY / "quietstar_ext" else None
+    return folder if folder.is_dir() and folder != REPOSITORY / "quietstar_ext" else None
 
 
 def test_the_installed_package_is_tested() -> None:

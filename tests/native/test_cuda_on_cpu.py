@@ -132,7 +132,6 @@ def test_tests_are_found_by_their_mark() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 @pytest.mark.skipif(cuda_sources.SANITIZED, reason="starts the sanitized processes")
 def test_every_kernel_passes_the_sanitizers() -> None:
     """The tests of the kernels again, with both sanitizers watching every access."""

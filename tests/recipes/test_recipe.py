@@ -98,7 +98,7 @@ def test_thoughts_take_every_configuration_field():
         (changed(data={"packing": "loose"}), "data.packing is 'loose'; expected 'concat' or 'document'"),
         (changed(data={"block_size": 2}), "data.block_size is 2; expected at least 3 (talk_length + 2)"),
         (changed(data={"streaming": True}), "set training.max_steps"),
-        (changed(data={"name": "x/y"}), "exactly one of name and files; both are given"),
+        (changed(data={"name": "x/y"}), "exactly one of name and files; both are given (data.name=null"),
         (changed(model={"config": {"model_type": "llama"}}), "exactly one of name and config; both"),
         ({**MINIMAL, "model": {}}, "exactly one of name and config; neither is given"),
         ({**MINIMAL, "model": {"config": {}}}, "model.config has no model_type"),

@@ -140,17 +140,28 @@ def test_liger_kernel():
         model.fuse_layers("off")
 
 
-def test_two_backward_passes_through_compiled_layers(tmp_path):
+def test_two_backward_passes_through_compiled_layers(tmp_path, monkeypatch):
+    """Also where the layers were compiled for one before, which may use up what was kept for it."""
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    torch._dynamo.reset()
+    start = {name: p.detach().clone() for name, p in seeded().named_parameters()}
     found = []
-    for way in ("off", "compile"):
-        torch.manual_seed(0)
-        model = small_model()
-        model.fuse_layers(way)
-        run = trainer(tmp_path, model, rows(8, True), max_steps=2, policy_max_grad_norm=0.5, optim="sgd")
-        run.train()
-        found.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    for way, norms in (("off", [0.5]), ("compile", [None, 0.5])):
+        for norm in norms:
+            model = seeded()
+            model.fuse_layers(way)
+            torch.manual_seed(1)
+            settings = {"max_steps": 2, "policy_max_grad_norm": norm, "optim": "sgd"}
+            trainer(tmp_path, model, rows(8, True), **settings).train()
+        found.append(dict(model.named_parameters()))
     for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6, msg=name)
+        moved = (value - start[name]).abs().max()
+        assert (found[1][name] - value).abs().max() <= 1e-2 * moved, name
+
+
+def seeded() -> QuietStarForCausalLM:
+    torch.manual_seed(0)
+    return small_model()
 
 
 @pytest.mark.parametrize("way", ["auto", "compile"])

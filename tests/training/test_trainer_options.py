@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from families import tiny_decoder
 from small_training import rows, small_model, trainer
 from torch.utils.data import IterableDataset
@@ -46,6 +47,28 @@ def test_arguments_without_an_effect(tmp_path, fields: dict[str, Any], said: str
         build(tmp_path, fields=fields)
     assert set(fields) <= set(_ARGUMENTS)
     assert hasattr(arguments(tmp_path), next(iter(fields)))
+
+
+def test_half_precision_that_a_cpu_does_not_have(tmp_path):
+    with pytest.raises(ValueError, match="fp16 is True, which has no effect on a CPU"):
+        build(tmp_path, fields={"fp16": True})
+
+
+def test_a_data_set_of_text_is_refused_before_training(tmp_path):
+    text = Dataset.from_dict({"text": ["words"] * 4})
+    said = "_dataset has no input_ids, only text; expected rows with input_ids"
+    with pytest.raises(ValueError, match=f"train{said}"):
+        build(tmp_path, train_dataset=text)
+    with pytest.raises(ValueError, match=f"eval{said}"):
+        build(tmp_path, eval_dataset={"held out": text})
+
+    def collate(batch: list[dict[str, str]]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([[5 + len(row["text"])] * 12 for row in batch])
+        return {"input_ids": ids, "labels": ids}
+
+    # A collator that is left the text makes tokens of it.
+    kept = {"remove_unused_columns": False}
+    build(tmp_path, fields=kept, train_dataset=text, data_collator=collate).train()
 
 
 def test_a_loss_of_the_user_s_own_is_refused(tmp_path):
@@ -121,7 +144,7 @@ def test_rows_without_labels(tmp_path, accumulated: int):
     for call in (run.train, run.evaluate):
         with pytest.raises(ValueError, match=said):
             call()
-    with pytest.raises(ValueError, match="has no input_ids, only nothing"):
+    with pytest.raises(ValueError, match="has no input_ids, nor another column"):
         build(tmp_path, train_dataset=[{"text": "words"}] * 4).train()
     # The usual collator for text makes labels of them.
     tokenizer = build_tokenizer()

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from quietstar.cli import demo, generate, info, inspect, merge, plan, train
 from quietstar.cli import eval as evaluate
 from quietstar.cli.arguments import INTERRUPTED
+from quietstar.versions import package_versions
 
 COMMANDS = (info, train, plan, merge, generate, inspect, evaluate, demo)
 USER_ERROR = 2
@@ -30,6 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="quietstar",
         description="Quiet-STaR: language models that think before each token.",
         epilog=f"{TRACEBACK_VARIABLE}=1 shows where an error came from.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"quietstar {package_versions()['quietstar']}"
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:

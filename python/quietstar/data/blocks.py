@@ -352,7 +352,11 @@ def read_blocks(
     result = TokenBlocks.from_rows(rows, blocks.block_size)
     if len(result) == 0:
         if not seen["documents"]:
-            raise UserError(f"{what} has no documents" + (f" after the first {skip}" if skip else ""))
+            taken = (
+                f" after the first {skip}, which are evaluated on; set data.eval_files,"
+                " data.eval_blocks=0 or, for text files, data.txt_documents"
+            )
+            raise UserError(f"{what} has no documents" + (taken if skip else ""))
         needed, which = blocks.block_size, "block_size"
         if blocks.packing == "document":
             needed, which = blocks.min_tokens, "talk_length + 2"

@@ -127,9 +127,10 @@ def _checked(row: Mapping[str, Any], number: int) -> dict[str, Tensor]:
     if "label_ids" in given:
         given.setdefault("labels", given.pop("label_ids"))
     if "input_ids" not in given:
+        # The Trainer drops columns that the model does not take, which may leave none.
+        found = f"only {', '.join(given)}" if given else "nor another column that the model takes"
         raise ValueError(
-            f"row {number} of a batch has no input_ids, only {', '.join(given) or 'nothing'}; expected"
-            " input_ids and labels"
+            f"row {number} of a batch has no input_ids, {found}; expected input_ids and labels"
         )
     for name in given:
         if name not in _SHAPES:

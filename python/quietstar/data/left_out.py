@@ -23,6 +23,7 @@ class LeftOut:
         self._seen: set[str] = set()
         self._held: list[str] | None = []
         self._first: str | None = None
+        self.reports = 0  # of this and of earlier passes
 
     @property
     def count(self) -> int:
@@ -41,6 +42,7 @@ class LeftOut:
             where: names it as text, e.g. ``data file a.jsonl, line 3``; why: a verb and what is wrong.
         """
         name = str(where)
+        self.reports += 1
         if name in self._seen:
             return
         self._seen.add(name)

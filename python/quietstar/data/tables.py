@@ -87,7 +87,7 @@ def table_rows(
     wanted, suffix = list(columns), suffix_of(path)
     read = _parquet if suffix == ".parquet" else _csv if suffix in CSV_SUFFIXES else _json
     lacking: list[tuple[Place, str, Row]] = []
-    empty, found = True, False
+    empty, found, before = True, False, left_out.reports
     for where, row in read(path, wanted, left_out, kind):
         empty = False
         if not isinstance(row, dict):
@@ -109,7 +109,7 @@ def table_rows(
     if lacking:
         place, name, row = lacking[0]
         check_columns(row, [name], place, kind)
-    if empty:
+    if empty and left_out.reports == before:  # what is wrong with its rows was said
         left_out.add(f"data file {path}", "has no rows")
 
 

@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 from quietstar.config import QuietStarConfig
 from quietstar.modeling.generation_checks import check_generation_config, check_loop, text_before_the_end
 from quietstar.modeling.generation_state import FollowingThinking, SpokenThought, Thinking
+from quietstar.modeling.input_checks import check_prompt, check_tensors
 from quietstar.modeling.output import QuietStarOutput
 from quietstar.modeling.text_cache import (
     CACHE_NAME,
@@ -200,6 +201,9 @@ class ThinkingGenerationMixin(GenerationMixin):
         check_loop({**bound, **bound.get("kwargs", {})})
         kwargs = with_installed_name(kwargs)
         prompt = bound.get("inputs", kwargs.get("input_ids"))
+        if prompt is not None:
+            check_prompt("inputs" if "inputs" in bound else "input_ids", prompt)
+        check_tensors(attention_mask=kwargs.get("attention_mask"))
         check_prompt_is_longer(kwargs.get(CACHE_NAME), prompt)
         thinking.taken = True
         self.thoughts = thinking.thoughts  # grows as they come, for streamers to look at

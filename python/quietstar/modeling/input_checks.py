@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from quietstar.config import QuietStarConfig
 from quietstar.thinking.documents import DESCRIPTIONS
 from quietstar.thinking.linear_layers import embedding_rows
-from quietstar_ext.checks import check_index_range
+from quietstar_ext.checks import check_index_range, dtype_name
 
 # What generation and the Trainer hand over and this model has no use for.
 _IGNORABLE = {
@@ -51,12 +52,25 @@ def check_meta_tokens(config: QuietStarConfig, vocabulary: int) -> None:
         )
 
 
+def check_tensors(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a {type(value).__name__}; expected a torch.Tensor")
+
+
+def check_prompt(name: str, ids: Any) -> None:
+    check_tensors(**{name: ids})
+    if ids.dim() != 2 or 0 in ids.shape:
+        raise ValueError(f"{name} has shape {list(ids.shape)}; expected [rows, tokens]")
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} has dtype {dtype_name(ids.dtype)}; expected int64, numbers of tokens")
+
+
 def check_text(
     config: QuietStarConfig, input_ids: Tensor, labels: Tensor | None, alone: bool = True
 ) -> None:
     """``alone``: not part of a larger batch, so that there has to be something to learn from."""
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(f"input_ids has shape {list(input_ids.shape)}; expected [rows, tokens]")
+    check_prompt("input_ids", input_ids)
     if labels is None:
         return
     if labels.shape != input_ids.shape:

@@ -29,6 +29,7 @@ from quietstar.modeling.input_checks import (
     check_baseline,
     check_ignored,
     check_meta_tokens,
+    check_tensors,
     check_text,
     check_tokens,
 )
@@ -284,6 +285,7 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin, SpeedOption
             raise ValueError("input_ids is missing; expected tokens [rows, tokens]")
         # A part of a larger batch may have nothing to learn from; the others have.
         alone = batch_part is WHOLE_BATCH
+        check_tensors(attention_mask=attention_mask, labels=labels, document_ids=document_ids)
         check_text(config, input_ids, labels, alone)
         check_tokens(input_ids, self.get_input_embeddings())
         check_baseline(config, baseline_losses, input_ids, labels is not None and self.training)

@@ -124,7 +124,8 @@ def build_data(
         elif data.eval_split is not None:
             if data.name is None:
                 raise UserError(
-                    "data.eval_split is set but the data are local files; set data.eval_files"
+                    f"data.eval_split is {data.eval_split!r} but the data are local files; set"
+                    " data.eval_files, or data.eval_split=null"
                 )
             eval_source = open_documents(name=data.name, files=None, split=data.eval_split, **options)
         limit, what = data.eval_blocks, "the evaluation text"

@@ -299,7 +299,8 @@ def check_together(recipe: Recipe) -> None:
     if data.name in GENERATORS and data.max_train_blocks is None:
         raise UserError(f"data.name is {data.name}, which never ends; set data.max_train_blocks")
     if (data.name is None) == (not data.files):
-        raise UserError(f"data needs exactly one of name and files; {_how_many(data.name)}")
+        remedy = " (data.name=null leaves the name out)" if data.name else ""
+        raise UserError(f"data needs exactly one of name and files; {_how_many(data.name)}{remedy}")
     if data.eval_blocks < 0 or (data.max_train_blocks is not None and data.max_train_blocks < 1):
         raise UserError(
             f"data.eval_blocks is {data.eval_blocks} and data.max_train_blocks"

@@ -57,9 +57,11 @@ class PolicyClipper:
     """
 
     def __init__(self, max_norm: float):
-        # A compiled backward pass may use up what it was given, where it knows that it is the only one.
-        if hasattr(torch._functorch.config, "donated_buffer"):
+        # A compiled backward pass may overwrite what was kept for it. Changed behind its back the setting
+        # would not even be noticed, and the second pass be wrong: what is compiled is compiled again.
+        if getattr(torch._functorch.config, "donated_buffer", False):
             torch._functorch.config.donated_buffer = False
+            torch._dynamo.reset()
         self.max_norm = max_norm
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self._parameters: list[nn.Parameter] = []

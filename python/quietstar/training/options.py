@@ -74,13 +74,15 @@ def check_options(args: TrainingArguments | None, given: Mapping[str, Any]) -> N
         if value not in taken:
             raise ValueError(f"{name} is {value!r}, which has no effect: {why}; expected {taken[0]!r}")
     check_loggers(getattr(args, "report_to", None) or [])
-    _check_rows("train_dataset", given.get("train_dataset"))
+    # A collator of the user's own may make input_ids of any column that it is left.
+    reads_rows = given.get("data_collator") is None or getattr(args, "remove_unused_columns", True)
+    _check_rows("train_dataset", given.get("train_dataset"), reads_rows)
     evaluation = given.get("eval_dataset")
     for part in evaluation.values() if isinstance(evaluation, dict) else [evaluation]:
-        _check_rows("eval_dataset", part)
+        _check_rows("eval_dataset", part, reads_rows)
 
 
-def _check_rows(name: str, rows: Any) -> None:
+def _check_rows(name: str, rows: Any, reads_rows: bool) -> None:
     if isinstance(rows, str | Path):
         raise ValueError(f"{name} is {str(rows)!r}; expected rows with input_ids and labels")
     if isinstance(rows, Mapping):
@@ -90,6 +92,12 @@ def _check_rows(name: str, rows: Any) -> None:
         )
     if isinstance(rows, Sized) and not len(rows):
         raise ValueError(f"{name} is empty; expected rows with input_ids and labels")
+    columns = getattr(rows, "column_names", None)
+    if reads_rows and isinstance(columns, list) and "input_ids" not in columns:
+        raise ValueError(
+            f"{name} has no input_ids, only {', '.join(map(str, columns)) or 'nothing'}; expected rows"
+            " with input_ids and labels (of text, what a tokenizer makes of it)"
+        )
 
 
 def check_batch(batch: Mapping[str, Any]) -> None:
@@ -175,6 +183,8 @@ def check_gradients(trainer: Any, keeps_copy: bool) -> None:
     Raises:
         ValueError: names the option.
     """
+    if trainer.args.fp16 and trainer.args.device.type == "cpu":
+        raise ValueError("fp16 is True, which has no effect on a CPU; expected False (or bf16)")
     alpha = trainer.args.neftune_noise_alpha
     if alpha:
         raise ValueError(refusal_of_neftune(alpha))
