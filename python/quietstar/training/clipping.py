@@ -57,8 +57,8 @@ class PolicyClipper:
     """
 
     def __init__(self, max_norm: float):
-        # A compiled backward pass may overwrite what was kept for it. Changed behind its back the setting
-        # would not even be noticed, and the second pass be wrong: what is compiled is compiled again.
+        # A compiled backward pass may overwrite what was kept for it. Of what is compiled already the
+        # setting would change nothing but the check, and the second pass be wrong: compile it again.
         if getattr(torch._functorch.config, "donated_buffer", False):
             torch._functorch.config.donated_buffer = False
             torch._dynamo.reset()
