@@ -8,8 +8,11 @@ Unfused they were 20 to 30 per cent of a training step's device time on an H200
   what is compiled.
 - ``"liger"``: liger-kernel's Triton kernels, for the families that it knows, on CUDA. Its gated MLP
   overwrites what it has saved for the backward pass, so a second one through the same graph would be
-  wrong: ``policy_max_grad_norm`` needs ``"compile"``. It does not go with ``reuse_rollout``, and cannot
-  be taken off a decoder again.
+  wrong. It does not go with ``reuse_rollout``, and cannot be taken off a decoder again.
+
+A compiled backward pass may overwrite what was kept for it, too (torch's "donated buffers"; which of two
+settings a compilation on disk was made with is not looked at). So ``policy_max_grad_norm``, which goes
+through a graph twice, runs with neither.
 
 Under CUDA graphs (:mod:`quietstar.thinking.cuda_graphs`) either is captured: compiled by the run that
 comes before a capture.
@@ -47,7 +50,7 @@ class FusedForward:
     """
 
     def __init__(self, layer: nn.Module, cuda_only: bool):
-        self._layer, self._cuda_only = layer, cuda_only
+        self._layer, self.cuda_only = layer, cuda_only
         self._compiled: Callable[..., Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,7 +59,7 @@ class FusedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layout = kwargs.get("thought_layout")
-        if not isinstance(layout, ThoughtLayout) or (self._cuda_only and not layout.anchors.is_cuda):
+        if not isinstance(layout, ThoughtLayout) or (self.cuda_only and not layout.anchors.is_cuda):
             return type(self._layer).forward(self._layer, *args, **kwargs)
         layout.apart = True
         if self._compiled is None:
@@ -95,6 +98,13 @@ def fuse_layers(decoder: PreTrainedModel, way: str = "auto") -> None:
             raise ValueError(f"fused_layers is 'compile', but {reason}")
         else:
             logger.info("the layers are not fused: %s", reason)
+
+
+def compiled_way(decoder: PreTrainedModel) -> str | None:
+    """``"compile"`` or ``"auto"``, where layers run compiled or would on CUDA."""
+    forwards = [vars(layer).get("forward") for layer in decoder_layers(decoder)]
+    fused = [forward for forward in forwards if isinstance(forward, FusedForward)]
+    return ("auto" if fused[0].cuda_only else "compile") if fused else None
 
 
 def uses_liger(decoder: PreTrainedModel) -> bool:

@@ -57,11 +57,6 @@ class PolicyClipper:
     """
 
     def __init__(self, max_norm: float):
-        # A compiled backward pass may overwrite what was kept for it. Of what is compiled already the
-        # setting would change nothing but the check, and the second pass be wrong: compile it again.
-        if getattr(torch._functorch.config, "donated_buffer", False):
-            torch._functorch.config.donated_buffer = False
-            torch._dynamo.reset()
         self.max_norm = max_norm
         self.gradients: dict[nn.Parameter, Tensor] = {}
         self._parameters: list[nn.Parameter] = []

@@ -7,6 +7,7 @@ tables here, or is checked once the devices are known (:func:`check_parallelism`
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from quietstar.config import QuietStarConfig
-from quietstar.thinking.fused_layers import uses_liger
+from quietstar.thinking.fused_layers import compiled_way, fuse_layers, uses_liger
 from quietstar.thinking.kept_outputs import NOT_WITH_LIGER, takes_rollout
 from quietstar.thinking.noise import refusal_of_neftune
 from quietstar.training.arguments import argument
 from quietstar.training.optional_packages import check_loggers
+
+logger = logging.getLogger("quietstar")
 
 _OWN_LOSS = "the loss is the thoughts' own (QuietStarConfig sets its terms and weights)"
 # Arguments of TrainingArguments: the values that are taken, and why no others.
@@ -209,11 +212,17 @@ def check_gradients(trainer: Any, keeps_copy: bool) -> None:
             f"policy_max_grad_norm is {policy_max_norm} with {owner}, which handles"
             " gradients itself; expected null"
         )
-    if policy_max_norm is not None and liger:
-        raise ValueError(
-            f"policy_max_grad_norm is {policy_max_norm} with liger-kernel, whose gated MLP can go"
-            " through one backward pass only; expected fused_layers 'compile', or null"
-        )
+    if policy_max_norm is not None:
+        # Two backward passes through one graph: fused layers use up what was kept for the first.
+        fused = "liger" if liger else compiled_way(decoder)
+        if fused == "auto":
+            logger.info("policy_max_grad_norm: the layers are not fused")
+            fuse_layers(decoder, "off")
+        elif fused is not None:
+            raise ValueError(
+                f"policy_max_grad_norm is {policy_max_norm} with fused_layers {fused!r}, through which"
+                " one backward pass can go, not two; expected fused_layers 'off', or null"
+            )
     if deepspeed and keeps_copy:
         raise ValueError(
             "reward is 'information-gain' with DeepSpeed, which hides the parameters that the"
