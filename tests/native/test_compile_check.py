@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import sys
@@ -160,6 +161,16 @@ def test_finds_spills_and_patterns_without_a_kernel(check) -> None:
     assert check.faults(kernels, ["_Z5plain*", "gone_*"]) == [
         "no kernel is called gone_*; NO_SPILLS should follow its new name"
     ]
+
+
+def test_known_spills_are_of_one_architecture(check) -> None:
+    kernel = check.Kernel(
+        "softmax_cross_entropy_rows<Float16, PlainLogit, true>", "sm_120", 64, 56, 0, 512
+    )
+    pattern = ("softmax_cross_entropy_rows*",)
+    assert check.faults([kernel], pattern) == []
+    for change in ({"spills": 60}, {"arch": "sm_90"}, {"name": "softmax_cross_entropy_rows<float>"}):
+        assert len(check.faults([dataclasses.replace(kernel, **change)], pattern)) == 1
 
 
 def test_finds_packs_that_are_taken_apart(check) -> None:
