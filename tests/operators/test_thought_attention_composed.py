@@ -199,8 +199,13 @@ def test_the_rule_can_be_overruled():
         (128, 2048, 1, "cudnn"),
         (128, 512, 2, None),
         (128, 1024, 2, "cudnn"),
-        (64, 1024, 1, None),  # not measured
+        (64, 255, 2, None),
+        (64, 256, 1, "flash"),
+        (64, 256, 2, "flash"),
+        (64, 1024, 2, "cudnn"),
         (64, 4096, 1, "flash"),
+        (96, 2047, 1, None),  # not measured
+        (96, 2048, 1, "flash"),
     ],
 )
 def test_what_was_measured_decides(monkeypatch, size, length, rationales, expected):
