@@ -52,9 +52,11 @@ def render(results: dict[str, Any], highlights: tuple[str, ...] | None = None) -
         table for benchmark in results["benchmarks"].values() for table in benchmark["tables"].values()
     ]
     several = any("commit" in row for table in tables for row in table.values())
-    runs = "Medians; the results say which run a row is from" if several else "Medians within one run"
+    runs = "Medians; a row in brackets is from another run" if several else "Medians within one run"
+    others = [name for name, benchmark in results["benchmarks"].items() if "source" in benchmark]
     lines = [
         f"Measured on {', '.join(_facts(machine))}. {runs}; others as multiples of ours."
+        + (f" Timed by other scripts than these benchmarks: {', '.join(others)}." if others else "")
         + (f" Not measured: {'; '.join(missing)}." if missing else ""),
         "",
         "| work | ours | others |",
@@ -64,8 +66,8 @@ def render(results: dict[str, Any], highlights: tuple[str, ...] | None = None) -
         for work, table in benchmark["tables"].items():
             if highlights is not None and not work.startswith(highlights):
                 continue
-            (_, ours), *others = table.items()
-            cells = [f"{name} {_times(row, ours)}" for name, row in others]
+            (_, ours), *rest = table.items()
+            cells = [f"{name} {_times(row, ours)}" for name, row in rest]
             memory = f", {ours['peak_mb']:.0f} MB" if "peak_mb" in ours else ""
             if "of_copy" in ours:
                 memory += f", {ours['of_copy']:.0%} of a copy's bandwidth"

@@ -21,8 +21,7 @@
 // - fast: 1 conversion, 1/4 maximum, 2 multiply-adds, 1 exp2, 1 addition, and 2 for what a chunk
 //   costs, counted in the machine code for sm_90 (scripts/compile_check.py has the limit): 7 1/4;
 // - exact: 1 maximum, 1 lower limit, 4 for the argument, 6 for the polynomial, 1 for the exponent,
-// 2
-//   for a sum in double, and 4 for the chunk: 19.
+//   2 for a sum in double, and 4 for the chunk: 19.
 //
 // Where the edges between tokens lie must not depend on how they were computed: with V tokens of
 // equal size, errors that move an edge by x of the total change V x of the draws, so 1 in 100,000
@@ -54,14 +53,21 @@ constexpr int kFastThreads = 512, kFastBlocks = 3;
 // Blocks per multiprocessor to plan the first of two launches for.
 constexpr int kResident = 4;
 
+// Row n, after the banned ids have been brought to shared memory. Every thread of the block calls
+// it.
+template <class T>
+__device__ __forceinline__ Row<T> begin_row(const Options& o, std::int64_t n, int* banned) {
+  load_banned(o, banned);
+  __syncthreads();
+  return row_of<T>(o, n, banned);
+}
+
 template <class T>
 __global__ __launch_bounds__(kThreads,
                              kBlocks<T>) void scan_rows(const __grid_constant__ Options o) {
   QUIETSTAR_SHARED(int, banned, [kFewBanned]);
-  load_banned(o, banned);
-  __syncthreads();
   const std::int64_t n = blockIdx.y;
-  const Row<T> row = row_of<T>(o, n, banned);
+  const Row<T> row = begin_row<T>(o, n, banned);
   const int first = static_cast<int>(blockIdx.x) * o.per_block;
   scan<T>(row, o, first, min(first + o.per_block, row.entries), o.sums + n * o.max_entries,
           o.maxima + n * o.max_entries);
@@ -118,10 +124,8 @@ __global__ __launch_bounds__(kThreads,
                              kBlocks<T>) void sample_rows(const __grid_constant__ Options o) {
   QUIETSTAR_SHARED(RowState, state, [1]);
   QUIETSTAR_DYNAMIC_SHARED(memory);
-  load_banned(o, state->banned);
-  __syncthreads();
   const std::int64_t n = blockIdx.x;
-  const Row<T> row = row_of<T>(o, n, state->banned);
+  const Row<T> row = begin_row<T>(o, n, state->banned);
   if (o.sums) {
     for (int i = static_cast<int>(threadIdx.x); i < row.entries; i += kThreads) {
       state->sums[i] = o.sums[n * o.max_entries + i];
@@ -138,10 +142,8 @@ template <class T>
 __global__ __launch_bounds__(kFastThreads,
                              kFastBlocks) void scan_rows_fast(const __grid_constant__ Options o) {
   QUIETSTAR_SHARED(int, banned, [kFewBanned]);
-  load_banned(o, banned);
-  __syncthreads();
   const std::int64_t n = blockIdx.y;
-  const Row<T> row = row_of<T>(o, n, banned);
+  const Row<T> row = begin_row<T>(o, n, banned);
   const int first = static_cast<int>(blockIdx.x) * o.per_block;
   scan_chunks<T, false>(row, o, first, min(first + o.per_block, row.chunks),
                         o.fast_sums + n * o.max_entries, o.maxima + n * o.max_entries);
@@ -153,14 +155,12 @@ __global__ __launch_bounds__(kFastThreads,
   QUIETSTAR_SHARED(FastState, state, [1]);
   const int thread = static_cast<int>(threadIdx.x);
   const std::int64_t n = blockIdx.x;
-  load_banned(o, state->banned);
-  __syncthreads();
+  const Row<T> row = begin_row<T>(o, n, state->banned);
   // Before the first pass, or the end would wait for the seed.
   if (thread == 0) {
     state->uniform = philox_uniform(static_cast<std::uint64_t>(*o.seed),
                                     o.offset + static_cast<std::uint64_t>(n));
   }
-  const Row<T> row = row_of<T>(o, n, state->banned);
   if (o.fast_sums) {
     for (int i = thread; i < row.chunks; i += static_cast<int>(blockDim.x)) {
       state->sums[i] = o.fast_sums[n * o.max_entries + i];

@@ -6,40 +6,15 @@ import pickle
 
 import pytest
 import torch
-from families import gradients, thinking_model
+from sampled_steps import IDS, build, same, step
 from small_training import rows, small_model, trainer
-from torch import Tensor
 
-from quietstar import QuietStarForCausalLM
 from quietstar.thinking.cuda_graphs import use_graphs
 from quietstar.thinking.fused_layers import FusedForward, fuse_layers
 from quietstar.thinking.text_part import decoder_layers
 
 pytestmark = pytest.mark.slow  # torch.compile takes a while
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-IDS = torch.randint(3, 36, (2, 9), generator=torch.Generator().manual_seed(2))
-
-
-def build(family: str = "llama", **fields) -> QuietStarForCausalLM:
-    fields = {"start_token_id": 39, "end_token_id": 40, "thought_length": 3, "talk_length": 2, **fields}
-    return thinking_model(family, mixing=0.3, embeddings=0.003, **fields).train()
-
-
-def step(model: QuietStarForCausalLM, ids: Tensor = IDS) -> tuple[float, dict[str, Tensor]]:
-    model.zero_grad()
-    torch.manual_seed(5)
-    ids = ids.to(model.device)
-    output = model(ids, labels=ids)
-    output.loss.backward()
-    return output.loss.item(), gradients(model)
-
-
-def same(found: tuple[float, dict[str, Tensor]], wanted: tuple[float, dict[str, Tensor]]) -> None:
-    assert found[0] == pytest.approx(wanted[0], rel=1e-5)
-    assert found[1].keys() == wanted[1].keys()
-    for name, value in wanted[1].items():
-        size = float(value.abs().max())
-        torch.testing.assert_close(found[1][name], value, rtol=0, atol=2e-4 * size + 1e-7, msg=name)
 
 
 @pytest.fixture
@@ -48,12 +23,18 @@ def traced_only(monkeypatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
 
+def compiled_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 def test_compiled():
     """By inductor, as a user gets it."""
+    torch._dynamo.reset()
     model = build()
-    wanted = step(model)
+    wanted, before = step(model), compiled_graphs()
     model.fuse_layers("compile")
     same(step(model), wanted)
+    assert compiled_graphs() > before
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -88,26 +69,26 @@ def test_what_a_compiled_layer_meets(family: str, traced_only):
 
 def test_lengths_and_layers_share_what_is_compiled(traced_only):
     torch._dynamo.reset()
-    model, counters = build(), torch._dynamo.utils.counters
+    torch._dynamo.utils.counters.clear()
+    model = build()
     model.fuse_layers("compile")
-    counters.clear()
     step(model)
-    first = counters["stats"]["unique_graphs"]
+    first = compiled_graphs()
     step(model, torch.randint(3, 36, (2, 10)))
-    both = counters["stats"]["unique_graphs"]
+    both = compiled_graphs()
     for length in (11, 12, 13):
         step(model, torch.randint(3, 36, (2, length)))
     # Text, slots and packed pass of one layer; the second length makes them fit any.
-    assert 0 < first <= 15 and counters["stats"]["unique_graphs"] == both <= 2 * first
+    assert 0 < first <= 15 and compiled_graphs() == both <= 2 * first
 
 
 def test_auto_is_compiled_on_cuda_alone():
     model = build()
     wanted = step(model)
     model.fuse_layers("auto")
-    torch._dynamo.utils.counters.clear()
+    before = compiled_graphs()
     found = step(model)
-    assert not torch._dynamo.utils.counters["stats"]
+    assert compiled_graphs() == before
     assert found[0] == wanted[0]
     assert all(torch.equal(found[1][name], value) for name, value in wanted[1].items())
 
@@ -119,10 +100,13 @@ def test_on_a_gpu(graphs: str):
     model = build().cuda()
     with use_graphs("off"):
         wanted = step(model)
+    torch._dynamo.reset()
+    before = compiled_graphs()
     model.fuse_layers("auto")
     with use_graphs(graphs):
         for _ in range(3):
             same(step(model), wanted)
+    assert compiled_graphs() > before
 
 
 @needs_gpu
@@ -133,6 +117,9 @@ def test_liger_kernel():
     wanted, wanted_cpu = step(model), step(other)
     model.fuse_layers("liger")
     model.fuse_layers("liger")
+    layer = decoder_layers(model.base)[0]
+    for fused in (layer.mlp, layer.input_layernorm):
+        assert fused.forward.__func__.__module__.startswith("liger_kernel.")
     for _ in range(3):
         same(step(model), wanted)
     same(step(other), wanted_cpu)  # rotary embeddings are patched for the whole family
@@ -147,7 +134,7 @@ def test_two_backward_passes_go_through_layers_as_they_are(tmp_path):
     trainer(tmp_path, model, rows(4), **settings).train()
     assert not any("forward" in vars(layer) for layer in decoder_layers(model.base))
     model.fuse_layers("compile")
-    said = "policy_max_grad_norm is 0.5 with fused_layers 'compile', through which one backward pass"
+    said = "policy_max_grad_norm is set and fused_layers is 'compile', through which one backward pass"
     with pytest.raises(ValueError, match=said):
         trainer(tmp_path, model, rows(4), **settings)
     trainer(tmp_path, model, rows(4), max_steps=1)

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from families import gradients, thinking_model
+from sampled_steps import IDS, Step, build, same, step
 from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from quietstar import QuietStarForCausalLM
 from quietstar.thinking import kept_outputs
 from quietstar.thinking.cuda_graphs import use_graphs
 from quietstar.thinking.kept_outputs import KeptOutputs, keeping, taking
@@ -19,7 +18,6 @@ WAYS = [
     pytest.param(("cpu", "buffers"), id="buffers"),
     pytest.param(("cuda", "auto"), id="graph", marks=pytest.mark.gpu),
 ]
-IDS = torch.randint(3, 36, (2, 9), generator=torch.Generator().manual_seed(2))
 
 
 @pytest.fixture(params=WAYS)
@@ -43,29 +41,6 @@ def products(monkeypatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(kept_outputs._KnownRows, "apply", counted)
     return seen
-
-
-def build(family: str = "llama", **fields) -> QuietStarForCausalLM:
-    fields = {"start_token_id": 39, "end_token_id": 40, "thought_length": 3, "talk_length": 2, **fields}
-    return thinking_model(family, mixing=0.3, embeddings=0.003, **fields).train()
-
-
-def step(model: QuietStarForCausalLM, ids: Tensor = IDS) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients; the thoughts are those of one seed."""
-    model.zero_grad()
-    torch.manual_seed(5)
-    ids = ids.to(model.device)
-    output = model(ids, labels=ids)
-    output.loss.backward()
-    return output.loss.item(), gradients(model)
-
-
-def same(found: tuple[float, dict[str, Tensor]], wanted: tuple[float, dict[str, Tensor]]) -> None:
-    assert found[0] == pytest.approx(wanted[0], rel=1e-5)
-    assert found[1].keys() == wanted[1].keys()
-    for name, value in wanted[1].items():
-        size = float(value.abs().max())
-        torch.testing.assert_close(found[1][name], value, rtol=0, atol=2e-4 * size + 1e-7, msg=name)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "qwen2"])
@@ -132,7 +107,7 @@ def test_autocast(products):
     model = build()
     exact = step(model)
 
-    def error(found: tuple[float, dict[str, Tensor]]) -> float:
+    def error(found: Step) -> float:
         gaps = [(found[1][n] - g).norm() / g.norm() for n, g in exact[1].items() if g.norm() > 0]
         return float(torch.stack(gaps).median())
 

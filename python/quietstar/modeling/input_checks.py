@@ -53,12 +53,22 @@ def check_meta_tokens(config: QuietStarConfig, vocabulary: int) -> None:
 
 
 def check_tensors(**given: Any) -> None:
+    """Reject what is no tensor, by the name of its argument.
+
+    Raises:
+        TypeError: says what came.
+    """
     for name, value in given.items():
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name} is a {type(value).__name__}; expected a torch.Tensor")
 
 
 def check_prompt(name: str, ids: Any) -> None:
+    """Reject what are no token numbers [rows, tokens].
+
+    Raises:
+        TypeError, ValueError: for another type, shape or dtype.
+    """
     check_tensors(**{name: ids})
     if ids.dim() != 2 or 0 in ids.shape:
         raise ValueError(f"{name} has shape {list(ids.shape)}; expected [rows, tokens]")

@@ -100,11 +100,24 @@ def fuse_layers(decoder: PreTrainedModel, way: str = "auto") -> None:
             logger.info("the layers are not fused: %s", reason)
 
 
-def compiled_way(decoder: PreTrainedModel) -> str | None:
-    """``"compile"`` or ``"auto"``, where layers run compiled or would on CUDA."""
-    forwards = [vars(layer).get("forward") for layer in decoder_layers(decoder)]
-    fused = [forward for forward in forwards if isinstance(forward, FusedForward)]
-    return ("auto" if fused[0].cuda_only else "compile") if fused else None
+def ready_for_two_backward_passes(decoder: PreTrainedModel, liger: bool) -> None:
+    """Fused layers use up what was kept for the first: those of ``"auto"`` go off.
+
+    Args:
+        liger: whether liger-kernel is going to be taken.
+
+    Raises:
+        ValueError: if the layers were asked to be fused.
+    """
+    forwards = (vars(layer).get("forward") for layer in decoder_layers(decoder))
+    compiled = [forward for forward in forwards if isinstance(forward, FusedForward)]
+    way = "liger" if liger or uses_liger(decoder) else "compile"
+    if way == "compile" and (not compiled or compiled[0].cuda_only):
+        return fuse_layers(decoder, "off")
+    raise ValueError(
+        f"policy_max_grad_norm is set and fused_layers is {way!r}, through which one backward pass can"
+        " go, not two; expected fused_layers 'off', or policy_max_grad_norm null"
+    )
 
 
 def uses_liger(decoder: PreTrainedModel) -> bool:

@@ -1,7 +1,7 @@
 """What linear layers gave in the rollout, taken again by the packed pass.
 
 The packed pass runs the text and every slot. Most of these rows were run by the rollout, with the same
-inputs: the text, and the slots that thought tokens were drawn from (4,864 of 7,424 rows at the paper's
+inputs: the text, and the slots that thought tokens were drawn from (4,608 of 7,168 rows at the paper's
 settings), and products with weights are most of either pass. With ``reuse_rollout`` the linear layers
 inside the decoder's layers keep what they give in the rollout; in the packed pass they multiply the
 other rows alone, and put both together. Backward is that of an ordinary layer.
@@ -33,10 +33,6 @@ from quietstar.thinking.text_part import decoder_layers
 Record = dict[nn.Module, list[tuple[Tensor, int]]]
 
 
-def _always() -> bool:
-    return True
-
-
 @dataclass
 class KeptOutputs:
     """The outputs of linear layers for the first rows of a packed sequence.
@@ -49,7 +45,7 @@ class KeptOutputs:
 
     parts: dict[nn.Module, list[Tensor]]
     rows: tuple[int, ...]
-    are_current: Callable[[], bool] = _always
+    are_current: Callable[[], bool] = lambda: True
 
     @classmethod
     def of(cls, record: Record, rows: tuple[int, ...]) -> KeptOutputs:

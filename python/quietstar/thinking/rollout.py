@@ -78,8 +78,14 @@ def sample_thoughts(td: ThoughtDecoder, batch: TextBatch, keep_slots: int | None
         )
         layout.keys = keys
         run = SlotRun(
-            *(start_end, batch.input_ids, layout, last, batch.temperature, seed, batch.shard),
-            keeps and last > 0,
+            start_end,
+            batch.input_ids,
+            layout,
+            last,
+            temperature=batch.temperature,
+            seed=seed,
+            shard=batch.shard,
+            keeps=keeps and last > 0,
         )
         made = run_slots(td.decoder, config, run)
     slot_hidden = torch.stack(made.hidden, dim=1) if keep_slots else None

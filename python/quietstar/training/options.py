@@ -7,7 +7,6 @@ tables here, or is checked once the devices are known (:func:`check_parallelism`
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
@@ -15,23 +14,17 @@ from typing import Any
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from quietstar.config import QuietStarConfig
-from quietstar.thinking.fused_layers import compiled_way, fuse_layers, uses_liger
-from quietstar.thinking.kept_outputs import NOT_WITH_LIGER, takes_rollout
+from quietstar.thinking.fused_layers import uses_liger
 from quietstar.thinking.noise import refusal_of_neftune
 from quietstar.training.arguments import argument
 from quietstar.training.optional_packages import check_loggers
-
-logger = logging.getLogger("quietstar")
 
 _OWN_LOSS = "the loss is the thoughts' own (QuietStarConfig sets its terms and weights)"
 # Arguments of TrainingArguments: the values that are taken, and why no others.
 _ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
     "label_smoothing_factor": ((0.0,), _OWN_LOSS),
     "label_names": ((None, ["labels"]), "the model takes its targets from labels"),
-    "liger_kernel_config": (
-        (None,),
-        "use_liger_kernel takes all kernels but the losses",
-    ),
+    "liger_kernel_config": ((None,), "use_liger_kernel takes all kernels but the losses"),
 }
 # Parameters of Trainer itself.
 _PARAMETERS = {"compute_loss_func": _OWN_LOSS}
@@ -191,15 +184,12 @@ def check_gradients(trainer: Any, keeps_copy: bool) -> None:
     alpha = trainer.args.neftune_noise_alpha
     if alpha:
         raise ValueError(refusal_of_neftune(alpha))
-    decoder = decoder_of(trainer.own_model)
-    liger = trainer.args.use_liger_kernel or uses_liger(decoder)
+    liger = trainer.args.use_liger_kernel or uses_liger(decoder_of(trainer.own_model))
     if liger and trainer.args.device.type != "cuda":
         raise ValueError(
             f"use_liger_kernel or fused_layers asks for liger-kernel on {trainer.args.device.type}; its"
             " kernels expect a CUDA device"
         )
-    if liger and takes_rollout(decoder):
-        raise ValueError(f"use_liger_kernel is True and {NOT_WITH_LIGER}")
     deepspeed = trainer.is_deepspeed_enabled
     policy_max_norm = argument(trainer.args, "policy_max_grad_norm")
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
@@ -212,17 +202,6 @@ def check_gradients(trainer: Any, keeps_copy: bool) -> None:
             f"policy_max_grad_norm is {policy_max_norm} with {owner}, which handles"
             " gradients itself; expected null"
         )
-    if policy_max_norm is not None:
-        # Two backward passes through one graph: fused layers use up what was kept for the first.
-        fused = "liger" if liger else compiled_way(decoder)
-        if fused == "auto":
-            logger.info("policy_max_grad_norm: the layers are not fused")
-            fuse_layers(decoder, "off")
-        elif fused is not None:
-            raise ValueError(
-                f"policy_max_grad_norm is {policy_max_norm} with fused_layers {fused!r}, through which"
-                " one backward pass can go, not two; expected fused_layers 'off', or null"
-            )
     if deepspeed and keeps_copy:
         raise ValueError(
             "reward is 'information-gain' with DeepSpeed, which hides the parameters that the"

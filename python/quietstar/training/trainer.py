@@ -36,6 +36,7 @@ from quietstar.modeling.meta_tokens import check_tokenizer
 from quietstar.thinking.batch_share import BatchShard
 from quietstar.thinking.documents import DESCRIPTIONS
 from quietstar.thinking.fsdp2 import put_shards_back
+from quietstar.thinking.fused_layers import ready_for_two_backward_passes
 from quietstar.training import options
 from quietstar.training.arguments import argument
 from quietstar.training.around_the_step import AroundTheStep
@@ -93,6 +94,8 @@ class QuietStarTrainer(Trainer):
             self.schedule.apply(self.thought_config, 0)
         max_norm = argument(self.args, "policy_max_grad_norm")
         self.policy_clipper = None if max_norm is None else PolicyClipper(max_norm)
+        if max_norm is not None:
+            ready_for_two_backward_passes(options.decoder_of(self.own_model), self.args.use_liger_kernel)
         self.guard = NonFiniteGuard(argument(self.args, "max_skipped_steps"))
         self.global_batch = GlobalBatch(self.accelerator, self.args)
         self.checkpoints = CheckpointWriter(self.accelerator, self.args.should_save)
@@ -234,8 +237,7 @@ class QuietStarTrainer(Trainer):
         return [p for p in self.model_wrapped.parameters() if p.requires_grad]
 
     def add_up_over_processes(self, tensor: Tensor) -> Tensor:
-        reduced: Tensor = self.accelerator.reduce(tensor.to(self.args.device), reduction="sum")
-        return reduced
+        return self.accelerator.reduce(tensor.to(self.args.device), reduction="sum")
 
     # ---- log and evaluation -------------------------------------------------------------------------
 
