@@ -47,6 +47,18 @@ CASES: dict[str, dict[str, Any]] = {
         "think_at": "entropy:0.5",
         "fields": {"reward": "information-gain", "entropy_bonus": 0.3},
     },
+    # Each process learns from its two rows one after the other.
+    "ddp-row-parts": {
+        "think_at": "random:0.5",
+        "thoughts": False,
+        "arguments": {"rows_per_backward": 1},
+    },
+    "fsdp-row-parts": {
+        "padded": True,
+        "accumulate": 2,
+        "fields": {"reward": "information-gain"},
+        "arguments": {**FSDP, "rows_per_backward": 1},
+    },
     "fsdp-targets": {"padded": True, "without": range(2, 8), "arguments": FSDP},
 }
 

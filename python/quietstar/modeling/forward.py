@@ -41,6 +41,16 @@ def training_forward(
     return _training_output(batch, thoughts, lm, reward, policy, terms)
 
 
+def thinking_forward(
+    td: ThoughtDecoder, batch: TextBatch, thoughts: Thoughts | None = None
+) -> QuietStarOutput:
+    """Think, and stop before anything is differentiated: thoughts, and divisors of the batch's means."""
+    thoughts = thoughts or td.rollout(batch)
+    batch = batch.thinking_at(thoughts.anchors)
+    divisors = {"targets": batch.target_divisors, "thoughts": batch.thought_divisor}
+    return QuietStarOutput(thoughts=thoughts, divisors=divisors)
+
+
 def _training_output(
     batch: TextBatch,
     thoughts: Thoughts,

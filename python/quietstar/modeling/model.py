@@ -20,6 +20,7 @@ from quietstar.modeling.forward import (
     given_thoughts,
     plain_forward,
     prediction_forward,
+    thinking_forward,
     training_forward,
 )
 from quietstar.modeling.generation import ThinkingGenerationMixin
@@ -283,12 +284,12 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin, SpeedOption
         check_ignored(ignored)
         if input_ids is None:
             raise ValueError("input_ids is missing; expected tokens [rows, tokens]")
-        # A part of a larger batch may have nothing to learn from; the others have.
-        alone = batch_part is WHOLE_BATCH
+        alone = batch_part is WHOLE_BATCH  # a part of a larger one may have nothing to learn from
         check_tensors(attention_mask=attention_mask, labels=labels, document_ids=document_ids)
         check_text(config, input_ids, labels, alone)
         check_tokens(input_ids, self.get_input_embeddings())
-        check_baseline(config, baseline_losses, input_ids, labels is not None and self.training)
+        learns = labels is not None and self.training
+        check_baseline(config, baseline_losses, input_ids, learns and not batch_part.only_thinks)
         check_outputs(ignored)
         name, past = one_cache(past_key_values, cache)
         if use_cache:
@@ -321,9 +322,8 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin, SpeedOption
             labels = (check_labels if alone else target_labels)(labels, ranges)
         else:
             check_kept(logits_to_keep, input_ids.shape[1])
-        temperature = thought_temperature
-        if temperature is None:
-            temperature = config.thought_temperature if self.training else 0.0
+        if thought_temperature is None:
+            thought_temperature = config.thought_temperature if self.training else 0.0
         batch = TextBatch(
             config,
             input_ids,
@@ -332,8 +332,8 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin, SpeedOption
             labels,
             baseline_losses,
             anchors,
-            rationales=num_rationales(config, labels is not None and self.training),
-            temperature=temperature,
+            rationales=num_rationales(config, learns),
+            temperature=thought_temperature,
             shard=batch_part,
         )
         output = self._think_and_predict(batch, thought_ids, logits_to_keep)
@@ -351,13 +351,15 @@ class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin, SpeedOption
             if thought_ids is not None and logits_to_keep:
                 raise ValueError("`logits_to_keep` and `thought_ids` cannot be combined")
             return prediction_forward(td, batch, thought_ids, logits_to_keep)
-        if thought_ids is None:
-            return training_forward(td, batch)
-        return training_forward(td, *given_thoughts(td, batch, thought_ids))
+        thoughts = batch.shard.thoughts
+        if thought_ids is not None:
+            batch, thoughts = given_thoughts(td, batch, thought_ids)
+        step = thinking_forward if batch.shard.only_thinks else training_forward
+        return step(td, batch, thoughts)
 
     def _check_once(self, device: torch.device) -> None:
         """Run the checks that are due before the first pass, and before the first with thoughts."""
-        wanted = {"logits"} | ({"thoughts"} if self.config.thinks and self.config.self_check else set())
+        wanted = {"logits", "thoughts"} if self.config.thinks and self.config.self_check else {"logits"}
         if missing := wanted - self._checked:
             check_decoder(self.base, device, logits="logits" in missing, thoughts="thoughts" in missing)
             self._checked |= missing

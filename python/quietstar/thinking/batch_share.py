@@ -10,9 +10,13 @@ whole batch, so that the parts draw the thoughts that one process would draw.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from quietstar.thinking.rollout import Thoughts
 
 MeanCount = Callable[[str, Tensor], Tensor]
 
@@ -30,6 +34,8 @@ class BatchShard:
             themselves.
         seed: of what is drawn, the same for all parts. Default: drawn from torch's generator, so that
             torch.manual_seed repeats it.
+        thoughts: of these rows, sampled before; None: the pass samples them.
+        only_thinks: stop after the rollout and return its thoughts.
     """
 
     def __init__(
@@ -38,11 +44,14 @@ class BatchShard:
         count: int = 1,
         mean_count: MeanCount | None = None,
         seed: int | None = None,
+        thoughts: Thoughts | None = None,
+        only_thinks: bool = False,
     ):
         if not 0 <= index < count:
             raise ValueError(f"index is {index}; expected a part from 0 to {count - 1} (count - 1)")
         self.index = index
         self.count = count
+        self.thoughts, self.only_thinks = thoughts, only_thinks
         self._seed = seed
         self._mean_count = mean_count
 
@@ -55,6 +64,10 @@ class BatchShard:
     def seed(self) -> int:
         """Of the thoughts of one pass; to be asked once for each."""
         return int(torch.randint(2**62, ())) if self._seed is None else self._seed
+
+    def thinking(self) -> BatchShard:
+        """The same share, of which only the rollout is made."""
+        return BatchShard(self.index, self.count, self._mean_count, self._seed, only_thinks=True)
 
     def uniform(self, rows: int, columns: int) -> Tensor:
         """This part's rows [rows, columns] of uniform numbers that are drawn for every part, fp32.

@@ -65,6 +65,11 @@ class KeptOutputs:
         parts = {layer: self.parts[layer] + later.parts[layer] for layer in both}
         return KeptOutputs(parts, self.rows + later.rows, later.are_current)
 
+    def of_rows(self, rows: slice) -> KeptOutputs:
+        """Those of some texts of the batch."""
+        parts = {layer: [part[rows] for part in made] for layer, made in self.parts.items()}
+        return KeptOutputs(parts, self.rows, self.are_current)
+
     def output(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """A layer's output for all rows of the packed sequence; asked again, all are multiplied."""
         known = self.parts.pop(layer, None)

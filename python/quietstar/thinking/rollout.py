@@ -55,6 +55,12 @@ class Thoughts:
             return None
         return self.text_hidden, self.slot_hidden
 
+    def of_rows(self, rows: slice) -> Thoughts:
+        """What the packed pass needs for some texts of the batch."""
+        ids, logprobs = (None if t is None else t[rows] for t in (self.ids, self.logprobs))
+        kept = None if self.kept is None else self.kept.of_rows(rows)
+        return Thoughts(self.anchors[rows], ids, logprobs, kept=kept)
+
 
 @torch.no_grad()
 def sample_thoughts(td: ThoughtDecoder, batch: TextBatch, keep_slots: int | None = None) -> Thoughts:

@@ -15,13 +15,14 @@ from quietstar.values import typed
 _RANGES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "policy_max_grad_norm": (float | None, lambda n: n is None or n > 0, "a number > 0, or null"),
     "max_skipped_steps": (int, lambda n: n >= 0, "0 or more"),
+    "rows_per_backward": (int | None, lambda n: n is None or n > 0, "1 or more, or null"),
     "ema_decay": (float, lambda n: 0 <= n < 1, "a number from 0 to below 1"),
 }
 
 
 @dataclass
 class QuietStarArguments(TrainingArguments):
-    """``transformers.TrainingArguments`` and four more; ``QuietStarTrainer`` takes either kind.
+    """``transformers.TrainingArguments`` and five more; ``QuietStarTrainer`` takes either kind.
 
     Args:
         thought_schedule: stages of training, e.g. ``[{"steps": 500, "thought_length": 9},
@@ -34,6 +35,9 @@ class QuietStarArguments(TrainingArguments):
         max_skipped_steps: steps with a loss or gradient that is not finite are skipped; more than this
             many in a row stop the training.
         ema_decay: of the copy that the reward ``information-gain`` measures against.
+        rows_per_backward: so many of a micro-batch's rows go through the differentiated pass at a time;
+            thoughts are sampled for all of them at once (:mod:`quietstar.training.row_parts`). Saves
+            memory without computing anything twice. None: all rows.
     """
 
     thought_schedule: list[dict[str, Any]] | str | None = field(
@@ -51,6 +55,10 @@ class QuietStarArguments(TrainingArguments):
     ema_decay: float = field(
         default=0.999,
         metadata={"help": "Decay of the averaged copy that the reward information-gain needs."},
+    )
+    rows_per_backward: int | None = field(
+        default=None,
+        metadata={"help": "Rows that go through the differentiated pass at a time; thoughts: all rows."},
     )
 
     def __post_init__(self) -> None:

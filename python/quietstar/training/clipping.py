@@ -86,7 +86,7 @@ class PolicyClipper:
     def backward(self, loss: Tensor, run: Callable[[Tensor], None]) -> None:
         """Let ``run`` send the thinking loss back; its gradients are added up here and not in
         ``parameter.grad``."""
-        self._loss = loss.detach()
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
         others = [p.grad for p in self._parameters]
         for parameter in self._parameters:
             parameter.grad = self.gradients.pop(parameter, None)

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ class GlobalBatch:
 
     Attributes:
         targets: of each micro-batch of the step, over all processes.
+        fraction: of a micro-batch's rows that the model sees now.
     """
 
     def __init__(self, accelerator: Accelerator, args: TrainingArguments):
@@ -91,7 +93,22 @@ class GlobalBatch:
         self._args = args
         self._mean_counts: dict[str, Tensor] | None = None
         self.targets: list[int] = []
+        self._part: BatchShard | None = None
+        self.fraction = 1.0
         self.start([], 0)
+
+    @contextmanager
+    def part(self, share: BatchShard, fraction: float) -> Iterator[None]:
+        """In the block the model sees this share, of some rows of the micro-batch that was taken last.
+
+        Args:
+            fraction: of the micro-batch's rows.
+        """
+        self._part, self.fraction = share, fraction
+        try:
+            yield
+        finally:
+            self._part, self.fraction = None, 1.0
 
     def start(self, micro_batches: Sequence[dict[str, Any]], step: int) -> None:
         """Begin a step with this process's micro-batches; ``step`` of them have been taken."""
@@ -125,7 +142,9 @@ class GlobalBatch:
         return rows_without, sum(map(len, per_row)) * self._accelerator.num_processes
 
     def next_share(self, config: QuietStarConfig) -> BatchShard:
-        """What the model is told about the next micro-batch."""
+        """What the model is told about the next micro-batch, or in :meth:`part` about that part."""
+        if self._part is not None:
+            return self._part
         number = self._next
         self._next += 1
         share = self._share(number)

@@ -20,7 +20,7 @@ logger = logging.getLogger("quietstar")
 HARD_SHARE = 0.1
 
 
-def describe(output: Any) -> dict[str, tuple[Tensor, Tensor]]:
+def describe(output: Any, fraction: float = 1.0) -> dict[str, tuple[Tensor, Tensor]]:
     """Sums and counts of what is worth watching in one batch, as scalars on its device.
 
     The mean mixing weight hides success where few tokens profit from a thought, so it is split into
@@ -28,9 +28,10 @@ def describe(output: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
     Args:
         output: a :class:`~quietstar.modeling.output.QuietStarOutput` with labels.
+        fraction: of a batch's rows; by so much what is a mean of the whole batch counts.
     """
     base_losses, is_target = output.base_losses, output.is_target
-    one = torch.ones((), device=base_losses.device)
+    one = torch.full((), fraction, device=base_losses.device)
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(name: str, total: Tensor, count: Tensor = one) -> None:
@@ -133,9 +134,9 @@ class ThoughtMetrics:
         self._tokens: Tensor | int = 0
         self._last_log = time.perf_counter()
 
-    def add(self, output: Any, training: bool) -> None:
-        """Add what one batch gave."""
-        self.averages[training].add(describe(output))
+    def add(self, output: Any, training: bool, fraction: float = 1.0) -> None:
+        """Add what one batch gave, or this fraction of its rows."""
+        self.averages[training].add(describe(output, fraction))
 
     def count_tokens(self, inputs: Mapping[str, Any]) -> None:
         """Count the tokens of a batch, padding left out."""

@@ -192,8 +192,13 @@ def check_gradients(trainer: Any, keeps_copy: bool) -> None:
         )
     deepspeed = trainer.is_deepspeed_enabled
     policy_max_norm = argument(trainer.args, "policy_max_grad_norm")
+    rows = argument(trainer.args, "rows_per_backward")
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     owner = "DeepSpeed" if deepspeed else optim if "lomo" in optim else None
+    if owner is not None and rows is not None:
+        raise ValueError(
+            f"rows_per_backward is {rows} with {owner}, which handles gradients itself; expected null"
+        )
     if trainer.args.fp16:
         # The scaler looks at one gradient, and would not lower its scale for the other.
         owner = "fp16 (bf16 works)"

@@ -45,6 +45,7 @@ from quietstar.training.ema import EmaCopy, asks_for_copy
 from quietstar.training.global_batch import GlobalBatch, MissingTargets
 from quietstar.training.guard import NonFiniteGuard, NonFiniteLoss
 from quietstar.training.metrics import ThoughtMetrics, Watch
+from quietstar.training.row_parts import in_parts
 from quietstar.training.schedule import Schedule, longest_talk
 
 __all__ = ["NonFiniteLoss", "QuietStarTrainer"]
@@ -79,11 +80,10 @@ class QuietStarTrainer(Trainer):
         self._watch = Watch()
         self.warnings_given: list[str] = []
         self._random_state_from: str | None = None
-        tokenizer = self.processing_class
         if given.get("data_collator") is None:
             self.data_collator = self._padding_collator()
-        if isinstance(tokenizer, PreTrainedTokenizerBase):
-            check_tokenizer(tokenizer, self.thought_config)
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):
+            check_tokenizer(self.processing_class, self.thought_config)
         self.add_callback(AroundTheStep(self))
 
     def build_parts(self) -> None:
@@ -110,8 +110,8 @@ class QuietStarTrainer(Trainer):
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
         """As transformers', for Quiet-STaR models alone."""
-        model = super().call_model_init(*args, **kwargs)
         self.ema = None  # of the model before
+        model = super().call_model_init(*args, **kwargs)
         options.check_model(model)
         return model
 
@@ -167,7 +167,6 @@ class QuietStarTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """The micro-batches of one step."""
         batches, count = super().get_batch_samples(*args, **kwargs)
         if self._random_state_from is not None:
             # Opening the loader has drawn a random number.
@@ -176,19 +175,20 @@ class QuietStarTrainer(Trainer):
         self.global_batch.start(batches, self.state.global_step)
         return batches, count
 
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch, unless the whole step has no target: forward, one or two backward passes."""
         batch, clipper = self.global_batch, self.policy_clipper
+        loss, rows = torch.zeros((), device=self.args.device), argument(self.args, "rows_per_backward")
         if batch.at_its_start:
             self.missing_targets.add_step(self.state.global_step + 1, batch, self.thought_config)
         last = self.accelerator.sync_gradients
         with clipper.micro_batch(model, last) if clipper is not None else contextlib.nullcontext():
             # A gradient scaler has to see gradients; they are zero, and dropped before the step.
             if batch.has_target or getattr(self.accelerator, "scaler", None) is not None:
-                loss: Tensor = super().training_step(model, *args, **kwargs)
+                for part in in_parts(self, model, inputs, rows):
+                    loss += super().training_step(model, part, *args, **kwargs)
             else:
                 batch.skip()
-                loss = torch.zeros((), device=self.args.device)
         if clipper is not None:
             loss = clipper.whole_loss(loss)
         self.guard.saw(loss)
@@ -207,10 +207,11 @@ class QuietStarTrainer(Trainer):
         share = batch.next_share(self.thought_config) if training else BatchShard()
         output = self.run_model(model, {**inputs, "batch_part": share})
         if not training or batch.has_target:
-            self.metrics.add(output, training)
+            self.metrics.add(output, training, batch.fraction)
+        loss = output.nll_loss
         if training:
             self.metrics.count_tokens(inputs)
-        loss = self._loss_to_send_back(output) if training else output.nll_loss
+            loss = self._loss_to_send_back(output)
         return (loss, output) if return_outputs else loss
 
     def run_model(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
@@ -233,7 +234,6 @@ class QuietStarTrainer(Trainer):
         return loss
 
     def trained_parameters(self) -> list[nn.Parameter]:
-        """The parameters that the optimiser updates."""
         return [p for p in self.model_wrapped.parameters() if p.requires_grad]
 
     def add_up_over_processes(self, tensor: Tensor) -> Tensor:
@@ -313,8 +313,8 @@ class QuietStarTrainer(Trainer):
         if not self.args.save_only_model:
             parts += [self._save_optimizer_and_scheduler, self._save_position]
         stateful = [*self.callback_handler.callbacks, self.control]
-        skipped = {"skipped_steps": self.guard.skipped, "skipped_in_a_row": self.guard.in_a_row}
-        counts = {**self.without_targets, **skipped}
+        counts = {"skipped_steps": self.guard.skipped, "skipped_in_a_row": self.guard.in_a_row}
+        counts |= self.without_targets
         checkpoint = self.checkpoints.write(run, self.state, parts, stateful, counts)
         if checkpoint is None:
             return
