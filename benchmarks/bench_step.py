@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,8 +53,8 @@ def contestants(model: QuietStarForCausalLM, ids: torch.Tensor) -> dict[str, Cal
         loss.backward()
         return loss.detach()
 
-    def with_checkpointing() -> torch.Tensor:
-        model.gradient_checkpointing_enable()
+    def with_checkpointing(settings: dict[str, str] | None = None) -> torch.Tensor:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
         try:
             return ours()
         finally:
@@ -72,6 +73,7 @@ def contestants(model: QuietStarForCausalLM, ids: torch.Tensor) -> dict[str, Cal
     return {
         "quietstar": ours,
         "quietstar, gradient checkpointing": with_checkpointing,
+        "quietstar, checkpointing, products kept": partial(with_checkpointing, {"keep": "products"}),
         "packed, reference operators": packed_with_references,
         "sequential, dense (as published)": sequential,
     }

@@ -33,8 +33,8 @@ AttentionJob plan(const ThoughtAttention& call, bool backward) {
   const std::int64_t rows = backward ? kRowsBackward : kRowsForward;
   job.columns_per_tile =
       std::clamp<std::int64_t>(rows / std::max<std::int64_t>(job.rows_per_column, 1), 1,
-                               std::clamp<std::int64_t>(call.columns, 1, kMaxColumns));
-  job.tiles = (call.columns + job.columns_per_tile - 1) / job.columns_per_tile;
+                               std::clamp<std::int64_t>(call.num_thoughts, 1, kMaxColumns));
+  job.tiles = (call.num_thoughts + job.columns_per_tile - 1) / job.columns_per_tile;
   job.pack_ahead = backward || job.tiles > 1;
   job.size = round_up(call.head_size);
   job.text = round_up(call.text_length);
@@ -53,7 +53,7 @@ std::int64_t lay_out_shared(AttentionJob& job, bool backward, void* begin) {
   const ThoughtAttention& call = *job.call;
   const std::int64_t keys = call.batch * call.kv_heads * job.text;
   Layout layout(begin);
-  layout.place(job.order, call.batch * call.columns);
+  layout.place(job.order, call.batch * call.num_thoughts);
   if (job.pack_ahead) {
     layout.place(job.k_panels, keys * call.head_size);
     layout.place(job.v_rows, keys * job.size);
@@ -103,16 +103,16 @@ std::int64_t lay_out_scratch(const AttentionJob& job, AttentionScratch& s, bool 
 void sort_columns(const AttentionJob& job) {
   const ThoughtAttention& call = *job.call;
   for (std::int64_t b = 0; b < call.batch; ++b) {
-    std::int32_t* order = job.order + b * call.columns;
-    const std::int32_t* start = call.text_start + b * call.columns;
-    const std::int32_t* stop = call.text_stop + b * call.columns;
-    for (std::int64_t m = 0; m < call.columns; ++m) order[m] = static_cast<std::int32_t>(m);
+    std::int32_t* order = job.order + b * call.num_thoughts;
+    const std::int32_t* start = call.text_start + b * call.num_thoughts;
+    const std::int32_t* stop = call.text_stop + b * call.num_thoughts;
+    for (std::int64_t m = 0; m < call.num_thoughts; ++m) order[m] = static_cast<std::int32_t>(m);
     const auto before = [&](std::int32_t x, std::int32_t y) {
       if (stop[x] != stop[y]) return stop[x] < stop[y];
       return start[x] != start[y] ? start[x] < start[y] : x < y;
     };
-    if (!std::is_sorted(order, order + call.columns, before)) {
-      std::sort(order, order + call.columns, before);
+    if (!std::is_sorted(order, order + call.num_thoughts, before)) {
+      std::sort(order, order + call.num_thoughts, before);
     }
   }
 }
@@ -166,7 +166,7 @@ std::int64_t thought_attention_workspace(const ThoughtAttention& call, bool back
 void thought_attention(const ThoughtAttention& call) {
   check(call);
   AttentionJob job = plan(call, false);
-  if (call.batch * call.columns * job.rows_per_column == 0) return;
+  if (call.batch * call.num_thoughts * job.rows_per_column == 0) return;
   char* memory = prepare(job);
   const std::int64_t pairs = call.batch * call.kv_heads;
   // The longest stretches of text first, so that the threads end together.

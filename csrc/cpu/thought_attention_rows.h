@@ -50,8 +50,8 @@ struct Tile {
     batch = pair / call.kv_heads;
     head = pair % call.kv_heads;
     const std::int64_t begin = tile * job.columns_per_tile;
-    column = job.order + batch * call.columns + begin;
-    columns = smaller(job.columns_per_tile, call.columns - begin);
+    column = job.order + batch * call.num_thoughts + begin;
+    columns = smaller(job.columns_per_tile, call.num_thoughts - begin);
     rows = columns * job.rows_per_column;
   }
 
@@ -82,7 +82,7 @@ struct Tile {
   }
 
   std::int64_t flat(std::int64_t h, std::int64_t s, std::int64_t m) const {
-    return ((batch * call.q_heads + h) * call.query_slots + s) * call.columns + m;
+    return ((batch * call.q_heads + h) * call.query_slots + s) * call.num_thoughts + m;
   }
 
   // A row in this query slot sees key slots first_slot(slot) .. depth(slot) - 1.
@@ -98,8 +98,8 @@ struct Tile {
   // first and last [rows]; a row that sees no text gets first = text_length, last = 0.
   void find_ranges(const AttentionScratch& s) const {
     for_each_row([&](std::int64_t row, std::int64_t, std::int64_t slot, std::int64_t m) {
-      const std::int64_t stop = call.text_stop[batch * call.columns + m];
-      std::int64_t first = larger(call.text_start[batch * call.columns + m], 0);
+      const std::int64_t stop = call.text_stop[batch * call.num_thoughts + m];
+      std::int64_t first = larger(call.text_start[batch * call.num_thoughts + m], 0);
       if (call.window > 0) first = larger(first, stop + depth(slot) - call.window);
       const std::int64_t last = smaller(stop, call.text_length);
       s.first[row] = static_cast<std::int32_t>(first < last ? first : call.text_length);

@@ -42,11 +42,12 @@ Kernels check_on(const ThoughtAttention& call, const Device& device) {
                                                 "; the CUDA kernels take at most 256");
   const std::int64_t groups = call.q_heads / call.kv_heads;
   QUIETSTAR_ARGUMENT(
-      call.columns * std::max<std::int64_t>(call.query_slots * groups, call.key_slots + 15) <
+      call.num_thoughts * std::max<std::int64_t>(call.query_slots * groups, call.key_slots + 15) <
               kMaxRows &&
           call.text_length < kMaxRows && call.batch * call.kv_heads < kMaxRows,
-      "q has " + std::to_string(call.columns) + " columns of " + std::to_string(call.query_slots) +
-          " slots and k_text " + std::to_string(call.text_length) +
+      "q has " + std::to_string(call.num_thoughts) + " columns of " +
+          std::to_string(call.query_slots) + " slots and k_text " +
+          std::to_string(call.text_length) +
           " keys; the CUDA kernels take less than 2^30 rows and keys of a key head");
   const auto [needed, available] =
       thought_attention_shared_memory(call.dtype, call.head_size, device);
@@ -63,10 +64,10 @@ class Extents {
  public:
   explicit Extents(const ThoughtAttention& call) : call_(call) {}
   bool rows_aligned(const AttentionTensor& t) const {
-    return aligned(t, call_.q_heads, call_.query_slots, call_.columns);
+    return aligned(t, call_.q_heads, call_.query_slots, call_.num_thoughts);
   }
   bool slots_aligned(const AttentionTensor& t) const {
-    return aligned(t, call_.kv_heads, call_.key_slots, call_.columns);
+    return aligned(t, call_.kv_heads, call_.key_slots, call_.num_thoughts);
   }
   bool text_aligned(const AttentionTensor& t) const {
     return aligned(t, call_.kv_heads, call_.text_length, 1);
@@ -105,16 +106,16 @@ Arguments arguments(const ThoughtAttention& call) {
   a.groups = a.q_heads / a.kv_heads;
   a.query_slots = static_cast<int>(call.query_slots);
   a.key_slots = static_cast<int>(call.key_slots);
-  a.columns = static_cast<int>(call.columns);
+  a.num_thoughts = static_cast<int>(call.num_thoughts);
   a.text_length = static_cast<int>(call.text_length);
   a.size = static_cast<int>(call.head_size);
   const int column_rows = a.query_slots * a.groups;
-  a.rows = a.columns * column_rows;
+  a.rows = a.num_thoughts * column_rows;
   a.pairs = static_cast<int>(call.batch * call.kv_heads);
   // Kernels take 16 slot keys at a time: where a column has many rows, its keys start a new group,
   // so that its rows multiply with no other column's. Where it has few, that would cost more.
   a.slot_stride = column_rows >= 16 ? (a.key_slots + 15) / 16 * 16 : a.key_slots;
-  a.slot_keys = a.columns * a.slot_stride;
+  a.slot_keys = a.num_thoughts * a.slot_stride;
   a.slot_stride = std::max(a.slot_stride, 1);
   a.slot_window = static_cast<int>(call.window > 0 ? std::min(call.window, kMaxRows) : kMaxRows);
   a.by_rows = Divider::by(std::max(column_rows, 1));

@@ -49,7 +49,7 @@ struct Arguments {
   const float* sinks;
   const float* dlse;
   float* delta;
-  int q_heads, kv_heads, groups, query_slots, key_slots, columns, text_length, size;
+  int q_heads, kv_heads, groups, query_slots, key_slots, num_thoughts, text_length, size;
   int rows;         // of a pair
   int pairs;        // batch * kv_heads
   int slot_stride;  // slot keys per column, with those that do not exist
@@ -114,7 +114,7 @@ __device__ __forceinline__ T* element(const AttentionTensor& t, const Pair& pair
 __device__ __forceinline__ std::int64_t flat(const Arguments& a, const Pair& pair, const Row& row) {
   return ((static_cast<std::int64_t>(pair.batch) * a.q_heads + row.head) * a.query_slots +
           row.slot) *
-             a.columns +
+             a.num_thoughts +
          row.column;
 }
 
@@ -128,7 +128,7 @@ __device__ __forceinline__ int depth_of(const Arguments& a, int slot) {
 }
 
 __device__ __forceinline__ Range text_range(const Arguments& a, int batch, const Row& row) {
-  const std::int64_t at = static_cast<std::int64_t>(batch) * a.columns + row.column;
+  const std::int64_t at = static_cast<std::int64_t>(batch) * a.num_thoughts + row.column;
   const std::int64_t stop = a.text_stop[at];
   std::int64_t first = a.text_start[at];
   if (a.window > 0) {

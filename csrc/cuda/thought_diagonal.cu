@@ -30,7 +30,7 @@ void check_on_device(const ThoughtDiagonal& call) {
   QUIETSTAR_ARGUMENT(call.head_size <= kMaxDiagonalSize,
                      "q has a head size of " + std::to_string(call.head_size) + "; expected 1 to " +
                          std::to_string(kMaxDiagonalSize));
-  QUIETSTAR_ARGUMENT(call.batch * call.columns * std::max(call.q_heads, call.kv_heads) *
+  QUIETSTAR_ARGUMENT(call.batch * call.num_thoughts * std::max(call.q_heads, call.kv_heads) *
                              std::max(call.query_slots, call.key_slots) <=
                          kMaxTasks,
                      "q has too many rows; expected less than 2^31");
@@ -42,7 +42,7 @@ bool is_aligned(const AttentionTensor& t, std::int64_t heads, std::int64_t slots
     return extent <= 1 || stride % 8 == 0;
   };
   return reinterpret_cast<std::uintptr_t>(t.data) % 16 == 0 && whole(call.batch, t.batch) &&
-         whole(heads, t.head) && whole(slots, t.slot) && whole(call.columns, t.column);
+         whole(heads, t.head) && whole(slots, t.slot) && whole(call.num_thoughts, t.column);
 }
 bool rows_aligned(const AttentionTensor& t, const ThoughtDiagonal& call) {
   return is_aligned(t, call.q_heads, call.query_slots, call);
@@ -58,7 +58,7 @@ bool takes_matrix_units(const ThoughtDiagonal& call) {
 
 // Columns under a key head, and the rows of one.
 unsigned columns_of(const ThoughtDiagonal& call) {
-  return static_cast<unsigned>(call.batch * call.columns * call.kv_heads);
+  return static_cast<unsigned>(call.batch * call.num_thoughts * call.kv_heads);
 }
 unsigned rows_of(const ThoughtDiagonal& call) {
   return static_cast<unsigned>(call.q_heads / call.kv_heads * call.query_slots);

@@ -22,7 +22,7 @@ struct DiagonalColumn {
 __device__ __forceinline__ DiagonalColumn diagonal_column(const ThoughtDiagonal& call,
                                                           unsigned number) {
   const auto heads = static_cast<unsigned>(call.kv_heads);
-  const auto columns = static_cast<unsigned>(call.columns);
+  const auto columns = static_cast<unsigned>(call.num_thoughts);
   const unsigned pair = number / heads;
   return {static_cast<int>(pair / columns), static_cast<int>(number % heads),
           static_cast<int>(pair % columns)};

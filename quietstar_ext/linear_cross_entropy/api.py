@@ -46,7 +46,8 @@ def linear_cross_entropy(
 
     Rows whose target is ``ignore_index`` have nll 0 and no gradient, whatever their hidden state
     holds; the fused path leaves them out, so they cost no product (in a CUDA graph they do). It works
-    on chunks of rows in at most 64 MiB besides its results, on CUDA 256 MiB (one row at least).
+    on chunks of rows in at most 64 MiB besides its results, in bfloat16 and on CUDA 256 MiB (one row at
+    least).
 
     Where a gradient will be asked for, the fused path takes it along in the forward pass, as if every
     row counted the same: a sum or a mean of the rows then needs three matrix products in all, and the
@@ -119,7 +120,7 @@ def linear_cross_entropy_sum(
     A mean over n rows has weights 1/n, a REINFORCE term weights -advantage/count. The fused path
     takes the gradients in the forward pass, row chunk by row chunk, and the backward pass only
     scales them, in place, and not at all if it comes with a gradient of 1: three matrix products. For
-    bfloat16 on the CPU four, where an fp32 copy of weight does not fit into half of the 64 MiB.
+    bfloat16 on the CPU four, where neither all logits nor an fp32 copy of weight fit the 256 MiB.
     On CUDA the host waits once to leave rows out.
 
     Args:

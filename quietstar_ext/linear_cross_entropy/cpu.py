@@ -11,8 +11,9 @@ The logits of a chunk are token-major, ``weight @ hᵀ``, [V, rows]: the product
 
 Everything besides the results counts towards ``WORKSPACE_BYTES``: the chunk of logits, gathered rows,
 the kernel's block sums, and for 16-bit inputs the fp32 sum of the weight's gradient. Where that sum
-takes more than half of it, bfloat16 goes through the vocabulary a second time, block by block: one
-product more, and still every sum is in fp32. One row at least is worked on.
+takes more than half of it, bfloat16 has ``LARGE_WORKSPACE_BYTES``: best all logits at once, whose
+product needs no sum; else the sum and larger chunks; else it goes through the vocabulary a second time,
+block by block: one product more, and still every sum is in fp32. One row at least is worked on.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from quietstar_ext.linear_cross_entropy.call import Losses, Products
 from quietstar_ext.precision import compute_dtype, gradient_dtype
 
 WORKSPACE_BYTES = 64 * 2**20
+LARGE_WORKSPACE_BYTES = 256 * 2**20
 # With 1024 rows, 8192 fp32 logits each no longer leave the 32 MB cache room for the operands: 2048 x 256
 # onto 8192 took 0.93 times its bare products with 512 rows, 0.96 with 1024 (bfloat16 0.96 and 1.17).
 MAX_ROWS = 512
@@ -98,22 +100,26 @@ class _Chunks:
         self.index = valid_rows.nonzero()[:, 0]
         self.count_valid = self.index.numel()
         self.all_valid = self.count_valid == valid_rows.numel()
-        room = WORKSPACE_BYTES
+        room, most = WORKSPACE_BYTES, MAX_ROWS
         # A block of the weight's gradient in fp32, and its product before it is added.
-        self.block_vocab = max(1, room // 4 // max(1, width * (wide.itemsize + dtype.itemsize)))
+        block = room // 4
+        self.block_vocab = max(1, block // max(1, width * (wide.itemsize + dtype.itemsize)))
         self.second_pass = False
         sum_bytes = width * vocabulary * wide.itemsize
-        if fused and sums and dtype == torch.bfloat16 and self._size(room, hidden, weight)[1] > 1:
-            self.second_pass = sum_bytes > room // 2
-            room -= room // 4 if self.second_pass else sum_bytes + room // 4
+        if fused and sums and dtype == torch.bfloat16 and self._size(room, most, hidden, weight)[1] > 1:
+            if sum_bytes > room // 2:
+                room, most = LARGE_WORKSPACE_BYTES, self.count_valid + 15  # whole vectors
+            if most == MAX_ROWS or self._size(room, most, hidden, weight)[1] > 1:
+                self.second_pass = sum_bytes > room // 2
+                room -= block + (0 if self.second_pass else sum_bytes)
         elif fused and sums and dtype == torch.float16:
-            room -= room // 4
-        self.size, _ = self._size(room, hidden, weight)
+            room -= block
+        self.size, _ = self._size(room, most, hidden, weight)
         rows = min(self.size, self.count_valid)
         self._buffer = hidden.new_empty(rows * vocabulary if fused else 0)
 
-    def _size(self, room: int, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[int, int]:
-        """Rows of a chunk, and number of chunks."""
+    def _size(self, room: int, most: int, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[int, int]:
+        """Rows of a chunk (``most`` of them), and number of chunks."""
         vocabulary, width = weight.shape
         if self.fused:
             # Logits, gathered hidden rows and gradient rows, the kernel's sums and copies.
@@ -123,7 +129,7 @@ class _Chunks:
             # PyTorch's steps hold the raw products, y, its slope and a product of theirs at a time.
             wide = compute_dtype(hidden.dtype)
             per_row = vocabulary * (4 * wide.itemsize + hidden.itemsize)
-        max_rows = min(MAX_ROWS, max(1, room // per_row))
+        max_rows = max(1, min(most, room // per_row))
         count = max(1, -(-self.count_valid // max_rows))
         size = -(-self.count_valid // count)
         if max_rows >= 16:  # whole vectors and cache lines of rows

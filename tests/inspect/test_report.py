@@ -218,13 +218,18 @@ def test_colours_and_ticks():
 def test_figures_say_what_they_were_given():
     gains = [list(np.linspace(d, d + 1, 9)) for d in range(9)] + [[]]
     figure = deciles_figure(gains, [(d, d + 1) for d in range(10)])
-    assert figure.count("<title>decile") == figure.count('<g id="decile-') == 9
+    assert figure.count("<title>decile") == figure.count("-decile-") == 9
     assert "decile 3: NLL 2.00 to 3.00, 9 tokens; mean gain +2.500, median +2.500" in figure
     assert "nan" not in figure
     chart = curves_figure(
         "a < b", {"one": [(1, 0.0), (2, 1.0), (3, math.nan)], "two": [(1, 2.0), (3, 0.5)]}
     )
-    assert "a &lt; b" in chart and chart.count('<g id="curve-') == 2 and "nan" not in chart
+    assert "a &lt; b" in chart and chart.count("-curve-") == 2 and "nan" not in chart
+    # Both in one page: no id twice, and every reference has its target.
+    other = curves_figure("b", {"one": [(1, 0.0), (2, 1.0)]})
+    ids = re.findall(r' id="([^"]+)"', figure + chart + other)
+    assert len(ids) == len(set(ids)) > 9
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', figure + chart + other)) <= set(ids)
 
 
 def test_curves_of_a_run(folder: Path, tmp_path):

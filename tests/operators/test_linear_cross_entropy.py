@@ -214,6 +214,7 @@ def test_gradients_become_the_leaves_own(place):
 def test_chunks_skip_rows_and_keep_to_the_workspace(dtype, softcap, width, monkeypatch):
     workspace = 200_000
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", workspace)
+    monkeypatch.setattr(chunks, "LARGE_WORKSPACE_BYTES", workspace)
     hidden, weight, targets = (t.detach() for t in make(400, width, 1000, dtype))
     live = torch.zeros(400, dtype=torch.bool)
     live[2 + torch.randperm(398)[:192]] = True
@@ -230,9 +231,14 @@ def test_chunks_skip_rows_and_keep_to_the_workspace(dtype, softcap, width, monke
     assert sum(m for m, k, n in watch.products if (k, n) == (1000, width)) == 192
 
 
+# Bytes of the large workspace, and what fits it: all logits; the fp32 sum and some of them; neither.
+LARGE = {"at once": 130_000, "sum": 2 * 301 * 32 * 4, "second pass": 301 * 32 * 4}
+
+
+@pytest.mark.parametrize("case", LARGE)
 @pytest.mark.parametrize("function", ["rows", "sum"])
-def test_a_second_pass_through_the_vocabulary(function, monkeypatch):
-    """bfloat16, where the fp32 sum of the weight's gradient does not fit into the workspace."""
+def test_where_the_sum_of_the_weights_gradient_does_not_fit(function, case, monkeypatch):
+    """bfloat16 has a larger workspace then, and in the end a second pass through the vocabulary."""
     hidden, weight, targets = make(90, 32, 301, torch.bfloat16)
     row_weights = torch.rand(90)
 
@@ -246,6 +252,7 @@ def test_a_second_pass_through_the_vocabulary(function, monkeypatch):
 
     wanted = run()
     monkeypatch.setattr(chunks, "WORKSPACE_BYTES", 301 * 32 * 4 + 20_000)
+    monkeypatch.setattr(chunks, "LARGE_WORKSPACE_BYTES", LARGE[case])
     made = []
 
     class Noted(chunks._Chunks):
@@ -255,8 +262,18 @@ def test_a_second_pass_through_the_vocabulary(function, monkeypatch):
 
     monkeypatch.setattr(chunks, "_Chunks", Noted)
     got = run()
-    assert all(each.second_pass and each.block_vocab < 301 for each in made)
-    assert len(list(made[0].rows())) > 1
+    assert all(each.second_pass == (case == "second pass") for each in made)
+    assert (len(list(made[0].rows())) == 1) == (case == "at once")
+    assert all(each.block_vocab < 301 for each in made)
+    call = Products(
+        *(hidden.detach(), weight.detach(), targets, row_weights, targets >= 0),
+        *(SoftmaxCrossEntropy(hidden, None, 1.0, None, 1.0), True, True),
+    )
+    with Watch(hidden, weight) as watch:
+        chunks.run(call)
+    # Multiplied with the vocabulary: for the loss, for hidden, for weight, and for a second pass.
+    times = sum(m * k * n for m, k, n in watch.products) / (89 * 32 * 301)  # one row is ignored
+    assert times == (4 if case == "second pass" else 3)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a.float(), b.float(), rtol=2e-2, atol=1e-2 * float(b.abs().max()))
 

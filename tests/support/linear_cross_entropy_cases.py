@@ -41,7 +41,11 @@ WAYS = {"waiting": 0, "capturing": float("inf")}
 IN_CHUNKS = ((cuda, "ROW_UNIT", 4), (cuda, "WORKSPACE_BYTES", 18 * (320 + 32) * 2))
 PLACES = (
     *(REFERENCE, CHUNKS, *CHUNKS_OF, CPU),
-    replace(CPU, name="cpu in chunks", patches=((cpu, "WORKSPACE_BYTES", 7 * 301 * 6),)),
+    replace(
+        CPU,
+        name="cpu in chunks",
+        patches=tuple((cpu, f"{kind}WORKSPACE_BYTES", 7 * 301 * 6) for kind in ("", "LARGE_")),
+    ),
     *(
         replace(each, name=f"{each.name} {way}", patches=((cuda, "WAIT_FOR_FLOP", flop), *IN_CHUNKS))
         for each in (CUDA_ON_CPU, CUDA)

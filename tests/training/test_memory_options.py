@@ -8,9 +8,11 @@ import small_training
 import torch
 from families import gradients
 from small_training import trainer
+from torch.profiler import ProfilerActivity, profile
 from transformers import TrainingArguments
 
 from quietstar import QuietStarForCausalLM
+from quietstar.errors import UserError
 
 needs_kwargs = pytest.mark.skipif(
     "activation_checkpointing_kwargs" not in TrainingArguments.__dataclass_fields__,
@@ -55,6 +57,7 @@ def plain(tmp_path_factory) -> dict[str, torch.Tensor]:
     "settings",
     [
         {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"keep": "products"}},
         pytest.param(
             {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"offload": True}},
             marks=[
@@ -134,3 +137,60 @@ def test_the_packed_pass_compiles_in_one_graph():
     for found in (compiled, broken):
         for name, value in expected.items():
             assert torch.allclose(found[name], value, rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_products_kept(autocast: bool):
+    """Gradients, of a second pass through the graph, too, are those without; memory lies between."""
+    gradients_of, held = {}, {}
+    for way in ("none", "products", "all"):
+        torch.manual_seed(0)
+        model = small_training.small_model(layers=3).train()
+        if way != "none":
+            settings = {"keep": "products"} if way == "products" else None
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        thoughts = torch.randint(3, 30, (2, 2, 10, 2), generator=torch.Generator().manual_seed(5))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(IDS[:2], labels=IDS[:2], thought_ids=thoughts).loss
+        loss.backward(retain_graph=True)
+        gradients_of[way] = gradients(model)
+        model.zero_grad()
+        loss.backward()
+        for name, value in gradients(model).items():
+            torch.testing.assert_close(value, gradients_of[way][name], msg=name)
+        layer = model.base.model.layers[1]
+        held[way] = bytes_held(layer, autocast)
+    for name, value in gradients_of["none"].items():
+        for way in ("products", "all"):
+            torch.testing.assert_close(gradients_of[way][name], value, rtol=1e-5, atol=1e-6, msg=name)
+    assert held["all"] < held["products"] < held["none"]
+
+
+def bytes_held(layer: torch.nn.Module, autocast: bool) -> int:
+    """How much memory a layer's forward pass leaves behind for the backward pass."""
+    x = torch.randn(4, 64, 32, requires_grad=True)
+    rope = torch.randn(4, 64, 8), torch.randn(4, 64, 8)
+    casts = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record, casts:
+        out = layer(x, position_embeddings=rope)
+    assert out is not None  # and there until here
+    found = record.profiler.kineto_results.events()
+    return sum(event.nbytes() for event in found if event.name() == "[memory]")
+
+
+def test_what_excludes_products_kept():
+    model = small_training.small_model()
+    for settings, message in (
+        ({"keep": "all"}, "keep is 'all' for checkpointing; expected 'products'"),
+        ({"keep": "products", "use_reentrant": True}, "cannot be combined"),
+    ):
+        with pytest.raises(UserError, match=message):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    model.fuse_layers("compile")
+    with pytest.raises(ValueError, match="checkpointing keeps products and fused_layers is 'compile'"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"keep": "products"})
+    model.fuse_layers("auto")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"keep": "products"})
+    assert "forward" not in vars(model.base.model.layers[0])
+    with pytest.raises(ValueError, match="fused_layers is 'compile', but checkpointing keeps products"):
+        model.fuse_layers("compile")

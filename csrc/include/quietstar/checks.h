@@ -57,7 +57,7 @@ inline void check(const MixingHead& call) {
 template <class Call>
 void check_heads_and_slots(const Call& call, const char* keys) {
   QUIETSTAR_ARGUMENT(
-      call.batch >= 0 && call.columns >= 0 && call.query_slots >= 0 && call.key_slots >= 0,
+      call.batch >= 0 && call.num_thoughts >= 0 && call.query_slots >= 0 && call.key_slots >= 0,
       "a size is negative; expected 0 or more");
   QUIETSTAR_ARGUMENT(call.head_size >= 1, "q has a head size of 0; expected at least 1");
   QUIETSTAR_ARGUMENT(call.kv_heads >= 1 && call.q_heads >= 0 && call.q_heads % call.kv_heads == 0,
@@ -75,8 +75,8 @@ inline void check(const ThoughtAttention& call) {
   check_heads_and_slots(call, "k_text");
   QUIETSTAR_ARGUMENT(call.text_length >= 0, "a size is negative; expected 0 or more");
   QUIETSTAR_ARGUMENT(
-      call.columns < (std::int64_t{1} << 31) && call.text_length < (std::int64_t{1} << 31),
-      "q has " + std::to_string(call.columns) + " columns and k_text " +
+      call.num_thoughts < (std::int64_t{1} << 31) && call.text_length < (std::int64_t{1} << 31),
+      "q has " + std::to_string(call.num_thoughts) + " columns and k_text " +
           std::to_string(call.text_length) + " keys; expected less than 2^31");
   QUIETSTAR_ARGUMENT(call.window >= 0, "sliding_window is negative; expected 0 or more");
   QUIETSTAR_ARGUMENT(call.softcap >= 0, "softcap is negative; expected 0 or more");

@@ -29,7 +29,7 @@ struct ThoughtDiagonal {
   std::int64_t kv_heads;      // Hkv
   std::int64_t query_slots;   // Sq
   std::int64_t key_slots;     // Sk >= Sq, or 0 with Sq = 1
-  std::int64_t columns;       // M
+  std::int64_t num_thoughts;  // M
   std::int64_t head_size;     // D
   AttentionTensor q;          // [B, Hq, Sq, M, D]
   AttentionTensor k_thought;  // [B, Hkv, Sk, M, D]

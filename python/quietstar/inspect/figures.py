@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -116,5 +117,8 @@ def _svg(figure: Figure, name: str, titles: Mapping[str, str] | None = None) -> 
     text = re.sub(unwanted, "", file.getvalue(), flags=re.DOTALL)
     for group, told in (titles or {}).items():
         text = text.replace(f'<g id="{group}">', f'<g id="{group}"><title>{escape(told)}</title>')
+    # A page holds several figures, and an id counts in all of it.
+    own = f"f{zlib.crc32(name.encode()):08x}-"
+    text = re.sub(r'( id="|href="#|url\(#)', rf"\1{own}", text)
     body = text.partition("<svg ")[2].replace('pt"', '"')  # points are pixels here
     return f'<svg role="img" aria-label="{escape(name)}" {body}'

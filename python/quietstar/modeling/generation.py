@@ -42,7 +42,7 @@ from quietstar.modeling.text_cache import (
     with_installed_name,
 )
 from quietstar.thinking.attention import check_layers
-from quietstar.thinking.cuda_graphs import without_checkpointing
+from quietstar.thinking.checkpointing import without_checkpointing
 from quietstar.thinking.layout import HandedKeys
 from quietstar.thinking.next_token import EndOfText, NewToken, NextToken
 from quietstar.thinking.positions import check_length

@@ -52,7 +52,7 @@ from quietstar.thinking.text_batch import TextBatch, check_labels, num_rationale
 from quietstar.thinking.text_part import text_body, text_config_of
 
 
-class QuietStarForCausalLM(PreTrainedModel, ThinkingGenerationMixin, SpeedOptionsMixin):
+class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGenerationMixin):
     """Wraps any supported Hugging Face decoder with thoughts (see :class:`QuietStarConfig`).
 
     The decoder is ``self.base``, unmodified; the model adds ``thought_embedding`` and ``mixing_head``.

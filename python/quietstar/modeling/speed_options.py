@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from quietstar.thinking.checkpointing import keeps_products, with_policy
 from quietstar.thinking.cuda_graphs import forget
-from quietstar.thinking.fused_layers import fuse_layers, uses_liger
+from quietstar.thinking.fused_layers import HIDES_PRODUCTS, fuse_layers, unfused_for, uses_liger
 from quietstar.thinking.kept_outputs import NOT_WITH_LIGER, reuse_rollout
 
 
 class SpeedOptionsMixin:
-    """Fused layers, and outputs of the rollout that the packed pass takes."""
+    """Fused layers, outputs of the rollout that the packed pass takes, and what checkpointing keeps."""
 
     base: PreTrainedModel
 
@@ -45,3 +49,16 @@ class SpeedOptionsMixin:
             raise ValueError(NOT_WITH_LIGER)
         forget(self.base)
         return reuse_rollout(self.base, on)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = checkpoint, **options: Any
+    ) -> None:
+        """As transformers', with ``keep`` among the settings of ``activation_checkpointing_enable``
+        (:mod:`quietstar.thinking.checkpointing`)."""
+        if enable:
+            gradient_checkpointing_func = with_policy(gradient_checkpointing_func)
+            if keeps_products(gradient_checkpointing_func):
+                unfused_for(self.base, "checkpointing keeps products", f"where {HIDES_PRODUCTS}")
+        super()._set_gradient_checkpointing(  # type: ignore[misc]
+            enable=enable, gradient_checkpointing_func=gradient_checkpointing_func, **options
+        )

@@ -87,23 +87,33 @@ class Step:
         precision: ``float32``, ``bfloat16`` (weights and all), or ``autocast`` (fp32 weights, or a
             frozen decoder in bf16, computing in bf16).
         checkpointing: gradient checkpointing of the layers.
+        keep_products: it keeps the outputs of products and of the attention.
         rank: of adapters, None: everything is trained.
         quantized: the frozen decoder's linear layers are in 4 bits.
         processes: GPUs; sharded: FSDP2 over them, otherwise DDP.
         optimizer_bytes: Adam's states per trained parameter, None: two in the parameters' dtype.
         reuse_rollout: linear layers take the rollout's rows from the rollout.
+        rows_per_backward: so many of the texts go through the packed pass at a time, None: all.
     """
 
     batch: int
     length: int
     precision: str = "float32"
     checkpointing: bool = False
+    keep_products: bool = False
     rank: int | None = None
     quantized: bool = False
     processes: int = 1
     sharded: bool = False
     optimizer_bytes: float | None = None
     reuse_rollout: bool = False
+    rows_per_backward: int | None = None
+
+    @property
+    def part(self) -> Step:
+        """What goes through the packed pass at a time, as a step of its own."""
+        rows = min(self.batch, self.rows_per_backward or self.batch)
+        return dataclasses.replace(self, batch=rows, rows_per_backward=None)
 
 
 @dataclass(frozen=True)
@@ -154,6 +164,19 @@ def _layer_row(sizes: Sizes, step: Step) -> float:
     return kept
 
 
+def _products_row(sizes: Sizes, step: Step) -> float:
+    """Bytes of the products of one layer that checkpointing keeps, per row."""
+    if not step.keep_products:
+        return 0.0
+    s = 4 if step.precision == "float32" else 2
+    # Queries, keys and values, gate and up, two outputs; with adapters the updates of all of them, too.
+    linear = s * (sizes.query + 2 * sizes.key + 2 * sizes.inner + 2 * sizes.width)
+    if step.rank is not None:
+        linear = 2 * linear + 7 * step.rank * s
+    # The attention's output with a number per head.
+    return linear + s * sizes.query + 4 * sizes.heads
+
+
 def _transient_row(sizes: Sizes, step: Step) -> float:
     """Bytes of gradients at the widest place of a layer's backward pass, per row."""
     s = 4 if step.precision == "float32" else 2
@@ -163,6 +186,7 @@ def _transient_row(sizes: Sizes, step: Step) -> float:
 
 def activation_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float:
     """Peak of one step beyond weights and optimiser states, gradients included."""
+    parts, step = math.ceil(step.batch / step.part.batch), step.part
     rows = Rows.of(config, step)
     d, v = sizes.width, sizes.vocabulary
     s = 4 if step.precision == "float32" else 2
@@ -172,7 +196,7 @@ def activation_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float
     share = step.processes if step.sharded else 1
     positions = rows.packed * 2 * sizes.head_dim * wide
     layer = rows.packed * _layer_row(sizes, step)
-    kept = rows.packed * d * wide if step.checkpointing else layer
+    kept = rows.packed * (d * wide + _products_row(sizes, step)) if step.checkpointing else layer
     # Autocast keeps a cast of every weight for the backward pass.
     cast = 2 * sizes.linear / sizes.layers if step.precision == "autocast" and not step.quantized else 0
     stack = sizes.layers * (kept + (0 if step.checkpointing else cast)) + positions
@@ -189,7 +213,7 @@ def activation_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float
 
     # 2. The backward pass, at its beginning (all layers kept) and at its end (all gradients there).
     inside: float = rows.packed * _transient_row(sizes, step)
-    inside += layer + cast if step.checkpointing else 0
+    inside += layer + cast - rows.packed * _products_row(sizes, step) if step.checkpointing else 0
     first = sizes.mixing + (v * d + d * sizes.inner if step.rank is None else 0)
     start = stack + inside + gradient * first
     end = (kept if not step.checkpointing else 0) + positions + inside
@@ -197,7 +221,9 @@ def activation_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float
     if step.rank is None:
         not_yet = sizes.linear // sizes.layers + (v * d if sizes.embeddings > v * d else 0)
     end += gradient * (trained - not_yet) / share
-    return max(loss, start, end)
+    # The gradients of the parts before are there all the time.
+    before = gradient * trained / share if parts > 1 else 0.0
+    return max(loss + before, start + before, end + gradient * not_yet / share if parts > 1 else end)
 
 
 def _vocabulary_bytes(sizes: Sizes, step: Step, rows: int) -> float:
@@ -291,7 +317,7 @@ def step_flops(config: QuietStarConfig, sizes: Sizes, step: Step) -> dict[str, f
     linear, attention = 2 * sizes.linear, 4 * sizes.query * sizes.layers
     text_pairs = rows.text * (n + 1) / 2
     passes = 2.0 if step.rank is not None else 3.0
-    if step.checkpointing:
+    if step.checkpointing and not step.keep_products:
         # Computed again up to the layer's last product, which nothing needs.
         passes += 1 - sizes.layers * sizes.width * sizes.inner / sizes.linear
     multiplied: float = linear * rows.packed
@@ -329,15 +355,19 @@ def step_of(recipe: Any) -> Step:
     training, adapter = recipe.training, recipe.adapter
     mixed = bool(training.get("bf16") or training.get("fp16"))
     pure = recipe.model.dtype == "bfloat16" and adapter.rank is None
-    checkpointing = training.get("activation_checkpointing") or training.get("gradient_checkpointing")
+    names = "activation_checkpointing", "gradient_checkpointing"
+    checkpointing = any(training.get(name) for name in names)
+    kept = any((training.get(f"{name}_kwargs") or {}).get("keep") for name in names)
     optim = str(training.get("optim", "adamw_torch"))
     return Step(
         batch=int(training.get("per_device_train_batch_size", 8)),
         length=recipe.data.block_size,
         precision="bfloat16" if pure else "autocast" if mixed else "float32",
-        checkpointing=bool(checkpointing),
+        checkpointing=checkpointing,
+        keep_products=checkpointing and bool(kept),
         rank=adapter.rank,
         quantized=adapter.quantize == "4bit",
         optimizer_bytes=2.0 if "8bit" in optim else None,
         reuse_rollout=recipe.model.reuse_rollout,
+        rows_per_backward=training.get("rows_per_backward"),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError, blaming
@@ -43,11 +43,44 @@ def ways(own: Step) -> Iterator[tuple[str, Step]]:
     if not own.checkpointing:
         if not own.reuse_rollout and not own.quantized:
             yield "outputs of the rollout reused", change(reuse_rollout=True)
+        yield "a row per backward pass", change(rows_per_backward=1)
+        if not own.quantized:
+            yield "checkpointing, products kept", change(checkpointing=True, keep_products=True)
         yield "gradient checkpointing", change(checkpointing=True)
     if own.rank is None:
         adapted = change(rank=16, precision="autocast", checkpointing=True)
         yield "adapters (rank 16), checkpointing", adapted
         yield "the same on 4 bits", dataclasses.replace(adapted, quantized=True)
+
+
+def least_work(
+    config: QuietStarConfig, sizes: Sizes, own: Step, memory: float
+) -> tuple[dict[str, Any], Step] | None:
+    """The training settings with which a step fits ``memory`` bytes and computes least twice; None if
+    none fits.
+
+    Rows at a time compute nothing twice, many at a time fill the GPU best; then comes checkpointing that
+    keeps products, and last that which keeps nothing.
+    """
+    plain = dataclasses.replace(own, checkpointing=False, keep_products=False, rows_per_backward=None)
+    counts = [n for n in range(own.batch, 0, -1) if own.batch % n == 0]
+    for checkpointing, kept in ((False, False), (True, True), (True, False)):
+        if kept and own.quantized:
+            continue
+        for count in counts:
+            rows = None if count == own.batch else count
+            way = dataclasses.replace(
+                plain, checkpointing=checkpointing, keep_products=kept, rows_per_backward=rows
+            )
+            if not fits(config, sizes, way, memory):
+                continue
+            settings: dict[str, Any] = {} if rows is None else {"rows_per_backward": rows}
+            if checkpointing:
+                settings["activation_checkpointing"] = True
+            if kept:
+                settings["activation_checkpointing_kwargs"] = {"keep": "products"}
+            return settings, way
+    return None
 
 
 def recipe_sizes(recipe: Recipe) -> tuple[QuietStarConfig, Sizes]:
@@ -94,6 +127,11 @@ def print_plan(console: Console, recipe: Recipe, memory: float, size: str) -> No
         f" {peak_bytes(config, sizes, step) / GB:.2f} GB; with a GPU's own"
         f" {CONTEXT_BYTES / GB:.1f} GB and {GAPS - 1:.0%} gaps it {verdict} {size}"
     )
+    if found := least_work(config, sizes, step, memory):
+        settings, way = found
+        says = f"training: {settings}".replace("'", "") if settings else "no part of it computed twice"
+        peak = peak_bytes(config, sizes, way) / GB
+        console.print(f"least work for that batch in {size}: {says} (peak {peak:.2f} GB)")
     console.print(f"\nlargest batch per GPU of {size}, on so many GPUs:")
     runs = [(1, False), *((count, sharded) for count in (2, 4, 8) for sharded in (False, True))]
     heads = [f"{count}{' FSDP2' if sharded else ' DDP' * (count > 1)}" for count, sharded in runs]

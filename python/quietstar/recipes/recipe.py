@@ -94,7 +94,7 @@ SECTIONS = tuple(CLASSES)
 # with other values.
 HARMLESS_PREFIXES = (
     "logging_", "log_level", "save_", "eval_", "per_device_eval", "report_to", "run_name",
-    "disable_tqdm", "dataloader_num_workers", "dataloader_p", "push_to_hub", "hub_",
+    "disable_tqdm", "rows_per_backward", "dataloader_num_workers", "dataloader_p", "push_to_hub", "hub_",
 )  # fmt: skip
 ALIASES = {("thoughts", "kind"): "thought_kind"}
 # Either name of what transformers has renamed, taken where this release knows the other alone.

@@ -32,15 +32,15 @@ import math
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.config import QuietStarConfig
+from quietstar.thinking.checkpointing import without_checkpointing
 from quietstar.thinking.kept_outputs import KeptOutputs
 from quietstar.thinking.layout import LayerKeys, ThoughtLayout
 from quietstar.thinking.positions import rope_limits
@@ -350,37 +350,3 @@ def _empty_copy(layout: ThoughtLayout, capacity: int) -> ThoughtLayout:
             keys.v_text.new_zeros(batch, heads, capacity, keys.v_text.shape[3]),
         )
     return own
-
-
-# How many threads are in passes without checkpointing, and the modules to switch it on again.
-_suspended: weakref.WeakKeyDictionary[PreTrainedModel, tuple[int, list[Any]]]
-_suspended = weakref.WeakKeyDictionary()
-_counting = threading.Lock()
-
-
-def _checkpointing(decoder: PreTrainedModel, change: int) -> None:
-    """One thread more (1) or fewer (-1) that wants no checkpointing."""
-    with _counting:
-        threads, modules = _suspended.pop(decoder, (0, []))
-        if not threads:
-            modules = [m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)]
-        if threads + change:
-            _suspended[decoder] = (threads + change, modules)
-        for module in modules:
-            module.gradient_checkpointing = not threads + change
-
-
-@contextlib.contextmanager
-def without_checkpointing(decoder: PreTrainedModel) -> Iterator[None]:
-    """For passes without gradients, where checkpointing would only drop the cache.
-
-    It comes back when the last thread has left.
-    """
-    if not decoder.training:
-        yield
-        return
-    _checkpointing(decoder, 1)
-    try:
-        yield
-    finally:
-        _checkpointing(decoder, -1)

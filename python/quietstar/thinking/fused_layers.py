@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quietstar.thinking.checkpointing import CHECKPOINT, keeps_products
 from quietstar.thinking.kept_outputs import NOT_WITH_LIGER, takes_rollout
 from quietstar.thinking.layout import ThoughtLayout
 from quietstar.thinking.text_part import decoder_layers, kind_of, text_body, text_config_of
@@ -39,6 +40,7 @@ logger = logging.getLogger("quietstar")
 WAYS = ("auto", "compile", "liger", "off")
 # Of one piece of code: with and without gradients, one length or any, dtypes, kinds of layers.
 RECOMPILE_LIMIT = 64
+HIDES_PRODUCTS = "a compiled layer hides its products and computes small operations again by itself"
 _LIGER_ATTRIBUTE = "_quietstar_liger"
 
 
@@ -100,10 +102,11 @@ def fuse_layers(decoder: PreTrainedModel, way: str = "auto") -> None:
             logger.info("the layers are not fused: %s", reason)
 
 
-def ready_for_two_backward_passes(decoder: PreTrainedModel, liger: bool) -> None:
-    """Fused layers use up what was kept for the first: those of ``"auto"`` go off.
+def unfused_for(decoder: PreTrainedModel, option: str, why: str, liger: bool = False) -> None:
+    """An option that fused layers do not go with: those of ``"auto"`` go off.
 
     Args:
+        option: its name and value in half a sentence; why: the rest, behind the layers' way.
         liger: whether liger-kernel is going to be taken.
 
     Raises:
@@ -114,10 +117,7 @@ def ready_for_two_backward_passes(decoder: PreTrainedModel, liger: bool) -> None
     way = "liger" if liger or uses_liger(decoder) else "compile"
     if way == "compile" and (not compiled or compiled[0].cuda_only):
         return fuse_layers(decoder, "off")
-    raise ValueError(
-        f"policy_max_grad_norm is set and fused_layers is {way!r}, through which one backward pass can"
-        " go, not two; expected fused_layers 'off', or policy_max_grad_norm null"
-    )
+    raise ValueError(f"{option} and fused_layers is {way!r}, {why}; expected fused_layers 'off'")
 
 
 def uses_liger(decoder: PreTrainedModel) -> bool:
@@ -130,6 +130,8 @@ def _not_compilable(decoder: PreTrainedModel) -> str | None:
     layers = decoder_layers(decoder)
     if not layers:
         return f"{kind_of(decoder)} has its layers in no list"
+    if any(keeps_products(getattr(layer, CHECKPOINT, None)) for layer in layers):
+        return f"checkpointing keeps products, and {HIDES_PRODUCTS}"
     if any("forward" in vars(layer) for layer in layers):
         return f"the forward of {type(layers[0]).__name__} was replaced (by accelerate's hooks, for one)"
     return None
@@ -145,6 +147,11 @@ def _compile(decoder: PreTrainedModel, cuda_only: bool) -> None:
 def _apply_liger(decoder: PreTrainedModel) -> None:
     if takes_rollout(decoder):
         raise ValueError(f"fused_layers is 'liger' and {NOT_WITH_LIGER}")
+    if any(keeps_products(getattr(layer, CHECKPOINT, None)) for layer in decoder_layers(decoder)):
+        raise ValueError(
+            "fused_layers is 'liger' and checkpointing keeps products, which liger-kernel overwrites;"
+            " expected one of them"
+        )
     if importlib.util.find_spec("liger_kernel") is None:
         raise ImportError("fused_layers is 'liger', which needs liger-kernel (pip install liger-kernel)")
     from liger_kernel.transformers import monkey_patch

@@ -190,6 +190,13 @@ def check_gradients(trainer: Any, keeps_copy: bool) -> None:
             f"use_liger_kernel or fused_layers asks for liger-kernel on {trainer.args.device.type}; its"
             " kernels expect a CUDA device"
         )
+    kept = getattr(trainer.args, "activation_checkpointing_kwargs", None)
+    kept = kept or getattr(trainer.args, "gradient_checkpointing_kwargs", None) or {}
+    if kept.get("keep") and trainer.args.torch_compile:
+        raise ValueError(
+            "torch_compile is True and checkpointing has keep: products, which it does not see; expected"
+            " one of them"
+        )
     deepspeed = trainer.is_deepspeed_enabled
     policy_max_norm = argument(trainer.args, "policy_max_grad_norm")
     rows = argument(trainer.args, "rows_per_backward")

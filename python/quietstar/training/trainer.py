@@ -36,7 +36,7 @@ from quietstar.modeling.meta_tokens import check_tokenizer
 from quietstar.thinking.batch_share import BatchShard
 from quietstar.thinking.documents import DESCRIPTIONS
 from quietstar.thinking.fsdp2 import put_shards_back
-from quietstar.thinking.fused_layers import ready_for_two_backward_passes
+from quietstar.thinking.fused_layers import unfused_for
 from quietstar.training import options
 from quietstar.training.arguments import argument
 from quietstar.training.around_the_step import AroundTheStep
@@ -95,7 +95,8 @@ class QuietStarTrainer(Trainer):
         max_norm = argument(self.args, "policy_max_grad_norm")
         self.policy_clipper = None if max_norm is None else PolicyClipper(max_norm)
         if max_norm is not None:
-            ready_for_two_backward_passes(options.decoder_of(self.own_model), self.args.use_liger_kernel)
+            why = "policy_max_grad_norm is set", "through which one backward pass can go, not two"
+            unfused_for(options.decoder_of(self.own_model), *why, self.args.use_liger_kernel)
         self.guard = NonFiniteGuard(argument(self.args, "max_skipped_steps"))
         self.global_batch = GlobalBatch(self.accelerator, self.args)
         self.checkpoints = CheckpointWriter(self.accelerator, self.args.should_save)
@@ -349,8 +350,7 @@ class QuietStarTrainer(Trainer):
 
     def _optimizer_parts(self) -> tuple[Any, Any, dict[nn.Parameter, str]]:
         """The optimiser itself, its schedule, and the names of the model's parameters."""
-        model = self.own_model
-        put_shards_back(model)
+        put_shards_back(model := self.own_model)
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return optimizer, self.lr_scheduler, training_state.parameter_names(model)
 
@@ -393,7 +393,7 @@ class QuietStarTrainer(Trainer):
             training_state.load_random_state(Path(checkpoint), self.args.process_index)
 
     def _load_callback_state(self) -> None:
-        """As transformers', which would look for a callback of the counts' name."""
+        # transformers would look for a callback of the counts' name.
         counts = self.state.stateful_callbacks.pop(COUNTS, None)
         super()._load_callback_state()
         if counts is not None:
