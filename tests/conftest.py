@@ -37,14 +37,18 @@ SIMD_LEVELS = ("generic", "avx2", "avx512")
 MAX_SANITIZED = 5
 # Seconds: the first test of the CUDA sources on the CPU compiles them, on as many cores as are free.
 WITH_A_BUILD = 1800
+# What a plain `pytest` leaves out of whole folders; --slow, -m or a file's name bring it back.
+LEFT_OUT = ("slow", "cuda_on_cpu")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--slow", action="store_true", help="run the slow tests of whole folders, too")
+    parser.addoption(
+        "--slow", action="store_true", help="run the slow tests and CUDA sources on the CPU, too"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out slow tests of whole folders, and under the sanitizers all but some cases of a test;
+    """Leave out some tests of whole folders, and under the sanitizers all but some cases of a test;
     give those time that may have to build."""
     kept = items
     for item in items:
@@ -52,7 +56,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.timeout(WITH_A_BUILD))
     named = any(".py" in argument for argument in config.args)
     if not (named or config.getoption("--slow") or config.getoption("-m")):
-        kept = [item for item in kept if not item.get_closest_marker("slow")]
+        kept = [item for item in kept if not any(map(item.get_closest_marker, LEFT_OUT))]
     if cuda_sources.SANITIZED:
         kept = some_cases(kept)
     config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
