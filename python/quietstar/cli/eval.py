@@ -31,7 +31,7 @@ def add_parser(commands: Commands) -> None:
         "--tasks",
         metavar="T,...",
         default="gsm8k,csqa,perplexity",
-        help="gsm8k, csqa, gsm8k-cot, perplexity, and tasks of lm-evaluation-harness"
+        help="gsm8k, csqa, svamp, gsm8k-cot, perplexity, and tasks of lm-evaluation-harness"
         " (default: gsm8k,csqa,perplexity)",
     )
     add(

@@ -74,9 +74,15 @@ class PaddingCollator:
                         " columns in every row"
                     )
         longest = max(self.min_length, *(len(row["input_ids"]) for row in checked))
-        padded = [self._padded(row, number, longest) for number, row in enumerate(checked)]
+        # Thoughts for every token, or for every anchor: the same in all rows.
+        of_anchors = all(
+            "anchors" in row and row["thought_ids"].shape[1] == len(row["anchors"])
+            for row in checked
+            if "thought_ids" in row
+        )
+        padded = [self._padded(row, number, longest, of_anchors) for number, row in enumerate(checked)]
         for name in (name for name in _RAGGED if name in columns):
-            _repeat_last(padded, name, longest)
+            _repeat_last(padded, name, longest, of_anchors and name == "anchors")
         for number, row in enumerate(padded):
             for name in columns:
                 if row[name].shape != padded[0][name].shape:
@@ -87,7 +93,9 @@ class PaddingCollator:
                     )
         return {name: torch.stack([row[name] for row in padded]) for name in columns}
 
-    def _padded(self, row: dict[str, Tensor], number: int, longest: int) -> dict[str, Tensor]:
+    def _padded(
+        self, row: dict[str, Tensor], number: int, longest: int, of_anchors: bool
+    ) -> dict[str, Tensor]:
         """A row with all its columns in their places among ``longest`` tokens."""
         length = len(row["input_ids"])
         before = longest - length if self.padding_side == "left" else 0
@@ -97,7 +105,6 @@ class PaddingCollator:
             if name in _RAGGED:
                 made[name] = value + before
             elif name == "thought_ids":
-                of_anchors = "anchors" in row and value.shape[1] == len(row["anchors"])
                 if not of_anchors and value.shape[1] != length != longest:
                     raise ValueError(
                         f"thought_ids of row {number} of a batch has shape {_shape(value)} for {length}"
@@ -124,17 +131,16 @@ def collator_for(
     return PaddingCollator(next(i for i in ids if i is not None), padding_side, min_length)
 
 
-def _repeat_last(rows: list[dict[str, Tensor]], name: str, longest: int) -> None:
-    """Give every row as many anchors as the one that has the most, and one at least; the same for the
-    thoughts that were given at them."""
+def _repeat_last(rows: list[dict[str, Tensor]], name: str, longest: int, with_thoughts: bool) -> None:
+    """Give every row as many anchors as the one that has the most, and one at least; perhaps the same
+    for the thoughts that were given at them."""
     count = max(1, *(len(row[name]) for row in rows))
     for row in rows:
         own = row[name]
         fill = own[-1:] if len(own) else own.new_full((1,), longest - 1)
         row[name] = torch.cat([own, fill.expand(count - len(own))])
-        thoughts = row.get("thought_ids")
-        if name == "anchors" and thoughts is not None and thoughts.shape[1] == len(own) != longest:
-            row["thought_ids"] = pad(thoughts, (0, 0, 0, count - len(own)))
+        if with_thoughts and "thought_ids" in row:  # of a repeated anchor they are never read
+            row["thought_ids"] = pad(row["thought_ids"], (0, 0, 0, count - len(own)))
 
 
 def _checked(row: Mapping[str, Any], number: int) -> dict[str, Tensor]:

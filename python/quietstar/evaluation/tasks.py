@@ -1,9 +1,9 @@
 """What ``quietstar eval`` can measure by itself: each task loads items, scores and summarizes them, and
 renders its table.
 
-``gsm8k``, ``csqa``     zero-shot answer probability and accuracy (reasoning.py)
-``gsm8k-cot``           zero-shot chain of thought, majority of k (chains.py)
-``perplexity``          any text, by difficulty, with controls (controls.py)
+``gsm8k``, ``csqa``, ``svamp``   zero-shot answer probability and accuracy (reasoning.py)
+``gsm8k-cot``                    zero-shot chain of thought, majority of k (chains.py)
+``perplexity``                   any text, by difficulty, with controls (controls.py)
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ CSQA = partial(
     hub_name="tau/commonsense_qa",
     hub_config=None,
     split="validation",
+    as_on_hub=reasoning.csqa_row,
+)
+SVAMP = partial(
+    load_rows, ("Body", "Question", "Answer"), hub_name="ChilleD/SVAMP", hub_config=None, split="test"
 )
 
 
@@ -258,6 +262,7 @@ class PerplexityTask(Task):
 OWN: dict[str, Callable[[str, Settings], Task]] = {
     "gsm8k": lambda name, s: AnswerTask(name, s, GSM8K, reasoning.gsm8k_text, letters=False),
     "csqa": lambda name, s: AnswerTask(name, s, CSQA, reasoning.csqa_text, letters=True),
+    "svamp": lambda name, s: AnswerTask(name, s, SVAMP, reasoning.svamp_text, letters=False),
     "gsm8k-cot": ChainTask,
     "perplexity": PerplexityTask,
 }
