@@ -107,6 +107,21 @@ def test_settings_that_do_not_go_together(file: Path, data: dict[str, Any], said
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
+def test_thoughts_where_no_completion_is(file: Path):
+    said = "thoughts.think_at is 'completion' and the data have no completions; expected"
+    with pytest.raises(UserError, match=said):
+        recipe(file, {"think_at": "completion"})
+    stages = [{"steps": 2, "think_at": "all"}, {"think_at": "completion"}]
+    for data in ({}, TEMPLATES):
+        sections = {"model": {"tokenizer": "lookup"}, "training": {"thought_schedule": stages}}
+        made = content(data={"max_train_blocks": None, **from_files(file, **data)}, **sections)
+        if data:
+            assert parse_recipe(made).data.packing == "document"
+        else:
+            with pytest.raises(UserError, match=said):
+                parse_recipe(made)
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [

@@ -151,10 +151,11 @@ class TemplateReader(PairReader):
         option = next((option for option in self._options if option.fits(row)), self._options[0])
         place = option.bounds[-1] * self._drawn(where)
         chosen = next(n for n, bound in enumerate(option.bounds) if place < bound)
-        for template in option.completions:  # a column that is missing is so for every row
+        prompt = option.prompt.fill(row)
+        for template in option.completions:  # a missing column is an error whatever is drawn
             if not template.fits(row):
                 template.fill(row)
-        return option.completions[chosen].fill(row), option.prompt.fill(row), False
+        return option.completions[chosen].fill(row), prompt, False
 
     def _drawn(self, where: object) -> float:
         """A number from 0 to 1 that belongs to the row, whatever folder its file is in."""

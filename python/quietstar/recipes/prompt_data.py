@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from quietstar.data.presets import PRESETS
@@ -67,6 +68,23 @@ def check_prompt_data(data: DataSection) -> None:
         )
     if data.messages is None:
         _templates(data, 0)
+
+
+def check_where_it_thinks(data: DataSection, thoughts: Mapping[str, Any], schedule: object) -> None:
+    """Raise :class:`UserError` for thoughts at completions that the data do not have.
+
+    Args:
+        thoughts: that section; schedule: the stages of a ``thought_schedule``, if there is one.
+    """
+    if any(getattr(data, key) is not None for key in KEYS):
+        return
+    stages = schedule if isinstance(schedule, list) else []
+    for where in (thoughts, *(stage for stage in stages if isinstance(stage, Mapping))):
+        if where.get("think_at") == "completion":
+            raise UserError(
+                "thoughts.think_at is 'completion' and the data have no completions; expected"
+                " data.prompt and data.completion, data.messages, data.preset, or another rule"
+            )
 
 
 def row_reader(data: DataSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> str | RowReader:

@@ -319,6 +319,8 @@ def check_together(recipe: Recipe) -> None:
             "data.streaming has no known length; set training.max_steps to the steps to train"
         )
     prompt_data.check_prompt_data(data)
+    stages = recipe.training.get("thought_schedule")
+    prompt_data.check_where_it_thinks(data, recipe.thoughts, stages)
     check_training(recipe.training)
     least = longest_talk(recipe) + 2
     if data.block_size < least:
