@@ -76,35 +76,39 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str
 def encode_pairs(
     tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
 ) -> Iterator[PairTokens]:
-    """The tokens of documents that have a prompt, one for each."""
+    """The tokens of documents of one source, all with a prompt; one for each."""
+    if not documents:
+        return
     eos, blank = tokenizer.eos_token_id, _Blank(tokenizer)
-    spaced = _puts_a_space_before(tokenizer)
-    for document in documents:
-        prompt, completion = document.prompt or "", document.text
-        before = _ids(tokenizer, prompt, special=not document.rendered)
-        if before and before[-1] == eos and not prompt.endswith(str(tokenizer.eos_token)):
+    texts = [document.prompt or "" for document in documents]
+    prompts = _ids(tokenizer, texts, special=not documents[0].rendered)
+    completions = _continuations(tokenizer, [document.text for document in documents])
+    for text, before, after in zip(texts, prompts, completions, strict=True):
+        if before and before[-1] == eos and not text.endswith(str(tokenizer.eos_token)):
             before.pop()  # some tokenizers close every text
-        after = _continuation(tokenizer, completion) if spaced else _ids(tokenizer, completion)
         if eos is not None and after[-1:] != [eos]:
             after.append(eos)
         skipped = next((n for n, token in enumerate(after) if not blank(token)), len(after))
         yield PairTokens(before + after, len(before), len(before) + skipped - 1)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = False) -> list[list[int]]:
     # verbose=False: what is too long for the model's context is left out later, no warning needed.
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+    made = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    return [list(ids) for ids in made]
 
 
-def _puts_a_space_before(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a text and the same behind a space have the same ids, as in the sentencepiece kind."""
-    return _ids(tokenizer, "a") == _ids(tokenizer, " a")
-
-
-def _continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of a text that goes on behind another, where one by itself would get a space before it."""
-    head, ids = _ids(tokenizer, _BEFORE), _ids(tokenizer, _BEFORE + text)
-    return ids[len(head) :] if ids[: len(head)] == head else _ids(tokenizer, text)
+def _continuations(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The ids of texts that go on behind another; by itself one would get a space before it from a
+    tokenizer of the sentencepiece kind, where a text has the same ids as behind a space."""
+    found, (plain, spaced) = _ids(tokenizer, texts), _ids(tokenizer, ["a", " a"])
+    if plain != spaced:
+        return found
+    head, *behind = _ids(tokenizer, [_BEFORE, *(_BEFORE + text for text in texts)])
+    return [
+        ids[len(head) :] if ids[: len(head)] == head else own
+        for ids, own in zip(behind, found, strict=True)
+    ]
 
 
 class _Blank:
