@@ -9,6 +9,7 @@ from real_data import real_data
 from small_recipes import content, from_files
 from small_training import Interrupt
 
+from quietstar.cli import app as cli
 from quietstar.errors import UserError
 from quietstar.files import read_json
 from quietstar.plan.costs import Rows, step_of
@@ -194,6 +195,40 @@ def test_the_preset_on_the_published_file(tmp_path):
     )
     train, _ = build_data(made, build_tokenizer(made.model), progress=False)
     assert len(train) == 600
+
+
+def test_a_real_model_on_published_problems(tmp_path, capsys):
+    """Trained where the completion begins, and measured there; asides for half of the rows."""
+    aside = " ({Equation:equation} = {Answer:number}) {Answer:number}\n"
+    made = parse_recipe(
+        {
+            "model": {"name": str(real_data("stories260K"))},
+            "data": {
+                "preset": "svamp",
+                "completion": [" {Answer:number}\n", aside],
+                "files": str(real_data("svamp/train.jsonl")),
+                "block_size": 256,
+            },
+            "thoughts": {"think_at": "completion", "thought_length": 3, "talk_length": 3},
+            "training": {"max_steps": 3, "per_device_train_batch_size": 4, "use_cpu": True},
+        }
+    )
+    train, _ = build_data(made, build_tokenizer(made.model), progress=False)
+    tokenizer = build_tokenizer(made.model)
+    rows = [train[n] for n in range(50)]
+    texts = [tokenizer.decode(row["input_ids"][row["labels"] != -100]) for row in rows]
+    assert {text.lstrip()[0] == "(" for text in texts} == {True, False}
+    assert all(len(row["completion_anchors"]) == 1 for row in rows)
+    run_recipe(made, tmp_path / "run", progress=False)
+    words = ["eval", tmp_path / "run", "--tasks", "completions,svamp", "--preset", "svamp", "--limit", 6]
+    for task in ("completions", "svamp"):
+        words += ["--data", f"{task}={real_data('svamp/test.jsonl')}"]
+    words += ["--output", tmp_path / "out.json", "--quiet", "--device", "cpu"]
+    assert cli.main([str(word) for word in words]) == 0
+    shown = capsys.readouterr().out
+    assert "completions: 6 items" in shown and "svamp: 6 items" in shown
+    found = read_json(tmp_path / "out.json")["tasks"]
+    assert 0 < found["completions"]["nll"]["base"]["mean"] < 60
 
 
 def test_the_plan_counts_a_thought_per_completion(file: Path):
