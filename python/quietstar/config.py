@@ -102,7 +102,9 @@ class QuietStarConfig(PretrainedConfig):
             prediction stands alone.
         think_at: which positions think: ``"all"``, ``"stride:k"`` (every k-th of a document),
             ``"random:p"`` (a share p of a row's text tokens, drawn anew each step),
-            ``"entropy-share:p"`` (the share p with the highest base entropy; ``"entropy:p"`` for short).
+            ``"entropy-share:p"`` (the share p with the highest base entropy; ``"entropy:p"`` for short),
+            ``"completion"`` (before the first token of each completion that is not blank) or
+            ``"loss:x:y"`` (where the base prediction's loss of the true next token is from x to y nats).
             The grammar is that of ``thinking`` in generation (:mod:`quietstar.think_rules`).
         thought_kind: ``"sampled"``; ``"pause"`` (a control: the start embedding stands in every thought
             slot, nothing is sampled); ``"none"`` (a control: plain language modelling).

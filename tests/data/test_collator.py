@@ -133,9 +133,25 @@ def test_thoughts_that_do_not_fit_their_rows():
     ]
     with pytest.raises(ValueError, match=r"thought_ids of row 0 .* has shape \[1, 2, 4\] for 5 tokens"):
         PaddingCollator()(rows)
-    rows = [{"input_ids": [3, 4, 5], "anchors": [0] * n} for n in (1, 2)]
-    with pytest.raises(ValueError, match=r"anchors of rows 0 and 1 .* \[1\] and \[2\]"):
-        PaddingCollator()(rows)
+
+
+def test_rows_with_fewer_anchors_repeat_their_last():
+    rows = [
+        {"input_ids": [3, 4, 5, 6], "anchors": [1, 2, 3], "completion_anchors": [2]},
+        {"input_ids": [3, 4], "anchors": [0], "completion_anchors": [0]},
+        {"input_ids": [3, 4, 5], "anchors": [], "completion_anchors": []},
+    ]
+    for side, anchors, completions in (
+        ("right", [[1, 2, 3], [0, 0, 0], [3, 3, 3]], [[2], [0], [3]]),
+        ("left", [[1, 2, 3], [2, 2, 2], [3, 3, 3]], [[2], [2], [3]]),
+    ):
+        batch = PaddingCollator(0, side)(rows)
+        assert batch["anchors"].tolist() == anchors and batch["anchors"].dtype == torch.int64
+        assert batch["completion_anchors"].tolist() == completions
+    thoughts = [np.full((1, n, 2), 7) for n in (3, 1, 0)]
+    given = [{**row, "thought_ids": ids} for row, ids in zip(rows, thoughts, strict=True)]
+    assert PaddingCollator()(given)["thought_ids"].shape == (3, 1, 3, 2)
+    assert PaddingCollator()(rows[2:])["anchors"].tolist() == [[2]]
 
 
 def test_rows_without_a_target_change_nothing(caplog):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation_cases import CSQA_ROWS, GSM_ROWS, run
+from real_data import real_data
 from small_recipes import rejected, run_python
 
 from quietstar import QuietStarForCausalLM
@@ -70,6 +71,74 @@ def test_hub_items_have_the_same_columns(monkeypatch, merging):
     assert len(OWN["gsm8k"]("gsm8k", Settings(limit=4)).items(merging)) == 4
     assert OWN["csqa"]("csqa", Settings()).items(merging)[1]["answerKey"] == "B"
     assert asked == [("openai/gsm8k", "main", "test"), ("tau/commonsense_qa", None, "validation")]
+
+
+def test_commonsense_qa_in_its_own_layout(tmp_path, csqa_file: Path, merging):
+    """The same items as those of the hub's columns, so that a journal of either serves the other."""
+    own = [
+        {
+            "id": row["id"],
+            "answerKey": row["answerKey"],
+            "question": {
+                "stem": row["question"],
+                "question_concept": "plate",
+                "choices": [
+                    {"label": label, "text": text}
+                    for label, text in zip(*row["choices"].values(), strict=True)
+                ],
+            },
+        }
+        for row in CSQA_ROWS
+    ]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(map(json.dumps, own)))
+    found = OWN["csqa"]("csqa", Settings(data=path)).items(merging)
+    assert found == OWN["csqa"]("csqa", Settings(data=csqa_file)).items(merging)
+    for key, value, said in (
+        (
+            "question",
+            {"stem": 3},
+            r"cannot be used: choices is .*; expected \{'label'|choices are labelled",
+        ),
+        ("question", {"choices": own[0]["question"]["choices"]}, "question is None; expected text"),
+        ("answerKey", "F", "answerKey is 'F'; expected one of A, B"),
+        ("question", "flat", "has no column 'choices'; its columns are: answerKey, id, question"),
+    ):
+        path.write_text(json.dumps({**own[0], key: value}))
+        with pytest.raises(UserError, match=said):
+            OWN["csqa"]("csqa", Settings(data=path)).items(merging)
+
+
+def test_svamp(tmp_path, folder: str, capsys):
+    rows = [
+        {"Body": f"Tom has {n} apples", "Question": "How many?", "Answer": float(n)} for n in range(4, 8)
+    ]
+    path = tmp_path / "svamp.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*rows, {**rows[0], "Answer": "many"}])))
+    assert reasoning.svamp_text(rows[0]) == (
+        "Question: Tom has 4 apples. How many?\nAnswer:",
+        " 4\n",
+    )
+    output = tmp_path / "out.json"
+    assert run(folder, "--tasks", "svamp", "--data", path, "--output", output) == 0
+    shown = capsys.readouterr()
+    assert "svamp: 4 items, zero-shot" in shown.out
+    found = json.loads(output.read_text())["tasks"]["svamp"]
+    assert set(found["exact_match"]) == set(found["probability"]) == {"base", "mixed", "gain"}
+
+
+@pytest.mark.parametrize(
+    ("task", "file"),
+    [
+        ("svamp", "svamp/test.jsonl"),
+        ("csqa", "commonsenseqa/dev.jsonl"),
+        ("gsm8k", "gsm8k/test.jsonl"),
+    ],
+)
+def test_published_files(task: str, file: str, merging):
+    path = real_data(file)
+    items = OWN[task](task, Settings(data=path, max_length=4000)).items(merging)
+    assert len(items) == len(path.read_text().splitlines())
 
 
 def test_the_journal_finds_its_items(tmp_path):

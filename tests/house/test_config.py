@@ -11,7 +11,7 @@ from small_training import small_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quietstar import QuietStarConfig, QuietStarForCausalLM
-from quietstar.think_rules import parse_rule
+from quietstar.think_rules import loss_bounds, parse_rule
 
 MISSPELT = r"no field 'thougth_length'; did you mean thought_length\?"
 
@@ -100,6 +100,14 @@ def test_both_settings_of_where_to_think_have_one_grammar():
         assert parse_rule("think_at", f"entropy-share:{number}") == share
         assert parse_rule("thinking", f"entropy-nats:{number}") == nats
     assert parse_rule("thinking", "entropy-nats:2.5") == ("entropy", 2.5)
+    assert parse_rule("think_at", "completion") == ("completion", 1.0)
+    assert parse_rule("think_at", "loss:1:4.5") == ("loss", 1.0) and loss_bounds("loss:1:4.5") == (
+        1,
+        4.5,
+    )
+    for rule in ("loss:1:4.5", "completion"):
+        with pytest.raises(ValueError, match=f"thinking is '{rule}', a rule of think_at, as generation"):
+            parse_rule("thinking", rule)
     for name, rule in (("think_at", "entropy-nats:0.5"), ("thinking", "entropy-share:0.5")):
         with pytest.raises(ValueError, match=f"{name} is '{rule}'; expected"):
             parse_rule(name, rule)
@@ -121,6 +129,14 @@ def test_both_settings_of_where_to_think_have_one_grammar():
         ({"think_at": "stride:0"}, "think_at is 'stride:0'"),
         ({"think_at": "entropy-nats:0.5"}, "think_at is 'entropy-nats:0.5'; expected .*entropy-share:p"),
         ({"think_at": "random:1.5"}, "think_at is 'random:1.5'"),
+        (
+            {"think_at": "completion:2"},
+            "think_at is 'completion:2'; expected .*'completion', or 'loss:x",
+        ),
+        *(
+            ({"think_at": rule}, f"think_at is '{rule}'; expected .* 'loss:x:y' with 0 <= x < y")
+            for rule in ("loss", "loss:1", "loss:2:1", "loss:1:2:3", "loss:-1:2", "loss:a:b", "loss::2")
+        ),
         ({"reward": "gain"}, "reward is 'gain'; expected one of"),
         ({"advantage": "median"}, "advantage is 'median'; expected one of"),
         ({"advantage": "normalized", "num_rationales": 1}, "expected at least 2 thoughts to compare"),

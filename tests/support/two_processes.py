@@ -47,6 +47,9 @@ CASES: dict[str, dict[str, Any]] = {
         "think_at": "entropy:0.5",
         "fields": {"reward": "information-gain", "entropy_bonus": 0.3},
     },
+    # Rows with one, two or no completion; the counts of all are known before the pass.
+    "ddp-completion": {"padded": True, "accumulate": 2, "think_at": "completion", "completions": True},
+    "fsdp-loss": {"padded": True, "think_at": "loss:3.5:4.2", "arguments": FSDP},
     # Each process learns from its two rows one after the other.
     "ddp-row-parts": {
         "think_at": "random:0.5",
@@ -113,6 +116,8 @@ def rows(case: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
         if case.get("padded"):
             mask[LENGTH - number % 5 :] = 0
         row = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        if case.get("completions"):
+            row["completion_anchors"] = torch.tensor([1, 4][: number % 3])
         if number in case.get("without", ()):
             row["labels"] = torch.full_like(ids, -100)
         if case.get("thoughts", True):

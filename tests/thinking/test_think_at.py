@@ -41,7 +41,9 @@ def cost():
         for name, value in fields.items():
             setattr(model.config, name, value)
         with use_impl("reference"), Operations() as operations:
-            model(ids, labels=ids).loss.backward()
+            output = model(ids, labels=ids, completion_anchors=torch.tensor([[20], [9]]))
+            output.loss.backward()
+        count.share = output.anchors.shape[1] / LENGTH if model.config.thinks else 0
         return operations.total
 
     return count
@@ -49,12 +51,19 @@ def cost():
 
 @pytest.mark.parametrize(
     ("rule", "share"),
-    [("stride:2", 1 / 2), ("stride:8", 1 / 8), ("random:0.25", 1 / 4), ("entropy:0.125", 1 / 8)],
+    [
+        *(("stride:2", 1 / 2), ("stride:8", 1 / 8), ("random:0.25", 1 / 4), ("entropy:0.125", 1 / 8)),
+        *(("completion", 1 / 64), ("loss:6.2:8", None)),
+    ],
 )
-def test_cost_falls_in_proportion(cost, rule: str, share: float):
+def test_cost_falls_in_proportion(cost, rule: str, share: float | None):
     text = cost(thought_kind="none")
     everywhere = cost(thought_kind="sampled", think_at="all")
     found = cost(think_at=rule)
+    if share is None:  # that of the row with the most such positions
+        share = cost.share
+        assert 0.2 < share < 0.8
+    assert cost.share == share
     assert text < 0.15 * everywhere
     # The text goes through the decoder twice (rollout and packed pass), whoever thinks; the entropy rule
     # looks at its predictions once more.

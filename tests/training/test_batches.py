@@ -77,14 +77,43 @@ def test_eight_small_batches_are_one_large(tmp_path, layout: str, fields: str, s
     assert entry["rows_without_targets"] == (0 if layout == "packed" else 2)
 
 
-def test_where_positions_follow_from_the_pass_micro_batches_weigh_as_their_targets(tmp_path):
+@pytest.mark.parametrize("rule", ["entropy:0.5", "loss:4:4.6"])
+def test_where_positions_follow_from_the_pass_micro_batches_weigh_as_their_targets(tmp_path, rule: str):
     """The base prediction's mean is exact; an empty micro-batch weighs nothing."""
-    fields = {"think_at": "entropy:0.5", "base_loss_weight": 1.0, "clamp_advantage": False}
+    fields = {"think_at": rule, "base_loss_weight": 1.0, "clamp_advantage": False}
     (whole, _), (pieces, _) = (
         step(tmp_path, "right", n, {**fields, "policy_weight": 0.0}) for n in (8, 1)
     )
     assert whole.norm() > 0.1
     assert (whole - pieces).norm() < 1e-5 * whole.norm()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ["anchors", "completion_anchors"])
+def test_rows_with_anchors_of_their_own(tmp_path, side: str, name: str):
+    """Collated by the trainer, ragged: eight micro-batches of one row are one batch of eight."""
+    found = []
+    made = [row for (row,) in data("right")]
+    for number, row in enumerate(made):
+        length = len(row["input_ids"])
+        row[name] = torch.arange(0, length, 2 + number % 3)[: 1 + number % 4]
+    for batch in (8, 1):
+        model = build(policy_weight=2.0, think_at="completion" if name.startswith("c") else "all")
+        before = [p.detach().clone() for p in model.parameters()]
+        settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
+        settings |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": 8 // batch}
+        run = trainer(tmp_path, model, made, lr_scheduler_type="constant", **settings)
+        run.data_collator.padding_side = side
+        run.train()
+        moved = [(o - p.detach()).flatten() for o, p in zip(before, model.parameters(), strict=True)]
+        found.append(torch.cat(moved))
+        bare = [{k: v for k, v in row.items() if k != "thought_ids"} for row in made]
+        assert run.evaluate(bare)["eval_talk_loss_0"] > 0
+        # Predictions are at every position, whatever thinks.
+        run.compute_metrics = lambda given: {"width": given.predictions.shape[1]}
+        assert run.evaluate(bare)["eval_width"] == max(len(row["input_ids"]) for row in made)
+    whole, pieces = found
+    assert whole.norm() > 0.1 and (whole - pieces).norm() < 1e-5 * whole.norm()
 
 
 # ---- without a target ---------------------------------------------------------------------------

@@ -15,6 +15,8 @@ CASES: dict[str, dict[str, Any]] = {
     "stride": {"think_at": "stride:3"},
     "random": {"think_at": "random:0.4"},
     "entropy": {"think_at": "entropy:0.4"},
+    "completion": {"think_at": "completion"},
+    "loss": {"think_at": "loss:3.5:4.2"},
     "paper": {"policy_mean": "paper", "entropy_bonus": 0.1},
     "pause": {"thought_kind": "pause"},
     "information gain": {"reward": "information-gain"},
@@ -29,6 +31,7 @@ def uneven(count: int = 12) -> list[dict[str, torch.Tensor]]:
     for number, row in enumerate(made):
         row["labels"] = row["labels"].clone()
         row["document_ids"] = (torch.arange(LENGTH) > number % 5 + 2).long()
+        row["completion_anchors"] = torch.tensor([1, 7][: 1 + number % 2])
     made[1]["labels"][:] = -100
     made[2]["labels"][:5] = -100
     return made
@@ -65,7 +68,7 @@ def assert_same(found: tuple[dict, list[dict]], expected: tuple[dict, list[dict]
             assert ours.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), rel=2e-4, abs=2e-6), name
 
 
-@pytest.mark.parametrize(("name", "size"), zip(CASES, (1, 2, 3, 1, 3, 2, 3, 1), strict=True))
+@pytest.mark.parametrize(("name", "size"), zip(CASES, (1, 2, 3, 1, 3, 2, 3, 2, 3, 1), strict=True))
 def test_the_weights_are_those_of_the_whole_micro_batch(name: str, size: int, tmp_path):
     found = [
         train(tmp_path, uneven(), small_model(num_rationales=2, **CASES[name]).double(), **settings)

@@ -31,7 +31,7 @@ def add_parser(commands: Commands) -> None:
         "--tasks",
         metavar="T,...",
         default="gsm8k,csqa,perplexity",
-        help="gsm8k, csqa, gsm8k-cot, perplexity, and tasks of lm-evaluation-harness"
+        help="gsm8k, csqa, svamp, gsm8k-cot, completions, perplexity, and tasks of lm-evaluation-harness"
         " (default: gsm8k,csqa,perplexity)",
     )
     add(
@@ -55,6 +55,9 @@ def add_parser(commands: Commands) -> None:
         default="always",
         help="gsm8k-cot: always (the default), never, every:K or entropy-nats:X, as in generate",
     )
+    add("--preset", metavar="NAME", help="completions: a known question set, as data.preset of a recipe")
+    for part in ("prompt", "completion"):
+        add(f"--{part}", metavar="TEMPLATE", help=f"completions: as data.{part} of a recipe")
     add("--include-path", metavar="DIR", type=Path, help="task files for lm-evaluation-harness")
     add("--seed", metavar="N", type=int, default=0, help="default: 0")
     add("--quiet", action="store_true", help="no progress bars")
@@ -143,5 +146,6 @@ def settings_of(args: argparse.Namespace, data: Path | None) -> Settings:
         limit=args.limit,
         max_length=args.max_length,
         block_size=args.block_size,
+        templates={name: getattr(args, name) for name in ("prompt", "completion", "preset")},
         chains=chains,
     )

@@ -2,37 +2,37 @@
 
     source (sources.py) -> documents -> tokens -> blocks of block_size -> collated batches
 
-Three ways to fill a block (``packing``):
-
-- ``concat``: documents follow one another, each closed by the end-of-text token, and the stream is
-  cut every ``block_size`` tokens; no padding, the last incomplete block is dropped;
-- ``packed``: the same cut, but documents in a block are kept apart: no attention, no thought's talk and
-  no prediction goes from one to the next, and position ids start anew in each;
-- ``document``: one document per row, cut after ``block_size`` tokens, padded in the batch.
+How a block is filled is in :mod:`quietstar.data.cutting`, how a prompt and its completion become tokens
+in :mod:`quietstar.data.pairs`.
 
 :class:`TokenBlocks` keeps everything in memory and has a length, :class:`StreamedBlocks` reads as
 it goes. Items have ``input_ids``, ``attention_mask`` and ``labels``, int64 of [n], n <= block_size, and
-if packed ``document_ids``, which number the documents in the block from 1.
+if packed ``document_ids``, which number the documents in the block from 1. With prompts and completions
+the labels of prompts are -100, and ``completion_anchors`` are the positions before each completion's
+first token that is not blank.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from quietstar.data.collator import IGNORED as IGNORED
 from quietstar.data.collator import PaddingCollator as PaddingCollator
 from quietstar.data.collator import collator_for as collator_for
+from quietstar.data.cutting import PACKINGS as PACKINGS
+from quietstar.data.cutting import Block, Blocks, Cutter, Ints, Item, Marks, item_of
+from quietstar.data.cutting import PackedBlock as PackedBlock
+from quietstar.data.cutting import PairBlock as PairBlock
+from quietstar.data.cutting import cut_blocks as cut_blocks
 from quietstar.data.left_out import LeftOut
+from quietstar.data.pairs import PairTokens, encode_pairs
 from quietstar.data.stdlib import Document
 from quietstar.data.streams import Position, batches
 from quietstar.errors import UserError
@@ -40,7 +40,6 @@ from quietstar.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PACKINGS = ("concat", "document", "packed")
 # Documents tokenized in one call: enough for the tokenizer's own threads, little enough to stream.
 TOKENIZER_BATCH = 64
 
@@ -48,44 +47,6 @@ TOKENIZER_BATCH = 64
 REMEMBERED = 256
 BEGINNING: Position = {"rows": 0, "in_pass": 0, "drop": 0, "rest": [], "numbers": []}
 BEGINNING |= {"documents": 0, "source": None}
-
-Ints = NDArray[np.int32]
-Block = list[int]
-Item = dict[str, torch.Tensor]
-
-
-class PackedBlock(list[int]):
-    """A block and the number of the document that each of its tokens is from (from 1)."""
-
-    documents: list[int]
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How tokens are cut: block size, packing, and the shortest row worth keeping.
-
-    ``min_tokens`` is talk_length + 2: a shorter row has no position that a thought could be judged
-    by.
-    """
-
-    block_size: int
-    packing: str = "concat"
-    min_tokens: int = 2
-
-    def __post_init__(self) -> None:
-        if self.packing not in PACKINGS:
-            raise UserError(f"data.packing is {self.packing!r}; expected one of {', '.join(PACKINGS)}")
-        if self.block_size < self.min_tokens:
-            raise UserError(
-                f"data.block_size is {self.block_size}; expected at least {self.min_tokens} "
-                "(talk_length + 2)"
-            )
-
-    def unsupported_reason(self, ids: list[int]) -> str | None:
-        """Why a document with these tokens gives no row; None if it does."""
-        if self.packing == "document" and len(ids) < self.min_tokens:
-            return f"has fewer than {self.min_tokens} tokens (talk_length + 2)"
-        return None if ids else "has no text"
 
 
 def tokenize(documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
@@ -104,6 +65,9 @@ def _tokenized(
     eos = tokenizer.eos_token_id
     stream = iter(documents)
     while batch := list(islice(stream, TOKENIZER_BATCH)):
+        if batch[0].prompt is not None:  # as have all of a source
+            yield from zip(batch, encode_pairs(tokenizer, batch), strict=True)
+            continue
         texts = [document.text for document in batch if document.text]
         # verbose=False: documents longer than the model's context are cut below, no warning needed.
         token_lists = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else ())
@@ -127,91 +91,44 @@ def _counted(
         yield ids
 
 
-def cut_blocks(token_lists: Iterable[list[int]], blocks: Blocks) -> Iterator[Block]:
-    """Cut the tokens of documents into rows of at most ``blocks.block_size`` (see the module).
-
-    With ``document`` packing those of fewer than ``min_tokens`` are left out.
-    """
-    cutter = _Cutter(blocks)
-    for ids in token_lists:
-        yield from cutter.feed(ids)
-
-
-class _Cutter:
-    """Cuts a stream of documents; ``rest`` holds the tokens that do not fill a block yet.
-
-    ``numbers``: for each of these tokens, the number of its document.
-    """
-
-    def __init__(self, blocks: Blocks, rest: Iterable[int] = (), numbers: Iterable[int] = ()) -> None:
-        self.blocks = blocks
-        self.rest, self.numbers = list(rest), list(numbers)
-        self._next = max(self.numbers, default=-1) + 1
-
-    def feed(self, ids: list[int]) -> Iterator[Block]:
-        """Take a document; yields the blocks that are complete with it."""
-        size, rest, numbers = self.blocks.block_size, self.rest, self.numbers
-        if self.blocks.packing == "document":
-            if len(ids) >= self.blocks.min_tokens:
-                yield ids[:size]
-            return
-        rest.extend(ids)
-        numbers.extend([self._next] * len(ids))
-        self._next += 1
-        whole = len(rest) - len(rest) % size
-        # Taken out before a block is handed on, so that the rest is always what is left.
-        ready, of = rest[:whole], numbers[:whole]
-        del rest[:whole], numbers[:whole]
-        for start in range(0, whole, size):
-            block = ready[start : start + size]
-            if self.blocks.packing == "packed":
-                block = PackedBlock(block)
-                # 1 for the first number, 2 for the next that differs (empty documents leave gaps).
-                seen: dict[int, int] = {}
-                block.documents = [seen.setdefault(n, len(seen) + 1) for n in of[start : start + size]]
-            yield block
-
-
-def _item(tokens: Sequence[int] | Ints, numbers: Sequence[int] | Ints | None) -> Item:
-    ids = torch.as_tensor(tokens, dtype=torch.int64)
-    item = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-    if numbers is not None:
-        item["document_ids"] = documents = torch.as_tensor(numbers, dtype=torch.int64)
-        # Nothing within its document stands before a first token to predict it from.
-        item["labels"][1:][documents[1:] != documents[:-1]] = IGNORED
-    return item
-
-
 class TokenBlocks(Dataset[Item]):
     """Rows of token ids in memory.
 
     ``tokens`` [rows, block_size] int32, ``lengths`` [rows]: how many of each row are text;
-    ``documents`` [rows, block_size] int32, None where a row is one document.
+    ``documents`` [rows, block_size] int32, None where a row is one document; ``marks``
+    [rows, block_size] int8 of prompts and completions, None where a row is text.
     """
 
-    def __init__(self, tokens: Ints, lengths: Ints, documents: Ints | None = None) -> None:
+    def __init__(
+        self, tokens: Ints, lengths: Ints, documents: Ints | None = None, marks: Marks | None = None
+    ) -> None:
         self.tokens = tokens
         self.lengths = lengths
         self.documents = documents
+        self.marks = marks
 
     @classmethod
     def from_rows(cls, rows: Iterable[Block], block_size: int) -> TokenBlocks:
         """Store rows of at most ``block_size`` ids."""
         # Growing flat arrays: lists of Python integers would take ten times the memory.
-        flat, numbers, lengths = array("i"), array("i"), array("i")
+        flat, numbers, lengths, marked = array("i"), array("i"), array("i"), array("b")
         for row in rows:
             flat.extend(row)
             numbers.extend(row.documents if isinstance(row, PackedBlock) else ())
+            marked.extend(row.marks if isinstance(row, PairBlock) else ())
             lengths.append(len(row))
         sizes = np.asarray(lengths, dtype=np.int32)
         tokens = np.zeros((len(lengths), block_size), dtype=np.int32)
         kept = np.arange(block_size)[None, :] < sizes[:, None]
         tokens[kept] = flat
-        if not numbers:
-            return cls(tokens, sizes)
-        documents = np.zeros_like(tokens)
-        documents[kept] = numbers
-        return cls(tokens, sizes, documents)
+        documents = marks = None
+        if numbers:
+            documents = np.zeros_like(tokens)
+            documents[kept] = numbers
+        if marked:
+            marks = np.zeros(tokens.shape, dtype=np.int8)
+            marks[kept] = marked
+        return cls(tokens, sizes, documents, marks)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -219,7 +136,8 @@ class TokenBlocks(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         length = self.lengths[index]
         numbers = None if self.documents is None else self.documents[index, :length]
-        return _item(self.tokens[index, :length], numbers)
+        marks = None if self.marks is None else self.marks[index, :length]
+        return item_of(self.tokens[index, :length], numbers, marks)
 
     @property
     def num_tokens(self) -> int:
@@ -296,16 +214,21 @@ class StreamedBlocks(IterableDataset[Item]):
     def _rows(self, start: Position, limit: int | None, worker: Any = None) -> Iterator[Item]:
         """Rows from a position on, at most ``limit`` in each pass; of a loader worker, its share."""
         rows, begun = start["rows"], start["rows"] - start["in_pass"]
-        cutter = _Cutter(self.blocks, start["rest"], start["numbers"])
+        pairs = map(PairTokens.of_plain, start.get("pairs", ()))  # which older positions do not have
+        cutter = Cutter(self.blocks, start["rest"], start["numbers"], pairs)
         while True:
             for position, batch in batches(*self._open(worker), TOKENIZER_BATCH, start):
-                kept = {"rest": list(cutter.rest), "numbers": list(cutter.numbers)}
+                kept: Position = {"rest": list(cutter.rest), "numbers": list(cutter.numbers)}
+                kept["pairs"] = [pair.to_plain() for pair in cutter.pairs]
                 self._past.append({**position, **kept, "rows": rows, "in_pass": rows - begun})
-                for ids in _counted(batch, self.tokenizer, self.blocks, self.left_out):
-                    for row in cutter.feed(ids):
+                found = _counted(batch, self.tokenizer, self.blocks, self.left_out)
+                ready = (cutter.feed(ids) for ids in found) if batch else [cutter.end()]
+                for blocks in ready:
+                    for row in blocks:
                         if limit is None or rows - begun < limit:
                             rows += 1
-                            yield _item(row, getattr(row, "documents", None))
+                            numbers = getattr(row, "documents", None) or None
+                            yield item_of(row, numbers, getattr(row, "marks", None))
                     if limit is not None and rows - begun >= limit:
                         break  # what follows is not read, and nothing is said about it
                 if limit is not None and rows - begun >= limit:
@@ -316,7 +239,7 @@ class StreamedBlocks(IterableDataset[Item]):
                 raise UserError(
                     f"the stream gave no row of {self.blocks.block_size} tokens; lower data.block_size"
                 )
-            start, begun, cutter = BEGINNING, rows, _Cutter(self.blocks)
+            start, begun, cutter = BEGINNING, rows, Cutter(self.blocks)
 
 
 def read_blocks(
@@ -335,15 +258,16 @@ def read_blocks(
     """
     from transformers.utils.logging import tqdm
 
-    seen = {"documents": 0, "tokens": 0}
+    seen, left_out = {"documents": 0, "tokens": 0, "pairs": 0}, LeftOut()
 
     def counted() -> Iterator[list[int]]:
         # Documents are tokenized one batch ahead of the rows; counting here, one by one, tells how
         # many were used when max_blocks stops the reading.
         texts = islice(open_source(), skip, None)
         with tqdm(desc=f"tokenizing {what}", unit=" tokens", disable=not progress) as bar:
-            for ids in _counted(texts, tokenizer, blocks, LeftOut()):
+            for ids in _counted(texts, tokenizer, blocks, left_out):
                 seen["documents"] += 1
+                seen["pairs"] += isinstance(ids, PairTokens)
                 seen["tokens"] += len(ids)
                 bar.update(len(ids))
                 yield ids
@@ -357,6 +281,8 @@ def read_blocks(
                 " data.eval_blocks=0 or, for text files, data.txt_documents"
             )
             raise UserError(f"{what} has no documents" + (taken if skip else ""))
+        if seen["pairs"]:
+            left_out.check(what)
         needed, which = blocks.block_size, "block_size"
         if blocks.packing == "document":
             needed, which = blocks.min_tokens, "talk_length + 2"

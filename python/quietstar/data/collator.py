@@ -22,8 +22,11 @@ _SHAPES = {
     **dict.fromkeys(("document_ids", "position_ids", "seq_idx"), "[tokens]"),
     "thought_ids": "[rationales, tokens, thought_length]",
     "anchors": "[anchors]",
+    "completion_anchors": "[completions]",
     "baseline_losses": "[tokens - 1]",
 }
+# Positions of a row: as many as it has.
+_RAGGED = ("anchors", "completion_anchors")
 # What tokenizers and samplers have beside them, which the model has no use for.
 _LEFT_OUT = ("token_type_ids", "special_tokens_mask", "length")
 
@@ -34,13 +37,16 @@ class PaddingCollator:
 
     A row has ``input_ids`` [n], and may have ``attention_mask`` [n] (default: all text), ``labels`` [n]
     (or by transformers' other name, ``label_ids``), ``document_ids``, ``position_ids`` or ``seq_idx``
-    [n], ``thought_ids`` [R, n, T], ``anchors`` [A] (then ``thought_ids`` may be [R, A, T]) and
-    ``baseline_losses`` [n-1]; as lists, arrays or tensors. All rows have the same columns.
+    [n], ``thought_ids`` [R, n, T], ``anchors`` [A] (then ``thought_ids`` may be [R, A, T]),
+    ``completion_anchors`` [C] and ``baseline_losses`` [n-1]; as lists, arrays or tensors. All rows have
+    the same columns.
 
     Returns ``input_ids``, ``attention_mask`` (1 at text), ``labels`` (-100 at pads, and at a first
     token that only pads precede) and the others, each [B, longest] int64 or with that many tokens.
     The mask alone says what is padding: ``pad_id`` may equal the end-of-text id. A row without a target
-    stays in the batch, where it counts nowhere.
+    stays in the batch, where it counts nowhere. A row with fewer anchors than another has its last one
+    repeated, which the model counts once; one without any gets the batch's last position, of which
+    nothing can be predicted.
 
     Args:
         min_length: batches have at least so many tokens per row.
@@ -68,7 +74,15 @@ class PaddingCollator:
                         " columns in every row"
                     )
         longest = max(self.min_length, *(len(row["input_ids"]) for row in checked))
-        padded = [self._padded(row, number, longest) for number, row in enumerate(checked)]
+        # Thoughts for every token, or for every anchor: the same in all rows.
+        of_anchors = all(
+            "anchors" in row and row["thought_ids"].shape[1] == len(row["anchors"])
+            for row in checked
+            if "thought_ids" in row
+        )
+        padded = [self._padded(row, number, longest, of_anchors) for number, row in enumerate(checked)]
+        for name in (name for name in _RAGGED if name in columns):
+            _repeat_last(padded, name, longest, of_anchors and name == "anchors")
         for number, row in enumerate(padded):
             for name in columns:
                 if row[name].shape != padded[0][name].shape:
@@ -79,17 +93,18 @@ class PaddingCollator:
                     )
         return {name: torch.stack([row[name] for row in padded]) for name in columns}
 
-    def _padded(self, row: dict[str, Tensor], number: int, longest: int) -> dict[str, Tensor]:
+    def _padded(
+        self, row: dict[str, Tensor], number: int, longest: int, of_anchors: bool
+    ) -> dict[str, Tensor]:
         """A row with all its columns in their places among ``longest`` tokens."""
         length = len(row["input_ids"])
         before = longest - length if self.padding_side == "left" else 0
         fill = {"input_ids": self.pad_id, "labels": IGNORED}
         made = {}
         for name, value in row.items():
-            if name == "anchors":
+            if name in _RAGGED:
                 made[name] = value + before
             elif name == "thought_ids":
-                of_anchors = "anchors" in row and value.shape[1] == len(row["anchors"])
                 if not of_anchors and value.shape[1] != length != longest:
                     raise ValueError(
                         f"thought_ids of row {number} of a batch has shape {_shape(value)} for {length}"
@@ -114,6 +129,18 @@ def collator_for(
     """The collator of a tokenizer: its pad id, else its end-of-text id, else 0."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return PaddingCollator(next(i for i in ids if i is not None), padding_side, min_length)
+
+
+def _repeat_last(rows: list[dict[str, Tensor]], name: str, longest: int, with_thoughts: bool) -> None:
+    """Give every row as many anchors as the one that has the most, and one at least; perhaps the same
+    for the thoughts that were given at them."""
+    count = max(1, *(len(row[name]) for row in rows))
+    for row in rows:
+        own = row[name]
+        fill = own[-1:] if len(own) else own.new_full((1,), longest - 1)
+        row[name] = torch.cat([own, fill.expand(count - len(own))])
+        if with_thoughts and "thought_ids" in row:  # of a repeated anchor they are never read
+            row["thought_ids"] = pad(row["thought_ids"], (0, 0, 0, count - len(own)))
 
 
 def _checked(row: Mapping[str, Any], number: int) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from quietstar.data import lookup
 from quietstar.data.blocks import TokenBlocks
 from quietstar.data.left_out import LeftOut, is_utf8
+from quietstar.data.readers import RowReader, row_reader
 from quietstar.data.stdlib import Document, load_stdlib, stdlib_tokenizer
 from quietstar.data.streams import HubStream
 from quietstar.data.tables import (
@@ -49,7 +50,7 @@ TXT_DOCUMENTS = ("file", "paragraph", "line")
 def local_documents(
     patterns: str | Iterable[str],
     *,
-    text_column: str = "text",
+    text_column: str | RowReader = "text",
     txt_documents: str = "file",
     left_out: LeftOut | None = None,
 ) -> Iterator[Document]:
@@ -57,7 +58,8 @@ def local_documents(
 
     Args:
         patterns: paths or globs (``**`` works). Files ending in ``.gz`` are decompressed (not parquet).
-        text_column: a row of a table is a document, and this its text.
+        text_column: a row of a table is a document, and this its text; or a reader, which makes a
+            document of it (:mod:`quietstar.data.readers`).
         txt_documents: what a document is in a text file: the ``file``, a ``paragraph`` (blank lines
             between) or a ``line``.
         left_out: counts the rows and files that cannot be used (not UTF-8, not JSON, ...). A row without
@@ -71,15 +73,20 @@ def local_documents(
             f"data.txt_documents is {txt_documents!r}; expected one of {', '.join(TXT_DOCUMENTS)}"
         )
     left_out = LeftOut() if left_out is None else left_out
-    paths = expand_files(patterns, left_out)
+    reader, paths = row_reader(text_column), expand_files(patterns, left_out)
     for path in paths:
         if path.stat().st_size == 0:
             left_out.add(f"data file {path}", "is empty; expected text")
         elif suffix_of(path) in TABLE_SUFFIXES:
-            for where, row in table_rows(path, [text_column], left_out):
-                text = left_out.text_of(row[text_column], text_column, where)
-                if text is not None:
-                    yield Document(f"{path}:{where.number}", text)
+            for where, row in table_rows(path, reader.columns, left_out, reader.kind):
+                fields = reader.read(row, where, left_out)
+                if fields is not None:
+                    yield Document(f"{path}:{where.number}", *fields)
+        elif not reader.reads_text:
+            raise UserError(
+                f"data file {path} is plain text; expected rows with columns (jsonl, json, csv, tsv or"
+                " parquet) for prompts and completions"
+            )
         else:
             for document in _txt(path, txt_documents, left_out):
                 left_out.used()
@@ -126,7 +133,7 @@ def hub_documents(
     *,
     config_name: str | None = None,
     split: str = "train",
-    text_column: str = "text",
+    text_column: str | RowReader = "text",
     streaming: bool = False,
     shuffle: tuple[int, int] = (0, 0),
     revision: str | None = None,
@@ -148,9 +155,10 @@ def hub_documents(
             name, config_name, split=split, streaming=streaming, revision=revision
         )
     columns: list[str] | None = rows.column_names
-    if columns is not None:
-        check_columns(columns, [text_column], f"data set {name}")
-        rows = rows.select_columns([text_column])
+    reader = row_reader(text_column)
+    if columns is not None and reader.columns is not None:
+        check_columns(columns, reader.columns, f"data set {name}", reader.kind)
+        rows = rows.select_columns(reader.columns)
     if not streaming:
         if not len(rows):
             raise UserError(f"data set {name} has no rows")
@@ -158,7 +166,7 @@ def hub_documents(
     elif shuffle[0] > 0:
         # The order of the shards alone; rows are shuffled by a buffer that a position can hold.
         rows = rows.shuffle(seed=shuffle[1], buffer_size=1)
-    return HubStream(rows, name, text_column, *shuffle, LeftOut() if left_out is None else left_out)
+    return HubStream(rows, name, reader, *shuffle, LeftOut() if left_out is None else left_out)
 
 
 def open_documents(

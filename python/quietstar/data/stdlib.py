@@ -50,10 +50,17 @@ SPLITS |= {"test": SPLITS["heldout"], "validation": SPLITS["heldout"]}
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from (a path relative to the corpus, or a row number)."""
+    """One text and where it came from (a path relative to the corpus, or a row number).
+
+    Attributes:
+        prompt: where the text is a completion, what stands before it and is not learnt.
+        rendered: whether prompt and completion have their special tokens already.
+    """
 
     name: str
     text: str
+    prompt: str | None = None
+    rendered: bool = False
 
 
 def stdlib_root() -> Path:

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 from quietstar.data.left_out import LeftOut
+from quietstar.data.readers import Fields, RowReader
 from quietstar.data.stdlib import Document
 from quietstar.data.tables import ROWS_TO_TELL, check_columns, missing_column
 from quietstar.errors import blaming
@@ -26,7 +27,7 @@ class HubStream:
 
     Args:
         rows: a ``datasets.IterableDataset`` (its shards shuffled already, if they should be).
-        text_column: a row is a document, and this its text.
+        reader: makes a document of a row.
         buffer_size: rows held for shuffling; 0: in the order of the data set.
         left_out: counts the rows that cannot be used.
     """
@@ -35,15 +36,15 @@ class HubStream:
         self,
         rows: Any,
         name: str,
-        text_column: str,
+        reader: RowReader,
         buffer_size: int,
         seed: int,
         left_out: LeftOut,
     ) -> None:
-        self._rows, self._name, self._column, self._left_out = rows, name, text_column, left_out
+        self._rows, self._name, self._reader, self._left_out = rows, name, reader, left_out
         self._size = buffer_size
         self._random = random.Random(seed)
-        self._buffer: list[tuple[int, str]] = []
+        self._buffer: list[tuple[int, Fields]] = []
         self._number = 0
         self._ended = False
         self._upstream: Iterator[Any] | None = None
@@ -59,8 +60,8 @@ class HubStream:
         # One of those held, the last read included, leaves in its turn.
         place = self._random.randrange(len(self._buffer)) if self._size else 0
         self._buffer[place], self._buffer[-1] = self._buffer[-1], self._buffer[place]
-        number, text = self._buffer.pop()
-        return Document(f"{self._name}:{number}", text)
+        number, fields = self._buffer.pop()
+        return Document(f"{self._name}:{number}", *fields)
 
     def _read(self) -> None:
         if self._upstream is None:
@@ -71,15 +72,16 @@ class HubStream:
             self._ended = True
             self._left_out.check(f"data set {self._name}")
             return
-        where = f"data set {self._name}, row {self._number}"
+        where, wanted = f"data set {self._name}, row {self._number}", self._reader.columns or []
         if self._left_out.nothing_used and self._left_out.count >= ROWS_TO_TELL:
-            check_columns(row, [self._column], where)
-        if self._column in row:
-            text = self._left_out.text_of(row[self._column], self._column, where)
-            if text is not None:
-                self._buffer.append((self._number, text))
+            check_columns(row, wanted, where, self._reader.kind)
+        missing = next((column for column in wanted if column not in row), None)
+        if missing is None:
+            fields = self._reader.read(row, where, self._left_out)
+            if fields is not None:
+                self._buffer.append((self._number, fields))
         else:
-            self._left_out.add(where, missing_column(row, self._column))
+            self._left_out.add(where, missing_column(row, missing, self._reader.kind))
         self._number += 1
 
     def position(self) -> Position:
@@ -88,7 +90,7 @@ class HubStream:
         return {
             "rows": self._rows.state_dict() if self._upstream is not None else None,
             "number": self._number,
-            "buffer": [list(entry) for entry in self._buffer],
+            "buffer": [[number, *fields] for number, fields in self._buffer],
             "random": [version, list(words), gauss],
         }
 
@@ -97,7 +99,7 @@ class HubStream:
         if position["rows"] is not None:
             self._rows.load_state_dict(position["rows"])
         self._number = position["number"]
-        self._buffer = [(number, text) for number, text in position["buffer"]]
+        self._buffer = [(number, tuple(fields)) for number, *fields in position["buffer"]]
         if self._buffer or self._number:
             self._left_out.used()  # by the run that is continued
         version, words, gauss = position["random"]

@@ -70,9 +70,9 @@ def unsupported_reason(path: Path) -> str | None:
 
 
 def table_rows(
-    path: Path, columns: Iterable[str], left_out: LeftOut, kind: str = "text column"
+    path: Path, columns: Iterable[str] | None, left_out: LeftOut, kind: str = "text column"
 ) -> Iterator[tuple[Place, Row]]:
-    """Yield the place of each row that has all ``columns``, and the row.
+    """Yield the place of each row that has all ``columns`` (None: of each row), and the row.
 
     Args:
         path: ``.csv``, ``.tsv`` and ``.parquet`` are read as such, anything else as JSON: an object per
@@ -84,7 +84,7 @@ def table_rows(
     Raises:
         UserError: if no row of the file has the columns, or the file cannot be opened.
     """
-    wanted, suffix = list(columns), suffix_of(path)
+    wanted, suffix = None if columns is None else list(columns), suffix_of(path)
     read = _parquet if suffix == ".parquet" else _csv if suffix in CSV_SUFFIXES else _json
     lacking: list[tuple[Place, str, Row]] = []
     empty, found, before = True, False, left_out.reports
@@ -93,7 +93,7 @@ def table_rows(
         if not isinstance(row, dict):
             left_out.add(where, f"is a JSON {type(row).__name__}; expected an object")
             continue
-        missing = next((name for name in wanted if name not in row), None)
+        missing = next((name for name in wanted or () if name not in row), None)
         if missing is not None:
             lacking.append((where, missing, row))
         else:
@@ -153,7 +153,7 @@ def open_text(path: Path, left_out: LeftOut) -> Iterator[IO[str]]:
 # ---- the formats --------------------------------------------------------------------------------
 
 
-def _json(path: Path, columns: list[str], left_out: LeftOut, kind: str) -> Found:
+def _json(path: Path, columns: list[str] | None, left_out: LeftOut, kind: str) -> Found:
     with open_text(path, left_out) as file:
         lines = enumerate(file, start=1)
         first = next(((n, line) for n, line in lines if line.strip()), (0, ""))
@@ -192,7 +192,7 @@ def _parse(text: str, where: object, left_out: LeftOut) -> Iterator[Any]:
         left_out.add(where, "is beyond the JSON parser (nested too deeply)")
 
 
-def _csv(path: Path, columns: list[str], left_out: LeftOut, kind: str) -> Found:
+def _csv(path: Path, columns: list[str] | None, left_out: LeftOut, kind: str) -> Found:
     csv.field_size_limit(LONGEST_FIELD)
     quoted = _is_quoted(path, left_out)
     with open_text(path, left_out) as file:
@@ -213,12 +213,12 @@ def _csv(path: Path, columns: list[str], left_out: LeftOut, kind: str) -> Found:
                 continue
             if names is None:
                 names = fields
-                check_columns(names, columns, where, kind)
+                check_columns(names, columns or (), where, kind)
             elif fields and len(fields) != len(names):
                 left_out.add(where, f"has {len(fields)} fields; expected {len(names)}, as in its header")
             elif fields:
                 row = dict(zip(names, fields, strict=True))
-                if all(is_utf8(row[name]) for name in columns):
+                if all(is_utf8(row[name]) for name in names if columns is None or name in columns):
                     yield where, row
                 else:
                     left_out.add(where, "is not UTF-8 text")
@@ -241,13 +241,14 @@ def _is_quoted(path: Path, left_out: LeftOut) -> bool:
     return True
 
 
-def _parquet(path: Path, columns: list[str], left_out: LeftOut, kind: str) -> Found:
+def _parquet(path: Path, columns: list[str] | None, left_out: LeftOut, kind: str) -> Found:
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
     number = 0
     try:
         table = parquet.ParquetFile(path)
+        columns = table.schema_arrow.names if columns is None else columns
         check_columns(table.schema_arrow.names, columns, f"data file {path}", kind)
         for batch in table.iter_batches(batch_size=1024, columns=columns):
             for row in range(batch.num_rows):

@@ -4,6 +4,7 @@ perplexity   negative log-likelihood per token with and without thoughts, and by
 scores       predictions token by token, with shuffled thoughts and none as controls
 controls     the same by blocks: thought alone, shuffled thoughts, pause tokens, in one run
 reasoning    zero-shot GSM8K and CommonsenseQA: probability of the gold answer, accuracy
+completions  any prompts and completions: probability of the completion, accuracy, NLL
 chains       chain of thought with a majority vote
 items        rows of a benchmark, from the hub or a local file
 statistics   bootstrap intervals

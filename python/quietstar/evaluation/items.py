@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quietstar.data.left_out import LeftOut, is_utf8
-from quietstar.data.tables import check_columns, table_rows, unsupported_reason
+from quietstar.data.tables import check_columns, missing_column, table_rows, unsupported_reason
 from quietstar.errors import UserError
 
 Row = dict[str, Any]
@@ -23,12 +23,14 @@ def load_rows(
     split: str,
     limit: int | None = None,
     check: Callable[[Row], object] = lambda row: None,
+    as_on_hub: Callable[[Row], Row] | None = None,
 ) -> list[Row]:
     """Rows with exactly ``columns``: from ``data`` (jsonl, json, csv, tsv, parquet), else from the hub.
 
     Args:
         limit: the first so many of those that can be used.
         check: raises :class:`UserError` for a row that cannot be used; it is left out with a warning.
+        as_on_hub: gives a row of another layout the hub's columns.
 
     Raises:
         UserError: names the data set or file, and the column, that is missing or cannot be read; or the
@@ -47,11 +49,17 @@ def load_rows(
             raise UserError(f"data file {data} does not exist")
         if (why := unsupported_reason(data)) is not None:
             raise UserError(f"{where} {why}")
-        found = table_rows(data, wanted, left_out, kind="column")
+        found = table_rows(data, None if as_on_hub else wanted, left_out, kind="column")
     rows: list[Row] = []
     for place, row in found:
         if len(rows) == limit:
             break
+        if as_on_hub is not None:
+            row = as_on_hub(row)
+        missing = next((name for name in wanted if name not in row), None)
+        if missing is not None:
+            left_out.add(place, missing_column(row, missing, kind="column"))
+            continue
         plain = {name: row[name] for name in wanted}
         try:
             if not is_utf8(json.dumps(plain, ensure_ascii=False, default=str)):

@@ -142,7 +142,7 @@ def _batch_losses(
     options: dict[str, Any] = {"batch_part": BatchShard()}
     if model.config.thought_kind != "none":
         options["anchors"] = torch.arange(n, device=batch["input_ids"].device).expand(rows, n)
-    output = model(**batch, **options)
+    output = model(**{**batch, **options})
     base = output.base_losses.double().cpu().numpy()
     counted = output.is_target.cpu().numpy()
     if output.talk_losses is None:

@@ -1,9 +1,11 @@
-"""Zero-shot GSM8K and CommonsenseQA as the paper measures them (Zelikman et al. 2024, section 5).
+"""Zero-shot GSM8K and CommonsenseQA as the paper measures them (Zelikman et al. 2024, section 5), and
+SVAMP in the same way.
 
-An item is the text ``Q: question\nA: answer\n``. Its score is the probability of the gold answer,
-the product over the answer's tokens, each renormalised over the *valid* tokens: those made of digits,
-or the letters A to E, and the newline that ends the answer. Answer tokens that are not valid (the
-space before a number, a thousands separator) are given for free, as in the reference code.
+An item is the text ``Q: question\nA: answer\n`` (SVAMP's is that of its preset). Its score is the
+probability of the gold answer, the product over the answer's tokens, each renormalised over the *valid*
+tokens: those made of digits, or the letters A to E, and the newline that ends the answer. Answer tokens
+that are not valid (the space before a number, a thousands separator) are given for free, as in the
+reference code.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from quietstar.data.collator import IGNORED, PaddingCollator
+from quietstar.data.readers import TemplateReader
 from quietstar.errors import UserError
 from quietstar.evaluation.perplexity import undisturbed
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ANSWER_MARK = "\nA:"
+_SVAMP = TemplateReader(preset="svamp")
 LETTERS = "ABCDE"
 
 
@@ -72,6 +76,28 @@ def csqa_text(row: dict[str, Any]) -> tuple[str, str]:
         raise UserError(f"answerKey is {key!r}; expected one of {', '.join(labels)}")
     lines = [f"({label}) {text}" for label, text in zip(labels, texts, strict=True)]
     return "\n".join([f"Q: {_question(row)}", *lines]) + ANSWER_MARK, f" {key}\n"
+
+
+def csqa_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of CommonsenseQA's own file, ``question`` {stem, choices [{label, text}]}, with the hub's
+    columns; another one as it is."""
+    question = row.get("question")
+    if not isinstance(question, dict):
+        return row
+    listed = question.get("choices")
+    parts = [choice if isinstance(choice, dict) else {} for choice in listed or []]
+    choices = {name: [part.get(name) for part in parts] for name in ("label", "text")}
+    return {**row, "question": question.get("stem"), "choices": choices}
+
+
+def svamp_text(row: dict[str, Any]) -> tuple[str, str]:
+    """(prompt, answer) of an SVAMP row: columns ``Body``, ``Question`` and ``Answer``.
+
+    Raises:
+        UserError: for a row that the preset's templates cannot be filled with.
+    """
+    answer, prompt, _ = _SVAMP.fields(row, "")
+    return prompt, answer
 
 
 def _question(row: dict[str, Any]) -> str:

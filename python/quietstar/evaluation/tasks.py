@@ -1,9 +1,10 @@
 """What ``quietstar eval`` can measure by itself: each task loads items, scores and summarizes them, and
 renders its table.
 
-``gsm8k``, ``csqa``     zero-shot answer probability and accuracy (reasoning.py)
-``gsm8k-cot``           zero-shot chain of thought, majority of k (chains.py)
-``perplexity``          any text, by difficulty, with controls (controls.py)
+``gsm8k``, ``csqa``, ``svamp``   zero-shot answer probability and accuracy (reasoning.py)
+``gsm8k-cot``                    zero-shot chain of thought, majority of k (chains.py)
+``completions``                  any prompts and completions: probability, accuracy (completions.py)
+``perplexity``                   any text, by difficulty, with controls (controls.py)
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quietstar.errors import UserError
-from quietstar.evaluation import chains, controls, reasoning
+from quietstar.evaluation import chains, completions, controls, reasoning
 from quietstar.evaluation.items import load_rows
 from quietstar.evaluation.perplexity import spread
 from quietstar.evaluation.statistics import bootstrap
@@ -43,17 +44,23 @@ CSQA = partial(
     hub_name="tau/commonsense_qa",
     hub_config=None,
     split="validation",
+    as_on_hub=reasoning.csqa_row,
+)
+SVAMP = partial(
+    load_rows, ("Body", "Question", "Answer"), hub_name="ChilleD/SVAMP", hub_config=None, split="test"
 )
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line sets. ``data``: a local file for this task instead of its data set."""
+    """What the command line sets. ``data``: a local file for this task instead of its data set;
+    ``templates``: ``prompt``, ``completion`` and ``preset`` of the task completions."""
 
     data: Path | None = None
     limit: int | None = None
     max_length: int = 256
     block_size: int = 256
+    templates: dict[str, Any] = field(default_factory=dict)
     chains: chains.ChainSettings = field(default_factory=chains.ChainSettings)
 
 
@@ -118,27 +125,60 @@ class AnswerTask(Task):
 
     def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
         accuracy = "accuracy" if self.letters else "exact_match"
-        result: dict[str, Any] = {"items": len(records), "cut": sum(r["cut"] for r in records)}
-        for label, key in (("probability", "probability"), (accuracy, "correct")):
-            values = {
-                name: [float(r[f"{name}_{key}"]) for r in records]
-                for name in ("base", "mixed")
-                if f"{name}_{key}" in records[0]
-            }
-            if "mixed" in values:
-                pairs = zip(values["mixed"], values["base"], strict=True)
-                values["gain"] = [mixed - base for mixed, base in pairs]
-            result[label] = {name: bootstrap(found).to_dict() for name, found in values.items()}
-        return result
+        counts = {"items": len(records), "cut": sum(r["cut"] for r in records)}
+        return counts | _measured(records, {"probability": "probability", accuracy: "correct"})
 
     def render(self, result: dict[str, Any]) -> str:
-        measures = [key for key in ("probability", "accuracy", "exact_match") if key in result]
-        names = list(result["probability"])
-        rows = [[m.replace("_", " "), *(interval(result[m][n]) for n in names)] for m in measures]
         title = f"{self.name}: {result['items']} items, zero-shot, mean [95% interval]"
         if result["cut"]:
             title += f"; {result['cut']} were cut at the front to fit"
-        return grid(title, ["", *(COLUMNS[n] for n in names)], rows)
+        return _measures(title, result)
+
+
+@dataclass
+class CompletionTask(Task):
+    """The probability of any completions, by templates over the rows of a file."""
+
+    def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
+        s = self.settings
+        return completions.load_items(tokenizer, s.data, s.templates, s.max_length, s.limit)
+
+    def score(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+    ) -> list[Record]:
+        return completions.score_completions(model, tokenizer, items)
+
+    def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
+        measures = {"probability": "probability", "exact_match": "correct", "nll": "nll"}
+        return {"items": len(records), **_measured(records, measures)}
+
+    def render(self, result: dict[str, Any]) -> str:
+        return _measures(f"{self.name}: {result['items']} items, mean [95% interval]", result)
+
+
+def _measured(records: Sequence[Record], measures: dict[str, str]) -> dict[str, Any]:
+    """Means over records, without thoughts and with them and their difference, by a measure's label;
+    ``measures``: its key in a record."""
+    result: dict[str, Any] = {}
+    for label, key in measures.items():
+        values = {
+            name: [float(r[f"{name}_{key}"]) for r in records]
+            for name in ("base", "mixed")
+            if f"{name}_{key}" in records[0]
+        }
+        if "mixed" in values:
+            pairs = zip(values["mixed"], values["base"], strict=True)
+            values["gain"] = [mixed - base for mixed, base in pairs]
+        result[label] = {name: bootstrap(found).to_dict() for name, found in values.items()}
+    return result
+
+
+def _measures(title: str, result: dict[str, Any]) -> str:
+    """The table of what :func:`_measured` gave."""
+    measures = [m for m in ("probability", "accuracy", "exact_match", "nll") if m in result]
+    names = list(result["probability"])
+    rows = [[m.replace("_", " "), *(interval(result[m][n]) for n in names)] for m in measures]
+    return grid(title, ["", *(COLUMNS[n] for n in names)], rows)
 
 
 @dataclass
@@ -258,7 +298,9 @@ class PerplexityTask(Task):
 OWN: dict[str, Callable[[str, Settings], Task]] = {
     "gsm8k": lambda name, s: AnswerTask(name, s, GSM8K, reasoning.gsm8k_text, letters=False),
     "csqa": lambda name, s: AnswerTask(name, s, CSQA, reasoning.csqa_text, letters=True),
+    "svamp": lambda name, s: AnswerTask(name, s, SVAMP, reasoning.svamp_text, letters=False),
     "gsm8k-cot": ChainTask,
+    "completions": CompletionTask,
     "perplexity": PerplexityTask,
 }
 

@@ -240,6 +240,7 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         document_ids: Tensor | None = None,
+        completion_anchors: Tensor | None = None,
         batch_part: BatchShard = WHOLE_BATCH,
         cache: Cache | None = None,
         thinking: Thinking | None = None,
@@ -254,7 +255,8 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
                 losses; without, ``logits`` of the mixed prediction.
             thought_ids: [B, R, N, T] or [B, R, A, T] int64, thoughts to use instead of sampling
                 (R = 1 without labels).
-            anchors: [B, A] int64 ascending positions that think; default: ``config.think_at``.
+            anchors: [B, A] int64 ascending positions that think (one repeated counts once); default:
+                ``config.think_at``, for whose rule ``completion`` completion_anchors [B, C] are.
             baseline_losses: [B, N-1] fp32, the losses that the reward ``information-gain`` measures
                 against; :class:`~quietstar.QuietStarTrainer` takes them from its averaged copy. Required
                 in training mode, where the reward counts; otherwise the model's own stand in.
@@ -298,15 +300,10 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
             settle_noise(self, input_ids)
         self._check_once(input_ids.device)
         if past is not None or thinking is not None:
-            documents = {key: ignored.get(key) for key in DESCRIPTIONS if key != "position_ids"}
-            check_alone(
-                name,
-                labels=labels,
-                document_ids=document_ids,
-                thought_ids=thought_ids,
-                anchors=anchors,
-                **documents,
-            )
+            given = {"labels": labels, "document_ids": document_ids, "thought_ids": thought_ids}
+            given |= {"anchors": anchors, "completion_anchors": completion_anchors}
+            given |= {key: ignored.get(key) for key in DESCRIPTIONS if key != "position_ids"}
+            check_alone(name, **given)
             check_grows(name, past)
             check_kept(
                 logits_to_keep, 1, f" with {name}, since only the end of the text is predicted from"
@@ -335,6 +332,7 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
             rationales=num_rationales(config, learns),
             temperature=thought_temperature,
             shard=batch_part,
+            completion_anchors=completion_anchors,
         )
         output = self._think_and_predict(batch, thought_ids, logits_to_keep)
         if use_cache:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from quietstar.config import QuietStarConfig
+from quietstar.errors import UserError
 
 # Rows of logits that the loss works on at a time, and the bytes they may take (linear_cross_entropy).
 CHUNK_ROWS, CHUNK_BYTES = 512, 64 * 2**20
@@ -130,11 +131,9 @@ class Rows:
 
     @staticmethod
     def of(config: QuietStarConfig, step: Step) -> Rows:
-        rule, number = config.parse_think_at()
-        share = 1 / number if rule == "stride" else number
         sampled = config.thought_kind == "sampled"
         rationales = config.num_rationales if sampled else 1
-        anchors = max(1, round(step.length * share)) if config.thinks else 0
+        anchors = anchors_per_text(config, step.length) if config.thinks else 0
         text, starts = step.batch * step.length, step.batch * anchors
         columns = starts * rationales
         drawn = config.thought_length if sampled and anchors else 0
@@ -147,6 +146,22 @@ class Rows:
             base=step.batch * (step.length - 1),
             scored=config.thought_length * columns if sampled else 0,
         )
+
+
+def anchors_per_text(config: QuietStarConfig, length: int) -> int:
+    """How many positions of a text of so many tokens think; of a row with one completion, one.
+
+    Raises:
+        UserError: for a rule by which that depends on the text.
+    """
+    rule, number = config.parse_think_at()
+    if rule == "loss":
+        raise UserError(
+            f"think_at is {config.think_at!r}, by which the number of thoughts depends on the text;"
+            " expected another rule: plan with the share that you expect, e.g. 'random:0.3'"
+        )
+    share = {"stride": 1 / number, "completion": 0.0}.get(rule, number)
+    return max(1, round(length * share))
 
 
 def _layer_row(sizes: Sizes, step: Step) -> float:

@@ -112,6 +112,11 @@ def recipe_sizes(recipe: Recipe) -> tuple[QuietStarConfig, Sizes]:
 def print_plan(console: Console, recipe: Recipe, memory: float, size: str) -> None:
     """Print the step's size and a table of what fits ``memory`` bytes, which the user calls ``size``."""
     config, sizes = recipe_sizes(recipe)
+    if config.thinks and config.parse_think_at()[0] == "completion" and recipe.data.packing == "packed":
+        raise UserError(
+            "think_at is 'completion' and data.packing 'packed', by which the number of thoughts depends"
+            " on the documents; expected 'document', or another rule to plan with, e.g. 'stride:100'"
+        )
     step = step_of(recipe)
     rows, flops = Rows.of(config, step), step_flops(config, sizes, step)
     console.print(

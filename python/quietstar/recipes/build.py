@@ -15,6 +15,7 @@ from quietstar.modeling.loading import load_whole
 from quietstar.modeling.meta_tokens import add_meta_tokens, check_tokenizer
 from quietstar.modeling.model import QuietStarForCausalLM
 from quietstar.recipes.decoder import decoder_config, random_decoder
+from quietstar.recipes.prompt_data import row_reader
 from quietstar.recipes.recipe import DataSection, ModelSection, Recipe, longest_talk
 
 
@@ -114,8 +115,9 @@ def build_data(
         return GENERATORS[data.name](settings, data.block_size, limit, data.eval_blocks)
     blocks = Blocks(data.block_size, data.packing, longest_talk(recipe) + 2)
     seed = int(recipe.training.get("data_seed") or recipe.training.get("seed", 42))
-    shared = ("config_name", "revision", "text_column", "txt_documents", "streaming", "shuffle_buffer")
+    shared = ("config_name", "revision", "txt_documents", "streaming", "shuffle_buffer")
     options = {"seed": seed, **{key: getattr(data, key) for key in shared}}
+    options["text_column"] = row_reader(data, tokenizer, seed)
     source = open_documents(name=data.name, files=data.files, split=data.split, **options)
     eval_source, eval_data, skip = source, None, 0
     if data.eval_blocks:

@@ -33,6 +33,7 @@ from quietstar.config import QuietStarConfig, settings
 from quietstar.data.sources import GENERATORS
 from quietstar.errors import UserError, did_you_mean
 from quietstar.files import RECIPE_FILE, is_file, is_folder, read_text
+from quietstar.recipes import prompt_data
 from quietstar.recipes.ranges import check_training
 from quietstar.recipes.sections import AdapterSection, DataSection, ModelSection
 from quietstar.training import schedule
@@ -74,6 +75,9 @@ class Recipe:
         del content["model"]["fused_layers"], content["model"]["reuse_rollout"]
         if self.adapter == AdapterSection():
             del content["adapter"]
+        for key in prompt_data.KEYS:  # which recipes of version 0.1.0 do not have
+            if content["data"][key] is None:
+                del content["data"][key]
         content["training"] = {
             key: value
             for key, value in content["training"].items()
@@ -246,6 +250,8 @@ def _checked_section(section: str, content: Any) -> Any:
         if (section, key) in SET_ELSEWHERE:
             raise UserError(f"{section}.{key} is not set in a recipe: {SET_ELSEWHERE[section, key]}")
         checked[key] = _checked_value(section, key, value)
+    if section == "data":
+        checked = prompt_data.settled(checked)
     return CLASSES[section](**checked)
 
 
@@ -312,6 +318,9 @@ def check_together(recipe: Recipe) -> None:
         raise UserError(
             "data.streaming has no known length; set training.max_steps to the steps to train"
         )
+    prompt_data.check_prompt_data(data)
+    stages = recipe.training.get("thought_schedule")
+    prompt_data.check_where_it_thinks(data, recipe.thoughts, stages)
     check_training(recipe.training)
     least = longest_talk(recipe) + 2
     if data.block_size < least:

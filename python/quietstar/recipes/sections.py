@@ -61,11 +61,20 @@ class DataSection:
         split, eval_split: which splits to train on and to evaluate on.
         eval_files: local files to evaluate on.
         text_column: the column that holds the text.
+        prompt, completion: instead, templates over the columns of a row
+            (:mod:`quietstar.data.templates`), e.g. ``"Q: {question}"`` and ``" {answer:number}"``; the
+            loss is on the completion. ``completion`` may be a list of templates, or of ``{template,
+            share}``, of which each row draws one by its share and the data seed.
+        messages: instead, the column that holds a conversation, a list of ``{role, content}``; it goes
+            through the tokenizer's chat template, and the assistant's last message is the completion.
+        preset: a known question set (:mod:`quietstar.data.presets`): its templates, and its name on the
+            hub where neither ``name`` nor ``files`` is given.
         txt_documents: what one document is in a text file: ``file``, ``paragraph`` or ``line``.
         streaming: read while training instead of before it; needs ``training.max_steps``.
         shuffle_buffer: rows held for shuffling while streaming from the hub.
         packing: ``concat`` (documents one after another), ``packed`` (the same, kept apart: no
-            attention, no talk from one to the next) or ``document`` (one per row, padded).
+            attention, no talk from one to the next) or ``document`` (one per row, padded; the default of
+            prompts and completions, which ``packed`` does not cut).
         padding_side: ``right`` or ``left``.
         block_size: tokens in a row.
         max_train_blocks: stop reading after so many rows.
@@ -83,7 +92,11 @@ class DataSection:
     split: str = "train"
     eval_split: str | None = None
     eval_files: list[str] | None = None
-    text_column: str = "text"
+    text_column: str | None = "text"
+    prompt: str | None = None
+    completion: str | list[Any] | None = None
+    messages: str | None = None
+    preset: str | None = None
     txt_documents: Literal["file", "paragraph", "line"] = "file"
     streaming: bool = False
     shuffle_buffer: int = 1000

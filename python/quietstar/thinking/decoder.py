@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.config import QuietStarConfig
+from quietstar.think_rules import follows_from_the_pass
 from quietstar.thinking.anchors import choose_anchors
 from quietstar.thinking.next_token import read_and_think, think_at_the_end
 from quietstar.thinking.output_layer import OutputLayer, output_layer
@@ -61,7 +62,7 @@ class ThoughtDecoder:
     def choose_anchors(self, batch: TextBatch) -> TextBatch:
         """The batch with the positions that ``config.think_at`` chooses, where it has none yet."""
         hidden = None
-        if batch.anchors is None and self.config.parse_think_at()[0] == "entropy":
+        if batch.anchors is None and follows_from_the_pass(self.config.parse_think_at()[0]):
             hidden, _ = text_pass(self.decoder, batch.input_ids, batch.ranges)
         return choose_anchors(batch, hidden, self.output)
 

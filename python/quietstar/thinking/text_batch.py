@@ -7,6 +7,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from quietstar.config import QuietStarConfig
 from quietstar.thinking.batch_share import WHOLE_BATCH, BatchShard
@@ -51,10 +52,12 @@ class TextBatch:
         attention_mask: [B, N], as it was given; a decoder without thoughts gets it.
         labels: [B, N] int64 of :func:`target_labels`, or None where nothing is learnt.
         baseline_losses: [B, N-1] fp32, what the reward ``information-gain`` measures against.
-        anchors: [B, A] int64, the positions that think; None: what ``config.think_at`` says.
+        anchors: [B, A] int64, the positions that think, ascending; None: what ``config.think_at`` says.
+            One that repeats the one before only fills up the shape and counts nowhere.
         rationales: R, thoughts per anchor; they share the text's keys.
         temperature: of the thoughts' tokens; 0 takes the most likely.
         shard: its share of a larger batch; divisors and random numbers are the larger one's.
+        completion_anchors: [B, C] int64, the positions before completions, for the rule ``completion``.
         every_position: promise (unchecked) that the anchors are all positions in order.
     """
 
@@ -68,6 +71,7 @@ class TextBatch:
     rationales: int = 1
     temperature: float = 1.0
     shard: BatchShard = WHOLE_BATCH
+    completion_anchors: Tensor | None = None
     every_position: bool = False
 
     def thinking_at(self, anchors: Tensor) -> TextBatch:
@@ -82,6 +86,12 @@ class TextBatch:
         """[B, M], every column's anchor; rationales of a position are neighbours."""
         assert self.anchors is not None
         return self.anchors.repeat_interleave(self.rationales, dim=1)
+
+    @cached_property
+    def repeats(self) -> Tensor:
+        """[B, A] bool: anchors that repeat the one before, in rows that have fewer than others."""
+        assert self.anchors is not None
+        return pad(self.anchors[:, 1:] == self.anchors[:, :-1], (1, 0))
 
     @cached_property
     def targets(self) -> Tensor:
@@ -105,6 +115,7 @@ class TextBatch:
         ahead = columns[None] + 1 + torch.arange(steps, device=columns.device)[:, None, None]
         picked = self.labels.expand(steps, -1, -1).gather(2, ahead.clamp(max=length - 1))
         is_text = (self.ranges.start < self.ranges.stop).gather(1, columns)
+        is_text &= ~self.repeats.repeat_interleave(self.rationales, dim=1)
         counts = (ahead < length) & is_text & ~self.ranges.crosses(columns, ahead)
         return torch.where(counts, picked, IGNORE)
 
@@ -144,7 +155,7 @@ class TextBatch:
         assert self.anchors is not None
         if self.config.policy_mean == "rewarded":
             return self.rewarded
-        return self.anchors + 1 + self.config.talk_length < self.input_ids.shape[1]
+        return (self.anchors + 1 + self.config.talk_length < self.input_ids.shape[1]) & ~self.repeats
 
     @property
     def thought_count(self) -> Tensor:

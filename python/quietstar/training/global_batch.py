@@ -3,9 +3,9 @@
 A step's loss is a sum of means over what counts in the *global* batch of the step, and its random
 numbers are those of the global batch. :class:`GlobalBatch` finds out what the model has to be told for
 that, see :class:`~quietstar.thinking.batch_share.BatchShard`. Where the thinking positions are known
-before the pass (``think_at`` all, stride and random) the counts of all micro-batches are known before
-the first; where they follow from it (entropy) each micro-batch's means are its own, over all processes,
-and weigh as its targets do.
+before the pass (``think_at`` all, stride, random and completion) the counts of all micro-batches are
+known before the first; where they follow from it (entropy and loss) each micro-batch's means are its
+own, over all processes, and weigh as its targets do.
 
 Rows, micro-batches and processes without a single target contribute nothing. A whole step without one
 is left out: no pass is made and nothing moves, on no process. :class:`MissingTargets` counts both.
@@ -27,6 +27,7 @@ from transformers import TrainerState, TrainingArguments
 from quietstar.checkpoints.save import saved_count
 from quietstar.config import QuietStarConfig
 from quietstar.modeling.input_checks import check_text
+from quietstar.think_rules import follows_from_the_pass
 from quietstar.thinking.anchors import choose_anchors
 from quietstar.thinking.batch_share import WHOLE_BATCH, BatchShard, MeanCount
 from quietstar.thinking.documents import batch_ranges
@@ -56,6 +57,7 @@ def text_batch(
         anchors=batch.get("anchors"),
         rationales=num_rationales(config, True) if thoughts is None else thoughts.shape[1],
         shard=shard,
+        completion_anchors=batch.get("completion_anchors"),
     )
 
 
@@ -71,7 +73,7 @@ def loss_divisors(
     text = text_batch(config, batch, shard)
     if not config.thinks:
         return {"targets": text.counts}
-    if text.anchors is None and config.parse_think_at()[0] == "entropy":
+    if text.anchors is None and follows_from_the_pass(config.parse_think_at()[0]):
         return None
     text = choose_anchors(text)
     return {"targets": text.counts, "thoughts": text.thought_count}

@@ -116,6 +116,15 @@ def check_batch(batch: Mapping[str, Any]) -> None:
         )
 
 
+def without_targets(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch as it is predicted from, at every position: without labels, and without anchors, which
+    would leave the predictions at themselves alone, unless given thoughts belong to them."""
+    left = {"labels", "baseline_losses"}
+    if inputs.get("thought_ids") is None:
+        left.add("anchors")
+    return {name: value for name, value in inputs.items() if name not in left}
+
+
 def check_parallelism(trainer: Trainer) -> None:
     """Reject kinds of parallelism that thoughts do not support.
 

@@ -298,7 +298,7 @@ class QuietStarTrainer(Trainer):
         if prediction_loss_only:
             return loss, None, None
         inputs = self._prepare_inputs(inputs)
-        text = {key: value for key, value in inputs.items() if key not in ("labels", "baseline_losses")}
+        text = options.without_targets(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             logits: Tensor = model(**text).logits
         return loss, logits, inputs.get("labels")

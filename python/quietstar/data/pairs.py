@@ -1,0 +1,124 @@
+"""A prompt and its completion as tokens.
+
+Both are tokenized by themselves and their ids follow one another, so that the boundary is where it is
+and the prompt's tokens are those that generation starts from. The prompt gets what the tokenizer puts
+before a text, the completion the end-of-text token behind it. The loss is on the completion.
+
+A thought at the completion's start belongs before its first token that is not blank: many tokenizers
+write " 51" as a space and digits, and after the space alone the answer is still open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quietstar.data.collator import IGNORED
+from quietstar.data.stdlib import Document
+from quietstar.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Marks of a token: it is learnt; the completion's first token that is not blank comes behind it.
+LEARNT, ANCHOR = 1, 2
+# Which tokenizers that put a space before a text write by itself, whatever follows.
+_BEFORE = "\n"
+
+
+class PairTokens(list[int]):
+    """The ids of a prompt and its completion.
+
+    Attributes:
+        prompt: how many of them are the prompt's; anchor: the position before the completion's first
+            token that is not blank, -1 if there is none.
+    """
+
+    def __init__(self, ids: Iterable[int], prompt: int, anchor: int):
+        super().__init__(ids)
+        self.prompt, self.anchor = prompt, anchor
+
+    def marks(self) -> list[int]:
+        """What each token is: :data:`LEARNT`, :data:`ANCHOR`, both or 0."""
+        return [
+            LEARNT * (place >= self.prompt) + ANCHOR * (place == self.anchor)
+            for place in range(len(self))
+        ]
+
+    def to_plain(self) -> list[int]:
+        """As plain data."""
+        return [self.prompt, self.anchor, *self]
+
+    @classmethod
+    def of_plain(cls, numbers: Sequence[int]) -> PairTokens:
+        """From :meth:`to_plain`."""
+        return cls(numbers[2:], numbers[0], numbers[1])
+
+
+def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> dict[str, Any]:
+    """A row for :class:`~quietstar.QuietStarTrainer`, as lists: ``input_ids``, ``labels`` (-100 on the
+    prompt) and ``completion_anchors``, the position where ``think_at: completion`` thinks.
+
+    Raises:
+        UserError: for a completion without text, or nothing before it.
+    """
+    if not completion.strip():
+        raise UserError("the completion is empty; expected text to learn")
+    (ids,) = encode_pairs(tokenizer, [Document("", completion, prompt)])
+    if not ids.prompt:
+        raise UserError(
+            "the prompt is empty and the tokenizer has no begin-of-text token; expected text"
+        )
+    labels = [IGNORED] * ids.prompt + ids[ids.prompt :]
+    return {"input_ids": list(ids), "labels": labels, "completion_anchors": [ids.anchor]}
+
+
+def encode_pairs(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
+) -> Iterator[PairTokens]:
+    """The tokens of documents of one source, all with a prompt; one for each."""
+    if not documents:
+        return
+    eos, blank = tokenizer.eos_token_id, _Blank(tokenizer)
+    texts = [document.prompt or "" for document in documents]
+    prompts = _ids(tokenizer, texts, special=not documents[0].rendered)
+    completions = _continuations(tokenizer, [document.text for document in documents])
+    for text, before, after in zip(texts, prompts, completions, strict=True):
+        if before and before[-1] == eos and not text.endswith(str(tokenizer.eos_token)):
+            before.pop()  # some tokenizers close every text
+        if eos is not None and after[-1:] != [eos]:
+            after.append(eos)
+        skipped = next((n for n, token in enumerate(after) if not blank(token)), len(after))
+        yield PairTokens(before + after, len(before), len(before) + skipped - 1)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = False) -> list[list[int]]:
+    # verbose=False: what is too long for the model's context is left out later, no warning needed.
+    made = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
+    return [list(ids) for ids in made]
+
+
+def _continuations(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """The ids of texts that go on behind another; by itself one would get a space before it from a
+    tokenizer of the sentencepiece kind, where a text has the same ids as behind a space."""
+    found, (plain, spaced) = _ids(tokenizer, texts), _ids(tokenizer, ["a", " a"])
+    if plain != spaced:
+        return found
+    head, *behind = _ids(tokenizer, [_BEFORE, *(_BEFORE + text for text in texts)])
+    return [
+        ids[len(head) :] if ids[: len(head)] == head else own
+        for ids, own in zip(behind, found, strict=True)
+    ]
+
+
+class _Blank:
+    """Whether a token is white space alone."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        self._known: dict[int, bool] = {}
+
+    def __call__(self, token: int) -> bool:
+        if token not in self._known:
+            self._known[token] = not self._tokenizer.decode([token]).strip()
+        return self._known[token]

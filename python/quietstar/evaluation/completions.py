@@ -1,0 +1,159 @@
+"""Any prompts and completions, as the paper measures answers: the probability of the true completion.
+
+Per item the product of the probabilities of the completion's tokens, its negative log-likelihood (nats),
+and whether greedy decoding writes it. The end-of-text token behind it is not asked for: let a template
+end with what ends an answer, a newline say.
+
+A model whose ``think_at`` is ``completion`` thinks once, where it has learnt to: before the completion's
+first token that is not blank. The next ``talk_length`` tokens are predicted with that thought, the
+others without. Any other model thinks before every token of the completion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from quietstar.data.blocks import IGNORED
+from quietstar.data.collator import PaddingCollator
+from quietstar.data.left_out import LeftOut
+from quietstar.data.pairs import PairTokens, encode_pairs
+from quietstar.data.readers import Completion, TemplateReader
+from quietstar.data.sources import local_documents
+from quietstar.data.stdlib import Document
+from quietstar.errors import UserError
+from quietstar.evaluation.perplexity import undisturbed
+from quietstar.thinking.batch_share import BatchShard
+from quietstar.thinking.layout import text_ranges
+from quietstar.thinking.slots import depth_of_end
+from quietstar.thinking.text_batch import TextBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Item = dict[str, Any]
+
+
+def load_items(
+    tokenizer: PreTrainedTokenizerBase,
+    data: Path | None,
+    templates: dict[str, str | Completion | None],
+    max_length: int,
+    limit: int | None = None,
+) -> list[Item]:
+    """The first ``limit`` prompts and completions of a file that have at most ``max_length`` tokens.
+
+    Args:
+        templates: ``prompt``, ``completion`` and ``preset`` of
+            :class:`~quietstar.data.readers.TemplateReader`.
+
+    Raises:
+        UserError: if there are none, or the templates or the file cannot be used.
+    """
+    if data is None:
+        raise UserError("task completions has no data set of its own; expected --data FILE")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is {limit}; expected a whole number >= 1")
+    if not any(templates.values()):
+        raise UserError(
+            "task completions has no templates; expected --preset, or --prompt and --completion"
+        )
+    reader, left_out = TemplateReader(**templates, lenient=True), LeftOut()  # type: ignore[arg-type]
+    items: list[Item] = []
+    for document in local_documents(str(data), text_column=reader):
+        if len(items) == limit:
+            break
+        ids = _tokens(tokenizer, [document])[0]
+        if not ids.prompt or len(ids) > max_length:
+            reason = f"has {len(ids)} tokens; expected at most {max_length} (--max-length)"
+            left_out.add(document.name, reason if ids.prompt else "has no token before its completion")
+            continue
+        left_out.used()
+        items.append({"prompt": document.prompt, "completion": document.text})
+    left_out.check(f"data file {data}")
+    return items
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> list[PairTokens]:
+    """The documents' tokens, without the end-of-text token that training adds."""
+    found = []
+    for document, ids in zip(documents, encode_pairs(tokenizer, documents), strict=True):
+        added = ids[-1] == tokenizer.eos_token_id and not document.text.endswith(
+            str(tokenizer.eos_token)
+        )
+        found.append(PairTokens(ids[:-1] if added else ids, ids.prompt, ids.anchor))
+    return found
+
+
+@torch.no_grad()
+def score_completions(
+    model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+) -> list[dict[str, Any]]:
+    """Per item ``base_nll``, ``base_probability`` and ``base_correct``, and the same with ``mixed_`` if
+    the model thinks. An item's result does not depend on those beside it but for rounding."""
+    pairs = _tokens(tokenizer, [Document("", item["completion"], item["prompt"]) for item in items])
+    rows = [
+        {"input_ids": list(ids), "labels": [IGNORED] * ids.prompt + ids[ids.prompt :]} for ids in pairs
+    ]
+    batch = {name: value.to(model.device) for name, value in PaddingCollator()(rows).items()}
+    anchors = torch.tensor([[ids.anchor] for ids in pairs], device=model.device)
+    records: list[dict[str, Any]] = [{} for _ in items]
+    where = batch["labels"][:, 1:] != IGNORED
+    with undisturbed(model):
+        for name, rows_of_logits in _predictions(model, batch, anchors, where):
+            for record, logits, labels in zip(records, rows_of_logits, batch["labels"], strict=True):
+                found = _scores(model.config, logits, labels[1:][labels[1:] != IGNORED])
+                record |= {f"{name}_{key}": value for key, value in found.items()}
+    return records
+
+
+def _predictions(
+    model: Any, batch: dict[str, Tensor], anchors: Tensor, where: Tensor
+) -> Iterator[tuple[str, list[Tensor]]]:
+    """Names of predictions, and for each row its logits [n, V] of the completion's tokens.
+
+    Args:
+        anchors: [B, 1], the positions before the completions' first tokens that are not blank.
+        where: [B, N-1] bool, the positions that a completion's tokens are predicted from.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    if getattr(model.config, "thought_kind", "none") == "none":
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        yield "base", [row[places] for row, places in zip(logits, where, strict=True)]
+        return
+    config, td = model.config, model.thought_decoder
+    once = config.parse_think_at()[0] == "completion"
+    if not once:
+        # A row with a shorter completion has its last position repeated.
+        first, count = where.int().argmax(1)[:, None], where.sum(1, keepdim=True)
+        steps = torch.arange(int(count.max()), device=ids.device)
+        anchors = (first + steps).minimum(first + count - 1)
+    ranges, part = text_ranges(mask, ids), BatchShard(seed=0)
+    text = TextBatch(config, ids, ranges, anchors=anchors, temperature=0.0, shard=part)
+    base, slots = td.rollout(text, config.num_slots if once else depth_of_end(config)).hidden
+    mixed, _ = td.mix(text, base, slots, steps=None if once else 1)
+    steps = torch.arange(len(mixed), device=ids.device)[:, None, None]
+    speaks_for = anchors[None] + steps
+    inside = speaks_for < ids.shape[1]
+    row = torch.arange(len(ids), device=ids.device)[None, :, None].expand_as(speaks_for)
+    hidden = base.clone()
+    hidden[row[inside], speaks_for[inside]] = mixed[inside].to(hidden.dtype)
+    for name, states in (("base", base), ("mixed", hidden)):
+        rows = zip(states[:, :-1], where, strict=True)
+        yield name, [td.output.logits(row[places]) for row, places in rows]
+
+
+def _scores(config: Any, logits: Tensor, true: Tensor) -> dict[str, Any]:
+    """What logits [n, V] say of the true tokens [n]; meta tokens get no probability."""
+    logits = logits.double()
+    for name in ("start_token_id", "end_token_id"):
+        if (token := getattr(config, name, None)) is not None:
+            logits[:, token] = -torch.inf
+    nll = -float(logits.log_softmax(-1).gather(1, true[:, None]).sum())
+    correct = bool((logits.argmax(-1) == true).all())
+    return {"nll": nll, "probability": math.exp(-nll), "correct": correct}

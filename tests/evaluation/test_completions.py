@@ -1,0 +1,123 @@
+"""The probability of any completion: by the model's own losses, alone and beside others."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from evaluation_cases import GSM_ROWS, run
+from small_recipes import rejected
+
+from quietstar.data.pairs import encode_pair
+from quietstar.evaluation.completions import load_items, score_completions
+from quietstar.evaluation.perplexity import undisturbed
+
+ITEMS = [
+    {"prompt": "Q: 1 2 3\nA:", "completion": " 18\n"},
+    {"prompt": "Q: 4\nA:", "completion": " 5 6 7 and more\n"},
+    {"prompt": "A long question before it Q: 9\nA:", "completion": " A\n"},
+]
+
+
+@pytest.mark.parametrize("rule", ["all", "completion"])
+def test_scores_are_the_model_s_losses(model, merging, rule: str):
+    """With a thought before every token, or one at the completion's start whose talk goes on from it."""
+    with undisturbed(model, think_at=rule, talk_length=3):
+        found = score_completions(model, merging, ITEMS)
+        for item, record in zip(ITEMS, found, strict=True):
+            row = encode_pair(merging, item["prompt"], item["completion"])
+            ids = torch.tensor([row["input_ids"][:-1]])
+            labels = torch.tensor([row["labels"][:-1]])
+            start, (anchor,) = row["labels"].count(-100), row["completion_anchors"]
+            count = ids.shape[1] - start
+            at = [[anchor]] if rule == "completion" else [list(range(start - 1, ids.shape[1] - 1))]
+            output = model(ids, labels=labels, anchors=torch.tensor(at))
+            base = output.base_losses[0, start - 1 :].tolist()
+            mixed = list(base)
+            if rule == "completion":
+                own = output.talk_losses[:, 0, 0, 0].tolist()[: ids.shape[1] - 1 - anchor]
+                mixed = mixed[: anchor - start + 1] + own + base[anchor - start + 1 + len(own) :]
+            else:
+                mixed = output.talk_losses[0, 0, 0].tolist()
+            assert len(mixed) == len(base) == count
+            for name, losses in (("base", base), ("mixed", mixed)):
+                # The meta tokens have no probability here.
+                assert record[f"{name}_nll"] == pytest.approx(sum(losses), rel=0.03)
+                assert record[f"{name}_probability"] == pytest.approx(math.exp(-record[f"{name}_nll"]))
+        assert any(abs(r["base_nll"] - r["mixed_nll"]) > 1e-3 for r in found)
+        alone = [score_completions(model, merging, [item])[0] for item in ITEMS]
+        for ours, theirs in zip(found, alone, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_plain_decoder_and_a_model_without_thoughts(model, merging):
+    with undisturbed(model, thought_kind="none"):
+        bare = score_completions(model, merging, ITEMS)
+        plain = score_completions(model.base, merging, ITEMS)
+    assert set(bare[0]) == set(plain[0]) == {"base_nll", "base_probability", "base_correct"}
+    whole = score_completions(model, merging, ITEMS)
+    for ours, theirs, other in zip(bare, whole, plain, strict=True):
+        assert ours["base_nll"] == pytest.approx(theirs["base_nll"], rel=1e-4)
+        assert ours["base_nll"] == pytest.approx(other["base_nll"], rel=0.03)
+
+
+def test_a_completion_that_greedy_decoding_writes(model, merging):
+    with undisturbed(model, thought_kind="none"):
+        ids = torch.tensor([merging("Q: 1\nA:")["input_ids"]])
+        logits = model(ids).logits[0, -1]
+        logits[[model.config.start_token_id, model.config.end_token_id]] = -torch.inf
+        texts = merging.batch_decode(logits.argsort(descending=True)[:, None])
+        order = [t for t in texts if len(merging(t)["input_ids"]) == 1 and t.strip()]
+        found = score_completions(
+            model, merging, [{"prompt": "Q: 1\nA:", "completion": text} for text in order[:2]]
+        )
+    best = texts[0] == order[0]
+    assert [record["base_correct"] for record in found] == [best, False]
+    assert found[0]["base_probability"] > found[1]["base_probability"]
+
+
+def test_the_command(folder: str, gsm_file: Path, tmp_path, capsys):
+    output = tmp_path / "out.json"
+    words: list[Any] = [folder, "--tasks", "completions", "--data", gsm_file, "--output", output]
+    assert run(*words, "--preset", "gsm8k", "--limit", 4) == 0
+    assert "completions: 4 items, mean [95% interval]" in capsys.readouterr().out
+    found = json.loads(output.read_text())["tasks"]["completions"]
+    assert list(found) == ["items", "probability", "exact_match", "nll"]
+    assert set(found["nll"]) == {"base", "mixed", "gain"}
+    own = ["--prompt", "Q: {question}\nA:", "--completion", " {answer:final}\n"]
+    assert run(*words[:-1], tmp_path / "own.json", *own, "--limit", 4) == 0
+    assert json.loads((tmp_path / "own.json").read_text())["tasks"]["completions"] == found
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "task completions has no data set of its own; expected --data FILE"),
+        (
+            ["--data", "gsm.jsonl"],
+            "task completions has no templates; expected --preset, or --prompt and",
+        ),
+        (
+            ["--data", "gsm.jsonl", "--prompt", "{question}"],
+            "data.prompt is given without data.completion",
+        ),
+        (["--data", "gsm.jsonl", "--preset", "gsm8k", "--limit", "0"], "--limit is 0"),
+        (["--data", "gsm.jsonl", "--preset", "svamp"], "line 1 has no column 'Body' for data.prompt"),
+        (
+            ["--data", "gsm.jsonl", "--preset", "gsm8k", "--max-length", "4"],
+            "tokens; expected at most 4 (--max-length) (and 5 more that cannot be used)",
+        ),
+    ],
+)
+def test_wrong_words(folder: str, gsm_file: Path, words: list[str], said: str, capsys):
+    words = [str(gsm_file) if word == "gsm.jsonl" else word for word in words]
+    rejected(capsys, ["eval", folder, "--tasks", "completions", *words, "--quiet"], said, alone=False)
+
+
+def test_items_that_are_too_long_are_left_out(gsm_file: Path, merging, caplog):
+    rows = [{**GSM_ROWS[0], "question": "word " * 200}, *GSM_ROWS]
+    gsm_file.write_text("\n".join(map(json.dumps, rows)))
+    items = load_items(merging, gsm_file, {"preset": "gsm8k"}, 128)
+    assert len(items) == len(GSM_ROWS) and "expected at most 128" in caplog.records[0].getMessage()
