@@ -52,8 +52,7 @@ def ways(own: Step) -> Iterator[tuple[str, Step]]:
 
 def recipe_sizes(recipe: Recipe) -> tuple[QuietStarConfig, Sizes]:
     """The thought settings and the decoder's sizes; reads no weights."""
-    from transformers import AutoConfig
-
+    from quietstar.modeling.pretrained import load_config
     from quietstar.recipes.build import build_tokenizer
 
     section = recipe.model
@@ -63,7 +62,8 @@ def recipe_sizes(recipe: Recipe) -> tuple[QuietStarConfig, Sizes]:
         decoder = decoder_config(section.config, 1 if known else len(build_tokenizer(section)) + 2, {})
     else:
         with blaming(f"cannot load the configuration of {section.name}"):
-            decoder = AutoConfig.from_pretrained(section.name, revision=section.revision)
+            assert section.name is not None  # checked with the recipe
+            decoder = load_config(section.name, section.revision)
         decoder = text_config_of(decoder)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if not hasattr(decoder, name):
