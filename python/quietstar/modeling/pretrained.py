@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    __version__,
 )
 
 from quietstar.errors import UserError, blaming
@@ -83,12 +85,32 @@ def _place(name: str | Path) -> tuple[str, dict[str, Any]]:
 
 @contextmanager
 def _naming(name: str | Path, options: dict[str, Any]) -> Iterator[None]:
-    """Within, errors of the reading of a GGUF file name it."""
-    if "gguf_file" not in options:
-        yield
+    """Within, errors name a GGUF file that cannot be read, and a model type that is not known."""
+    if "gguf_file" in options:
+        with blaming(f"the GGUF file {name} is damaged, or of a kind that transformers cannot read"):
+            yield
         return
-    with blaming(f"the GGUF file {name} is damaged, or of a kind that transformers cannot read"):
+    try:
         yield
+    except UserError:
+        raise
+    except ValueError as error:
+        kind = _unknown_type(str(name))
+        if kind is None:
+            raise
+        raise UserError(
+            f"{name} is of model type {kind!r}, which the installed transformers ({__version__}) does"
+            " not know"
+        ) from error
+
+
+def _unknown_type(name: str) -> str | None:
+    try:
+        settings, _ = PretrainedConfig.get_config_dict(name)
+    except (OSError, ValueError):
+        return None
+    kind = settings.get("model_type")
+    return kind if isinstance(kind, str) and kind not in CONFIG_MAPPING else None
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
