@@ -14,6 +14,7 @@ from quietstar.errors import UserError, blaming
 from quietstar.modeling.meta_tokens import add_meta_tokens, check_tokenizer
 from quietstar.modeling.model import QuietStarForCausalLM
 from quietstar.modeling.pretrained import load_decoder, load_tokenizer
+from quietstar.plain_text import read_special_tokens
 from quietstar.recipes.decoder import decoder_config, random_decoder
 from quietstar.recipes.recipe import DataSection, ModelSection, Recipe, longest_talk
 
@@ -29,7 +30,10 @@ def build_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     assert source is not None  # checked with the recipe
     revision = section.revision if section.tokenizer is None else None
     with blaming(f"cannot load the tokenizer of {source}"):
-        return load_tokenizer(source, revision)
+        tokenizer = load_tokenizer(source, revision)
+    if section.special_tokens == "control":
+        read_special_tokens(tokenizer)
+    return tokenizer
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStarForCausalLM:
