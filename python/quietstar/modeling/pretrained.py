@@ -6,6 +6,7 @@ leave on them: with it nothing could be trained or saved.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -39,7 +40,7 @@ def is_gguf(name: str | Path) -> bool:
     Raises:
         UserError: for any other file, and a GGUF file that is not there or that this Python cannot read.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # unlike pathlib's, never an error
     if is_folder(path):
         return False
     if not is_file(path):
@@ -79,7 +80,7 @@ def _place(name: str | Path) -> tuple[str, dict[str, Any]]:
     """What transformers' ``from_pretrained`` takes for a name."""
     if not is_gguf(name):
         return str(name), {}
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return str(path.parent), {"gguf_file": path.name}
 
 
