@@ -53,6 +53,19 @@ def test_it_prints_what_the_model_says(folder: str, capsys):
     assert text.strip()
 
 
+def test_a_decoder_without_thoughts(folder: str, tmp_path, capsys):
+    """It says what the model with thoughts says when it does not think."""
+    model = QuietStarForCausalLM.from_pretrained(folder)
+    model.base.generation_config.eos_token_id = None
+    model.base.set_attn_implementation("sdpa")
+    model.base.save_pretrained(tmp_path)
+    words = [PROMPT, "--max-new-tokens", "7"]
+    expected = run(capsys, folder, *words, "--thinking", "never")
+    for thinking in ([], ["--thinking", "never"]):
+        made = run(capsys, str(tmp_path), *words, *thinking, "--tokenizer", folder)
+        assert made == expected and made.strip()
+
+
 def test_where_the_prompt_comes_from(folder: str, capsys, monkeypatch, tmp_path):
     expected = run(capsys, folder, PROMPT, "--max-new-tokens", "5")
     (tmp_path / "prompt.txt").write_text(PROMPT + "\n")
@@ -143,7 +156,7 @@ def test_models_and_prompts_that_are_none(folder: str, tmp_path, capsys, monkeyp
     (tmp_path / "file").write_text("x")
     refused("is a file; expected a folder", tmp_path / "file", PROMPT)
     tiny_decoder("llama", vocab_size=48).save_pretrained(tmp_path / "plain")
-    refused("is a model without thoughts (llama)", tmp_path / "plain", PROMPT)
+    refused("is a model without thoughts (llama)", tmp_path / "plain", PROMPT, "--show-thoughts")
     refused("prompt file no.txt does not exist", folder, "--file", "no.txt")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     refused("is not UTF-8 text", folder, "--file", tmp_path / "binary")

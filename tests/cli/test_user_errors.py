@@ -183,7 +183,6 @@ def test_overwriting_spares_the_old_run_until_the_new_one_starts(capsys, tmp_pat
         ("text.txt", "model text.txt is a file"),
         ("x" * 300, "neither a folder nor a name"),
         ("a\0b", "neither a folder nor a name"),
-        ("plain", "plain is a model without thoughts (llama)"),
         ("cut", "cut: a file of its weights is cut short or damaged"),
         ("shapes", "in size [3, 3]; the configuration gives [16, 16]"),
         ("heads", "The hidden size (16) is not a multiple of the number of attention heads (3)"),
@@ -194,6 +193,12 @@ def test_models(model: str, message: str, capsys):
     refused(["generate", model, "text"], message, capsys)
     refused(["inspect", model, "text.txt", "--output", "page.html"], message, capsys)
     assert not Path("page.html").exists()
+
+
+def test_a_model_without_thoughts(capsys):
+    message = "plain is a model without thoughts (llama)"
+    refused(["generate", "plain", "text", "--show-thoughts"], message, capsys)
+    refused(["inspect", "plain", "text.txt", "--output", "page.html"], message, capsys)
 
 
 @pytest.mark.parametrize(

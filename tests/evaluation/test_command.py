@@ -1,5 +1,6 @@
 """``quietstar eval``: items, the journal, resumption, errors, several processes."""
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -179,6 +180,53 @@ def test_the_command(folder: str, gsm_file: Path, csqa_file: Path, tmp_path, cap
     assert set(found["tasks"]["csqa"]["accuracy"]) == {"base", "mixed", "gain"}
     lines = (tmp_path / "out.json.items.jsonl").read_text().splitlines()
     assert len(lines) == 3 * 4
+
+
+def test_a_plain_decoder_gives_the_column_without_thoughts(
+    folder: str, model: QuietStarForCausalLM, merging, gsm_file: Path, csqa_file: Path, tmp_path, capsys
+):
+    """The same numbers as of the model with thoughts around it, from the same file of the same form."""
+    decoder = copy.deepcopy(model.base)
+    decoder.set_attn_implementation("sdpa")
+    decoder.save_pretrained(tmp_path / "plain")
+    merging.save_pretrained(tmp_path / "plain")
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 9)
+    words = ["--tasks", "gsm8k,csqa,gsm8k-cot,perplexity", "--data", f"gsm8k={gsm_file}"]
+    words += ["--data", f"csqa={csqa_file}", "--data", f"perplexity={text}", "--block-size", 32]
+    words += ["--limit", 3, "--votes", 2, "--max-new-tokens", 4]
+    found = {}
+    for name, more in ((folder, ["--thinking", "never"]), (tmp_path / "plain", [])):
+        output = tmp_path / "out.json"
+        assert run(name, *words, *more, "--output", output) == 0
+        found[name] = json.loads(output.read_text())
+    shown = capsys.readouterr().out.rpartition("gsm8k: 3 items")[2]
+    assert "no thought" in shown and "with thoughts" not in shown and "pause" not in shown
+    thinking, plain = found[folder], found[tmp_path / "plain"]
+    assert plain.keys() == thinking.keys()
+    for task, measures in (
+        ("gsm8k", ["probability", "exact_match"]),
+        ("csqa", ["probability", "accuracy"]),
+    ):
+        for measure in measures:
+            theirs, ours = (f["tasks"][task][measure] for f in (thinking, plain))
+            assert list(ours) == ["base"]
+            assert ours["base"] == pytest.approx(theirs["base"], rel=1e-4)
+    theirs, ours = (f["tasks"]["perplexity"] for f in (thinking, plain))
+    assert list(ours["nll"]) == ["base"] and ours["gain"] == {}
+    assert ours["nll"]["base"] == pytest.approx(theirs["nll"]["base"], rel=1e-5)
+    assert [d["base"]["mean"] for d in ours["nll_by_decile"]] == pytest.approx(
+        [d["base"]["mean"] for d in theirs["nll_by_decile"]], rel=1e-4
+    )
+    assert plain["tasks"]["gsm8k-cot"]["thinking"] == "never"
+    lines = (tmp_path / "out.json.items.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * 3 * 4  # the two models share the journal's file, not its records
+    rejected(
+        capsys,
+        ["eval", tmp_path / "plain", *words, "--thinking", "every:2"],
+        "plain is a model without thoughts (llama)",
+        alone=False,
+    )
 
 
 def test_an_interrupted_command_continues(folder: str, gsm_file: Path, tmp_path, monkeypatch, capsys):

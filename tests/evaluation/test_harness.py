@@ -1,5 +1,6 @@
 """lm-evaluation-harness with a model that thinks."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -39,13 +40,19 @@ def task_folder(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_task_of_the_harness(folder: str, task_folder: Path, tmp_path, capsys):
+def test_a_task_of_the_harness(
+    folder: str, model: QuietStarForCausalLM, task_folder: Path, tmp_path, capsys
+):
     output = tmp_path / "out.json"
+    decoder = copy.deepcopy(model.base)
+    decoder.set_attn_implementation("sdpa")
+    decoder.save_pretrained(tmp_path / "plain")
     words = ["--tasks", "quietstar_toy", "--include-path", task_folder, "--output", output]
-    assert run(folder, *words) == 0
-    assert "quietstar_toy (lm-evaluation-harness)" in capsys.readouterr().out
-    found = json.loads(output.read_text())["tasks"]["quietstar_toy"]
-    assert found["acc,none"] in (0.0, 0.5, 1.0)
+    for name in (folder, tmp_path / "plain"):
+        assert run(name, *words, "--tokenizer", folder) == 0
+        assert "quietstar_toy (lm-evaluation-harness)" in capsys.readouterr().out
+        found = json.loads(output.read_text())["tasks"]["quietstar_toy"]
+        assert found["acc,none"] in (0.0, 0.5, 1.0)
 
 
 def test_the_harness_thinks(

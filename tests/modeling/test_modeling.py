@@ -77,6 +77,31 @@ def test_from_base_adds_tokens_and_embeddings():
     check_tokenizer(tokenizer, model.config)
 
 
+def test_start_and_end_may_begin_as_texts_of_their_own():
+    table = tiny_decoder("llama").get_input_embeddings().weight
+
+    def begun(**texts: str) -> list[torch.Tensor]:
+        tokenizer = small_tokenizer(with_meta=True)
+        model = QuietStarForCausalLM.from_base(tiny_decoder("llama"), tokenizer, **texts)
+        return list(model.thought_embedding(model.config.embedding_scale))
+
+    several = table[small_tokenizer(with_meta=True)("w3 w4 w4")["input_ids"]].mean(0)
+    for texts, start, end in (
+        ({"init_start_from": "w3 w4 w4", "init_end_from": "w4"}, several, table[4]),
+        ({"init_start_from": "w3 w4 w4"}, several, table[5]),
+        ({"init_end_from": "w3", "init_embedding_from": "w4"}, table[4], table[3]),
+    ):
+        found = begun(**texts)
+        torch.testing.assert_close(found[0], start)
+        torch.testing.assert_close(found[1], end)
+    with pytest.raises(ValueError, match="init_end_from is ''; expected text with a token"):
+        begun(init_end_from="")
+    with pytest.raises(ValueError, match="init_start_from is 'a', which needs a tokenizer"):
+        QuietStarForCausalLM.from_base(
+            tiny_decoder("llama"), start_token_id=1, end_token_id=2, init_start_from="a"
+        )
+
+
 def test_tied_embeddings_stay_tied(tmp_path):
     decoder = tiny_decoder("llama", tie_word_embeddings=True)
     model = QuietStarForCausalLM.from_base(decoder, small_tokenizer(with_meta=True))

@@ -21,7 +21,7 @@ from torch import nn
 from quietstar.config import QuietStarConfig, settings
 from quietstar.errors import UserError, blaming
 from quietstar.files import is_folder
-from quietstar.modeling.loading import load_whole
+from quietstar.modeling.pretrained import is_gguf, load_config, load_decoder
 from quietstar.thinking.linear_layers import is_plain_linear
 from quietstar.thinking.text_part import text_body
 
@@ -58,16 +58,21 @@ def quantization(kind: str, name: str, revision: str | None = None) -> dict[str,
     """
     if kind == "none":
         return {}
+    if is_gguf(name):
+        raise UserError(
+            f"adapter.quantize is {kind!r} and {name} a GGUF file, whose weights are unpacked when"
+            " they are read; expected adapter.quantize=none, or a model that is no GGUF file"
+        )
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise UserError(
             f"adapter.quantize is {kind!r}, which needs bitsandbytes: pip install 'quietstar[qlora]'"
         ) from error
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     with torch.device("meta"):
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = load_config(name, revision)
         shape = AutoModelForCausalLM.from_config(config)
     head = shape.get_output_embeddings()
     settings = BitsAndBytesConfig(
@@ -182,7 +187,6 @@ def load_adapter(name: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
     Raises:
         UserError: if the adapter or its decoder cannot be had, or bitsandbytes where it is needed.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils import cached_file
 
     from quietstar.modeling.model import QuietStarForCausalLM
@@ -195,10 +199,10 @@ def load_adapter(name: str, tokenizer: PreTrainedTokenizerBase) -> PeftModel:
         base_name = settings["base_model_name_or_path"]
         # At the top where a model with thoughts was quantized whole.
         rounded = any(getattr(c, "quantization_config", None) for c in (config, config.text_config))
-        options = {"dtype": "auto", "use_safetensors": True}
+        options = {"dtype": "auto"}
         if rounded:
             options |= {"dtype": config.text_config.dtype, **quantization("4bit", base_name)}
-        base, _ = load_whole(AutoModelForCausalLM.from_pretrained, base_name, **options)
+        base = load_decoder(base_name, **options)
     if rounded:
         base = base.dequantize()
     if isinstance(base, QuietStarForCausalLM):

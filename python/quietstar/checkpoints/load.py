@@ -1,4 +1,4 @@
-"""Open a trained model and its tokenizer by folder or name, as the commands do."""
+"""Open a model and its tokenizer by folder, file or name, as the commands do."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import torch
 from quietstar.checkpoints.adapters import is_adapter, load_adapter, merge
 from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError, blaming, reason
-from quietstar.files import RUN_FILE, is_file, is_folder, last_checkpoint
+from quietstar.files import RUN_FILE, is_folder, last_checkpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from quietstar.modeling.model import QuietStarForCausalLM
 
 
 def load_checkpoint(
-    name: str, *, device: str | None = None, tokenizer: str | None = None
-) -> tuple[QuietStarForCausalLM, PreTrainedTokenizerBase]:
+    name: str, *, device: str | None = None, tokenizer: str | None = None, plain: bool = False
+) -> tuple[QuietStarForCausalLM | Any, PreTrainedTokenizerBase]:
     """Load a model with thoughts, in evaluation mode.
 
     Args:
@@ -29,30 +29,39 @@ def load_checkpoint(
             the last checkpoint is taken; adapters are merged), a checkpoint of the reference code, or
             the name of either on the Hugging Face Hub.
         device: default: ``cuda`` where there is one, otherwise ``cpu``.
-        tokenizer: folder or name of another tokenizer than the checkpoint's own.
+        tokenizer: folder, GGUF file or name of another tokenizer than the checkpoint's own.
+        plain: take a decoder without thoughts, too (a folder, a GGUF file, a name on the hub), as it is.
 
     Raises:
-        UserError: if there is no such model, it has no thoughts, or the tokenizer is not its own.
+        UserError: if there is no such model, it has no thoughts (unless ``plain``), or the tokenizer is
+            not its own.
     """
-    from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     from quietstar.checkpoints.upstream import from_reference, is_reference_config
     from quietstar.modeling.meta_tokens import add_meta_tokens, check_tokenizer
     from quietstar.modeling.model import QuietStarForCausalLM
+    from quietstar.modeling.pretrained import load_decoder, load_tokenizer
 
     transformers_logging.disable_progress_bar()
     place = _device(device)
     name = folder_of_run(name)
     settings = _read_config(name)
     theirs = is_reference_config(settings)
-    if not theirs and settings.get("model_type") != QuietStarConfig.model_type:
+    thinks = theirs or settings.get("model_type") == QuietStarConfig.model_type
+    if not (thinks or plain):
         raise UserError(
             f"{name} is a model without thoughts ({settings.get('model_type', '?')}); expected"
             " one that quietstar train has made, or a checkpoint of the reference code"
         )
     with blaming(f"cannot load the tokenizer of {tokenizer or name} (--tokenizer names another)"):
-        own_tokenizer = AutoTokenizer.from_pretrained(tokenizer or name)
+        own_tokenizer = load_tokenizer(tokenizer or name)
+    model: Any
+    if not thinks:
+        with blaming(f"cannot load {name}"):
+            model = load_decoder(name)
+        _check_size(name, own_tokenizer, model)
+        return model.to(place).eval(), own_tokenizer
     if is_adapter(name):
         model = merge(load_adapter(name, own_tokenizer))
     elif theirs:
@@ -63,6 +72,16 @@ def load_checkpoint(
             model = QuietStarForCausalLM.from_pretrained(name)
     check_tokenizer(own_tokenizer, model.config)
     return model.to(place).eval(), own_tokenizer
+
+
+def _check_size(name: str, tokenizer: PreTrainedTokenizerBase, decoder: PreTrainedModel) -> None:
+    """Raise :class:`UserError` for a tokenizer that has more tokens than a decoder."""
+    rows = decoder.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens but {name} has {rows}; expected the tokenizer"
+            " that it was trained with"
+        )
 
 
 def folder_of_run(name: str) -> str:
@@ -81,8 +100,10 @@ def folder_of_run(name: str) -> str:
 def _read_config(name: str) -> dict[str, Any]:
     from transformers import PretrainedConfig
 
-    if is_file(Path(name)):
-        raise UserError(f"model {name} is a file; expected a folder or a name on the Hugging Face Hub")
+    from quietstar.modeling.pretrained import is_gguf
+
+    if is_gguf(name):
+        return {"model_type": "GGUF file"}
     try:
         settings, _ = PretrainedConfig.get_config_dict(name)
     except (OSError, ValueError) as error:

@@ -15,7 +15,9 @@ INTERRUPTED = 130  # exit status
 def add_model(command: argparse.ArgumentParser) -> None:
     """Which model to open, with which tokenizer, and where."""
     command.add_argument(
-        "model", metavar="MODEL", help="folder of a run or checkpoint, or its name on the hub"
+        "model",
+        metavar="MODEL",
+        help="folder of a run or checkpoint, a GGUF file, or a name on the hub",
     )
     command.add_argument("--tokenizer", metavar="T", help="another tokenizer than the model's own")
     command.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: cuda if it is there)")
@@ -41,11 +43,15 @@ def check_at_least(args: argparse.Namespace, **minima: int) -> None:
             raise UserError(f"--{option} is {value}; expected a whole number >= {minimum}")
 
 
-def open_model(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and the tokenizer that :func:`add_model`'s arguments name; transformers stays silent."""
+def open_model(args: argparse.Namespace, plain: bool = False) -> tuple[Any, Any]:
+    """The model and the tokenizer that :func:`add_model`'s arguments name; transformers stays silent.
+
+    Args:
+        plain: take a decoder without thoughts, too.
+    """
     from transformers.utils import logging as transformers_logging
 
     from quietstar.checkpoints.load import load_checkpoint
 
     transformers_logging.set_verbosity_error()
-    return load_checkpoint(args.model, device=args.device, tokenizer=args.tokenizer)
+    return load_checkpoint(args.model, device=args.device, tokenizer=args.tokenizer, plain=plain)

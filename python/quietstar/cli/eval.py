@@ -20,9 +20,9 @@ def add_parser(commands: Commands) -> None:
     evaluate = commands.add_parser(
         "eval",
         help="measure a model, with its thoughts and without",
-        description="Measure a model, with its thoughts and without: a table, and a json file. A command"
-        " that was interrupted continues when it is given again. For several processes: torchrun"
-        " --nproc-per-node N -m quietstar eval ...",
+        description="Measure a model, with its thoughts and without (a plain decoder: without): a table,"
+        " and a json file. A command that was interrupted continues when it is given again. For several"
+        " processes: torchrun --nproc-per-node N -m quietstar eval ...",
         epilog="example: quietstar eval quietstar-runs/tiny --tasks perplexity --data notes.txt",
     )
     add_model(evaluate)
@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     from quietstar.checkpoints.load import load_checkpoint
+    from quietstar.config import QuietStarConfig
     from quietstar.evaluation.journal import Journal
     from quietstar.evaluation.run import (
         TaskRunner,
@@ -97,7 +98,10 @@ def run(args: argparse.Namespace) -> int:
         )
     # Several processes: each on the device that accelerate gives it.
     device = args.device if state.num_processes == 1 else str(state.device)
-    model, tokenizer = load_checkpoint(args.model, device=device, tokenizer=args.tokenizer)
+    plain = args.thinking in ("always", "never")
+    model, tokenizer = load_checkpoint(args.model, device=device, tokenizer=args.tokenizer, plain=plain)
+    if not isinstance(model.config, QuietStarConfig):
+        args.thinking = "never"
     tasks = [OWN[name](name, settings_of(args, files.get(name))) for name in own]
     items = [task.items(tokenizer) for task in tasks]
     identity = fingerprint(model)

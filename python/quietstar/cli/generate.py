@@ -18,8 +18,9 @@ def add_parser(commands: Commands) -> None:
     generate = commands.add_parser(
         "generate",
         help="continue a text, thinking before its tokens",
-        description="Continue a text, thinking before its tokens. The new text alone is printed, as it"
-        " comes. The most likely tokens are taken unless a sampling option is given.",
+        description="Continue a text, thinking before its tokens where the model has thoughts. The new"
+        " text alone is printed, as it comes. The most likely tokens are taken unless a sampling option"
+        " is given.",
         epilog='example: quietstar generate quietstar-runs/tiny "def main(" --show-thoughts',
     )
     add_model(generate)
@@ -56,11 +57,17 @@ def run(args: argparse.Namespace) -> int:
     from transformers import TextStreamer
 
     from quietstar.cli.thought_streamer import ThoughtStreamer
+    from quietstar.config import QuietStarConfig
     from quietstar.modeling.generation_state import Thinking
 
     Thinking(args.thinking, args.thinking_budget)  # rejects anything that is not a rule
     prompt = read_prompt(args.prompt, args.file)
-    model, tokenizer = open_model(args)
+    asked = args.show_thoughts or args.thinking_budget is not None
+    asked = asked or args.thinking not in ("always", "never")
+    model, tokenizer = open_model(args, plain=not asked)
+    thinking: dict[str, Any] = {}
+    if isinstance(model.config, QuietStarConfig):
+        thinking = {"thinking": args.thinking, "thinking_budget": args.thinking_budget}
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise UserError("the prompt has no tokens; give a text to continue")
@@ -84,8 +91,7 @@ def run(args: argparse.Namespace) -> int:
             streamer=streamer,
             eos_token_id=end,
             pad_token_id=padding,
-            thinking=args.thinking,
-            thinking_budget=args.thinking_budget,
+            **thinking,
             **options,
         )
     except KeyboardInterrupt:  # what was said so far stays on the screen

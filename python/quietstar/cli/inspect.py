@@ -48,9 +48,10 @@ def run(args: argparse.Namespace) -> int:
 
     from quietstar.inspect.data import split_rows
     from quietstar.inspect.page import About, write_page
+    from quietstar.plain_text import plain_ids
 
     model, tokenizer = open_model(args)
-    ids = tokenizer(text, verbose=False)["input_ids"]
+    ids = plain_ids(tokenizer, text)
     shortest = model.config.talk_length + 2
     if len(ids) < shortest:
         raise UserError(

@@ -36,6 +36,7 @@ from quietstar.data.pairs import PairTokens, encode_pairs
 from quietstar.data.stdlib import Document
 from quietstar.data.streams import Position, batches
 from quietstar.errors import UserError
+from quietstar.plain_text import plain_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,8 +70,7 @@ def _tokenized(
             yield from zip(batch, encode_pairs(tokenizer, batch), strict=True)
             continue
         texts = [document.text for document in batch if document.text]
-        # verbose=False: documents longer than the model's context are cut below, no warning needed.
-        token_lists = iter(tokenizer(texts, verbose=False)["input_ids"] if texts else ())
+        token_lists = iter(plain_ids(tokenizer, texts) if texts else ())
         for document in batch:
             ids = next(token_lists) if document.text else []
             if eos is not None and ids and ids[-1] != eos:

@@ -18,7 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
 
+from quietstar.config import QuietStarConfig
 from quietstar.data.collator import PaddingCollator
 from quietstar.evaluation.perplexity import by_decile, means, undisturbed
 from quietstar.thinking.batch_share import BatchShard
@@ -61,12 +64,13 @@ def moved(count: int, seed: int) -> list[int]:
 
 
 def block_losses(
-    model: QuietStarForCausalLM, blocks: Sequence[Sequence[int]]
+    model: QuietStarForCausalLM | PreTrainedModel, blocks: Sequence[Sequence[int]]
 ) -> list[dict[str, list[float]]]:
     """Losses of every token of ``blocks`` (lists of ids) but each block's first.
 
     Per block a list of ``len(block) - 1`` losses for each of :data:`PREDICTIONS` that the model has:
-    one with pause tokens cannot shuffle, one without thoughts has ``base`` alone. Thoughts are the
+    one with pause tokens cannot shuffle, one without thoughts has ``base`` alone, and so has a plain
+    decoder. Thoughts are the
     most likely ones at every position; a block's result does not depend on the blocks beside it but
     for rounding.
     """
@@ -74,6 +78,8 @@ def block_losses(
     batch = {key: value.to(model.device) for key, value in PaddingCollator()(rows).items()}
     ids, config = batch["input_ids"], model.config
     targets = batch["labels"][:, 1:]
+    if not isinstance(config, QuietStarConfig):
+        return _split({"base": _decoder_losses(model, ids, batch["attention_mask"], targets)}, blocks)
     # The last position has nothing to predict, so it need not think.
     anchors = torch.arange(ids.shape[1] - 1, device=ids.device).expand(len(ids), -1)
     td, slots = model.thought_decoder, depth_of_end(config)
@@ -104,10 +110,27 @@ def block_losses(
     if "shuffled" in found:
         with undisturbed(model, **PAUSE):
             found["pause"] = mixed_losses(*_kept(td.rollout(text_batch, slots)))
+    return _split(found, blocks)
+
+
+def _split(found: dict[str, Tensor], blocks: Sequence[Sequence[int]]) -> list[dict[str, list[float]]]:
+    """Losses [B, n] of each prediction, block by block."""
     return [
         {name: losses[row, : len(block) - 1].tolist() for name, losses in found.items()}
         for row, block in enumerate(blocks)
     ]
+
+
+def _decoder_losses(decoder: PreTrainedModel, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
+    """[B, N-1] fp32 of a decoder without thoughts; padding at the right."""
+    rows = []
+    with undisturbed(decoder):
+        for row, text in enumerate(mask.bool()):  # logits of one row at a time
+            logits = decoder(ids[row : row + 1, text], use_cache=False).logits[0, :-1].float()
+            nll = torch.zeros_like(targets[row], dtype=torch.float32)
+            nll[: len(logits)] = cross_entropy(logits, targets[row, : len(logits)], reduction="none")
+            rows.append(nll)
+    return torch.stack(rows)
 
 
 def _kept(thoughts: Thoughts) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from quietstar.modeling.model import QuietStarForCausalLM
 from quietstar.thinking.slots import depth_of_end
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @register_model("quietstar")
@@ -58,7 +58,7 @@ def known_tasks(include: Path | None) -> Any:
 
 
 def run_tasks(
-    model: QuietStarForCausalLM,
+    model: QuietStarForCausalLM | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: list[str],
     manager: Any,
@@ -70,7 +70,8 @@ def run_tasks(
     """Run tasks of the harness; per task its metrics and their standard errors, as plain numbers."""
     import lm_eval
 
-    lm = QuietStarLM(model, tokenizer=tokenizer, batch_size=batch_size)
+    kind = QuietStarLM if isinstance(model, QuietStarForCausalLM) else HFLM
+    lm = kind(model, tokenizer=tokenizer, batch_size=batch_size)
     found = lm_eval.simple_evaluate(
         model=lm,
         tasks=tasks,

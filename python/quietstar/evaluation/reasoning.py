@@ -22,6 +22,7 @@ from quietstar.data.collator import IGNORED, PaddingCollator
 from quietstar.data.readers import TemplateReader
 from quietstar.errors import UserError
 from quietstar.evaluation.perplexity import undisturbed
+from quietstar.plain_text import plain_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -186,7 +187,7 @@ def _is_number(text: str) -> bool:
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids with what the tokenizer puts before a text, without an end-of-text token behind it."""
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    ids = plain_ids(tokenizer, text)
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
         ids.pop()
     return ids

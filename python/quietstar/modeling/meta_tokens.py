@@ -21,6 +21,34 @@ def add_meta_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.add_special_tokens({"additional_special_tokens": missing})
 
 
+def init_tokens(
+    tokenizer: PreTrainedTokenizerBase | None, both: str, start: str | None, end: str | None
+) -> dict[str, list[int]]:
+    """The tokens whose mean embedding the ``start`` and the ``end`` embedding begin as.
+
+    Args:
+        both: the text for one that has none of its own; start, end: their own.
+
+    Returns:
+        nothing without a tokenizer: the embeddings begin at random.
+
+    Raises:
+        ValueError: for a text without a token, or one of its own without a tokenizer.
+    """
+    found = {}
+    for part, own in (("start", start), ("end", end)):
+        text, name = (both, "init_embedding_from") if own is None else (own, f"init_{part}_from")
+        if tokenizer is None:
+            if own is not None:
+                raise ValueError(f"{name} is {text!r}, which needs a tokenizer; expected one")
+            continue
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ValueError(f"{name} is {text!r}; expected text with a token")
+        found[part] = list(ids)
+    return found
+
+
 def meta_token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The meta tokens' ids as :class:`QuietStarConfig` fields; the tokenizer has to have them.
 

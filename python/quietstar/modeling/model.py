@@ -35,8 +35,9 @@ from quietstar.modeling.input_checks import (
     check_tokens,
 )
 from quietstar.modeling.loading import check_folder, keep_4bit_differentiable, load_whole
-from quietstar.modeling.meta_tokens import add_meta_tokens, meta_token_ids
+from quietstar.modeling.meta_tokens import add_meta_tokens, init_tokens, meta_token_ids
 from quietstar.modeling.output import QuietStarOutput
+from quietstar.modeling.pretrained import load_decoder
 from quietstar.modeling.speed_options import SpeedOptionsMixin
 from quietstar.modeling.text_cache import CACHE_NAME, check_alone, check_grows, one_cache
 from quietstar.thinking.attention import implementation_name
@@ -109,16 +110,19 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
         tokenizer: PreTrainedTokenizerBase | None = None,
         *,
         init_embedding_from: str = "---",
+        init_start_from: str | None = None,
+        init_end_from: str | None = None,
         **fields: Any,
     ) -> QuietStarForCausalLM:
         """Give a decoder thoughts.
 
         Args:
-            base: a causal language model, or its name or path.
+            base: a causal language model, or its name or path (of a folder or a GGUF file).
             tokenizer: gets the two meta tokens if it lacks them, and the embeddings are resized to
                 match. May be left out if ``start_token_id`` and ``end_token_id`` are given.
             init_embedding_from: the start and end embeddings begin as the mean embedding of this
                 text's tokens (as in the paper); needs a tokenizer.
+            init_start_from, init_end_from: the same for one of them; None: ``init_embedding_from``.
             fields: of :class:`QuietStarConfig`.
 
         Raises:
@@ -128,7 +132,7 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
         """
         check_fields(fields)
         if isinstance(base, str | Path):
-            base, _ = load_whole(AutoModelForCausalLM.from_pretrained, base, use_safetensors=True)
+            base = load_decoder(base)
         _check_base(base)
         keep_4bit_differentiable(base)
         check_supported(base)
@@ -136,9 +140,10 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
         if tokenizer is not None:
             add_meta_tokens(tokenizer)
             fields = {**meta_token_ids(tokenizer), **fields}
-            # Vocabularies are often padded beyond the tokenizer; never shrink them.
-            if len(tokenizer) > base.get_input_embeddings().num_embeddings:
-                base.resize_token_embeddings(len(tokenizer))
+        first = init_tokens(tokenizer, init_embedding_from, init_start_from, init_end_from)
+        # Vocabularies are often padded beyond the tokenizer; never shrink them.
+        if tokenizer is not None and len(tokenizer) > base.get_input_embeddings().num_embeddings:
+            base.resize_token_embeddings(len(tokenizer))
         for name in ("start_token_id", "end_token_id"):
             if fields.get(name) is None:
                 raise ValueError(f"{name} is missing; give it, or a tokenizer to add the meta tokens to")
@@ -153,17 +158,10 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
             model = cls(QuietStarConfig(text_config=base.config, **fields), base=base)
         model.thought_embedding.to(like.dtype)
         model.mixing_head.to(like.dtype)
-        if tokenizer is not None:
-            ids = tokenizer(init_embedding_from, add_special_tokens=False)["input_ids"]
-            if not ids:
-                raise ValueError(
-                    f"init_embedding_from is {init_embedding_from!r}; expected text with a token"
-                )
-            with torch.no_grad():
-                words = embed(torch.tensor([ids], device=device))[0]
-                mean = words.mean(0) / model.config.embedding_scale
-                model.thought_embedding.start.copy_(mean)
-                model.thought_embedding.end.copy_(mean)
+        with torch.no_grad():
+            for part, ids in first.items():
+                mean = embed(torch.tensor([ids], device=device))[0].mean(0)
+                getattr(model.thought_embedding, part).copy_(mean / model.config.embedding_scale)
         return model
 
     @classmethod

@@ -48,6 +48,12 @@ class Sizes:
         return 3 * self.width**2 + 5 * self.width
 
     @property
+    def counted(self) -> int:
+        """The weights of the linear layers that the formulas know: attention and a gated MLP."""
+        d = self.width
+        return self.layers * d * (2 * self.query + 2 * self.key + 3 * self.inner)
+
+    @property
     def all(self) -> int:
         """Every parameter."""
         return self.body + self.embeddings + self.mixing

@@ -29,8 +29,11 @@ from quietstar.thinking.text_part import text_config_of
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PretrainedConfig
 
 GB = 1e9
+PER_LAYER = ("head_dim", "num_key_value_heads", "intermediate_size")
+COUNTED = "the plan counts decoders with RMSNorm and a gated MLP (Llama, Mistral, Qwen, ...)"
 
 
 def ways(own: Step) -> Iterator[tuple[str, Step]]:
@@ -85,8 +88,7 @@ def least_work(
 
 def recipe_sizes(recipe: Recipe) -> tuple[QuietStarConfig, Sizes]:
     """The thought settings and the decoder's sizes; reads no weights."""
-    from transformers import AutoConfig
-
+    from quietstar.modeling.pretrained import load_config
     from quietstar.recipes.build import build_tokenizer
 
     section = recipe.model
@@ -96,17 +98,30 @@ def recipe_sizes(recipe: Recipe) -> tuple[QuietStarConfig, Sizes]:
         decoder = decoder_config(section.config, 1 if known else len(build_tokenizer(section)) + 2, {})
     else:
         with blaming(f"cannot load the configuration of {section.name}"):
-            decoder = AutoConfig.from_pretrained(section.name, revision=section.revision)
+            assert section.name is not None  # checked with the recipe
+            decoder = load_config(section.name, section.revision)
         decoder = text_config_of(decoder)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if not hasattr(decoder, name):
-            raise UserError(
-                f"model type {decoder.model_type!r} has no {name}; the plan counts decoders with RMSNorm"
-                " and a gated MLP (Llama, Mistral, Qwen, ...)"
-            )
+            raise UserError(f"model type {decoder.model_type!r} has no {name}; {COUNTED}")
+    if _differs(decoder):
+        raise UserError(f"model type {decoder.model_type!r} has layers of several sizes; {COUNTED}")
     with blaming("model.config" if section.config else f"cannot plan {section.name}"):
         sizes = decoder_sizes(decoder)
+    if sizes.linear != sizes.counted:
+        raise UserError(
+            f"model type {decoder.model_type!r} has other layers (experts, latent attention, an MLP"
+            f" without a gate); {COUNTED}"
+        )
     return QuietStarConfig(text_config=decoder, **recipe.thoughts), sizes
+
+
+def _differs(config: PretrainedConfig) -> bool:
+    """Whether a size differs from layer to layer, so that the configuration has no single one."""
+    try:
+        return any(not isinstance(getattr(config, name, 1), int | None) for name in PER_LAYER)
+    except RuntimeError:
+        return True
 
 
 def print_plan(console: Console, recipe: Recipe, memory: float, size: str) -> None:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar.checkpoints.adapters import grow_embeddings, quantization
 from quietstar.data.blocks import Blocks, StreamedBlocks, TokenBlocks, read_blocks
 from quietstar.data.sources import GENERATORS, TOKENIZERS, expand_files, open_documents
 from quietstar.errors import UserError, blaming
-from quietstar.modeling.loading import load_whole
 from quietstar.modeling.meta_tokens import add_meta_tokens, check_tokenizer
 from quietstar.modeling.model import QuietStarForCausalLM
+from quietstar.modeling.pretrained import load_decoder, load_tokenizer
+from quietstar.plain_text import read_special_tokens
 from quietstar.recipes.decoder import decoder_config, random_decoder
 from quietstar.recipes.prompt_data import row_reader
 from quietstar.recipes.recipe import DataSection, ModelSection, Recipe, longest_talk
+
+# What the start and end embeddings begin as: keys of the model section, and keywords of ``from_base``.
+INIT_TEXTS = ("init_embedding_from", "init_start_from", "init_end_from")
 
 
 def build_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -27,7 +31,10 @@ def build_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     assert source is not None  # checked with the recipe
     revision = section.revision if section.tokenizer is None else None
     with blaming(f"cannot load the tokenizer of {source}"):
-        return AutoTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = load_tokenizer(source, revision)
+    if section.special_tokens == "control":
+        read_special_tokens(tokenizer)
+    return tokenizer
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStarForCausalLM:
@@ -71,9 +78,8 @@ def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStarForCa
     if recipe.adapter.rank is not None:
         add_meta_tokens(tokenizer)
         grow_embeddings(decoder, tokenizer)
-    return QuietStarForCausalLM.from_base(
-        decoder, tokenizer, init_embedding_from=section.init_embedding_from, **recipe.thoughts
-    )
+    texts = {key: getattr(section, key) for key in INIT_TEXTS}
+    return QuietStarForCausalLM.from_base(decoder, tokenizer, **texts, **recipe.thoughts)
 
 
 def _load(section: ModelSection, quantize: str, options: dict[str, Any]) -> PreTrainedModel:
@@ -82,10 +88,7 @@ def _load(section: ModelSection, quantize: str, options: dict[str, Any]) -> PreT
         options["revision"] = section.revision
     with blaming(f"cannot load model {section.name}"):
         options |= quantization(quantize, section.name, section.revision)
-        decoder, _ = load_whole(
-            AutoModelForCausalLM.from_pretrained, section.name, use_safetensors=True, **options
-        )
-        return decoder
+        return load_decoder(section.name, **options)
 
 
 def _random_decoder(

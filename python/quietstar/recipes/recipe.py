@@ -73,6 +73,9 @@ class Recipe:
         content = self.to_dict()
         del content["name"], content["description"]
         del content["model"]["fused_layers"], content["model"]["reuse_rollout"]
+        for key in ("init_start_from", "init_end_from", "special_tokens"):
+            if content["model"][key] in (None, "text"):  # as in runs from before there were these keys
+                del content["model"][key]
         if self.adapter == AdapterSection():
             del content["adapter"]
         for key in prompt_data.KEYS:  # which recipes of version 0.1.0 do not have

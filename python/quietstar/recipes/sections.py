@@ -11,20 +11,25 @@ class ModelSection:
     """Which decoder is wrapped, and its tokenizer.
 
     Args:
-        name: a model on the hub or a local folder; a Quiet-STaR checkpoint is continued.
+        name: a model on the hub, a local folder or a GGUF file; a Quiet-STaR checkpoint is continued.
         config: instead of ``name``, a Hugging Face configuration (``model_type`` and its fields):
             the model starts from random weights. ``vocab_size`` and token ids come from the
             tokenizer.
-        tokenizer: a tokenizer on the hub, a local folder, or ``stdlib`` (a small byte-level BPE
-            trained on the Python standard library); the model's own where null.
+        tokenizer: a tokenizer on the hub, a local folder, a GGUF file, or ``stdlib`` (a small
+            byte-level BPE trained on the Python standard library); the model's own where null.
+        special_tokens: what a text of the data becomes that spells a special token, ``<|endoftext|>``
+            say: ``text`` like any other, or that token (``control``), for data with a template's tokens
+            written into them.
         vocab_size: size of the ``stdlib`` tokenizer.
-        dtype: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        dtype: ``auto`` (as stored; of a GGUF file float32), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: attention of ordinary passes and of the text in passes with thoughts:
             ``sdpa`` or ``eager``; the family's own where null.
         revision: branch, tag or commit on the hub.
         base_only: of a Quiet-STaR checkpoint take only the decoder and start the thought parts
             anew.
-        init_embedding_from: the start and end embeddings begin as the mean embedding of this text.
+        init_embedding_from: the start and end embeddings begin as the mean embedding of this text's
+            tokens.
+        init_start_from, init_end_from: the same for one of the two; null: ``init_embedding_from``.
         fused_layers: norms, rotary embeddings, gates and residual adds as fused kernels
             (:mod:`quietstar.thinking.fused_layers`): ``auto`` (compiled on CUDA), ``compile``, ``liger``
             or ``off``.
@@ -35,12 +40,15 @@ class ModelSection:
     name: str | None = None
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
+    special_tokens: Literal["text", "control"] = "text"
     vocab_size: int = 2048
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     attn_implementation: Literal["sdpa", "eager"] | None = None
     revision: str | None = None
     base_only: bool = False
     init_embedding_from: str = "---"
+    init_start_from: str | None = None
+    init_end_from: str | None = None
     fused_layers: Literal["auto", "compile", "liger", "off"] = "auto"
     reuse_rollout: bool = False
 
