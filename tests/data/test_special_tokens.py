@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
 from quietstar import END_TOKEN, START_TOKEN, QuietStarForCausalLM, add_meta_tokens
 from quietstar.data.blocks import tokenize
+from quietstar.data.pairs import encode_pair, encode_pairs
 from quietstar.data.stdlib import END_OF_TEXT, Document, train_tokenizer
 from quietstar.evaluation import reasoning
 from quietstar.modeling.pretrained import load_tokenizer
@@ -137,3 +138,14 @@ def test_the_data_may_have_control_tokens_if_the_recipe_says_so(tmp_path):
     tokenizer = load_tokenizer(tmp_path / "text")
     read_special_tokens(tokenizer)
     assert tokenizer.eos_token_id in plain_ids(tokenizer, text)
+
+
+def test_prompts_and_completions_that_spell_one(tokenizer: PreTrainedTokenizerBase):
+    row = encode_pair(tokenizer, f"say {SPELLS}:", f" {SPELLS}")
+    ids = row["input_ids"]
+    begin = [tokenizer.bos_token_id] if ids[0] == tokenizer.bos_token_id else []
+    assert not control(tokenizer) & set(ids[len(begin) : -1]) and ids[-1] == tokenizer.eos_token_id
+    # What a chat template has written is its own tokens.
+    end = str(tokenizer.eos_token)
+    (rendered,) = encode_pairs(tokenizer, [Document("x", f"yes{end}", f"say it{end}", True)])
+    assert rendered.count(tokenizer.eos_token_id) == 2

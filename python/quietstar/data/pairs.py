@@ -10,12 +10,14 @@ write " 51" as a space and digits, and after the space alone the answer is still
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quietstar.data.collator import IGNORED
 from quietstar.data.stdlib import Document
 from quietstar.errors import UserError
+from quietstar.plain_text import plain_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,8 +83,13 @@ def encode_pairs(
         return
     eos, blank = tokenizer.eos_token_id, _Blank(tokenizer)
     texts = [document.prompt or "" for document in documents]
-    prompts = _ids(tokenizer, texts, special=not documents[0].rendered)
-    completions = _continuations(tokenizer, [document.text for document in documents])
+    # Special tokens are what a chat template writes, and not what a text spells.
+    rendered = documents[0].rendered
+    ids = partial(_rendered_ids if rendered else plain_ids, tokenizer)
+    prompts = ids(texts, add_special_tokens=not rendered)
+    completions = _continuations(
+        partial(ids, add_special_tokens=False), [document.text for document in documents]
+    )
     for text, before, after in zip(texts, prompts, completions, strict=True):
         if before and before[-1] == eos and not text.endswith(str(tokenizer.eos_token)):
             before.pop()  # some tokenizers close every text
@@ -92,19 +99,20 @@ def encode_pairs(
         yield PairTokens(before + after, len(before), len(before) + skipped - 1)
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool = False) -> list[list[int]]:
+def _rendered_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], **options: Any
+) -> list[list[int]]:
     # verbose=False: what is too long for the model's context is left out later, no warning needed.
-    made = tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
-    return [list(ids) for ids in made]
+    return [list(ids) for ids in tokenizer(texts, verbose=False, **options)["input_ids"]]
 
 
-def _continuations(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+def _continuations(ids_of: Callable[[list[str]], list[list[int]]], texts: list[str]) -> list[list[int]]:
     """The ids of texts that go on behind another; by itself one would get a space before it from a
     tokenizer of the sentencepiece kind, where a text has the same ids as behind a space."""
-    found, (plain, spaced) = _ids(tokenizer, texts), _ids(tokenizer, ["a", " a"])
+    found, (plain, spaced) = ids_of(texts), ids_of(["a", " a"])
     if plain != spaced:
         return found
-    head, *behind = _ids(tokenizer, [_BEFORE, *(_BEFORE + text for text in texts)])
+    head, *behind = ids_of([_BEFORE, *(_BEFORE + text for text in texts)])
     return [
         ids[len(head) :] if ids[: len(head)] == head else own
         for ids, own in zip(behind, found, strict=True)
