@@ -60,6 +60,10 @@ LOOPS = {
         "softmax_cross_entropy_rows_plain<*": ("FADD", 157),  # 32 elements of the loss
         "softmax_cross_entropy_rows_plain<*, true>": ("MUFU.EX2", 137),  # of the gradient
     },
+    "mixing_head.cu": {
+        "mixing_first_kernel<*Float16, true>": ("FADD", 60),  # 8 elements
+        "mixing_tail_kernel<*Float16, true, *>": ("FFMA", 79),  # 16 elements of the dot product
+    },
     "sample_tokens.cu": {
         "scan_rows_fast<*": ("MUFU.EX2", 245),
         "sample_rows_fast<*": ("MUFU.EX2", 245),
