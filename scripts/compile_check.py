@@ -41,18 +41,29 @@ NO_SPILLS = (
     *("key_gradients_kernel<*Float16, *", "merge_kernel<*", "diagonal_backward<*"),
 )
 # What they spill all the same, in bytes at most: where nothing was measured, so that nothing was tuned.
-KNOWN_SPILLS = {("softmax_cross_entropy_rows<*Float16, PlainLogit, true>", "sm_120"): 56}
+KNOWN_SPILLS = {("softmax_cross_entropy_rows_plain<*Float16, true>", "sm_120"): 24}
 
 # Kernels that write rows 16 bytes at a time, by file. The compiler takes a copied pack apart where it
 # can see through the copy; the PTX shows that already.
 WIDE = {
-    "linear_cross_entropy.cu": ("softmax_cross_entropy_rows<*, true>", "scale_elements*"),
+    "linear_cross_entropy.cu": (
+        *("softmax_cross_entropy_rows<*, true>", "softmax_cross_entropy_rows_plain<*, true>"),
+        "scale_elements*",
+    ),
     "mixing_head.cu": ("mixing_*_kernel<*, true*>",),
 }
 
 # The loops that a file's kernels spend their time in: the operation that a loop has more of than any
 # other, and the most instructions of sm_90 that a round of it may take.
 LOOPS = {
+    "linear_cross_entropy.cu": {
+        "softmax_cross_entropy_rows_plain<*": ("FADD", 157),  # 32 elements of the loss
+        "softmax_cross_entropy_rows_plain<*, true>": ("MUFU.EX2", 137),  # of the gradient
+    },
+    "mixing_head.cu": {
+        "mixing_first_kernel<*Float16, true>": ("FADD", 60),  # 8 elements
+        "mixing_tail_kernel<*Float16, true, *>": ("FFMA", 79),  # 16 elements of the dot product
+    },
     "sample_tokens.cu": {
         "scan_rows_fast<*": ("MUFU.EX2", 245),
         "sample_rows_fast<*": ("MUFU.EX2", 245),

@@ -131,7 +131,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "a barrier missing in a CUDA kernel",
-        "csrc/cuda/linear_cross_entropy.cuh",
+        "csrc/cuda/linear_cross_entropy_row.cuh",
         "= p;\n  __syncthreads();\n  const bool there",
         "= p;\n  const bool there",
         "tests/operators/test_linear_cross_entropy_cuda_kernel.py",

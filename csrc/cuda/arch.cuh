@@ -91,6 +91,22 @@ __device__ __forceinline__ void keep(T*& p) {
 #endif
 }
 
+// The same of what is computed from a number: here, and not before.
+__device__ __forceinline__ void keep(int& number) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(number));
+#else
+  static_cast<void>(number);
+#endif
+}
+__device__ __forceinline__ void keep(float& number) {
+#ifdef __CUDACC__
+  asm volatile("" : "+f"(number));
+#else
+  static_cast<void>(number);
+#endif
+}
+
 // For data that is read once: it does not stay in L1 and leaves L2 first.
 template <class T>
 __device__ __forceinline__ Pack<T> load16_once(const T* p) {
@@ -195,6 +211,16 @@ __device__ __forceinline__ unsigned pack2(float lower, float upper) {
 #else
   return from_float<T>(lower).bits | static_cast<unsigned>(from_float<T>(upper).bits) << 16;
 #endif
+}
+
+// The lower or the upper one of two numbers in a register.
+template <class T>
+__device__ __forceinline__ float number_in(unsigned pair, int upper) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return __uint_as_float(upper ? pair & 0xffff0000u : pair << 16);
+  } else {
+    return to_float(T{static_cast<std::uint16_t>(upper ? pair >> 16 : pair)});
+  }
 }
 
 // ---- maxima that a NaN passes through

@@ -2,15 +2,19 @@
 // linear_cross_entropy.cuh.
 #include <algorithm>
 #include <cmath>
+#include <string>
+#include <type_traits>
 
 #include "launch.cuh"
 #include "linear_cross_entropy.cuh"
+#include "linear_cross_entropy_plain.cuh"
 #include "quietstar/checks.h"
 
 namespace quietstar::cuda {
 namespace {
 
 constexpr std::int64_t kMaxVocab = (std::int64_t{1} << 31) - 65536;  // a token's index is an int
+constexpr std::int64_t kMaxRows = kMaxVocab;                         // and a row's
 constexpr std::int64_t kReserved = 2048;  // bytes of a block's shared memory that are not the row's
 constexpr int kThreadsPerMultiprocessor = 1024;  // at the 64 registers that a thread may have
 
@@ -19,17 +23,18 @@ struct Plan {
   int threads, kept, blocks;
 };
 
-// kept: packs of a row that stay in shared memory. Two blocks or more share a multiprocessor if
-// their rows fit, so that one computes while the other waits; a longer row has it for itself.
-Plan plan(std::int64_t packs, bool gradient, const Device& device) {
+// kept: packs of a row that stay in shared memory, in whole chunks of `chunk`. Two blocks or more
+// share a multiprocessor if their rows fit, so that one computes while the other waits; a longer
+// row has it for itself.
+Plan plan(std::int64_t packs, std::int64_t chunk, bool gradient, const Device& device) {
   const auto max = static_cast<std::int64_t>(max_shared_memory(device));
   // Some eight loads per thread keep a row's start and end small beside its middle.
   int threads = 32;
   while (threads < 512 && threads * 8 < packs) threads *= 2;
-  std::int64_t kept = gradient ? packs : 0;
+  std::int64_t kept = gradient ? ceil_div(packs, chunk) * chunk : 0;
   if (2 * (kept * 16 + kReserved) > max) {
     threads = kMaxRowThreads;
-    kept = std::min(kept, (max - kReserved) / 16);
+    kept = std::min(kept, (max - kReserved) / 16 / chunk * chunk);
   }
   const std::int64_t by_memory = (max + 1024) / (kept * 16 + kReserved);
   const std::int64_t resident = std::max<std::int64_t>(
@@ -39,17 +44,26 @@ Plan plan(std::int64_t packs, bool gradient, const Device& device) {
 
 template <class T, class Logit>
 void run(const SoftmaxCrossEntropy& call, const Logit& logit, const Device& device) {
+  constexpr bool plain = sizeof(T) == 2 && std::is_same_v<Logit, PlainLogit>;
+  constexpr int chunk = plain ? kChunkPacks : 1;
   const bool gradient = call.row_weights != nullptr;
-  const Plan how = plan(call.vocab / Pack<T>::size, gradient, device);
-  const auto kernel = gradient ? softmax_cross_entropy_rows<T, Logit, true>
-                               : softmax_cross_entropy_rows<T, Logit, false>;
-  launch("softmax_cross_entropy", device, kernel,
-         blocks(std::min<std::int64_t>(call.rows, how.blocks)),
-         dim3(static_cast<unsigned>(how.threads)), static_cast<std::size_t>(how.kept) * 16,
-         static_cast<T*>(call.logits), call.rows, static_cast<int>(call.vocab), call.stride,
-         call.targets, call.valid_rows, call.banned_bits, logit,
-         static_cast<float>(call.logit_scale / call.temperature), call.nll, call.row_weights,
-         how.kept);
+  const Plan how = plan(call.vocab / Pack<T>::size, chunk, gradient, device);
+  const auto start = [&](auto kernel) {
+    launch("softmax_cross_entropy", device, kernel,
+           blocks(std::min<std::int64_t>(call.rows, how.blocks)),
+           dim3(static_cast<unsigned>(how.threads)), static_cast<std::size_t>(how.kept) * 16,
+           static_cast<T*>(call.logits), call.rows, static_cast<int>(call.vocab), call.stride,
+           call.targets, call.valid_rows, call.banned_bits, logit,
+           static_cast<float>(call.logit_scale / call.temperature), call.nll, call.row_weights,
+           how.kept / chunk);
+  };
+  if constexpr (plain) {
+    start(gradient ? softmax_cross_entropy_rows_plain<T, true>
+                   : softmax_cross_entropy_rows_plain<T, false>);
+  } else {
+    start(gradient ? softmax_cross_entropy_rows<T, Logit, true>
+                   : softmax_cross_entropy_rows<T, Logit, false>);
+  }
 }
 
 template <class T>
@@ -70,6 +84,8 @@ void run(const SoftmaxCrossEntropy& call, const Device& device) {
 
 void softmax_cross_entropy(const SoftmaxCrossEntropy& call, const Device& device) {
   check(call, kMaxVocab, call.vocab);
+  QUIETSTAR_ARGUMENT(call.rows <= kMaxRows, "rows is " + std::to_string(call.rows) +
+                                                "; expected 0 to " + std::to_string(kMaxRows));
   with_type(call.dtype, [&](auto type) { run<decltype(type)>(call, device); });
 }
 

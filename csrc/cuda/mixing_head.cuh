@@ -17,6 +17,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "arch.cuh"
@@ -68,6 +69,19 @@ __device__ __forceinline__ void keep_packed(P& piece) {
 #endif
 }
 
+// Element e of a piece; of 16-bit numbers from the word that has two, in one instruction.
+template <class P>
+__device__ __forceinline__ float element(const P& piece, int e) {
+  using T = std::remove_cv_t<std::remove_reference_t<decltype(piece.at[0])>>;
+  if constexpr (P::size == 8) {
+    unsigned pair;
+    std::memcpy(&pair, &piece.at[e / 2 * 2], sizeof pair);
+    return number_in<T>(pair, e % 2);
+  } else {
+    return to_float(piece.at[e]);
+  }
+}
+
 // n numbers of fp32; the address of more than one is aligned to 16 bytes.
 template <int n, bool kOnce>
 __device__ __forceinline__ void load_floats(float (&to)[n], const float* p) {
@@ -84,7 +98,7 @@ __device__ __forceinline__ void load_floats(float (&to)[n], const float* p) {
 }
 
 __device__ __forceinline__ float relu(float x) {
-  return x < 0 ? 0 : x;  // a NaN stays one
+  return max_nan(x, 0);  // a NaN stays one
 }
 
 template <class T>
@@ -130,7 +144,7 @@ __global__ void __launch_bounds__(kElementThreads) mixing_first_kernel(MixingHea
     P sum;
 #pragma unroll
     for (int e = 0; e < P::size; ++e) {
-      sum.at[e] = from_float<T>(relu(left[e] + (right[e] + to_float(bias.at[e]))));
+      sum.at[e] = from_float<T>(relu(left[e] + (right[e] + element(bias, e))));
     }
     store_piece(h1 + i, sum);
   }
@@ -167,7 +181,7 @@ __global__ void __launch_bounds__(kTailThreads, 5) mixing_tail_kernel(MixingHead
     const P w = load_piece<P>(w3 + c * P::size);
 #pragma unroll
     for (int e = 0; e < P::size; ++e) {
-      dot = fmaf(relu(to_float(piece.at[e])), to_float(w.at[e]), dot);
+      dot = fmaf(relu(element(piece, e)), element(w, e), dot);
     }
   };
 #pragma unroll
@@ -188,8 +202,7 @@ __global__ void __launch_bounds__(kTailThreads, 5) mixing_tail_kernel(MixingHead
     P out;
 #pragma unroll
     for (int e = 0; e < P::size; ++e) {
-      out.at[e] =
-          from_float<T>(fmaf(rest, to_float(from_base.at[e]), gate * to_float(from_thought.at[e])));
+      out.at[e] = from_float<T>(fmaf(rest, element(from_base, e), gate * element(from_thought, e)));
     }
     store_piece(mixed + c * P::size, out);
   };

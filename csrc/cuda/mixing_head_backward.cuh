@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
       P out;
 #pragma unroll
       for (int e = 0; e < P::size; ++e) {
-        const float value = to_float(g.at[e]);
-        dot = fmaf(value, to_float(z.at[e]) - to_float(b.at[e]), dot);
+        const float value = element(g, e);
+        dot = fmaf(value, element(z, e) - element(b, e), dot);
         out.at[e] = from_float<T>(gate * value);
       }
       store_piece(grad_thought + c * P::size, out);
@@ -102,6 +102,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
     }
 #pragma unroll
     for (int k = 0; k < kHeld; ++k) {
+      keep_packed(g[k]);
+      keep_packed(b[k]);
+      keep_packed(z[k]);
       if (lane + k * kGroup < pieces) pass_on(g[k], b[k], z[k], lane + k * kGroup);
     }
     for (int c = lane + kHeld * kGroup; c < pieces; c += kGroup) {
@@ -119,8 +122,8 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
       float of_b2[P::size], of_w3[P::size];
 #pragma unroll
       for (int e = 0; e < P::size; ++e) {
-        const float x = to_float(hidden.at[e]);
-        of_b2[e] = x <= 0 ? 0 : outer * to_float(weight.at[e]);
+        const float x = element(hidden, e);
+        of_b2[e] = x <= 0 ? 0 : outer * element(weight, e);
         of_w3[e] = outer * relu(x);
         out.at[e] = from_float<T>(of_b2[e]);
       }
@@ -195,9 +198,9 @@ __global__ void __launch_bounds__(kElementThreads, 3)
 #pragma unroll
           for (int e = 0; e < P::size; ++e) {
             const T zero = from_float<T>(0.0f);
-            g[n].at[e] = to_float(h[n].at[e]) <= 0 ? zero : g[n].at[e];
-            of_product[e] += to_float(g[n].at[e]);
-            of_base[e] = fmaf(rest[n], to_float(m[n].at[e]), of_base[e]);
+            g[n].at[e] = element(h[n], e) <= 0 ? zero : g[n].at[e];
+            of_product[e] += element(g[n], e);
+            of_base[e] = fmaf(rest[n], element(m[n], e), of_base[e]);
           }
           store_piece(grad_h1 + at[n], g[n]);
         }

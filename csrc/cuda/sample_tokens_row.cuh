@@ -81,10 +81,8 @@ template <class T>
 __device__ __forceinline__ float element(const Chunk<T>& chunk, int j) {
   if constexpr (std::is_same_v<T, float>) {
     return __uint_as_float(chunk.word[j]);
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    return __uint_as_float(j % 2 ? chunk.word[j / 2] & 0xffff0000u : chunk.word[j / 2] << 16);
   } else {
-    return to_float(T{static_cast<std::uint16_t>(chunk.word[j / 2] >> j % 2 * 16)});
+    return number_in<T>(chunk.word[j / 2], j % 2);
   }
 }
 

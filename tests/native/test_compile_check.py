@@ -164,12 +164,10 @@ def test_finds_spills_and_patterns_without_a_kernel(check) -> None:
 
 
 def test_known_spills_are_of_one_architecture(check) -> None:
-    kernel = check.Kernel(
-        "softmax_cross_entropy_rows<Float16, PlainLogit, true>", "sm_120", 64, 56, 0, 512
-    )
+    kernel = check.Kernel("softmax_cross_entropy_rows_plain<Float16, true>", "sm_120", 64, 24, 0, 768)
     pattern = ("softmax_cross_entropy_rows*",)
     assert check.faults([kernel], pattern) == []
-    for change in ({"spills": 60}, {"arch": "sm_90"}, {"name": "softmax_cross_entropy_rows<float>"}):
+    for change in ({"spills": 28}, {"arch": "sm_90"}, {"name": "softmax_cross_entropy_rows<float>"}):
         assert len(check.faults([dataclasses.replace(kernel, **change)], pattern)) == 1
 
 

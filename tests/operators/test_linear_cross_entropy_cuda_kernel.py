@@ -179,15 +179,47 @@ def test_an_almost_certain_target_loses_no_digits(device: str) -> None:
     torch.testing.assert_close(at_target, -others.sigmoid(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_huge_and_infinite_logits(device: str, softcap: float | None) -> None:
-    logits = torch.randn(21, 50, device=device)
+def test_huge_and_infinite_logits(device: str, softcap: float | None, dtype: torch.dtype) -> None:
+    logits = torch.randn(21, 50, device=device).to(dtype)
     logits[1] *= 1e30
     logits[2, 3:40] = -torch.inf
     logits[4] = -1e38
     logits[5] = 1e38
+    logits[6, 20] = 3e38
+    logits[7] = -3e38
+    logits[7, 30:] = torch.linspace(-2, 2, 20)
     targets = torch.randint(0, 3, (21,), device=device)
     check_kernel(logits, targets, torch.ones(21, device=device), softcap=softcap)
+
+
+LATER = {
+    "far above": {"first": 0.0, "later": 90.0},  # beyond what a sum of the first chunk's size holds
+    "further": {"first": -50.0, "later": 50.0},
+    "far below": {"first": 90.0, "later": 0.0},
+    "behind nothing": {"first": -torch.inf, "later": -300.0},
+    "large": {"first": 1000.0, "later": 1010.0},  # no exponents for the gradient's factor
+    "larger": {"first": -3e4, "later": -3e4},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", LATER.values(), ids=LATER.keys())
+def test_later_logits_of_another_size(device: str, case: dict[str, float], dtype: torch.dtype) -> None:
+    """A thread takes its powers relative to what it reads first, which banned tokens and the target must
+    not decide."""
+    words, seen = 2 * 4096 + 45, 4096
+    logits = unaligned(3, words, dtype, 3, 0, device)
+    logits[:, :seen] += case["first"]
+    logits[:, seen:] += case["later"]
+    banned = torch.tensor([5, 77, words - 1], device=device)
+    logits[1, banned] = 200 + max(case.values())
+    logits[2, 300] = 30 + max(case.values())
+    targets = torch.tensor([seen + 9, words - 30, 300], device=device)
+    row_weights = torch.tensor([1e-8, -2.0, 1e4], device=device)
+    for scale in (1.0, -1.0):
+        check_kernel(logits * scale, targets, row_weights, banned=banned, logit_scale=scale)
 
 
 def test_a_nan_or_a_wrong_target_stays_in_its_row(device: str) -> None:
@@ -224,9 +256,11 @@ def test_scale_in_place(device: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.cuda_on_cpu
 def test_bad_arguments_of_the_kernel(cuda_on_cpu: ModuleType) -> None:
-    def call(vocab: int = 4, stride: int = 4, temperature: float = 1.0, softcap: float = 0.0) -> None:
-        options = (temperature, softcap, 1.0)
-        cuda_on_cpu.cuda_softmax_cross_entropy((0, 0, 1, vocab, stride, 0, *options, *[0] * 11), (0, 0))
+    def call(
+        vocab: int = 4, stride: int = 4, temperature: float = 1.0, softcap: float = 0.0, rows: int = 1
+    ) -> None:
+        options = (0, temperature, softcap, 1.0, *[0] * 11)
+        cuda_on_cpu.cuda_softmax_cross_entropy((0, 0, rows, vocab, stride, *options), (0, 0))
 
     with pytest.raises(ValueError, match="vocab is 0; expected 1 to"):
         call(vocab=0)
@@ -236,6 +270,8 @@ def test_bad_arguments_of_the_kernel(cuda_on_cpu: ModuleType) -> None:
         call(temperature=0)
     with pytest.raises(ValueError, match="softcap is -1"):
         call(softcap=-1)
+    with pytest.raises(ValueError, match="rows is 2147483647; expected 0 to"):
+        call(rows=2**31 - 1)
     hidden, weight, targets = make(dtype=torch.float32)
     cuda_on_cpu.fail_launch(0)
     with pytest.raises(RuntimeError, match="injected launch failure"):
