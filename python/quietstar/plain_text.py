@@ -27,6 +27,14 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, text: str | list[str], **optio
     return list(found["input_ids"])
 
 
-def read_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let texts spell special tokens, here and wherever the tokenizer is opened after it was saved."""
-    tokenizer.init_kwargs[_ASKED] = "control"
+def read_special_tokens(tokenizer: PreTrainedTokenizerBase, on: bool = True) -> None:
+    """Let texts spell special tokens, here and wherever the tokenizer is opened after it was saved; or
+    no longer."""
+    tokenizer.init_kwargs.pop(_ASKED, None)
+    if on:
+        tokenizer.init_kwargs[_ASKED] = "control"
+
+
+def spells(tokenizer: PreTrainedTokenizerBase, text: str, token: object) -> bool:
+    """Whether a text ends by spelling a special token, and the token is what becomes of it."""
+    return tokenizer.init_kwargs.get(_ASKED) == "control" and text.endswith(str(token))

@@ -120,7 +120,8 @@ def linear_cross_entropy_sum(
     A mean over n rows has weights 1/n, a REINFORCE term weights -advantage/count. The fused path
     takes the gradients in the forward pass, row chunk by row chunk, and the backward pass only
     scales them, in place, and not at all if it comes with a gradient of 1: three matrix products. For
-    bfloat16 on the CPU four, where neither all logits nor an fp32 copy of weight fit the 256 MiB.
+    bfloat16 on the CPU four, where neither all logits fit the 256 MiB nor an fp32 copy of weight half of
+    them.
     On CUDA the host waits once to leave rows out.
 
     Args:

@@ -107,9 +107,10 @@ class _Chunks:
         self.second_pass = False
         sum_bytes = width * vocabulary * wide.itemsize
         if fused and sums and dtype == torch.bfloat16 and self._size(room, most, hidden, weight)[1] > 1:
-            if sum_bytes > room // 2:
+            large = sum_bytes > room // 2
+            if large:
                 room, most = LARGE_WORKSPACE_BYTES, self.count_valid + 15  # whole vectors
-            if most == MAX_ROWS or self._size(room, most, hidden, weight)[1] > 1:
+            if not large or self._size(room, most, hidden, weight)[1] > 1:
                 self.second_pass = sum_bytes > room // 2
                 room -= block + (0 if self.second_pass else sum_bytes)
         elif fused and sums and dtype == torch.float16:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 
 from quietstar import END_TOKEN, START_TOKEN, QuietStarForCausalLM, add_meta_tokens
 from quietstar.data.blocks import tokenize
-from quietstar.data.pairs import encode_pair, encode_pairs
+from quietstar.data.pairs import encode_pair, encode_pairs, without_end
 from quietstar.data.stdlib import END_OF_TEXT, Document, train_tokenizer
 from quietstar.evaluation import reasoning
 from quietstar.modeling.pretrained import load_tokenizer
@@ -115,7 +115,7 @@ def test_the_data_may_have_control_tokens_if_the_recipe_says_so(tmp_path):
     train_tokenizer([text * 9], 280).save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "text.txt").write_text(text)
     found = {}
-    for kind in ("text", "control"):
+    for kind in (None, "text", "control"):
         recipe = parse_recipe(
             content(
                 model={"tokenizer": str(tmp_path / "tokenizer"), "special_tokens": kind},
@@ -126,18 +126,20 @@ def test_the_data_may_have_control_tokens_if_the_recipe_says_so(tmp_path):
         build_model(recipe, tokenizer)
         data, _ = build_data(recipe, tokenizer, progress=False)
         row = torch.cat([data[i]["input_ids"] for i in range(len(data))]).tolist()
-        tokenizer.save_pretrained(tmp_path / kind)
-        again = load_tokenizer(tmp_path / kind)
+        tokenizer.save_pretrained(tmp_path / str(kind))
+        again = load_tokenizer(tmp_path / str(kind))
         assert row == plain_ids(again, text)[: len(row)] and len(row) >= 16
         found[kind] = tokenizer.eos_token_id in row
         noted = recipe.relevant_settings()["model"].get("special_tokens")
-        assert noted == (None if kind == "text" else "control")
-    assert found == {"text": False, "control": True}
+        assert noted == kind
+    assert found == {None: False, "text": False, "control": True}
     config = json.loads(Path(tmp_path / "control" / "tokenizer_config.json").read_text())
     assert config["quietstar_special_tokens"] == "control"
     tokenizer = load_tokenizer(tmp_path / "text")
     read_special_tokens(tokenizer)
     assert tokenizer.eos_token_id in plain_ids(tokenizer, text)
+    read_special_tokens(tokenizer, on=False)
+    assert tokenizer.eos_token_id not in plain_ids(tokenizer, text)
 
 
 def test_prompts_and_completions_that_spell_one(tokenizer: PreTrainedTokenizerBase):
@@ -149,3 +151,8 @@ def test_prompts_and_completions_that_spell_one(tokenizer: PreTrainedTokenizerBa
     end = str(tokenizer.eos_token)
     (rendered,) = encode_pairs(tokenizer, [Document("x", f"yes{end}", f"say it{end}", True)])
     assert rendered.count(tokenizer.eos_token_id) == 2
+    # Spelled, it is no end: the one behind it was added, and is not scored.
+    document = Document("x", f"yes{end}", "say it")
+    (spelled,) = encode_pairs(tokenizer, [document])
+    assert without_end(tokenizer, document, spelled) == spelled[:-1]
+    assert tokenizer.eos_token_id not in spelled[spelled.prompt : -1]

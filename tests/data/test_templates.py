@@ -38,7 +38,7 @@ def filled(text: str, **row: Any) -> str:
         ("{x:equation}", "( ( 8.0 - 2.0 ) * 10.0 )", "(8 - 2) * 10"),
         ("{x:equation}", "( 8.0 - 2.0 ) * ( 3.5 + 1.0 )", "(8 - 2) * (3.5 + 1)"),
         ("{x:equation}", "( 100.05 + 20.0 )", "100.05 + 20"),
-        ("{x:final}", "a\n#### 1,234", "1234"),
+        ("{x:final}", "a\n#### 1,234", "1,234"),
         ("{x:final}", "#### half", "half"),
         ("{x:steps}", "48/2 = <<48/2=24>>24 in May.\n#### 24", "48/2 = 24 in May."),
         ("{x:choices}", {"label": ["A", "B"], "text": ["ape", "bee"]}, "(A) ape\n(B) bee"),
@@ -107,3 +107,9 @@ def test_templates_that_no_row_can_fill(text: str, said: str):
 def test_rows_that_do_not_fit(text: str, row: dict[str, Any], said: str):
     with pytest.raises(UserError, match=said.replace("{", r"\{")):
         Template(text, "data.prompt").fill(row)
+
+
+@pytest.mark.parametrize("value", ["1e5000", "1e999999999", "1,2", "1_000", "-", "nan"])
+def test_what_is_no_number(value: str):
+    with pytest.raises(UserError, match="expected a number"):
+        filled("{x:number}", x=value)

@@ -1,6 +1,7 @@
 """The memory and FLOP model of a step against measured peaks and counted operations."""
 
 import contextlib
+import dataclasses
 import gc
 import random
 from typing import Any
@@ -16,7 +17,7 @@ from quietstar.cli import app as cli
 from quietstar.cli.plan import parse_bytes
 from quietstar.errors import UserError
 from quietstar.plan import costs as plan
-from quietstar.plan.table import least_work
+from quietstar.plan.table import least_work, training_changes
 
 RANK = 4
 TINY = {
@@ -179,18 +180,27 @@ def test_the_least_work_that_fits():
     """Rows at a time before products kept, products kept before everything again."""
     config, sizes = build("float32", False, TINY).config, plan.decoder_sizes(LlamaConfig())
     own = plan.Step(8, 256, precision="bfloat16", checkpointing=True, optimizer_bytes=2.0)
-    found = [
-        least_work(config, sizes, own, memory) for memory in (2e12, 200e9, 90e9, 60e9, 50e9, 40e9, 1e9)
-    ]
-    assert found[0] is not None and found[0][0] == {}
-    assert found[-1] is None
+    memories = (2e12, 200e9, 90e9, 60e9, 50e9, 40e9)
+    found = [least_work(config, sizes, own, memory) for memory in memories]
+    # The recipe says that it checkpoints: with enough memory that is taken back.
+    recipe = {"gradient_checkpointing": True}
+    assert training_changes(own, found[0], recipe) == {"gradient_checkpointing": False}
     work = []
-    for best, memory in zip(found[:-1], (2e12, 200e9, 90e9, 60e9, 50e9, 40e9), strict=True):
+    for best, memory in zip(found, memories, strict=True):
         if best is not None:
-            assert plan.fits(config, sizes, best[1], memory)
-            work.append(sum(plan.step_flops(config, sizes, best[1]).values()))
+            assert plan.fits(config, sizes, best, memory)
+            work.append(sum(plan.step_flops(config, sizes, best).values()))
     assert work == sorted(work)
-    assert any(best and best[0].get("rows_per_backward") and len(best[0]) == 1 for best in found)
+    cut = next(best for best in found if best is not None and best.rows_per_backward)
+    assert not cut.checkpointing
+    assert training_changes(own, cut, recipe)["rows_per_backward"] == cut.rows_per_backward
+    kept = dataclasses.replace(own, keep_products=True)
+    assert training_changes(own, kept, {}) == {"activation_checkpointing_kwargs": {"keep": "products"}}
+    assert training_changes(kept, own, {}) == {"activation_checkpointing_kwargs": None}
+    assert least_work(config, sizes, own, 1e9) is None
+    # What the trainer would refuse is not advised.
+    whole = [least_work(config, sizes, own, m, keeps=False, cuts=False) for m in memories]
+    assert all(w is None or (w.rows_per_backward is None and not w.keep_products) for w in whole)
 
 
 def test_rows_at_a_time():

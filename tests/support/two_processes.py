@@ -62,6 +62,13 @@ CASES: dict[str, dict[str, Any]] = {
         "fields": {"reward": "information-gain"},
         "arguments": {**FSDP, "rows_per_backward": 1},
     },
+    # Two gradients, each clipped: what one part leaves must not get into the other's norm.
+    "fsdp-clipped-parts": {
+        "padded": True,
+        "accumulate": 2,
+        "settings": {"policy_max_grad_norm": 0.1, "max_grad_norm": 0.5},
+        "arguments": {**FSDP, "rows_per_backward": 1},
+    },
     "fsdp-targets": {"padded": True, "without": range(2, 8), "arguments": FSDP},
 }
 

@@ -102,6 +102,10 @@ def test_with_other_options(settings: dict[str, Any], tmp_path):
 def test_given_thoughts_and_outputs_of_the_rollout(tmp_path):
     given = rows(12, thoughts=True)
     assert_same(train(tmp_path, given, rows_per_backward=3), train(tmp_path, given))
+    # Where they stand is drawn once, for all rows.
+    models = [small_model(num_rationales=2, think_at="random:0.4").double() for _ in range(2)]
+    ways = zip(models, ({"rows_per_backward": 1}, {}), strict=True)
+    assert_same(*(train(tmp_path, given, model, **settings) for model, settings in ways))
     kept = small_model(num_rationales=2).double()
     assert kept.reuse_rollout() > 0
     assert_same(train(tmp_path, uneven(), kept, rows_per_backward=1), train(tmp_path, uneven()))
@@ -149,5 +153,7 @@ def test_what_cannot_be_cut_is_refused(tmp_path):
         rows_of({"input_ids": torch.ones(2, 6), "cu_seq_lens_q": torch.tensor([0, 6, 12])}, slice(0, 1))
     with pytest.raises(ValueError, match="rows_per_backward is 2 with lomo"):
         trainer(tmp_path, small_model(), rows(4), rows_per_backward=2, optim="lomo")
+    with pytest.raises(ValueError, match="rows_per_backward is 2 with galore_adamw_layerwise"):
+        trainer(tmp_path, small_model(), rows(4), rows_per_backward=2, optim="galore_adamw_layerwise")
     with pytest.raises(ValueError, match="rows_per_backward is 0; expected 1 or more"):
         trainer(tmp_path, small_model(), rows(4), rows_per_backward=0)

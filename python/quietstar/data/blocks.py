@@ -236,6 +236,7 @@ class StreamedBlocks(IterableDataset[Item]):
             if not self.repeat or (rows == begun and worker is not None):
                 return
             if rows == begun:
+                self.left_out.check("the stream")
                 raise UserError(
                     f"the stream gave no row of {self.blocks.block_size} tokens; lower data.block_size"
                 )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from quietstar.data.collator import IGNORED
 from quietstar.data.stdlib import Document
 from quietstar.errors import UserError
-from quietstar.plain_text import plain_ids
+from quietstar.plain_text import plain_ids, spells
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,12 +91,25 @@ def encode_pairs(
         partial(ids, add_special_tokens=False), [document.text for document in documents]
     )
     for text, before, after in zip(texts, prompts, completions, strict=True):
-        if before and before[-1] == eos and not text.endswith(str(tokenizer.eos_token)):
+        if before and before[-1] == eos and not _ends(tokenizer, text, rendered):
             before.pop()  # some tokenizers close every text
         if eos is not None and after[-1:] != [eos]:
             after.append(eos)
         skipped = next((n for n, token in enumerate(after) if not blank(token)), len(after))
         yield PairTokens(before + after, len(before), len(before) + skipped - 1)
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase, text: str, rendered: bool) -> bool:
+    """Whether a text has its own end-of-text token."""
+    eos = tokenizer.eos_token
+    return text.endswith(str(eos)) if rendered else spells(tokenizer, text, eos)
+
+
+def without_end(tokenizer: PreTrainedTokenizerBase, document: Document, ids: PairTokens) -> PairTokens:
+    """The tokens without the end-of-text token that was added behind a completion."""
+    own = _ends(tokenizer, document.text, document.rendered)
+    added = ids[-1] == tokenizer.eos_token_id and not own
+    return PairTokens(ids[:-1] if added else ids, ids.prompt, ids.anchor)
 
 
 def _rendered_ids(

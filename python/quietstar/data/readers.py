@@ -91,6 +91,15 @@ class PairReader(RowReader):
         """
 
 
+def check_preset(preset: object) -> None:
+    """Raise :class:`UserError` for a preset that there is not."""
+    if preset is not None and preset not in PRESETS:
+        raise UserError(
+            f"data.preset is {preset!r}; expected one of {', '.join(PRESETS)}"
+            f"{did_you_mean(str(preset), list(PRESETS))}"
+        )
+
+
 class _Option(NamedTuple):
     """Templates of a layout: the prompt's, and the completions' with the sums of their shares."""
 
@@ -127,11 +136,7 @@ class TemplateReader(PairReader):
         lenient: bool = False,
     ):
         super().__init__(lenient)
-        if preset is not None and preset not in PRESETS:
-            raise UserError(
-                f"data.preset is {preset!r}; expected one of {', '.join(PRESETS)}"
-                f"{did_you_mean(preset, list(PRESETS))}"
-            )
+        check_preset(preset)
         if preset is None and (prompt is None or completion is None):
             given, missing = ("prompt", "completion") if completion is None else ("completion", "prompt")
             raise UserError(

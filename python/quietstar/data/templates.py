@@ -23,6 +23,9 @@ from quietstar.errors import UserError, did_you_mean
 _PARTS = re.compile(r"\.([^.\[\]]+)|\[([^\[\]]+)\]")
 # How Python's specs for numbers end.
 _NUMERIC = re.compile(r"[bcdeEfFgGnoxX%]$")
+_GROUPED = re.compile(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?")
+# Written out, what is larger would be no answer that anybody gives.
+MAX_EXPONENT = 50
 _ANNOTATION = re.compile(r"<<[^<>]*>>")
 
 
@@ -54,12 +57,8 @@ def equation(value: Any) -> str:
 
 
 def final(value: Any) -> str:
-    """What stands behind the last ``####`` (GSM8K's answer), a number in digits."""
-    text = _text(value).rsplit("####", 1)[-1].strip()
-    try:
-        return number(text)
-    except Unfit:
-        return text
+    """What stands behind the last ``####`` (GSM8K's answer), as it is written there: 70,000."""
+    return _text(value).rsplit("####", 1)[-1].strip()
 
 
 def steps(value: Any) -> str:
@@ -226,11 +225,14 @@ def _takes(value: Any, spec: str) -> bool:
 def _decimal(value: Any) -> Decimal:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise Unfit(f"a {type(value).__name__}; expected a number")
+    text = str(value).strip()
+    if _GROUPED.fullmatch(text):
+        text = text.replace(",", "")
     try:
-        found = Decimal(str(value).strip().replace(",", ""))
+        found = Decimal("nan" if "_" in text else text)
     except InvalidOperation:
         found = Decimal("nan")
-    if not found.is_finite():
+    if not found.is_finite() or abs(found.adjusted()) > MAX_EXPONENT:
         raise Unfit(f"{value!r:.80}; expected a number")
     return found
 

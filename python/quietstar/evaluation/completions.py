@@ -22,7 +22,7 @@ from torch import Tensor
 from quietstar.data.blocks import IGNORED
 from quietstar.data.collator import PaddingCollator
 from quietstar.data.left_out import LeftOut
-from quietstar.data.pairs import PairTokens, encode_pairs
+from quietstar.data.pairs import PairTokens, encode_pairs, without_end
 from quietstar.data.readers import Completion, TemplateReader
 from quietstar.data.sources import local_documents
 from quietstar.data.stdlib import Document
@@ -81,13 +81,8 @@ def load_items(
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> list[PairTokens]:
     """The documents' tokens, without the end-of-text token that training adds."""
-    found = []
-    for document, ids in zip(documents, encode_pairs(tokenizer, documents), strict=True):
-        added = ids[-1] == tokenizer.eos_token_id and not document.text.endswith(
-            str(tokenizer.eos_token)
-        )
-        found.append(PairTokens(ids[:-1] if added else ids, ids.prompt, ids.anchor))
-    return found
+    pairs = zip(documents, encode_pairs(tokenizer, documents), strict=True)
+    return [without_end(tokenizer, document, ids) for document, ids in pairs]
 
 
 @torch.no_grad()

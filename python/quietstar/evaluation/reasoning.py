@@ -22,7 +22,7 @@ from quietstar.data.collator import IGNORED, PaddingCollator
 from quietstar.data.readers import TemplateReader
 from quietstar.errors import UserError
 from quietstar.evaluation.perplexity import undisturbed
-from quietstar.plain_text import plain_ids
+from quietstar.plain_text import plain_ids, spells
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -188,7 +188,7 @@ def _is_number(text: str) -> bool:
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids with what the tokenizer puts before a text, without an end-of-text token behind it."""
     ids = plain_ids(tokenizer, text)
-    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
+    if ids and ids[-1] == tokenizer.eos_token_id and not spells(tokenizer, text, tokenizer.eos_token):
         ids.pop()
     return ids
 

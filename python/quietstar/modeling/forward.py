@@ -11,6 +11,7 @@ from quietstar.losses.language_model import LanguageModelLosses, language_model_
 from quietstar.losses.policy import LossTerms, policy_loss, thought_entropy, total_loss
 from quietstar.losses.rewards import ThoughtRewards, thought_rewards
 from quietstar.modeling.output import QuietStarOutput
+from quietstar.thinking.batch_share import ThoughtOver
 from quietstar.thinking.decoder import ThoughtDecoder
 from quietstar.thinking.rollout import Thoughts
 from quietstar.thinking.slots import depth_of_end
@@ -48,7 +49,7 @@ def thinking_forward(
     thoughts = thoughts or td.rollout(batch)
     batch = batch.thinking_at(thoughts.anchors)
     divisors = {"targets": batch.target_divisors, "thoughts": batch.thought_divisor}
-    return QuietStarOutput(thoughts=thoughts, divisors=divisors)
+    return QuietStarOutput(thought_over=ThoughtOver(thoughts, divisors))
 
 
 def _training_output(

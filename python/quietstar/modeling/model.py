@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -348,8 +349,10 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
                 raise ValueError("`logits_to_keep` and `thought_ids` cannot be combined")
             return prediction_forward(td, batch, thought_ids, logits_to_keep)
         thoughts = batch.shard.thoughts
-        if thought_ids is not None:
+        if thoughts is None and thought_ids is not None:
             batch, thoughts = given_thoughts(td, batch, thought_ids)
+        elif thought_ids is not None:  # those are of the batch that this is a part of
+            batch = replace(batch, rationales=thought_ids.shape[1])
         step = thinking_forward if batch.shard.only_thinks else training_forward
         return step(td, batch, thoughts)
 

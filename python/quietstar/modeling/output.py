@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from transformers import Cache
 from transformers.utils import ModelOutput
 
 from quietstar.modeling.text_cache import CACHE_NAME
-from quietstar.thinking.rollout import Thoughts
+from quietstar.thinking.batch_share import ThoughtOver
 
 
 @dataclass
@@ -34,8 +33,7 @@ class QuietStarOutput(ModelOutput):
             whether the thoughts there count (:class:`quietstar.thinking.text_batch.TextBatch`).
         thought_ids: [B, R, A, T]; thought_logprobs: [B, R, A, T] if sampled in this call.
         logits: [B, kept, V], mixed; only without labels.
-        thoughts, divisors: of a call that only thinks (``batch_part``): what the rollout leaves to the
-            packed pass, and what the means over targets and thoughts divide by.
+        thought_over: of a call that only thinks (``batch_part``), for the packed passes to come.
         past_key_values, cache: the text's cache under both of its names, if one is kept.
     """
 
@@ -58,8 +56,7 @@ class QuietStarOutput(ModelOutput):
     thought_logprobs: Tensor | None = None
     is_target: Tensor | None = None
     rewarded: Tensor | None = None
-    thoughts: Thoughts | None = None
-    divisors: Mapping[str, Tensor] | None = None
+    thought_over: ThoughtOver | None = None
     # The field that the installed transformers reads is the one that is stored.
     if CACHE_NAME == "cache":
         cache: Cache | None = None

@@ -198,6 +198,18 @@ def _products_row(sizes: Sizes, step: Step) -> float:
     return linear + s * sizes.query + 4 * sizes.heads
 
 
+def _shared_row(sizes: Sizes, step: Step) -> float:
+    """Bytes of kept products that a layer, when it is computed again, would keep itself, per row: what
+    goes through a rotary embedding, an update or a residual add is another tensor then."""
+    if not step.keep_products:
+        return 0.0
+    s = 4 if step.precision == "float32" else 2
+    attention = s * sizes.query + 4 * sizes.heads
+    if step.rank is not None:
+        return attention + 7 * step.rank * s
+    return attention + s * (sizes.key + 2 * sizes.inner)
+
+
 def _transient_row(sizes: Sizes, step: Step) -> float:
     """Bytes of gradients at the widest place of a layer's backward pass, per row."""
     s = 4 if step.precision == "float32" else 2
@@ -234,7 +246,7 @@ def activation_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float
 
     # 2. The backward pass, at its beginning (all layers kept) and at its end (all gradients there).
     inside: float = rows.packed * _transient_row(sizes, step)
-    inside += layer + cast - rows.packed * _products_row(sizes, step) if step.checkpointing else 0
+    inside += layer + cast - rows.packed * _shared_row(sizes, step) if step.checkpointing else 0
     first = sizes.mixing + (v * d + d * sizes.inner if step.rank is None else 0)
     start = stack + inside + gradient * first
     end = (kept if not step.checkpointing else 0) + positions + inside

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from quietstar.config import QuietStarConfig
@@ -57,33 +57,48 @@ def ways(own: Step) -> Iterator[tuple[str, Step]]:
 
 
 def least_work(
-    config: QuietStarConfig, sizes: Sizes, own: Step, memory: float
-) -> tuple[dict[str, Any], Step] | None:
-    """The training settings with which a step fits ``memory`` bytes and computes least twice; None if
-    none fits.
+    config: QuietStarConfig,
+    sizes: Sizes,
+    own: Step,
+    memory: float,
+    *,
+    keeps: bool = True,
+    cuts: bool = True,
+) -> Step | None:
+    """The way to run a step that fits ``memory`` bytes and computes least twice; None if none fits.
 
     Rows at a time compute nothing twice, many at a time fill the GPU best; then comes checkpointing that
     keeps products, and last that which keeps nothing.
+
+    Args:
+        keeps: whether checkpointing may keep products; cuts: whether rows may be taken a few at a time.
     """
-    plain = dataclasses.replace(own, checkpointing=False, keep_products=False, rows_per_backward=None)
-    counts = [n for n in range(own.batch, 0, -1) if own.batch % n == 0]
+    counts = [n for n in range(own.batch, 0, -1) if own.batch % n == 0] if cuts else [own.batch]
     for checkpointing, kept in ((False, False), (True, True), (True, False)):
-        if kept and own.quantized:
+        if kept and (own.quantized or not keeps):
             continue
         for count in counts:
             rows = None if count == own.batch else count
             way = dataclasses.replace(
-                plain, checkpointing=checkpointing, keep_products=kept, rows_per_backward=rows
+                own, checkpointing=checkpointing, keep_products=kept, rows_per_backward=rows
             )
-            if not fits(config, sizes, way, memory):
-                continue
-            settings: dict[str, Any] = {} if rows is None else {"rows_per_backward": rows}
-            if checkpointing:
-                settings["activation_checkpointing"] = True
-            if kept:
-                settings["activation_checkpointing_kwargs"] = {"keep": "products"}
-            return settings, way
+            if fits(config, sizes, way, memory):
+                return way
     return None
+
+
+def training_changes(own: Step, way: Step, training: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe's training section has to say to run in another way, resets included."""
+    old = "gradient_checkpointing" in training
+    name = "gradient_checkpointing" if old else "activation_checkpointing"
+    changes: dict[str, Any] = {}
+    if way.part.batch != own.part.batch:
+        changes["rows_per_backward"] = way.rows_per_backward
+    if way.checkpointing != own.checkpointing:
+        changes[name] = way.checkpointing
+    if way.checkpointing and way.keep_products != own.keep_products:
+        changes[f"{name}_kwargs"] = {"keep": "products"} if way.keep_products else None
+    return changes
 
 
 def recipe_sizes(recipe: Recipe) -> tuple[QuietStarConfig, Sizes]:
@@ -124,6 +139,26 @@ def _differs(config: PretrainedConfig) -> bool:
         return True
 
 
+def _print_least_work(
+    console: Console, recipe: Recipe, case: tuple[QuietStarConfig, Sizes, Step, float], size: str
+) -> None:
+    """What to change in the recipe, so that its batch fits one GPU and least of it is computed twice."""
+    config, sizes, step, _ = case
+    training, fused = recipe.training, recipe.model.fused_layers
+    optim = str(training.get("optim", ""))
+    alone = "lomo" in optim or optim.endswith("layerwise") or training.get("deepspeed")
+    keeps = not training.get("torch_compile") and fused not in ("compile", "liger")
+    way = least_work(*case, keeps=keeps, cuts=not alone)
+    if way is None:
+        return
+    changes = training_changes(step, way, training)
+    lines = {key: "null" if value is None else str(value).lower() for key, value in changes.items()}
+    says = ", ".join(f"{key}: {value}" for key, value in lines.items()).replace("'", "")
+    says = f"training: {{{says}}}" if says else "as the recipe says"
+    peak = peak_bytes(config, sizes, way) / GB
+    console.print(f"least computed twice, on one GPU of {size}: {says} (peak {peak:.2f} GB)")
+
+
 def print_plan(console: Console, recipe: Recipe, memory: float, size: str) -> None:
     """Print the step's size and a table of what fits ``memory`` bytes, which the user calls ``size``."""
     config, sizes = recipe_sizes(recipe)
@@ -147,11 +182,7 @@ def print_plan(console: Console, recipe: Recipe, memory: float, size: str) -> No
         f" {peak_bytes(config, sizes, step) / GB:.2f} GB; with a GPU's own"
         f" {CONTEXT_BYTES / GB:.1f} GB and {GAPS - 1:.0%} gaps it {verdict} {size}"
     )
-    if found := least_work(config, sizes, step, memory):
-        settings, way = found
-        says = f"training: {settings}".replace("'", "") if settings else "no part of it computed twice"
-        peak = peak_bytes(config, sizes, way) / GB
-        console.print(f"least work for that batch in {size}: {says} (peak {peak:.2f} GB)")
+    _print_least_work(console, recipe, (config, sizes, step, memory), size)
     console.print(f"\nlargest batch per GPU of {size}, on so many GPUs:")
     runs = [(1, False), *((count, sharded) for count in (2, 4, 8) for sharded in (False, True))]
     heads = [f"{count}{' FSDP2' if sharded else ' DDP' * (count > 1)}" for count, sharded in runs]

@@ -26,14 +26,15 @@ INIT_TEXTS = ("init_embedding_from", "init_start_from", "init_end_from")
 def build_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer that the model section names."""
     if section.tokenizer in TOKENIZERS:
-        return TOKENIZERS[section.tokenizer](section.vocab_size)
-    source = section.tokenizer or section.name
-    assert source is not None  # checked with the recipe
-    revision = section.revision if section.tokenizer is None else None
-    with blaming(f"cannot load the tokenizer of {source}"):
-        tokenizer = load_tokenizer(source, revision)
-    if section.special_tokens == "control":
-        read_special_tokens(tokenizer)
+        tokenizer = TOKENIZERS[section.tokenizer](section.vocab_size)
+    else:
+        source = section.tokenizer or section.name
+        assert source is not None  # checked with the recipe
+        revision = section.revision if section.tokenizer is None else None
+        with blaming(f"cannot load the tokenizer of {source}"):
+            tokenizer = load_tokenizer(source, revision)
+    if section.special_tokens is not None:
+        read_special_tokens(tokenizer, section.special_tokens == "control")
     return tokenizer
 
 
@@ -117,7 +118,8 @@ def build_data(
         settings, limit = data.lookup or {}, data.max_train_blocks
         return GENERATORS[data.name](settings, data.block_size, limit, data.eval_blocks)
     blocks = Blocks(data.block_size, data.packing, longest_talk(recipe) + 2)
-    seed = int(recipe.training.get("data_seed") or recipe.training.get("seed", 42))
+    seed = recipe.training.get("data_seed")
+    seed = int(recipe.training.get("seed", 42) if seed is None else seed)
     shared = ("config_name", "revision", "txt_documents", "streaming", "shuffle_buffer")
     options = {"seed": seed, **{key: getattr(data, key) for key in shared}}
     options["text_column"] = row_reader(data, tokenizer, seed)

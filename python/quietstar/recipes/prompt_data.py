@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from quietstar.data.presets import PRESETS
-from quietstar.data.readers import MessagesReader, RowReader, TemplateReader
+from quietstar.data.readers import MessagesReader, RowReader, TemplateReader, check_preset
 from quietstar.data.sources import CORPORA, GENERATORS
 from quietstar.errors import UserError
 from quietstar.recipes.sections import DataSection
@@ -36,6 +36,7 @@ def settled(content: dict[str, Any]) -> dict[str, Any]:
             " prompts and completions"
         )
     content = {"packing": "document", **content, "text_column": None}
+    check_preset(content.get("preset"))
     preset = PRESETS.get(str(content.get("preset")))
     if preset is not None and not content.get("name") and not content.get("files"):
         content["name"] = preset.hub_name

@@ -74,7 +74,7 @@ class Recipe:
         del content["name"], content["description"]
         del content["model"]["fused_layers"], content["model"]["reuse_rollout"]
         for key in ("init_start_from", "init_end_from", "special_tokens"):
-            if content["model"][key] in (None, "text"):  # as in runs from before there were these keys
+            if content["model"][key] is None:  # as in runs from before there were these keys
                 del content["model"][key]
         if self.adapter == AdapterSection():
             del content["adapter"]

@@ -19,7 +19,7 @@ class ModelSection:
             byte-level BPE trained on the Python standard library); the model's own where null.
         special_tokens: what a text of the data becomes that spells a special token, ``<|endoftext|>``
             say: ``text`` like any other, or that token (``control``), for data with a template's tokens
-            written into them.
+            written into them; null: what the tokenizer was saved with, ``text`` if with none.
         vocab_size: size of the ``stdlib`` tokenizer.
         dtype: ``auto`` (as stored; of a GGUF file float32), ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: attention of ordinary passes and of the text in passes with thoughts:
@@ -40,7 +40,7 @@ class ModelSection:
     name: str | None = None
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
-    special_tokens: Literal["text", "control"] = "text"
+    special_tokens: Literal["text", "control"] | None = None
     vocab_size: int = 2048
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     attn_implementation: Literal["sdpa", "eager"] | None = None

@@ -86,7 +86,7 @@ def _completions(batch: TextBatch) -> Tensor:
             f"completion_anchors has shape {list(found.shape)}; expected [{rows}, completions]"
         )
     check_index_range("completion_anchors", found, length)
-    return found
+    return found.sort(1).values
 
 
 @torch.no_grad()

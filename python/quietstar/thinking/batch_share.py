@@ -9,7 +9,7 @@ whole batch, so that the parts draw the thoughts that one process would draw.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,6 +77,25 @@ class BatchShard:
         generator = None if self._seed is None else torch.Generator().manual_seed(self._seed)
         drawn = torch.rand(columns, rows * self.count, generator=generator)
         return drawn.T.chunk(self.count)[self.index]
+
+
+class ThoughtOver:
+    """What a batch's rollout leaves for the parts that are learnt from one after the other.
+
+    Not a dataclass either: FSDP would round the divisors to the dtype of its outputs.
+
+    Args:
+        thoughts: of all rows; None where the model has none.
+        divisors: by the names that ``mean_count`` is asked for, of the whole batch.
+    """
+
+    def __init__(self, thoughts: Thoughts | None, divisors: Mapping[str, Tensor]):
+        self._thoughts, self._divisors = thoughts, divisors
+
+    def part(self, rows: slice) -> BatchShard:
+        """What the model is told about some of the rows."""
+        thoughts = None if self._thoughts is None else self._thoughts.of_rows(rows)
+        return BatchShard(mean_count=lambda name, own: self._divisors[name], thoughts=thoughts)
 
 
 WHOLE_BATCH = BatchShard()

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
@@ -74,6 +75,9 @@ class PolicyClipper:
         put_shards_back(model)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._loss = None
+        if isinstance(model, FSDPModule):
+            # Unreduced it would keep both gradients in one place of its own, over all micro-batches.
+            model.set_requires_gradient_sync(True)
         if not isinstance(model, DistributedDataParallel):
             yield
             return

@@ -210,7 +210,8 @@ def check_gradients(trainer: Any, keeps_copy: bool) -> None:
     policy_max_norm = argument(trainer.args, "policy_max_grad_norm")
     rows = argument(trainer.args, "rows_per_backward")
     optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
-    owner = "DeepSpeed" if deepspeed else optim if "lomo" in optim else None
+    steps_at_once = "lomo" in optim or optim.endswith("layerwise")
+    owner = "DeepSpeed" if deepspeed else optim if steps_at_once else None
     if owner is not None and rows is not None:
         raise ValueError(
             f"rows_per_backward is {rows} with {owner}, which handles gradients itself; expected null"

@@ -9,13 +9,14 @@ checkpointing. Thoughts, losses and gradients are those of the whole micro-batch
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from quietstar.thinking.batch_share import BatchShard
+from quietstar.thinking.batch_share import ThoughtOver
+from quietstar.training.global_batch import text_batch
 from quietstar.training.options import check_batch
 
 if TYPE_CHECKING:
@@ -28,40 +29,34 @@ def in_parts(
     """The parts of a micro-batch to be trained on one after the other; the whole one if it has no more
     than ``rows``.
 
-    Around all but the last gradients stay in their process.
+    Around all but the last gradients stay in their process; those of FSDP2 are reduced each time, as it
+    would hold them unsharded meanwhile.
     """
     check_batch(inputs)
     total = len(inputs["input_ids"])
-    config = trainer.thought_config
-    if rows is None or total <= rows or not config.thinks:
+    if rows is None or total <= rows:
         yield inputs
         return
     inputs = trainer._prepare_inputs(inputs)
-    batch = trainer.global_batch
+    batch, config = trainer.global_batch, trainer.thought_config
     share = batch.next_share(config)
     model.train()
     if callable(optimizer_trains := getattr(trainer.optimizer, "train", None)):
         optimizer_trains()
-    with torch.no_grad(), trainer.compute_loss_context_manager():
-        thinking = model(**inputs, batch_part=share.thinking())
+    if config.thinks:
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            over = model(**inputs, batch_part=share.thinking()).thought_over
+    else:
+        over = ThoughtOver(None, {"targets": text_batch(config, inputs, share).target_divisors})
+    stays = trainer.accelerator.num_processes > 1 and not trainer.accelerator.is_fsdp2
     for start in range(0, total, rows):
         part = slice(start, min(start + rows, total))
-        last = part.stop == total
-        own = BatchShard(mean_count=_known(thinking.divisors), thoughts=thinking.thoughts.of_rows(part))
-        with batch.part(own, (part.stop - part.start) / total), _alone(trainer, model, last):
+        alone = stays and part.stop < total
+        with (
+            batch.part(over.part(part), (part.stop - part.start) / total),
+            trainer.accelerator.no_sync(model) if alone else contextlib.nullcontext(),
+        ):
             yield rows_of(inputs, part)
-
-
-def _known(divisors: Mapping[str, Tensor]) -> Callable[[str, Tensor], Tensor]:
-    return lambda name, own: divisors[name]
-
-
-def _alone(
-    trainer: QuietStarTrainer, model: nn.Module, last: bool
-) -> contextlib.AbstractContextManager[Any]:
-    if last or trainer.accelerator.num_processes == 1:
-        return contextlib.nullcontext()
-    return trainer.accelerator.no_sync(model)
 
 
 def rows_of(inputs: Mapping[str, Any], rows: slice) -> dict[str, Any]:
