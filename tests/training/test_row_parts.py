@@ -68,7 +68,7 @@ def assert_same(found: tuple[dict, list[dict]], expected: tuple[dict, list[dict]
             assert ours.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), rel=2e-4, abs=2e-6), name
 
 
-@pytest.mark.parametrize(("name", "size"), zip(CASES, (1, 2, 3, 1, 3, 2, 3, 2, 3, 1), strict=True))
+@pytest.mark.parametrize(("name", "size"), list(zip(CASES, (1, 2, 3, 1, 3, 2, 3, 2, 3, 1), strict=True)))
 def test_the_weights_are_those_of_the_whole_micro_batch(name: str, size: int, tmp_path):
     found = [
         train(tmp_path, uneven(), small_model(num_rationales=2, **CASES[name]).double(), **settings)
