@@ -49,6 +49,7 @@ def test_import_of_the_package_alone_teaches_transformers_the_type():
     assert words_of(code) == ["QuietStarForCausalLM"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -70,6 +71,7 @@ def test_the_order_of_imports_does_not_matter(imports: str):
     assert words_of(code) == ["QuietStarConfig", "QuietStarForCausalLM"]
 
 
+@pytest.mark.slow
 def test_threads_may_import_transformers_behind_it():
     code = (
         "import importlib, threading, quietstar\n"

@@ -149,6 +149,7 @@ def test_what_the_rows_do_not_have_is_said_before_any_work(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", ["document", "packed"])
 @pytest.mark.parametrize("rule", ["completion", "loss:1:20"])
 def test_a_run_from_the_file_to_the_metrics(file: Path, tmp_path, packing: str, rule: str):

@@ -37,6 +37,7 @@ def test_compiled():
     assert compiled_graphs() > before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_what_a_compiled_layer_meets(family: str, traced_only):
     """Text, slots and packed pass, lengths that change, generation, outputs of the rollout, and back."""
