@@ -81,29 +81,19 @@ __device__ __forceinline__ void store16_global(T* p, const Pack<T>& pack) {
 }
 
 // Keeps the compiler from computing an address anew, from what the loop counts, at each of its
-// uses.
+// uses, and what is computed from a number elsewhere than here.
 template <class T>
-__device__ __forceinline__ void keep(T*& p) {
+__device__ __forceinline__ void keep(T& value) {
 #ifdef __CUDACC__
-  asm volatile("" : "+l"(p));
+  if constexpr (std::is_pointer_v<T>) {
+    asm volatile("" : "+l"(value));
+  } else if constexpr (std::is_floating_point_v<T>) {
+    asm volatile("" : "+f"(value));
+  } else {
+    asm volatile("" : "+r"(value));
+  }
 #else
-  static_cast<void>(p);
-#endif
-}
-
-// The same of what is computed from a number: here, and not before.
-__device__ __forceinline__ void keep(int& number) {
-#ifdef __CUDACC__
-  asm volatile("" : "+r"(number));
-#else
-  static_cast<void>(number);
-#endif
-}
-__device__ __forceinline__ void keep(float& number) {
-#ifdef __CUDACC__
-  asm volatile("" : "+f"(number));
-#else
-  static_cast<void>(number);
+  static_cast<void>(value);
 #endif
 }
 

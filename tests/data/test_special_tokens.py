@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase
 from quietstar import END_TOKEN, START_TOKEN, QuietStarForCausalLM, add_meta_tokens
 from quietstar.data.blocks import tokenize
 from quietstar.data.pairs import encode_pair, encode_pairs, without_end
+from quietstar.data.plain_text import plain_ids, read_special_tokens
 from quietstar.data.stdlib import END_OF_TEXT, Document, train_tokenizer
 from quietstar.evaluation import reasoning
 from quietstar.modeling.pretrained import load_tokenizer
-from quietstar.plain_text import plain_ids, read_special_tokens
 from quietstar.recipes.build import build_data, build_model, build_tokenizer
 from quietstar.recipes.recipe import parse_recipe
 

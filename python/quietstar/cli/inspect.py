@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
     if output.exists() and args.file.exists() and output.samefile(args.file):
         raise UserError(f"the page would overwrite {args.file}; choose another --output")
 
+    from quietstar.data.plain_text import plain_ids
     from quietstar.inspect.data import split_rows
     from quietstar.inspect.page import About, write_page
-    from quietstar.plain_text import plain_ids
 
     model, tokenizer = open_model(args)
     ids = plain_ids(tokenizer, text)

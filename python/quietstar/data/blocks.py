@@ -33,10 +33,10 @@ from quietstar.data.cutting import PairBlock as PairBlock
 from quietstar.data.cutting import cut_blocks as cut_blocks
 from quietstar.data.left_out import LeftOut
 from quietstar.data.pairs import PairTokens, encode_pairs
+from quietstar.data.plain_text import plain_ids
 from quietstar.data.stdlib import Document
 from quietstar.data.streams import Position, batches
 from quietstar.errors import UserError
-from quietstar.plain_text import plain_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

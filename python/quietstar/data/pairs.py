@@ -15,9 +15,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quietstar.data.collator import IGNORED
+from quietstar.data.plain_text import plain_ids, spells
 from quietstar.data.stdlib import Document
 from quietstar.errors import UserError
-from quietstar.plain_text import plain_ids, spells
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

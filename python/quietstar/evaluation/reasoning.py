@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from quietstar.data.collator import IGNORED, PaddingCollator
+from quietstar.data.plain_text import plain_ids, spells
 from quietstar.data.readers import TemplateReader
 from quietstar.errors import UserError
 from quietstar.evaluation.perplexity import undisturbed
-from quietstar.plain_text import plain_ids, spells
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -13,76 +13,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
-
 from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError
+from quietstar.plan.sizes import Sizes
+from quietstar.plan.sizes import decoder_sizes as decoder_sizes
 
 # Rows of logits that the loss works on at a time, and the bytes they may take (linear_cross_entropy).
 CHUNK_ROWS, CHUNK_BYTES = 512, 64 * 2**20
 # What a GPU has in use before the first tensor, and what an allocator loses to gaps.
 CONTEXT_BYTES, GAPS = 0.8e9, 1.06
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """A decoder in numbers: widths, layers, parameters."""
-
-    width: int
-    inner: int
-    layers: int
-    heads: int
-    query: int
-    key: int
-    vocabulary: int
-    body: int
-    embeddings: int
-    head_dim: int
-    linear: int
-
-    @property
-    def mixing(self) -> int:
-        """Parameters of mixing head and thought embeddings."""
-        return 3 * self.width**2 + 5 * self.width
-
-    @property
-    def counted(self) -> int:
-        """The weights of the linear layers that the formulas know: attention and a gated MLP."""
-        d = self.width
-        return self.layers * d * (2 * self.query + 2 * self.key + 3 * self.inner)
-
-    @property
-    def all(self) -> int:
-        """Every parameter."""
-        return self.body + self.embeddings + self.mixing
-
-
-def decoder_sizes(config: PretrainedConfig) -> Sizes:
-    """Count a decoder from its configuration; no weight is made."""
-    with torch.device("meta"):
-        decoder = AutoModelForCausalLM.from_config(config)
-    embeddings = {id(p): p for p in decoder.get_input_embeddings().parameters()}
-    embeddings |= {id(p): p for p in decoder.get_output_embeddings().parameters()}
-    every = sum(p.numel() for p in {id(p): p for p in decoder.parameters()}.values())
-    outer = sum(p.numel() for p in embeddings.values())
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    linear = sum(m.weight.numel() for m in decoder.base_model.modules() if isinstance(m, nn.Linear))
-    return Sizes(
-        width=config.hidden_size,
-        inner=config.intermediate_size,
-        layers=config.num_hidden_layers,
-        heads=heads,
-        query=heads * head_dim,
-        key=(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
-        vocabulary=config.vocab_size,
-        body=every - outer,
-        embeddings=outer,
-        head_dim=head_dim,
-        linear=linear,
-    )
 
 
 @dataclass(frozen=True)

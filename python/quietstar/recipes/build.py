@@ -9,12 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar.checkpoints.adapters import grow_embeddings, quantization
 from quietstar.data.blocks import Blocks, StreamedBlocks, TokenBlocks, read_blocks
+from quietstar.data.plain_text import read_special_tokens
 from quietstar.data.sources import GENERATORS, TOKENIZERS, expand_files, open_documents
 from quietstar.errors import UserError, blaming
 from quietstar.modeling.meta_tokens import add_meta_tokens, check_tokenizer
 from quietstar.modeling.model import QuietStarForCausalLM
 from quietstar.modeling.pretrained import load_decoder, load_tokenizer
-from quietstar.plain_text import read_special_tokens
 from quietstar.recipes.decoder import decoder_config, random_decoder
 from quietstar.recipes.prompt_data import row_reader
 from quietstar.recipes.recipe import DataSection, ModelSection, Recipe, longest_talk
