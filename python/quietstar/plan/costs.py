@@ -17,9 +17,10 @@ from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError
 from quietstar.plan.sizes import Sizes
 from quietstar.plan.sizes import decoder_sizes as decoder_sizes
+from quietstar_ext.linear_cross_entropy.cpu import LARGE_WORKSPACE_BYTES, MAX_ROWS, WORKSPACE_BYTES
 
-# Rows of logits that the loss works on at a time, and the bytes they may take (linear_cross_entropy).
-CHUNK_ROWS, CHUNK_BYTES = 512, 64 * 2**20
+# Rows of logits that the loss works on at a time, and the bytes they may take.
+CHUNK_ROWS, CHUNK_BYTES = MAX_ROWS, WORKSPACE_BYTES
 # What a GPU has in use before the first tensor, and what an allocator loses to gaps.
 CONTEXT_BYTES, GAPS = 0.8e9, 1.06
 
@@ -203,7 +204,10 @@ def _vocabulary_bytes(sizes: Sizes, step: Step, rows: int) -> float:
     output layer is trained, its gradient."""
     d, v = sizes.width, sizes.vocabulary
     s = 4 if step.precision == "float32" else 2
-    chunk = min(CHUNK_ROWS, max(1, CHUNK_BYTES // (v * s)))
+    most, room = CHUNK_ROWS, CHUNK_BYTES
+    if s == 2 and step.rank is None and 4 * v * d > room // 2:  # as linear_cross_entropy decides it
+        most, room = max(rows, 1), LARGE_WORKSPACE_BYTES
+    chunk = min(most, max(1, room // (v * s)))
     chunks = max(1, math.ceil(rows / chunk))
     held = v * s * rows / chunks
     if step.precision == "autocast":
