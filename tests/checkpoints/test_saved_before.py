@@ -40,6 +40,7 @@ def words_of(code: str) -> list[str]:
     return run_python("-P", "-c", code, SAVED / "full").stdout.split()
 
 
+@pytest.mark.slow
 def test_import_of_the_package_alone_teaches_transformers_the_type():
     code = (
         "import sys, quietstar\n"
@@ -87,6 +88,7 @@ def test_threads_may_import_transformers_behind_it():
     assert words_of(code) == ["3", "QuietStarConfig"]
 
 
+@pytest.mark.slow
 def test_names_of_version_0_1_resolve():
     code = (
         "import quietstar\n"

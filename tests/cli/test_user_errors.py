@@ -302,6 +302,7 @@ def test_bitsandbytes_does_not_ask_for_kernels(monkeypatch, capsys):
     assert capsys.readouterr().err == "this matters\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves():
     """`quietstar info | true` ends quietly, however late the output is written."""
     read, write = os.pipe()

@@ -22,6 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "information gain": {"reward": "information-gain"},
     "plain": {"thought_kind": "none"},
 }
+QUICK = ("all", "completion", "entropy", "information gain")
 
 
 def uneven(count: int = 12) -> list[dict[str, torch.Tensor]]:
@@ -68,7 +69,13 @@ def assert_same(found: tuple[dict, list[dict]], expected: tuple[dict, list[dict]
             assert ours.get(name, 0.0) == pytest.approx(theirs.get(name, 0.0), rel=2e-4, abs=2e-6), name
 
 
-@pytest.mark.parametrize(("name", "size"), list(zip(CASES, (1, 2, 3, 1, 3, 2, 3, 2, 3, 1), strict=True)))
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        pytest.param(name, size, marks=() if name in QUICK else pytest.mark.slow)
+        for name, size in zip(CASES, (1, 2, 3, 1, 3, 2, 3, 2, 3, 1), strict=True)
+    ],
+)
 def test_the_weights_are_those_of_the_whole_micro_batch(name: str, size: int, tmp_path):
     found = [
         train(tmp_path, uneven(), small_model(num_rationales=2, **CASES[name]).double(), **settings)

@@ -235,6 +235,7 @@ def test_order_and_batch_size_are_the_trainer_s_own(tmp_path):
     assert first_rows(train_sampling_strategy="sequential") != first_rows(data_seed=3)
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_fits_is_found(tmp_path, monkeypatch):
     fields = {"auto_find_batch_size": True, "per_device_train_batch_size": 4}
     run = build(tmp_path, fields={**fields, "include_num_input_tokens_seen": "all"})
