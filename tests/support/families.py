@@ -90,6 +90,30 @@ FAMILIES: dict[str, dict] = {
     "jetmoe": {**_LLAMA_LIKE, **_EXPERTS, "num_key_value_heads": 4, "kv_channels": 8},
 }
 
+_CONVOLVED = {**_LLAMA_LIKE, "layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3}
+_LINEAR = {
+    **_LLAMA_LIKE,
+    **{"layer_types": ["linear_attention", "full_attention", "linear_attention"], "head_dim": 16},
+    **{"num_hidden_layers": 3, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    **{"linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_conv_kernel_dim": 4},
+}
+_SHARED_EXPERTS = {
+    **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "shared_expert_intermediate_size": 24,
+}
+# Some layers hand a state from token to token. Biases make padding visible where it is not left out.
+HYBRIDS: dict[str, dict] = {
+    "lfm2": {**_CONVOLVED, "conv_bias": True},
+    "lfm2_moe": {
+        **{**_CONVOLVED, "conv_bias": True, "num_experts": 4, "num_experts_per_tok": 2},
+        **{"moe_intermediate_size": 24, "num_dense_layers": 1},
+    },
+    "qwen3_next": {**_LINEAR, **_SHARED_EXPERTS},
+    "qwen3_5_text": _LINEAR,
+    "qwen3_5_moe_text": {**_LINEAR, **_SHARED_EXPERTS},
+    "olmo_hybrid": {**_LINEAR, "linear_num_key_heads": 4, "linear_allow_neg_eigval": True},
+}
+
 
 def tiny_gemma3(**changes) -> PreTrainedModel:
     """A decoder for text and images, with random weights; ``changes`` are to its text's part."""
@@ -111,7 +135,14 @@ def tiny_gemma3(**changes) -> PreTrainedModel:
 
 def tiny_decoder(family: str, seed: int = 0, **changes) -> PreTrainedModel:
     """A random decoder whose weights are large enough for its attention to matter."""
-    return _drawn(AutoConfig.for_model(family, **{**FAMILIES[family], **changes}), seed)
+    sizes = {**FAMILIES, **HYBRIDS}[family]
+    decoder = _drawn(AutoConfig.for_model(family, **{**sizes, **changes}), seed)
+    if family in HYBRIDS:
+        with torch.no_grad():
+            for parameter in decoder.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+    return decoder
 
 
 def _drawn(config: PreTrainedConfig, seed: int) -> PreTrainedModel:

@@ -143,10 +143,13 @@ def read_text(
     new = input_ids.shape[1]
     past = is_text.shape[1] - new
     positions = (is_text.long().cumsum(1) - 1).clamp(min=0)
+    place = torch.arange(is_text.shape[1], device=is_text.device)
+    row_start = torch.where(is_text, is_text.int().argmax(1, keepdim=True), place + 1)
     decoder, size = text_body(model.base), chunk_size or new
     for start in range(0, new, size):
         stop = min(start + size, new)
-        handed = HandedKeys()
+        begin = past + start
+        handed = HandedKeys(row_start[:, begin : past + stop] - begin)
         hidden = decoder(
             input_ids=input_ids[:, start:stop],
             attention_mask=is_text[:, : past + stop].long(),

@@ -48,6 +48,7 @@ from quietstar.thinking.documents import DESCRIPTIONS, batch_ranges, check_new_p
 from quietstar.thinking.fsdp2 import output_layer_gathered
 from quietstar.thinking.layers import MixingHead, ThoughtEmbedding
 from quietstar.thinking.noise import settle_noise
+from quietstar.thinking.recurrent.mixers import hand_layouts_to_mixers
 from quietstar.thinking.self_check import check_decoder
 from quietstar.thinking.supported import check_reopens, check_supported
 from quietstar.thinking.text_batch import TextBatch, check_labels, num_rationales, target_labels
@@ -84,6 +85,7 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
         check_meta_tokens(config, base.get_input_embeddings().num_embeddings)
         # The layers look their attention up in this very object at every call.
         base.config._attn_implementation = implementation_name(base)
+        hand_layouts_to_mixers(base)
         config.text_config = base.config
         _freeze_other_parts(base)
         self.base = base

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from quietstar.thinking.layout import HandedKeys, LayerKeys, ThoughtLayout
+from quietstar.thinking.recurrent.mixers import layers_of_both_kinds
 from quietstar.thinking.shared_start import join_rows, split_rows
 from quietstar.thinking.text_part import kind_of, text_config_of
 from quietstar_ext import thought_attention
@@ -281,8 +282,12 @@ def check_layers(layout: ThoughtLayout | HandedKeys, decoder: PreTrainedModel) -
     config = text_config_of(decoder.config)
     kind, count = kind_of(decoder), config.num_hidden_layers
     seen, layout.layers_seen = layout.layers_seen, {}
-    missing = sorted(set(range(count)) - set(seen))
-    repeated = sorted(layer for layer, times in seen.items() if times > 1)
+    recurrent, layout.recurrent_seen = layout.recurrent_seen, {}
+    attends, hands_on = layers_of_both_kinds(decoder)
+    missing = sorted((attends - set(seen)) | (hands_on - set(recurrent)))
+    repeated = sorted(
+        {layer for each in (seen, recurrent) for layer, times in each.items() if times > 1}
+    )
     implementation = config._attn_implementation
     if missing and implementation not in _FALLBACKS:
         raise ValueError(
@@ -304,7 +309,7 @@ def check_layers(layout: ThoughtLayout | HandedKeys, decoder: PreTrainedModel) -
             f"{kind}: {_layers(repeated)} of {count} attended more than once in one pass; such a model"
             " family cannot be used with thoughts"
         )
-    if len(seen) > count:
+    if len(seen) > len(attends):
         raise ValueError(
             f"{kind} attended in {len(seen)} layers and its configuration announces {count}; such a"
             " model family cannot be used with thoughts"

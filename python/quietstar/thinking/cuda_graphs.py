@@ -44,6 +44,7 @@ from quietstar.thinking.checkpointing import without_checkpointing
 from quietstar.thinking.kept_outputs import KeptOutputs
 from quietstar.thinking.layout import LayerKeys, ThoughtLayout
 from quietstar.thinking.positions import rope_limits
+from quietstar.thinking.recurrent.mixers import hands_states_on
 from quietstar.thinking.slots import SlotResults, SlotRun, run_slots_singly
 from quietstar_ext.dispatch import Setting
 
@@ -217,6 +218,8 @@ def _unsupported_reason(decoder: PreTrainedModel) -> str | None:
             return "the weights are sharded, and gathered ones move"
         if hasattr(module, "_hf_hook"):
             return "the weights are moved between devices by accelerate's hooks"
+    if hands_states_on(decoder):
+        return "its layers hand states on, which no graph keeps"
     for kind, _ in rope_limits(decoder):
         return f"{kind!r} rotary embeddings look at the longest position on the host"
     return None

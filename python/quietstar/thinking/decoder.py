@@ -15,6 +15,7 @@ from quietstar.thinking.anchors import choose_anchors
 from quietstar.thinking.next_token import read_and_think, think_at_the_end
 from quietstar.thinking.output_layer import OutputLayer, output_layer
 from quietstar.thinking.packed import packed_pass
+from quietstar.thinking.recurrent.mixers import hands_states_on
 from quietstar.thinking.rollout import sample_thoughts
 from quietstar.thinking.slots import StartEnd, banned_ids, depth_of_end
 from quietstar.thinking.text_batch import TextBatch
@@ -53,7 +54,9 @@ class ThoughtDecoder:
     def text(self, batch: TextBatch) -> Tensor:
         """The text without thoughts, with gradients: hidden states [B, N, d]."""
         ranges = batch.ranges
-        if ranges.end is not None:
+        # On its own such a decoder would take padding at the left, and other documents, for text.
+        own_way = ranges.end is not None or (not ranges.plain and hands_states_on(self.decoder))
+        if own_way:
             return text_pass(self.decoder, batch.input_ids, ranges)[0]
         mask, positions = batch.attention_mask, ranges.positions()
         return run_decoder_plain(self.decoder, batch.input_ids, mask, positions)

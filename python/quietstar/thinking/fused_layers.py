@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from quietstar.thinking.checkpointing import CHECKPOINT, keeps_products
 from quietstar.thinking.kept_outputs import NOT_WITH_LIGER, takes_rollout
 from quietstar.thinking.layout import ThoughtLayout
+from quietstar.thinking.recurrent.mixers import hands_states_on
 from quietstar.thinking.text_part import decoder_layers, kind_of, text_body, text_config_of
 
 logger = logging.getLogger("quietstar")
@@ -130,6 +131,8 @@ def _not_compilable(decoder: PreTrainedModel) -> str | None:
     layers = decoder_layers(decoder)
     if not layers:
         return f"{kind_of(decoder)} has its layers in no list"
+    if hands_states_on(decoder):
+        return f"layers of {kind_of(decoder)} hand states on, which was not tried compiled"
     if any(keeps_products(getattr(layer, CHECKPOINT, None)) for layer in layers):
         return f"checkpointing keeps products, and {HIDES_PRODUCTS}"
     if any("forward" in vars(layer) for layer in layers):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from quietstar.thinking.recurrent.linear_attention import Folding, SlotMemory, TextMemory
 
 
 @dataclass
@@ -25,17 +28,48 @@ class LayerKeys:
     v_thought: Tensor | None = None
 
 
+@dataclass
+class LayerStates:
+    """What a layer that hands states on keeps during a rollout, instead of keys
+    (:mod:`quietstar.thinking.recurrent`).
+
+    ``inputs`` [B, N, D] of its convolution, from the text; ``behind`` [B, k-1, M, D], the last ones of
+    every column. ``memory`` of its linear attention, from the text; ``slots`` so far.
+    """
+
+    inputs: Tensor | None = None
+    behind: Tensor | None = None
+    memory: TextMemory | None = None
+    slots: SlotMemory | None = None
+
+    def of_rows(self, rows: Tensor) -> LayerStates:
+        """Those behind the text's end, of some rows of the batch."""
+        behind = None if self.behind is None else self.behind.index_select(0, rows)
+        memory = self.memory
+        if memory is not None:
+            memory = type(memory)(*(t.index_select(0, rows) for t in memory))
+        return LayerStates(behind=behind, memory=memory)
+
+
 class HandedKeys:
     """What the attention of an ordinary pass over cached text was handed; travels as a layout does.
 
     A cache may keep its keys in a form of its own (compressed, or by experts); what the layers hand to
     their attention is always ``keys``: by layer [B, Hkv, N', D] and values [B, Hkv, N', E], for the last
     N' tokens of the text. No dataclass, for the same reason.
+
+    Attributes:
+        row_start: [B, N], the first token of the pass that each one sees; below 0: the text before it,
+            too.
+        states: of the layers that hand states on, behind the last token.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, row_start: Tensor | None = None) -> None:
+        self.row_start = row_start
         self.keys: dict[int, tuple[Tensor, Tensor]] = {}
+        self.states: dict[int, LayerStates] = {}
         self.layers_seen: dict[int, int] = {}
+        self.recurrent_seen: dict[int, int] = {}
 
 
 class ThoughtLayout:
@@ -67,6 +101,8 @@ class ThoughtLayout:
             padding, no document boundary), so that any ordinary causal kernel may serve the text rows.
         every_position: True when besides every position has the same number of columns, in order.
             Columns of padding at the right may then see it; nothing reads them.
+        goes_on_from_states: whether ``states`` are those behind the text's end (in generation), and not
+            of all of it.
         apart: whether torch.compile is to leave the attention out of what it compiles
             (:mod:`quietstar.thinking.fused_layers`).
     """
@@ -97,7 +133,11 @@ class ThoughtLayout:
         self.plain_text = plain_text
         self.every_position = plain_text and every_position
         self.keys: dict[int, LayerKeys] = {}
+        self.states: dict[int, LayerStates] = {}
+        self.foldings: dict[tuple[int, int, int], Folding] = {}
+        self.goes_on_from_states = False
         self.layers_seen: dict[int, int] = {}
+        self.recurrent_seen: dict[int, int] = {}
         self.apart = False
 
     @classmethod

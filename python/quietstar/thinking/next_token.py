@@ -87,6 +87,8 @@ def think_at_the_end(td: ThoughtDecoder, end: EndOfText, temperature: float, see
     if any(len(rows) < len(kept) for kept, _ in keys.values()):
         keys = {i: (k.index_select(0, rows), v.index_select(0, rows)) for i, (k, v) in keys.items()}
     layout = _layout(end.first, end.length, slots, keys)
+    layout.states = {i: states.of_rows(rows) for i, states in end.handed.states.items()}
+    layout.goes_on_from_states = True
     no_text = rows[:, None]  # no talk slot is run, so none is needed
     made = _think(td, SlotRun(td.start_end_embeddings(), no_text, layout, slots, temperature, seed))
     return _mixed(td, end.hidden, made)

@@ -77,12 +77,12 @@ def sample_thoughts(td: ThoughtDecoder, batch: TextBatch, keep_slots: int | None
         check_length(td.decoder, batch.input_ids.shape[1], slots)
         keeps = keep_slots is None and keeps_outputs(td.decoder)
         with keeping() if keeps else nullcontext() as record:
-            text_hidden, keys = text_pass(td.decoder, batch.input_ids, batch.ranges)
+            text_hidden, text = text_pass(td.decoder, batch.input_ids, batch.ranges)
         batch = choose_anchors(batch, text_hidden, td.output)
         layout = ThoughtLayout.over(
             batch.ranges, batch.columns, slots, phase="slot", rationales=batch.rationales
         )
-        layout.keys = keys
+        layout.keys, layout.states = text.keys, text.states
         run = SlotRun(
             start_end,
             batch.input_ids,

@@ -5,10 +5,8 @@ from __future__ import annotations
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from quietstar.thinking.linear_layers import embedding_rows
-from quietstar.thinking.text_part import kind_of, text_body, text_config_of
-
-# Layer types that are ordinary softmax attention over a prefix or a window of it.
-_KNOWN_LAYER_TYPES = ("full_attention", "sliding_attention")
+from quietstar.thinking.recurrent.mixers import ATTENTION, KNOWN_RECURRENCES, RECURRENT, mixer_of
+from quietstar.thinking.text_part import decoder_layers, kind_of, text_body, text_config_of
 
 
 def check_supported(model: PreTrainedModel) -> None:
@@ -24,11 +22,15 @@ def check_supported(model: PreTrainedModel) -> None:
     config = text_config_of(model.config)
     kind = kind_of(model)
     types = getattr(config, "layer_types", None) or []
-    for layer_type in types:
-        if layer_type not in _KNOWN_LAYER_TYPES:
+    layers = decoder_layers(model)
+    for index, layer_type in enumerate(types):
+        if layer_type in ATTENTION:
+            continue
+        mixer = mixer_of(layers[index]) if index < len(layers) else None
+        if layer_type not in RECURRENT or mixer is None:
             raise ValueError(
-                f"{kind} has layers of type {layer_type!r}; only full and sliding softmax attention"
-                " can be used with thoughts"
+                f"{kind} has layers of type {layer_type!r}; only full and sliding softmax attention and"
+                f" {KNOWN_RECURRENCES} can be used with thoughts"
             )
     if getattr(config, "attention_chunk_size", None) is not None and types:
         raise ValueError(f"{kind} attends in chunks, which cannot be used with thoughts")

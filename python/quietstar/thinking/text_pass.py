@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quietstar.thinking.attention import check_layers
-from quietstar.thinking.layout import LayerKeys, TextRanges, ThoughtLayout
+from quietstar.thinking.layout import TextRanges, ThoughtLayout
 from quietstar.thinking.positions import check_length
 from quietstar.thinking.text_part import text_body
 
@@ -42,12 +42,12 @@ def run_decoder_plain(
 
 def text_pass(
     decoder: PreTrainedModel, input_ids: Tensor, ranges: TextRanges
-) -> tuple[Tensor, dict[int, LayerKeys]]:
-    """The text alone, each token seeing its range of it: hidden states [B, N, d] and every layer's keys
-    and values."""
+) -> tuple[Tensor, ThoughtLayout]:
+    """The text alone, each token seeing its range of it: hidden states [B, N, d], and every layer's keys
+    and values or states in the layout of the pass."""
     check_length(decoder, input_ids.shape[1])
     no_columns = torch.empty(input_ids.shape[0], 0, dtype=torch.int64, device=input_ids.device)
     layout = ThoughtLayout.over(ranges, no_columns, 0, phase="text")
     embeds = decoder.get_input_embeddings()(input_ids)
     hidden = run_decoder(decoder, embeds, ranges.positions(), layout)
-    return hidden, layout.keys
+    return hidden, layout
