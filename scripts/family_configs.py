@@ -216,7 +216,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "moss_transcribe_diarize": {"audio_token_id": 94},
     "nemotron_h": {
-        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "layers_block_type": ["linear_attention", "moe", "full_attention"],
         **{
             "num_hidden_layers": ...,
             "n_groups": 1,

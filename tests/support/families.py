@@ -97,6 +97,10 @@ _LINEAR = {
     **{"num_hidden_layers": 3, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
     **{"linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_conv_kernel_dim": 4},
 }
+_STATE_SPACES = {
+    **{**_LLAMA_LIKE, "num_hidden_layers": 3, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8},
+    **{"mamba_expand": 2, "mamba_n_groups": 2, "mamba_chunk_size": 4, "mamba_proj_bias": True},
+}
 _SHARED_EXPERTS = {
     **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
     "shared_expert_intermediate_size": 24,
@@ -111,6 +115,21 @@ HYBRIDS: dict[str, dict] = {
     "qwen3_next": {**_LINEAR, **_SHARED_EXPERTS},
     "qwen3_5_text": _LINEAR,
     "qwen3_5_moe_text": {**_LINEAR, **_SHARED_EXPERTS},
+    "bamba": {**_STATE_SPACES, "attn_layer_indices": [1]},
+    "nemotron_h": {
+        **{name: value for name, value in _LLAMA_LIKE.items() if name != "num_hidden_layers"},
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention"],
+        **{"head_dim": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2},
+        **{
+            "expand": 2,
+            "chunk_size": 4,
+            "use_bias": True,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        **{"n_group": 1, "topk_group": 1, "n_shared_experts": 1, "moe_intermediate_size": 24},
+        "moe_shared_expert_intermediate_size": 24,
+    },
     "olmo_hybrid": {**_LINEAR, "linear_num_key_heads": 4, "linear_allow_neg_eigval": True},
 }
 

@@ -25,6 +25,7 @@ from quietstar.plan.costs import (
 )
 from quietstar.recipes.decoder import decoder_config
 from quietstar.recipes.recipe import Recipe
+from quietstar.thinking.recurrent.mixers import RECURRENT
 from quietstar.thinking.text_part import text_config_of
 
 if TYPE_CHECKING:
@@ -119,6 +120,8 @@ def recipe_sizes(recipe: Recipe) -> tuple[QuietStarConfig, Sizes]:
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if not hasattr(decoder, name):
             raise UserError(f"model type {decoder.model_type!r} has no {name}; {COUNTED}")
+    if set(getattr(decoder, "layer_types", None) or []) & set(RECURRENT):
+        raise UserError(f"model type {decoder.model_type!r} has layers that hand states on; {COUNTED}")
     if _differs(decoder):
         raise UserError(f"model type {decoder.model_type!r} has layers of several sizes; {COUNTED}")
     with blaming("model.config" if section.config else f"cannot plan {section.name}"):

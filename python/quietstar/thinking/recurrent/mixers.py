@@ -16,6 +16,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,8 +27,10 @@ from quietstar.thinking.text_part import decoder_layers, text_config_of
 
 # Layer types that are ordinary softmax attention over a prefix or a window of it ...
 ATTENTION = ("full_attention", "sliding_attention")
-# ... and those that hand a state from token to token.
+# ... those that hand a state from token to token ...
 RECURRENT = ("conv", "linear_attention")
+# ... and those that do neither.
+ALONE = ("moe",)
 _CACHE_NAMES = ("cache", "cache_params", "past_key_values")
 
 _this_thread = threading.local()
@@ -59,6 +62,29 @@ def _gated_delta_rule(
     return out.transpose(1, 2).to(dtype), None
 
 
+def _mamba2_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, **options: Any) -> Tensor:
+    """x [B, L, H, V], dt [B, L, H], A [H], B and C [B, L, G, K] -> [B, L, H, V] in float32."""
+    if options.get("z") is not None:
+        raise ValueError("a state space layer gates inside its scan; expected one that gates behind it")
+    if (bias := options.get("dt_bias")) is not None:
+        dt = dt + bias.to(dt.dtype)
+    if options.get("dt_softplus"):
+        dt = F.softplus(dt)
+    low, high = options.get("dt_limit", (0.0, float("inf")))
+    step, x = dt.clamp(low, high).float().transpose(1, 2)[..., None], x.float().transpose(1, 2)
+    groups = x.shape[1] // B.shape[2]
+    query, key = (t.float().repeat_interleave(groups, dim=2).transpose(1, 2) for t in (C, B))
+    rows = Rows(query, key, x * step, A.float()[:, None, None] * step, None)
+    out = _now().attend(rows, transposed=True)
+    if (skip := options.get("D")) is not None:
+        out = out + skip.float()[:, None, None] * x
+    return out.transpose(1, 2).contiguous()
+
+
+def _without_fusing(*_: Any, **__: Any) -> None:
+    """A whole layer in one kernel, which would keep what goes from token to token to itself."""
+
+
 def _not_here(*_: Any, **__: Any) -> Any:
     raise RuntimeError("a layer took a step of one token, which passes with thoughts do otherwise")
 
@@ -69,8 +95,11 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "causal_conv1d_update": _not_here,
     "torch_chunk_gated_delta_rule": _gated_delta_rule,
     "torch_recurrent_gated_delta_rule": _not_here,
+    "mamba2_chunk_scan": _mamba2_scan,
+    "mamba2_selective_state_update": _not_here,
+    "mamba2_split_conv1d_scan_combined": _without_fusing,
 }
-KNOWN_RECURRENCES = "short convolutions and the gated delta rule"
+KNOWN_RECURRENCES = "short convolutions, the gated delta rule and Mamba-2"
 # Names that only a layer has which hands a state on, by what transformers' modules call such functions.
 _SIGNS = ("conv1d", "delta", "scan", "recurrent", "state_update")
 
