@@ -15,14 +15,22 @@ def add_parser(commands: Commands) -> None:
         "demo",
         help="see thoughts being learned, on this machine, without a download",
         description="Train a small model and show what thoughts do: on a task that needs them "
-        "(the default), or on real text, the Python standard library (text).",
+        "(the default), or on real text, the Python standard library (text); or a real language model, on"
+        " word problems (words; needs SmolLM2-135M-Instruct and SVAMP).",
     )
     add = demo.add_argument
-    add("what", nargs="?", choices=["task", "text"], default="task")
+    add("what", nargs="?", choices=["task", "text", "words"], default="task")
     add("--quick", action="store_true", help="fewer steps and controls")
     add("--fresh", action="store_true", help="start anew instead of continuing")
     add("--sweep", action="store_true", help="task: also try several thought lengths")
     add("--seed", type=int, default=4, help="task: which language, and all else drawn")
+    add("--model", metavar="M", help="words: the base model, a GGUF file, folder or name on the hub")
+    add(
+        "--data",
+        metavar="DIR",
+        type=Path,
+        help="words: SVAMP's train.jsonl and test.jsonl (default: hub)",
+    )
     add("--output", metavar="DIR", type=Path, help="output folder")
     demo.set_defaults(run=run)
 
@@ -35,6 +43,10 @@ def run(args: argparse.Namespace) -> int:
 
         default = "quietstar-demo-text-quick" if args.quick else "quietstar-demo-text"
         text.run_demo(args.output or Path(default), quick=args.quick, fresh=args.fresh)
+    elif args.what == "words":
+        from quietstar.demos import words
+
+        words.run_demo(args.output or Path("quietstar-demo-words"), model=args.model, data=args.data)
     else:
         from quietstar.demos import lookup
 
