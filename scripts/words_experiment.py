@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Word problems on a real language model, every arm and seed: the table of docs/results.md.
 
-    python scripts/words_experiment.py --model SmolLM2-135M-Instruct.Q4_1.gguf --data svamp [--seeds 1 2 3]
+    python scripts/words_experiment.py --model SmolLM2-135M-Instruct.Q4_1.gguf --data svamp --seeds 1 2 3
 
 Goes on where it stopped, also in the middle of an arm. Everything is in --output; several commands with
 different --arms or --seeds may work in one folder, once the preparation is there.

@@ -15,8 +15,8 @@ def add_parser(commands: Commands) -> None:
         "demo",
         help="see thoughts being learned, on this machine, without a download",
         description="Train a small model and show what thoughts do: on a task that needs them "
-        "(the default), or on real text, the Python standard library (text); or a real language model, on"
-        " word problems (words; needs SmolLM2-135M-Instruct and SVAMP).",
+        "(the default), or on real text, the Python standard library (text); or a real language model,"
+        " on word problems (words; needs SmolLM2-135M-Instruct and SVAMP).",
     )
     add = demo.add_argument
     add("what", nargs="?", choices=["task", "text", "words"], default="task")

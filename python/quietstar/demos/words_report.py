@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from quietstar.demos.words import LABELS, best_look, mean_scores, paired
+from quietstar.demos.words import LABELS
+from quietstar.demos.words_scores import best_look, mean_scores, paired
 
 if TYPE_CHECKING:
     from rich.console import Console
