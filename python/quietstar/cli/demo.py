@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from quietstar.cli.arguments import Commands
+from quietstar.errors import UserError
 
 
 def add_parser(commands: Commands) -> None:
@@ -38,6 +39,9 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the parts of the demo that are not done yet, and show the result."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for name in ("model", "data"):
+        if args.what != "words" and getattr(args, name, None) is not None:
+            raise UserError(f"--{name} is for demo words, and this is demo {args.what}")
     if args.what == "text":
         from quietstar.demos import text
 
@@ -46,7 +50,13 @@ def run(args: argparse.Namespace) -> int:
     elif args.what == "words":
         from quietstar.demos import words
 
-        words.run_demo(args.output or Path("quietstar-demo-words"), model=args.model, data=args.data)
+        words.run_demo(
+            args.output or Path("quietstar-demo-words-quick" if args.quick else "quietstar-demo-words"),
+            model=args.model,
+            data=args.data,
+            sizes=words.QUICK if args.quick else words.DEMO,
+            fresh=args.fresh,
+        )
     else:
         from quietstar.demos import lookup
 

@@ -5,59 +5,68 @@ run in a folder of its own, so that a second call continues where one stopped:
 
 1. ``prepared``: trained on terse answers, and on the same problems with an aside before the answer,
    " (43 - 21 = 22) 22"; so it can write asides, and does not need them;
-2. the arms, all from there, same steps, same rows in the same order, with terse answers alone: thoughts
-   that begin as an aside does (``full``), ``none``, thoughts without REINFORCE, pause tokens;
-3. held-out problems, every so many steps: the answer's probability, its NLL, and greedy accuracy, with
-   the arm's own thoughts, with those of another problem, and without.
+2. the arms, all from there, same steps, same problems in the same order, with terse answers alone:
+   thoughts that begin as an aside does (``full``), ``none``, thoughts without REINFORCE, pause tokens;
+   and asides in plain sight, which are no thoughts but a chain of thought;
+3. held-out problems, every so many steps: the answer's probability, its NLL, and greedy accuracy.
 
-An arm is judged at its best step, by the mean probability of the right answer. The result is stated as
-it is measured, gain or no gain.
+The control without thoughts is judged at its best step, what is compared with it at its last. The result
+is stated as it is measured, gain or no gain.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import TrainerCallback
 
 from quietstar.data.presets import PRESETS
 from quietstar.demos.words_scores import (
-    ANSWER,
     ASIDE,
     TOKENS,
     Look,
-    bounds_of,
-    mean_scores,
     problem_items,
     scores_of,
+    visible_scores_of,
 )
 from quietstar.errors import UserError, blaming
 from quietstar.files import METRICS_FILE, read_json, write_json
 from quietstar.recipes.recipe import Recipe, load_recipe
+from quietstar.training.options import computes_bf16
 from quietstar.versions import package_versions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 logger = logging.getLogger("quietstar")
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-ARMS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "none": {"thought_kind": "none"},
-    "no-reinforce": {"policy_weight": 0.0},
-    "pause": {"thought_kind": "pause"},
-}
-LABELS = {
-    "full": "full Quiet-STaR",
-    "none": "no thoughts",
-    "no-reinforce": "thoughts, no REINFORCE",
-    "pause": "pause tokens in the slots",
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one of them has of its own: settings of its thoughts, and what it learns instead of terse
+    answers."""
+
+    label: str
+    thoughts: dict[str, Any] = field(default_factory=dict)
+    completion: str | None = None
+
+
+ARMS = {
+    "full": Arm("full Quiet-STaR"),
+    "none": Arm("no thoughts", {"thought_kind": "none"}),
+    "no-reinforce": Arm("thoughts, no REINFORCE", {"policy_weight": 0.0}),
+    "pause": Arm("pause tokens in the slots", {"thought_kind": "pause"}),
+    "visible": Arm("chain of thought", {"thought_kind": "none"}, ASIDE),
 }
 
 
@@ -66,14 +75,16 @@ class Sizes:
     """How much is done: steps of the preparation and of an arm, steps between two looks at held-out
     problems, how many of these (None: all)."""
 
-    prepare: int = 300
-    steps: int = 80
-    every: int = 20
+    prepare: int
+    steps: int
+    every: int
     problems: int | None = None
 
 
-# On two cores: an hour and a half for one seed; what fits into twenty minutes.
-FULL, QUICK = Sizes(), Sizes(prepare=90, steps=20, every=10, problems=64)
+# For docs/results.md; what two cores do in twenty minutes; a look at whether it runs.
+FULL = Sizes(prepare=400, steps=80, every=40)
+DEMO = Sizes(prepare=100, steps=24, every=12, problems=60)
+QUICK = Sizes(prepare=20, steps=6, every=3, problems=20)
 
 
 def find_model(name: str | None) -> str:
@@ -123,13 +134,20 @@ def stage_recipes(
 ) -> dict[str, Recipe]:
     """The recipe of every run, by the name of its folder; the preparation has no seed of its own."""
     plain = load_recipe("smollm2-135m")
-    once = {"gradient_accumulation_steps": 1, "eval_strategy": "no", "save_total_limit": 1}
-    source = {"name": None, "streaming": False, "split": "train", "block_size": TOKENS, "eval_blocks": 0}
+    once = {
+        "gradient_accumulation_steps": 1,
+        "eval_strategy": "no",
+        "save_total_limit": 1,
+        "bf16": computes_bf16("cuda" if torch.cuda.is_available() else "cpu"),
+    }
+    # Without padding; the thoughts, like the text, see their own problem alone.
+    packed: dict[str, Any] = {"name": None, "streaming": False, "split": "train", "text_column": None}
+    packed |= {"packing": "packed", "block_size": 4 * TOKENS, "eval_blocks": 0}
     prepared = plain.changed(
         name="words-prepared",
         model={"name": model, "init_start_from": None},
         data={
-            **source,
+            **packed,
             "files": [str(output / "asides.jsonl")],
             "prompt": "{prompt}",
             "completion": "{completion}",
@@ -138,7 +156,7 @@ def stage_recipes(
         training={
             **once,
             "max_steps": sizes.prepare,
-            "per_device_train_batch_size": 16,
+            "per_device_train_batch_size": 2,  # some sixteen problems
             "learning_rate": 3e-5,
             "lr_scheduler_type": "linear",
             "warmup_steps": 15,
@@ -152,7 +170,8 @@ def stage_recipes(
             "init_start_from": " (",
             "init_end_from": ")",
         },
-        data={**source, "files": [str(data[0])], "preset": "svamp"},
+        # Some eight problems a row, one row a step.
+        data={**packed, "files": [str(data[0])], "preset": "svamp"},
         thoughts={
             "think_at": "completion",
             "mixing_floor": 1.0,
@@ -162,25 +181,28 @@ def stage_recipes(
         training={
             **once,
             "max_steps": sizes.steps,
-            "per_device_train_batch_size": 8,
+            "per_device_train_batch_size": 1,
             "warmup_steps": 10,
             "save_steps": sizes.every,
             "seed": seed,
         },
     )
     arms = {
-        f"{name}-{seed}": full.changed(name=f"words-{name}", thoughts=settings)
-        for name, settings in ARMS.items()
+        f"{name}-{seed}": full.changed(
+            name=f"words-{name}", thoughts=arm.thoughts, data={"completion": arm.completion}
+        )
+        for name, arm in ARMS.items()
     }
     return {"prepared": prepared, **arms}
 
 
-def write_asides(tokenizer: PreTrainedTokenizerBase, problems: Path, to: Path) -> None:
+def write_problems(items: Sequence[dict[str, Any]], to: Path) -> None:
     """Every problem twice, with a terse answer and with the aside before it."""
     with to.open("w", encoding="utf-8") as file:
-        for completion in (ANSWER, ASIDE):
-            for item in problem_items(tokenizer, problems, completion):
-                file.write(json.dumps(item) + "\n")
+        for before in ("", "aside"):
+            for item in items:
+                row = {"prompt": item["prompt"], "completion": item.get(before, "") + item["completion"]}
+                file.write(json.dumps(row) + "\n")
 
 
 def run_arms(
@@ -188,7 +210,7 @@ def run_arms(
     *,
     model: str | None = None,
     data: Path | None = None,
-    sizes: Sizes = FULL,
+    sizes: Sizes = DEMO,
     seeds: Sequence[int] = (1,),
     arms: Sequence[str] = ("full", "none"),
     show: Callable[[dict[str, Any]], None] | None = None,
@@ -207,8 +229,8 @@ def run_arms(
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(name)
     if not (output / "asides.jsonl").is_file():
-        write_asides(tokenizer, files[0], output / "asides.jsonl")
-    items = problem_items(tokenizer, files[1], limit=sizes.problems)
+        write_problems(problem_items(tokenizer, files[0]), output / "asides.jsonl")
+    items = problem_items(tokenizer, files[1], sizes.problems)
 
     def run(recipe: Recipe, folder: Path, *watching: TrainerCallback) -> Path:
         logger.info("%s: %d steps", folder.name, recipe.training["max_steps"])
@@ -216,18 +238,18 @@ def run_arms(
 
     recipes = stage_recipes(name, files, output, sizes, seeds[0])
     start = run(recipes["prepared"], output / "prepared")
-    metrics: dict[str, Any] = {"problems": len(items), "sizes": vars(sizes), "arms": {}}
-    bounds = output / "bounds.json"
-    if not bounds.is_file():
+    metrics: dict[str, Any] = {"problems": len(items), "sizes": asdict(sizes), "arms": {}}
+    before = output / "prepared-scores.json"
+    if not before.is_file():
         prepared, _ = load_checkpoint(str(start))
-        found = {"prepared": scores_of(prepared, tokenizer, items)["scores"]["none"]}
-        write_json(bounds, found | bounds_of(prepared, tokenizer, files[1], sizes.problems))
-    metrics["bounds"] = {key: mean_scores(records) for key, records in read_json(bounds).items()}
+        write_json(before, {"step": 0, **visible_scores_of(tokenizer, items, prepared)})
+    metrics["prepared"] = read_json(before)
     for seed in seeds:
         recipes = stage_recipes(name, files, output, sizes, seed)
         for arm in arms:
             folder, kept = output / f"{arm}-{seed}", output / f"{arm}-{seed}-scores"
-            look = Look(lambda model: scores_of(model, tokenizer, items), kept, sizes.every)
+            score = partial(visible_scores_of if arm == "visible" else scores_of, tokenizer, items)
+            look = Look(score, kept, sizes.every)
             run(recipes[f"{arm}-{seed}"], folder, look)
             looks = sorted((read_json(file) for file in kept.glob("step-*.json")), key=_step)
             metrics["arms"].setdefault(arm, {})[str(seed)] = looks
@@ -247,19 +269,34 @@ def run_demo(
     *,
     model: str | None = None,
     data: Path | None = None,
-    sizes: Sizes = QUICK,
+    sizes: Sizes = DEMO,
     seeds: Sequence[int] = (1,),
     arms: Sequence[str] = ("full", "none"),
+    fresh: bool = False,
 ) -> None:
-    """Run the demo, print the table as it fills, then the outcome."""
-    import functools
-
+    """Run the demo (all of it anew if ``fresh``), print the table as it fills, then the outcome."""
     from rich.console import Console
 
     from quietstar.demos.words_report import print_summary, print_table
 
     console = Console(highlight=False, soft_wrap=True)
-    show = functools.partial(print_table, console)
-    metrics = run_arms(output, model=model, data=data, sizes=sizes, seeds=seeds, arms=arms, show=show)
+    if fresh:
+        forget(output)
+    metrics = run_arms(
+        output,
+        model=model,
+        data=data,
+        sizes=sizes,
+        seeds=seeds,
+        arms=arms,
+        show=partial(print_table, console),
+    )
     print_summary(console, metrics)
     console.print(f"\nmetrics: {output / METRICS_FILE}")
+
+
+def forget(output: Path) -> None:
+    """Delete what earlier calls left, and nothing else."""
+    made = {f"{arm}-*" for arm in ARMS} | {"prepared", "prepared-scores.json", "asides.jsonl"}
+    for path in [path for pattern in made for path in output.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

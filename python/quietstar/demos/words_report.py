@@ -4,37 +4,51 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from quietstar.demos.words import LABELS
-from quietstar.demos.words_scores import best_look, mean_scores, paired
+from quietstar.demos.words import ARMS
+from quietstar.demos.words_scores import judged_look, mean_scores, paired
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 LINE = "{:44}  {:>5}  {:>8}  {:>12}  {:>8}"
-# Half a sentence for each way in which an arm that thinks predicts.
+# Half a sentence for each way in which an arm that thinks predicts, and one with asides in sight.
 WAYS = {
     "own": "",
     "drawn": ", thoughts drawn",
     "other": ", thoughts of another problem",
+    "gold": ", the right equation as thought",
     "none": ", thoughts off",
 }
+VISIBLE = {"own": "its own aside in sight", "gold": "the right aside in sight", "none": "no aside"}
+
+
+def judged(looks: list[dict[str, Any]], arm: str) -> dict[str, Any]:
+    """The control at its best step, everything else at its last."""
+    return judged_look(looks, "none", best=arm == "none")
 
 
 def rows_of(metrics: dict[str, Any]) -> list[tuple[str, str, dict[str, float]]]:
     """The rows of the table: label, step, means over problems and seeds."""
-    names = {"prepared": "prepared model", "gold aside": "the right aside in sight"}
-    names["own aside"] = "its own aside in sight (chain of thought)"
-    rows = [(names[key], "0", means) for key, means in metrics["bounds"].items()]
+    prepared = metrics["prepared"]["scores"]
+    rows = [
+        (f"prepared, {name}", "0", mean_scores(prepared[way]))
+        for way, name in VISIBLE.items()
+        if way in prepared
+    ]
     for arm, seeds in metrics["arms"].items():
-        judged = "none" if arm == "none" else "own"
-        for way in (judged,) if arm == "none" else WAYS:
-            looks = [best_look(looks, judged) for looks in seeds.values()]
+        looks = [judged(looks, arm) for looks in seeds.values()]
+        label = ARMS[arm].label
+        names = {way: f"{label}, {name}" for way, name in VISIBLE.items()}
+        if arm != "visible":
+            names = {way: label + name for way, name in WAYS.items()}
+        if arm == "none":
+            names = {"none": label}
+        for way, name in names.items():
             if way not in looks[0]["scores"]:
                 continue
             each = [mean_scores(look["scores"][way]) for look in looks]
             means = {key: sum(one[key] for one in each) / len(each) for key in each[0]}
-            steps = ",".join(str(look["step"]) for look in looks)
-            rows.append((LABELS[arm] + ("" if arm == "none" else WAYS[way]), steps, means))
+            rows.append((name, ",".join(str(look["step"]) for look in looks), means))
     return rows
 
 
@@ -51,14 +65,17 @@ def print_summary(console: Console, metrics: dict[str, Any]) -> None:
     """Thoughts at held-out problems, and the verdict."""
     looks = next(iter(metrics["arms"]["full"].values()))
     console.print("\nWhat it thinks before some answers:")
-    for thought in best_look(looks, "own").get("thoughts", [])[:5]:
+    for thought in judged(looks, "full").get("thoughts", [])[:5]:
         console.print(f"  ({thought!r}", markup=False)
     console.print(f"\n[b]{verdict(metrics)}[/b]")
 
 
 def verdict(metrics: dict[str, Any]) -> str:
     """One sentence on what was measured, gain or no gain."""
-    found = {key: paired(metrics, key) for key in ("probability", "correct", "nll")}
+    seeds = metrics["arms"]["full"]
+    ours = [judged(looks, "full")["scores"]["own"] for looks in seeds.values()]
+    theirs = [judged(metrics["arms"]["none"][seed], "none")["scores"]["none"] for seed in seeds]
+    found = {key: paired(ours, theirs, key) for key in ("probability", "correct", "nll")}
     gain = found["probability"]
     error = gain["standard_error"] or 0.0
     numbers = ", ".join(
