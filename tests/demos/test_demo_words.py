@@ -134,9 +134,24 @@ def metrics_of(ours: tuple[float, ...], theirs: tuple[float, ...]) -> dict[str, 
         "full": [{"step": 2, "scores": {"own": records(1, 1, 1)}}],
         "none": [{"step": 2, "scores": {"none": records(*theirs)}}],
     }
-    looks["full"].append({"step": 4, "scores": {"own": records(*ours)}})
+    thinks = {"own": records(*ours), "other": records(0, 0, 0), "none": records(*theirs)}
+    looks["full"].append({"step": 4, "scores": thinks})
     looks["none"].append({"step": 4, "scores": {"none": records(0, 0, 0)}})
     return {"problems": 3, "arms": {arm: {"1": seen} for arm, seen in looks.items()}}
+
+
+def test_what_is_compared():
+    metrics = metrics_of((0.9, 0.8, 0.7), (0.3, 0.2, 0.1))
+    found = words_report.differences(metrics)
+    means = [of["probability"]["mean"] for of in found.values()]
+    assert means == pytest.approx([0.6, 0.8, 0.6])  # control, others' thoughts, thoughts off
+    metrics["arms"]["no-reinforce"] = {"1": [{"step": 4, "scores": {"own": records(0.4, 0.8, 0.6)}}]}
+    found = words_report.differences(metrics)
+    assert found["REINFORCE, less the same without it"]["probability"]["mean"] == pytest.approx(0.2)
+    easy, *_, hard = words_report.gains_by_difficulty(metrics, 3)
+    expected = {"control_nll": 0.7, "control_probability": 0.3, "full_probability": 0.9}
+    assert easy == pytest.approx(expected)
+    assert (hard["control_probability"], hard["full_probability"]) == pytest.approx((0.1, 0.7))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +199,8 @@ def test_a_whole_demo_and_its_continuation(home, tmp_path, monkeypatch, capsys):
         assert word in printed
     assert "3 problems" in printed and "metrics:" in printed
     metrics = read_json(tmp_path / "demo" / "metrics.json")
-    assert [look["step"] for look in metrics["arms"]["full"]["1"]] == [2, 4]
+    steps = {arm: [look["step"] for look in seeds["1"]] for arm, seeds in metrics["arms"].items()}
+    assert steps == {"full": [4], "none": [2, 4]}
     assert set(metrics["prepared"]["scores"]) == {"none", "own", "gold"}
     folder = tmp_path / "demo"
     made = {path: path.stat().st_mtime_ns for path in folder.glob("*/model.safetensors")}

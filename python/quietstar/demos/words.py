@@ -72,8 +72,9 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is done: steps of the preparation and of an arm, steps between two looks at held-out
-    problems, how many of these (None: all)."""
+    """How much is done: steps of the preparation and of an arm, steps between two looks of the control
+    at held-out problems (an arm that thinks is looked at when it is done), how many of these (None:
+    all)."""
 
     prepare: int
     steps: int
@@ -82,7 +83,7 @@ class Sizes:
 
 
 # For docs/results.md; what two cores do in twenty minutes; a look at whether it runs.
-FULL = Sizes(prepare=400, steps=80, every=40)
+FULL = Sizes(prepare=400, steps=80, every=20)
 DEMO = Sizes(prepare=100, steps=24, every=12, problems=60)
 QUICK = Sizes(prepare=20, steps=6, every=3, problems=20)
 
@@ -183,7 +184,7 @@ def stage_recipes(
             "max_steps": sizes.steps,
             "per_device_train_batch_size": 1,
             "warmup_steps": 10,
-            "save_steps": sizes.every,
+            "save_steps": 20,
             "seed": seed,
         },
     )
@@ -249,7 +250,7 @@ def run_arms(
         for arm in arms:
             folder, kept = output / f"{arm}-{seed}", output / f"{arm}-{seed}-scores"
             score = partial(visible_scores_of if arm == "visible" else scores_of, tokenizer, items)
-            look = Look(score, kept, sizes.every)
+            look = Look(score, kept, sizes.every if arm == "none" else sizes.steps)
             run(recipes[f"{arm}-{seed}"], folder, look)
             looks = sorted((read_json(file) for file in kept.glob("step-*.json")), key=_step)
             metrics["arms"].setdefault(arm, {})[str(seed)] = looks

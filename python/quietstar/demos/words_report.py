@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 from quietstar.demos.words import ARMS
 from quietstar.demos.words_scores import judged_look, mean_scores, paired
 
@@ -19,7 +22,7 @@ WAYS = {
     "gold": ", the right equation as thought",
     "none": ", thoughts off",
 }
-VISIBLE = {"own": "its own aside in sight", "gold": "the right aside in sight", "none": "no aside"}
+VISIBLE = {"none": "no aside", "own": "its own aside in sight", "gold": "the right aside in sight"}
 
 
 def judged(looks: list[dict[str, Any]], arm: str) -> dict[str, Any]:
@@ -70,12 +73,54 @@ def print_summary(console: Console, metrics: dict[str, Any]) -> None:
     console.print(f"\n[b]{verdict(metrics)}[/b]")
 
 
-def verdict(metrics: dict[str, Any]) -> str:
-    """One sentence on what was measured, gain or no gain."""
+def differences(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What was compared, and by probability, correct and nll the paired difference with its error."""
+    seeds = metrics["arms"]["full"]
+    scores = {
+        arm: {seed: judged(looks, arm)["scores"] for seed, looks in arms.items()}
+        for arm, arms in metrics["arms"].items()
+    }
+    found = {}
+    for name, arm, way in (
+        ("thoughts, less the same training without", "none", "none"),
+        ("REINFORCE, less the same without it", "no-reinforce", "own"),
+        ("own thoughts, less those of another problem", "full", "other"),
+        ("own thoughts, less none in the same weights", "full", "none"),
+    ):
+        common = [seed for seed in seeds if seed in scores.get(arm, {})]
+        if not common:
+            continue
+        ours = [scores["full"][seed]["own"] for seed in common]
+        theirs = [scores[arm][seed][way] for seed in common]
+        found[name] = {key: paired(ours, theirs, key) for key in ("probability", "correct", "nll")}
+    return found
+
+
+def gains_by_difficulty(metrics: dict[str, Any], parts: int = 10) -> list[dict[str, float]]:
+    """Problems in equal parts by what their answers cost the control, means over seeds: that NLL, and
+    both probabilities."""
     seeds = metrics["arms"]["full"]
     ours = [judged(looks, "full")["scores"]["own"] for looks in seeds.values()]
     theirs = [judged(metrics["arms"]["none"][seed], "none")["scores"]["none"] for seed in seeds]
-    found = {key: paired(ours, theirs, key) for key in ("probability", "correct", "nll")}
+
+    def mean(records: list[list[dict[str, Any]]], key: str) -> Tensor:
+        return torch.tensor([[record[key] for record in one] for one in records]).double().mean(0)
+
+    cost, before, after = mean(theirs, "nll"), mean(theirs, "probability"), mean(ours, "probability")
+    return [
+        {
+            "control_nll": float(cost[chosen].mean()),
+            "control_probability": float(before[chosen].mean()),
+            "full_probability": float(after[chosen].mean()),
+        }
+        for chosen in cost.argsort().tensor_split(parts)
+        if len(chosen)
+    ]
+
+
+def verdict(metrics: dict[str, Any]) -> str:
+    """One sentence on what was measured, gain or no gain."""
+    found = differences(metrics)["thoughts, less the same training without"]
     gain = found["probability"]
     error = gain["standard_error"] or 0.0
     numbers = ", ".join(
