@@ -1,8 +1,8 @@
 """``python -m benchmarks.demo_seeds 4 5 6``: the demo for several seeds, put together.
 
 Writes ``results/demo/lookup.json`` with every seed's numbers and, per arm, the mean and standard error
-over seeds; a run that failed to learn counts like the others. ``--text FOLDER`` takes over the metrics of
-a ``quietstar demo text`` run, ``--words FOLDER`` those of ``scripts/words_experiment.py``.
+over seeds; a run that failed to learn counts like the others. ``--text FOLDER`` takes over the metrics
+of a ``quietstar demo text`` run, ``--words FOLDER`` those of ``scripts/words_experiment.py``.
 """
 
 from __future__ import annotations

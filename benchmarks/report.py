@@ -1,7 +1,7 @@
 """``python -m benchmarks.report``: the tables of README and docs/results.md from what was measured.
 
-Reads ``benchmarks/results`` and rewrites the parts of these pages between their markers; ``--check`` only
-says whether they are up to date.
+Reads ``benchmarks/results`` and rewrites the parts of these pages between their markers; ``--check``
+says only whether they are up to date.
 """
 
 from __future__ import annotations
