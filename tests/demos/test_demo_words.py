@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import random
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from small_recipes import rejected
 from quietstar.cli import demo
 from quietstar.data.stdlib import train_tokenizer
 from quietstar.demos import words, words_report, words_scores
+from quietstar.demos.words_problems import NUMBER, value_of, varied
 from quietstar.evaluation.completions import CompletionThoughts
 from quietstar.files import read_json
 
@@ -47,8 +50,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_arms_differ_in_what_they_say_alone():
-    files = Path("train.jsonl"), Path("test.jsonl")
-    recipes = words.stage_recipes("model", files, Path("x"), words.DEMO, seed=3)
+    recipes = words.stage_recipes("model", Path("x"), words.DEMO, seed=3)
     assert set(recipes) == {"prepared", *(f"{arm}-3" for arm in words.ARMS)}
     contents = {name: recipe.to_dict() for name, recipe in recipes.items()}
     full = contents["full-3"]
@@ -123,6 +125,46 @@ def test_thoughts_of_another_problem_are_its_own(home, monkeypatch):
     assert found["scores"]["other"][1]["nll"] == pytest.approx(alone["mixed_nll"], rel=1e-4)
     assert found["scores"]["none"][1]["nll"] == pytest.approx(alone["base_nll"], rel=1e-4)
     assert found["scores"]["other"] != found["scores"]["own"]
+
+
+@pytest.mark.parametrize(
+    ("equation", "value"), [("( 43.0 - 21.0 )", 22), ("((1 + 2) * 3.5) / 7", 1.5), ("9.0", 9)]
+)
+def test_what_an_equation_comes_to(equation: str, value: float):
+    assert value_of(equation) == Fraction(str(value))
+
+
+@pytest.mark.parametrize("equation", ["x + 1", "2 ** 9", "abs(3)", "1 +", "'a'"])
+def test_what_is_no_equation(equation: str):
+    with pytest.raises(ValueError, match="expected numbers, "):
+        value_of(equation)
+
+
+def test_other_numbers():
+    """As many digits, the same order, the same words, and the answer that follows."""
+    given = {
+        "Body": "Ann had 12 of 345 nuts and 1 box. She gave 9 to each of 5 friends",
+        "Question": "How many of the 345 nuts did she not have?",
+        "Equation": "( 345.0 - 12.0 )",
+        "Answer": 333.0,
+    }
+    draw, seen = random.Random(0), set()
+    for _ in range(20):
+        found = varied(given, draw)
+        assert found is not None
+        body = [int(number) for number in NUMBER.findall(found["Body"])]
+        assert [len(str(number)) for number in body] == [2, 3, 1, 1, 1]
+        few, many, one, gave, friends = body
+        assert one == 1 < friends < gave < few < many
+        assert NUMBER.sub("#", found["Body"]) == NUMBER.sub("#", given["Body"])
+        assert f"the {many} nuts" in found["Question"]
+        assert found["Equation"] == f"( {many} - {few} )" and found["Answer"] == many - few < 1000
+        seen.add(found["Body"])
+    assert len(seen) > 15
+    assert varied({**given, "Equation": "( 345.0 - 77.0 )"}, draw) is None
+    assert varied({**given, "Equation": "( 12.0 - 345.0 )", "Answer": -333.0}, draw) is None
+    thirds = varied({**given, "Equation": "( 345.0 / 5.0 )", "Answer": 69.0}, draw)
+    assert thirds is not None and thirds["Answer"] == int(thirds["Answer"]) < 100
 
 
 def records(*probabilities: float) -> list[dict[str, Any]]:

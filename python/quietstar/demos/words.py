@@ -4,10 +4,11 @@ SmolLM2-135M-Instruct and SVAMP (Patel et al. 2021, arXiv 2103.07191). Stages, e
 run in a folder of its own, so that a second call continues where one stopped:
 
 1. ``prepared``: trained on terse answers, and on the same problems with an aside before the answer,
-   " (43 - 21 = 22) 22"; so it can write asides, and does not need them;
-2. the arms, all from there, same steps, same problems in the same order, with terse answers alone:
-   thoughts that begin as an aside does (``full``), ``none``, thoughts without REINFORCE, pause tokens;
-   and asides in plain sight, which are no thoughts but a chain of thought;
+   " (43 - 21 = 22) 22"; so it can write asides, and does not need them. Each problem comes with
+   variants, which have other numbers;
+2. the arms, all from there, same steps, same problems in the same order, with terse answers alone, the
+   numbers new: thoughts that begin as an aside does (``full``), ``none``, thoughts without REINFORCE,
+   pause tokens; and asides in plain sight, which are no thoughts but a chain of thought;
 3. held-out problems, every so many steps: the answer's probability, its NLL, and greedy accuracy.
 
 The control without thoughts is judged at its best step, what is compared with it at its last. The result
@@ -29,6 +30,7 @@ import torch
 from transformers import TrainerCallback
 
 from quietstar.data.presets import PRESETS
+from quietstar.demos.words_problems import write_varied
 from quietstar.demos.words_scores import (
     ASIDE,
     TOKENS,
@@ -44,7 +46,7 @@ from quietstar.training.options import computes_bf16
 from quietstar.versions import package_versions
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger("quietstar")
 
@@ -82,6 +84,8 @@ class Sizes:
     problems: int | None = None
 
 
+# Other numbers for each problem, in the preparation.
+VARIANTS = 3
 # For docs/results.md; what two cores do in twenty minutes; a look at whether it runs.
 FULL = Sizes(prepare=400, steps=80, every=20)
 DEMO = Sizes(prepare=100, steps=24, every=12, problems=60)
@@ -130,9 +134,7 @@ def find_data(folder: Path | None, output: Path) -> tuple[Path, Path]:
     return files
 
 
-def stage_recipes(
-    model: str, data: tuple[Path, Path], output: Path, sizes: Sizes, seed: int
-) -> dict[str, Recipe]:
+def stage_recipes(model: str, output: Path, sizes: Sizes, seed: int) -> dict[str, Recipe]:
     """The recipe of every run, by the name of its folder; the preparation has no seed of its own."""
     plain = load_recipe("smollm2-135m")
     once = {
@@ -172,12 +174,13 @@ def stage_recipes(
             "init_end_from": ")",
         },
         # Some eight problems a row, one row a step.
-        data={**packed, "files": [str(data[0])], "preset": "svamp"},
+        data={**packed, "files": [str(output / "practice.jsonl")], "preset": "svamp"},
         thoughts={
             "think_at": "completion",
             "mixing_floor": 1.0,
             "embedding_scale": 1.0,
             "reinforce_temperature": 1.0,
+            "reward": "probability-gain",
         },
         training={
             **once,
@@ -197,13 +200,23 @@ def stage_recipes(
     return {"prepared": prepared, **arms}
 
 
-def write_problems(items: Sequence[dict[str, Any]], to: Path) -> None:
-    """Every problem twice, with a terse answer and with the aside before it."""
-    with to.open("w", encoding="utf-8") as file:
-        for before in ("", "aside"):
-            for item in items:
-                row = {"prompt": item["prompt"], "completion": item.get(before, "") + item["completion"]}
-                file.write(json.dumps(row) + "\n")
+def write_problems(tokenizer: PreTrainedTokenizerBase, problems: Path, output: Path) -> None:
+    """What is trained on, of the problems of a file: ``practice.jsonl`` for the arms, a variant of each;
+    ``asides.jsonl`` for the preparation, the problems and other variants, each with a terse answer and
+    with the aside before it."""
+    practice, given, asides = (output / f"{n}.jsonl" for n in ("practice", "given", "asides"))
+    if asides.is_file():
+        return
+    write_varied(problems, practice, 1, seed=1, first=False)
+    write_varied(problems, given, VARIANTS, seed=2, first=True)
+    items = problem_items(tokenizer, given)
+    rows = [
+        {"prompt": item["prompt"], "completion": before + item["completion"]}
+        for item in items
+        for before in ("", item["aside"])
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    asides.write_text(text, encoding="utf-8")
 
 
 def run_arms(
@@ -229,15 +242,14 @@ def run_arms(
     files = find_data(data, output)
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(name)
-    if not (output / "asides.jsonl").is_file():
-        write_problems(problem_items(tokenizer, files[0]), output / "asides.jsonl")
+    write_problems(tokenizer, files[0], output)
     items = problem_items(tokenizer, files[1], sizes.problems)
 
     def run(recipe: Recipe, folder: Path, *watching: TrainerCallback) -> Path:
         logger.info("%s: %d steps", folder.name, recipe.training["max_steps"])
         return run_recipe(recipe, folder, log_lines=False, callbacks=list(watching)).output
 
-    recipes = stage_recipes(name, files, output, sizes, seeds[0])
+    recipes = stage_recipes(name, output, sizes, seeds[0])
     start = run(recipes["prepared"], output / "prepared")
     metrics: dict[str, Any] = {"problems": len(items), "sizes": asdict(sizes), "arms": {}}
     before = output / "prepared-scores.json"
@@ -246,7 +258,7 @@ def run_arms(
         write_json(before, {"step": 0, **visible_scores_of(tokenizer, items, prepared)})
     metrics["prepared"] = read_json(before)
     for seed in seeds:
-        recipes = stage_recipes(name, files, output, sizes, seed)
+        recipes = stage_recipes(name, output, sizes, seed)
         for arm in arms:
             folder, kept = output / f"{arm}-{seed}", output / f"{arm}-{seed}-scores"
             score = partial(visible_scores_of if arm == "visible" else scores_of, tokenizer, items)
@@ -298,6 +310,7 @@ def run_demo(
 
 def forget(output: Path) -> None:
     """Delete what earlier calls left, and nothing else."""
-    made = {f"{arm}-*" for arm in ARMS} | {"prepared", "prepared-scores.json", "asides.jsonl"}
+    made = [f"{arm}-*" for arm in ARMS] + ["prepared", "prepared-scores.json"]
+    made += ["asides.jsonl", "given.jsonl", "practice.jsonl"]
     for path in [path for pattern in made for path in output.glob(pattern)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
