@@ -264,6 +264,9 @@ def test_a_whole_demo_and_its_continuation(home, tmp_path, monkeypatch, capsys):
     assert set(found["arms"]["pause"]["1"][0]["scores"]) == {"own", "none"}
     assert found["arms"]["full"]["1"] == metrics["arms"]["full"]["1"]
     assert found["arms"]["full"]["1"] != found["arms"]["full"]["2"]
+    capsys.readouterr()
+    words.run_demo(folder, **where, sizes=sizes, arms=["pause"])  # nothing to compare it with
+    assert "pause tokens" in capsys.readouterr().out
     words.forget(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.json"]
 

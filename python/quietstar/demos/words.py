@@ -304,7 +304,8 @@ def run_demo(
         arms=arms,
         show=partial(print_table, console),
     )
-    print_summary(console, metrics)
+    if {"full", "none"} <= metrics["arms"].keys():
+        print_summary(console, metrics)
     console.print(f"\nmetrics: {output / METRICS_FILE}")
 
 
