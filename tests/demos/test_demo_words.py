@@ -248,17 +248,10 @@ def test_a_whole_demo_and_its_continuation(home, tmp_path, monkeypatch, capsys):
     made = {path: path.stat().st_mtime_ns for path in folder.glob("*/model.safetensors")}
     assert len(made) == 3
     # One more arm and one more seed, and nothing that is there is made again.
-    found = words.run_arms(
-        folder,
-        model=given["model"],
-        data=given["data"],
-        sizes=sizes,
-        seeds=(1, 2),
-        arms=list(words.ARMS),
-    )
-    assert {arm: list(seeds) for arm, seeds in found["arms"].items()} == dict.fromkeys(
-        words.ARMS, ["1", "2"]
-    )
+    where = {"model": given["model"], "data": given["data"]}
+    found = words.run_arms(folder, **where, sizes=sizes, seeds=(1, 2), arms=list(words.ARMS))
+    seeds = {arm: list(looks) for arm, looks in found["arms"].items()}
+    assert seeds == dict.fromkeys(words.ARMS, ["1", "2"])
     assert {path: path.stat().st_mtime_ns for path in made} == made
     assert set(found["arms"]["visible"]["1"][0]["scores"]) == {"none", "own", "gold"}
     assert set(found["arms"]["pause"]["1"][0]["scores"]) == {"own", "none"}
