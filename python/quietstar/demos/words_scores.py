@@ -160,6 +160,7 @@ def own_asides(
                 attention_mask=mask.to(model.device),
                 max_new_tokens=ASIDE_TOKENS,
                 do_sample=False,
+                use_cache=True,  # which training had switched off
                 pad_token_id=tokenizer.eos_token_id,
             )
         for text in tokenizer.batch_decode(made[:, longest:]):
