@@ -159,7 +159,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     before = after = README.read_text()
-    machines = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    measured = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    machines = [each for each in measured if "benchmarks" in each]
     after = replaced(after, "benchmarks", "\n\n".join(render(m, HIGHLIGHTS) for m in machines))
     full = "# Every benchmark\n\n" + "\n\n".join(render(m) for m in machines) + "\n"
     for name, show in (("lookup", render_demo), ("text", render_text)):
