@@ -1,4 +1,4 @@
-"""``quietstar demo``: thoughts being learned, on a task that needs them or on real text."""
+"""``quietstar demo``: thoughts being learned, on a task that needs them or on real text; and STaR."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ def add_parser(commands: Commands) -> None:
         "demo",
         help="see thoughts being learned, on this machine, without a download",
         description="Train a small model and show what thoughts do: on a task that needs them "
-        "(the default), or on real text, the Python standard library (text); or a real language model,"
-        " on word problems (words; needs SmolLM2-135M-Instruct and SVAMP).",
+        "(the default), on real text, the Python standard library (text), or in a real language model on"
+        " word problems (words; needs SmolLM2-135M-Instruct and SVAMP); or how a model learns from"
+        " rationales of its own (star).",
     )
     add = demo.add_argument
-    add("what", nargs="?", choices=["task", "text", "words"], default="task")
+    add("what", nargs="?", choices=["task", "text", "words", "star"], default="task")
     add("--quick", action="store_true", help="fewer steps and controls")
     add("--fresh", action="store_true", help="start anew instead of continuing")
     add("--sweep", action="store_true", help="task: also try several thought lengths")
-    add("--seed", type=int, default=4, help="task: which language, and all else drawn")
+    add("--seed", type=int, help="task (default: 4) and star (0): all that is drawn")
     add("--model", metavar="M", help="words: the base model, a GGUF file, folder or name on the hub")
     add(
         "--data",
@@ -57,9 +58,16 @@ def run(args: argparse.Namespace) -> int:
             sizes=words.QUICK if args.quick else words.DEMO,
             fresh=args.fresh,
         )
+    elif args.what == "star":
+        from quietstar.demos import star
+
+        output = args.output or Path(
+            "quietstar-demo-star-quick" if args.quick else "quietstar-demo-star"
+        )
+        star.run_demo(output, seed=args.seed or 0, quick=args.quick, fresh=args.fresh)
     else:
         from quietstar.demos import lookup
 
-        output = args.output or Path("quietstar-demo")
-        lookup.run_demo(output, seed=args.seed, quick=args.quick, sweep=args.sweep, fresh=args.fresh)
+        output, seed = args.output or Path("quietstar-demo"), 4 if args.seed is None else args.seed
+        lookup.run_demo(output, seed=seed, quick=args.quick, sweep=args.sweep, fresh=args.fresh)
     return 0
