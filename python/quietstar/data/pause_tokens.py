@@ -27,4 +27,4 @@ def add_pause_tokens(tokenizer: PreTrainedTokenizerBase, count: int) -> None:
 def pause_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The pauses that belong behind a prompt; none for other tokenizers."""
     count = int(tokenizer.init_kwargs.get(_COUNT, 0))
-    return [int(tokenizer.convert_tokens_to_ids(PAUSE_TOKEN))] * count
+    return [int(tokenizer.convert_tokens_to_ids(PAUSE_TOKEN))] * count if count else []
