@@ -56,13 +56,19 @@ struct KeyGradients {
     float scores[1][kHoldScores ? kGroups : 1][2][4];
     float p[1][kGroups][2][4];
     multiply_rows<kSize, false>(p, k, q, 0, a.precise);
+    if (a.scores != Scores::plain) {  // asked once, not of every score
+#pragma unroll
+      for (int j = 0; j < kGroups * 8; ++j) {
+        float& x = p[0][j / 8][j / 4 % 2][j % 4];
+        x = score_of<T>(a, x);
+        if (kHoldScores) scores[0][j / 8][j / 4 % 2][j % 4] = x;
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kGroups * 8; ++j) {
       const int row = j / 4 * 8 + lane % 4 * 2 + j % 2;
       float& here = p[0][j / 8][j / 4 % 2][j % 4];
-      const float x = score_of<T>(a, here);
-      if (kHoldScores) scores[0][j / 8][j / 4 % 2][j % 4] = x;
-      here = exp2_of<T>(x * a.outer - lse[row]);
+      here = exp2_of<T>(here * a.outer - lse[row]);
     }
     if (masked) {
 #pragma unroll
@@ -83,13 +89,18 @@ struct KeyGradients {
         float& here = ds[0][j / 8][j / 4 % 2][j % 4];
         const float weight = p[0][j / 8][j / 4 % 2][j % 4];
         here = weight * (here - delta[row]);
-        if (a.scores == Scores::capped) {
+        if (weight == 0) here = 0;  // masked: dout.v may be anything
+      }
+      if (a.scores == Scores::capped) {
+#pragma unroll
+        for (int j = 0; j < kGroups * 8; ++j) {
+          const int row = j / 4 * 8 + lane % 4 * 2 + j % 2;
+          const float weight = p[0][j / 8][j / 4 % 2][j % 4];
           const float x = kHoldScores
                               ? scores[0][j / 8 % (kHoldScores ? kGroups : 1)][j / 4 % 2][j % 4]
                               : (log2f(weight) + lse[row]) / a.outer;
-          here *= 1 - x * x;
+          if (weight != 0) ds[0][j / 8][j / 4 % 2][j % 4] *= 1 - x * x;
         }
-        if (weight == 0) here = 0;  // masked: dout.v may be anything
       }
       add_weighted<kSize, false>(dk, ds, q, 0, a.precise);
     }

@@ -31,23 +31,45 @@ struct RowGradients {
                                                 const float* lse, const float* delta,
                                                 const KeyTile& keys) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (a.scores != Scores::plain) {  // asked once, not of every score
+#pragma unroll
+      for (int j = 0; j < kRowTiles * kKeyTiles * 8; ++j) {
+        float& x = scores[j / (kKeyTiles * 8)][j / 8 % kKeyTiles][j / 4 % 2][j % 4];
+        x = score_of<T>(a, x);
+      }
+    }
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
       for (int low = 0; low < 2; ++low) {
         const int row = r * 16 + low * 8 + lane / 4;
         const float my_lse = lse[row], my_delta = delta[row];
-        const Range seen = kEdge ? mine.range(a, keys.slots, row) : Range{0, 0};
+#pragma unroll
+        for (int j = 0; j < kKeyTiles * 4; ++j) {
+          float& ds = dscores[r][j / 4][j / 2 % 2][low * 2 + j % 2];
+          const float x = scores[r][j / 4][j / 2 % 2][low * 2 + j % 2];
+          ds = exp2_of<T>(x * a.outer - my_lse) * (ds - my_delta);
+        }
+      }
+    }
+    if (a.scores == Scores::capped) {
+#pragma unroll
+      for (int j = 0; j < kRowTiles * kKeyTiles * 8; ++j) {
+        const float x = scores[j / (kKeyTiles * 8)][j / 8 % kKeyTiles][j / 4 % 2][j % 4];
+        dscores[j / (kKeyTiles * 8)][j / 8 % kKeyTiles][j / 4 % 2][j % 4] *= 1 - x * x;
+      }
+    }
+    if (!kEdge) return;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int low = 0; low < 2; ++low) {
+        const Range seen = mine.range(a, keys.slots, r * 16 + low * 8 + lane / 4);
         const int here = keys.begin + lane % 4 * 2, from = seen.first - here, to = seen.last - here;
 #pragma unroll
         for (int j = 0; j < kKeyTiles * 4; ++j) {
           const int key = j / 2 * 8 + j % 2;
-          float& ds = dscores[r][j / 4][j / 2 % 2][low * 2 + j % 2];
-          const float x = score_of<T>(a, scores[r][j / 4][j / 2 % 2][low * 2 + j % 2]);
-          const float p = exp2_of<T>(x * a.outer - my_lse);
-          ds = p * (ds - my_delta);
-          if (a.scores == Scores::capped) ds *= 1 - x * x;
-          if (kEdge && (key < from || key >= to)) ds = 0;
+          if (key < from || key >= to) dscores[r][j / 4][j / 2 % 2][low * 2 + j % 2] = 0;
         }
       }
     }
