@@ -70,8 +70,13 @@ struct Arguments {
   int parts;                   // sets of rows over which text gradients are summed apart
   float *dk_parts, *dv_parts;  // [parts][pairs][text_length][padded size], fp32
   int2* block_ranges;          // [B][row blocks] first and last text key that a block sees
+  int* row_constants;          // [kRowConstants][pairs][rows], written by the row kernel
   int row_blocks;
 };
+
+// What the key kernel has to know of a row: the first and the last text key and slot key that it
+// sees, and as floats its lse to the base of 2 and its delta.
+constexpr int kRowConstants = 6;
 
 // Instantiated in thought_attention_forward_*.cu and thought_attention_backward_*.cu: the kernels
 // of head sizes up to kSize, or the small ones.
