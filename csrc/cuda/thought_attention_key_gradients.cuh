@@ -32,6 +32,8 @@ struct KeyGradients {
   static constexpr KeyShape kShape = key_gradient_shape(sizeof(T), kSize, kSmall);
   static constexpr int kKeys = kShape.keys(), kRows = kShape.rows, kStep = kShape.step;
   static constexpr int kThreads = kShape.threads(), kWide = kSize / 16, kGroups = kStep / 16;
+  // To a multiprocessor, as far as registers go.
+  static constexpr int kBlocks = sizeof(T) == 2 && kSize <= 64 ? 3 : 1;
   static constexpr bool kValues = kPass != Pass::keys, kOfKeys = kPass != Pass::values;
   static_assert(4 * kRows <= kThreads, "a thread fetches one of four constants of a row");
 
@@ -79,30 +81,31 @@ struct KeyGradients {
       }
     }
     if (kValues) add_weighted<kSize, false>(dv, p, dout, 0, a.precise);
-    if (kOfKeys) {
-      float ds[1][kGroups][2][4];
-      multiply_rows<kSize, false>(ds, v, dout, 0, a.precise);
+    if (!kOfKeys) return;
+    float ds[1][kGroups][2][4];
+    multiply_rows<kSize, false>(ds, v, dout, 0, a.precise);
+#pragma unroll
+    for (int j = 0; j < kGroups * 8; ++j) {
+      const int row = j / 4 * 8 + lane % 4 * 2 + j % 2;
+      float& here = ds[0][j / 8][j / 4 % 2][j % 4];
+      here = p[0][j / 8][j / 4 % 2][j % 4] * (here - delta[row]);
+    }
+    if (a.scores == Scores::capped) {
 #pragma unroll
       for (int j = 0; j < kGroups * 8; ++j) {
         const int row = j / 4 * 8 + lane % 4 * 2 + j % 2;
-        float& here = ds[0][j / 8][j / 4 % 2][j % 4];
-        const float weight = p[0][j / 8][j / 4 % 2][j % 4];
-        here = weight * (here - delta[row]);
-        if (weight == 0) here = 0;  // masked: dout.v may be anything
+        const float x = kHoldScores
+                            ? scores[0][j / 8 % (kHoldScores ? kGroups : 1)][j / 4 % 2][j % 4]
+                            : (log2f(p[0][j / 8][j / 4 % 2][j % 4]) + lse[row]) / a.outer;
+        ds[0][j / 8][j / 4 % 2][j % 4] *= 1 - x * x;
       }
-      if (a.scores == Scores::capped) {
-#pragma unroll
-        for (int j = 0; j < kGroups * 8; ++j) {
-          const int row = j / 4 * 8 + lane % 4 * 2 + j % 2;
-          const float weight = p[0][j / 8][j / 4 % 2][j % 4];
-          const float x = kHoldScores
-                              ? scores[0][j / 8 % (kHoldScores ? kGroups : 1)][j / 4 % 2][j % 4]
-                              : (log2f(weight) + lse[row]) / a.outer;
-          if (weight != 0) ds[0][j / 8][j / 4 % 2][j % 4] *= 1 - x * x;
-        }
-      }
-      add_weighted<kSize, false>(dk, ds, q, 0, a.precise);
     }
+#pragma unroll
+    for (int j = 0; j < kGroups * 8; ++j) {
+      // Of a masked key dout.v may be anything, and a weight of 0 has no logarithm.
+      if (p[0][j / 8][j / 4 % 2][j % 4] == 0) ds[0][j / 8][j / 4 % 2][j % 4] = 0;
+    }
+    add_weighted<kSize, false>(dk, ds, q, 0, a.precise);
   }
 };
 
@@ -132,7 +135,8 @@ __device__ __forceinline__ Range blocks_that_see(const int2* ranges, int blocks,
 }
 
 template <class T, int kSize, Pass kPass, bool kSmall>
-__global__ void __launch_bounds__(KeyGradients<T, kSize, kPass, kSmall>::kThreads)
+__global__ void __launch_bounds__(KeyGradients<T, kSize, kPass, kSmall>::kThreads,
+                                  KeyGradients<T, kSize, kPass, kSmall>::kBlocks)
     key_gradients_kernel(const Arguments a) {
   using Tile = KeyGradients<T, kSize, kPass, kSmall>;
   constexpr int kRows = Tile::kRows, kKeys = Tile::kKeys, kThreads = Tile::kThreads;
@@ -185,22 +189,21 @@ __global__ void __launch_bounds__(KeyGradients<T, kSize, kPass, kSmall>::kThread
     while (!slots && j >= begin && !(range.x < keys.end && range.y > keys.begin)) read_range(--j);
     return j;
   };
-  // A thread fetches one constant: first, last, lse or delta of a row. Rows past the end see what
-  // the last one sees, and as zeros contribute nothing.
-  const int which = thread / kRows;
-  const int* my_constants =
-      a.row_constants +
-      (static_cast<std::int64_t>(which < 2 && !slots ? which : which + 2) * a.pairs + pair_number) *
-          a.rows;
   const auto load = [&](int j, int turn) {
     T* to = rows + turn * 2 * kRows * kSize;
     const int first = base + j * kRows, number = first + thread % kRows;
     load_rows<T, kSize, kRows, kThreads>(a, pair, a.q, first, to, a.q_aligned);
     load_rows<T, kSize, kRows, kThreads>(a, pair, a.dout, first, to + kRows * kSize,
                                          a.dout_aligned);
+    // A thread fetches one constant: first, last, lse or delta of a row. Rows past the end see what
+    // the last one sees, and as zeros contribute nothing.
+    const int which = thread / kRows;
     if (which < 4) {
-      copy4_async(constants + turn * 4 * kRows + thread, my_constants + min(number, a.rows - 1),
-                  which < 2 || number < a.rows);
+      const std::int64_t array = which < 2 && !slots ? which : which + 2;
+      copy4_async(
+          constants + turn * 4 * kRows + thread,
+          a.row_constants + (array * a.pairs + pair_number) * a.rows + min(number, a.rows - 1),
+          which < 2 || number < a.rows);
     }
   };
 

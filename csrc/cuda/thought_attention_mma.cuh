@@ -189,7 +189,10 @@ __device__ __forceinline__ void multiply_rows(float (&d)[kRowTiles][kKeyTiles][2
 #pragma unroll
     for (int j = 0; j < kKeyTiles * 8; ++j) d[r][j / 8][j / 4 % 2][j % 4] = 0;
   }
-#pragma unroll 4
+  // As far as the registers go that sums and scores leave.
+  constexpr bool kOneTile = kRowTiles == 1 && kSize <= 128;
+  constexpr int kUnroll = kOneTile && kSize > 64 ? kSize / 16 : kOneTile || kKeyTiles > 2 ? 2 : 4;
+#pragma unroll kUnroll
   for (int c = 0; c < kSize; c += 16) {
     Left<T> left[kRowTiles];
 #pragma unroll
