@@ -222,16 +222,19 @@ __device__ __forceinline__ SeenBy find_spans(const Arguments& a, const Pair& pai
     seen_by[2 * kRows + r] = slot_range(a, row).last;
   }
   __syncthreads();
+  static_assert(kThreads >= 64);
   const SeenBy seen{seen_by, seen_by + kRows, seen_by + 2 * kRows};
   const int warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const Span all = span_of_rows(kRows, [&](int r) { return seen.range(a, i == 1, r); });
+    if (warp == i) {  // one warp for the block's: the others would find the same
+      const Span all = span_of_rows(kRows, [&](int r) { return seen.range(a, i == 1, r); });
+      if (threadIdx.x % 32 == 0) spans[i] = all;
+    }
     Span own =
         span_of_rows(kWarpRows, [&](int r) { return seen.range(a, i == 1, warp * kWarpRows + r); });
     // A warp without rows, as in generation, has nothing to multiply.
     if (first_row + warp * kWarpRows >= a.rows) own = {kFar, 0, kFar, 0};
-    if (threadIdx.x == 0) spans[i] = all;
     if (threadIdx.x % 32 == 0) spans[2 + 2 * warp + i] = own;
   }
   __syncthreads();
