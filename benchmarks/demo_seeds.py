@@ -1,8 +1,8 @@
 """``python -m benchmarks.demo_seeds 4 5 6``: the demo for several seeds, put together.
 
 Writes ``results/demo/lookup.json`` with every seed's numbers and, per arm, the mean and standard error
-over seeds; a run that failed to learn counts like the others. With ``--text FOLDER`` it takes over the
-metrics of a ``quietstar demo text`` run.
+over seeds; a run that failed to learn counts like the others. ``--text FOLDER`` takes over the metrics
+of a ``quietstar demo text`` run, ``--words FOLDER`` those of ``scripts/words_experiment.py``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,19 @@ def over_seeds(runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
     return table
 
 
+def of_words(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What was measured on word problems, but for each single problem."""
+    from quietstar.demos.words_report import differences, gains_by_difficulty, rows_of
+
+    return {
+        **{key: metrics[key] for key in ("problems", "sizes", "versions")},
+        "seeds": {arm: list(seeds) for arm, seeds in metrics["arms"].items()},
+        "rows": [{"what": label, "steps": steps, **means} for label, steps, means in rows_of(metrics)],
+        "differences": differences(metrics),
+        "by_difficulty": gains_by_difficulty(metrics),
+    }
+
+
 def main() -> None:
     """Run what is not done yet and write the results."""
     from quietstar.demos.lookup import run_arms
@@ -42,6 +55,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("quietstar-demo-seeds"))
     parser.add_argument("--sweep", type=int, metavar="SEED", help="also try thought lengths with it")
     parser.add_argument("--text", type=Path, metavar="FOLDER", help="a finished `quietstar demo text`")
+    parser.add_argument("--words", type=Path, metavar="FOLDER", help="a finished experiment on words")
     args = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     if args.seeds:
@@ -56,10 +70,11 @@ def main() -> None:
             "seeds": runs,
         }
         (RESULTS / "lookup.json").write_text(json.dumps(content, indent=1) + "\n")
-    if args.text:
-        metrics = json.loads((args.text / "metrics.json").read_text())
-        content = {"date": date.today().isoformat(), "machine": machine(), **metrics}
-        (RESULTS / "text.json").write_text(json.dumps(content, indent=1) + "\n")
+    for name, folder, what in (("text", args.text, dict), ("words", args.words, of_words)):
+        if folder:
+            metrics = what(json.loads((folder / "metrics.json").read_text()))
+            content = {"date": date.today().isoformat(), "machine": machine(), **metrics}
+            (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

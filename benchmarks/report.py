@@ -1,7 +1,7 @@
-"""``python -m benchmarks.report``: README's tables from what the benchmarks wrote.
+"""``python -m benchmarks.report``: the tables of README and docs/results.md from what was measured.
 
-Reads ``benchmarks/results`` and rewrites the parts of README.md between their markers; with ``--check``
-it only says whether README is up to date.
+Reads ``benchmarks/results`` and rewrites the parts of these pages between their markers; ``--check``
+says only whether they are up to date.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
+REAL = README.parent / "docs" / "results.md"
 
 EVERYTHING = Path(__file__).parent / "RESULTS.md"
 # What README shows; the rest is in RESULTS.md.
@@ -138,17 +139,55 @@ def render_text(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def render_words(results: dict[str, Any]) -> str:
+    """The experiment on word problems: every arm, what was compared, gains by difficulty."""
+    machine, sizes = results["machine"], results["sizes"]
+    seeds = "; ".join(f"{arm}: {', '.join(each)}" for arm, each in results["seeds"].items())
+    lines = [
+        f"{results['problems']} held-out problems; {sizes['prepare']} steps of preparation,"
+        f" {sizes['steps']} of each arm. Seeds: {seeds}. {', '.join(_facts(machine))},"
+        f" {results['date']}.",
+        "",
+        "| arm | step | probability of the answer | greedy accuracy | NLL |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for row in results["rows"]:
+        cells = f"{row['probability']:.3f} | {row['correct']:.3f} | {row['nll']:.2f}"
+        lines.append(f"| {row['what']} | {row['steps']} | {cells} |")
+    lines += [
+        "",
+        "| difference, per problem | probability | greedy accuracy | NLL |",
+        "|---|--:|--:|--:|",
+    ]
+    for what, found in results["differences"].items():
+        cells = " | ".join(_signed(found[key]) for key in ("probability", "correct", "nll"))
+        lines.append(f"| {what} | {cells} |")
+    lines += ["", "Mean ± standard error over problems of the mean over seeds; in brackets each seed's."]
+    parts = results["by_difficulty"]
+    lines += ["", f"| {len(parts)} equal parts by the control's NLL | control | with thoughts |"]
+    lines += ["|--:|--:|--:|"]
+    for part in parts:
+        before, after = part["control_probability"], part["full_probability"]
+        lines.append(f"| {part['control_nll']:.2f} | {before:.3f} | {after:.3f} |")
+    return "\n".join(lines)
+
+
+def _signed(value: dict[str, Any]) -> str:
+    each = ", ".join(f"{seed:+.3f}" for seed in value["by_seed"])
+    return f"{value['mean']:+.3f} ± {value['standard_error']:.3f} ({each})"
+
+
 def _spread(value: dict[str, Any]) -> str:
     error = value["standard_error"]
     return f"{value['mean']:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
-def replaced(readme: str, marker: str, content: str) -> str:
-    """README with the part between ``<!-- marker -->`` and ``<!-- /marker -->`` replaced."""
+def replaced(page: str, marker: str, content: str) -> str:
+    """A page with the part between ``<!-- marker -->`` and ``<!-- /marker -->`` replaced."""
     begin, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
-    if begin not in readme or end not in readme:
-        raise SystemExit(f"README.md lacks the markers {begin} and {end}")
-    head, _, rest = readme.partition(begin)
+    if begin not in page or end not in page:
+        raise SystemExit(f"a page lacks the markers {begin} and {end}")
+    head, _, rest = page.partition(begin)
     _, _, tail = rest.partition(end)
     return f"{head}{begin}\n{content}\n{end}{tail}"
 
@@ -158,21 +197,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
-    before = after = README.read_text()
-    machines = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    after = replaced(after, "benchmarks", "\n\n".join(render(m, HIGHLIGHTS) for m in machines))
-    full = "# Every benchmark\n\n" + "\n\n".join(render(m) for m in machines) + "\n"
-    for name, show in (("lookup", render_demo), ("text", render_text)):
+    measured = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    machines = [each for each in measured if "benchmarks" in each]
+    pages = {path: path.read_text() for path in (README, REAL)}
+    shown = "\n\n".join(render(m, HIGHLIGHTS) for m in machines)
+    pages[README] = replaced(pages[README], "benchmarks", shown)
+    for name, page, marker, show in (
+        ("lookup", README, "demo", render_demo),
+        ("text", README, "demo text", render_text),
+        ("words", REAL, "words", render_words),
+    ):
         path = RESULTS / "demo" / f"{name}.json"
         if path.is_file():
-            marker = "demo" if name == "lookup" else "demo text"
-            after = replaced(after, marker, show(json.loads(path.read_text())))
+            pages[page] = replaced(pages[page], marker, show(json.loads(path.read_text())))
+    pages[EVERYTHING] = "# Every benchmark\n\n" + "\n\n".join(render(m) for m in machines) + "\n"
     if check:
-        same = after == before and EVERYTHING.is_file() and EVERYTHING.read_text() == full
+        same = all(path.is_file() and path.read_text() == page for path, page in pages.items())
         print("The tables are up to date" if same else "The tables are not up to date")
         return int(not same)
-    README.write_text(after)
-    EVERYTHING.write_text(full)
+    for path, page in pages.items():
+        path.write_text(page)
     return 0
 
 

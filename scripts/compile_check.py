@@ -41,7 +41,10 @@ NO_SPILLS = (
     *("key_gradients_kernel<*Float16, *", "merge_kernel<*", "diagonal_backward<*"),
 )
 # What they spill all the same, in bytes at most: where nothing was measured, so that nothing was tuned.
-KNOWN_SPILLS = {("softmax_cross_entropy_rows_plain<*Float16, true>", "sm_120"): 24}
+KNOWN_SPILLS = {
+    ("softmax_cross_entropy_rows_plain<*Float16, true>", "sm_120"): 24,
+    ("key_gradients_kernel<*Float16, 128, *", "sm_120"): 16,  # one number, outside of the loops
+}
 
 # Kernels that write rows 16 bytes at a time, by file. The compiler takes a copied pack apart where it
 # can see through the copy; the PTX shows that already.
@@ -53,6 +56,7 @@ WIDE = {
     "mixing_head.cu": ("mixing_*_kernel<*, true*>",),
 }
 
+HMMA = "HMMA.16816.F32.BF16"
 # The loops that a file's kernels spend their time in: the operation that a loop has more of than any
 # other, and the most instructions of sm_90 that a round of it may take.
 LOOPS = {
@@ -63,6 +67,18 @@ LOOPS = {
     "mixing_head.cu": {
         "mixing_first_kernel<*Float16, true>": ("FADD", 60),  # 8 elements
         "mixing_tail_kernel<*Float16, true, *>": ("FFMA", 79),  # 16 elements of the dot product
+    },
+    # A tile of 32 keys forward, of 32 (heads of 64: 64) in the row kernel, 32 rows in the key kernel;
+    # without loads, and one round of the loops over the head.
+    "thought_attention_forward_128.cu": {"forward_kernel<BFloat16, *": (HMMA, 435)},
+    "thought_attention_forward_64.cu": {"forward_kernel<BFloat16, *": (HMMA, 348)},
+    "thought_attention_backward_128.cu": {
+        "row_gradients_kernel<BFloat16, *": (HMMA, 483),
+        "key_gradients_kernel<BFloat16, *": (HMMA, 426),
+    },
+    "thought_attention_backward_64.cu": {
+        "row_gradients_kernel<BFloat16, *": (HMMA, 617),
+        "key_gradients_kernel<BFloat16, *": (HMMA, 311),
     },
     "sample_tokens.cu": {
         "scan_rows_fast<*": ("MUFU.EX2", 245),

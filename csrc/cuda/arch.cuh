@@ -269,6 +269,17 @@ __device__ __forceinline__ void copy16_async(void* to, const void* from, bool va
   testing::start_copy(QUIETSTAR_HERE, to, from, 16, valid ? 16 : 0);
 #endif
 }
+// The same of 4 bytes, aligned to 4.
+__device__ __forceinline__ void copy4_async(void* to, const void* from, bool valid = true) {
+#ifdef __CUDACC__
+  const auto shared = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(from),
+               "r"(valid ? 4 : 0)
+               : "memory");
+#else
+  testing::start_copy(QUIETSTAR_HERE, to, from, 4, valid ? 4 : 0);
+#endif
+}
 __device__ __forceinline__ void commit_copies() {
 #ifdef __CUDACC__
   asm volatile("cp.async.commit_group;" ::: "memory");

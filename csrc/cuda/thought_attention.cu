@@ -163,8 +163,12 @@ std::int64_t plan_backward(Arguments& a, const Kernels& k, const Device& device,
   const attention::KeyShape shape = attention::key_gradient_shape(k.bytes, k.size, k.small);
   const std::int64_t batch = a.pairs / a.kv_heads, tiles = ceil_div(a.text_length, shape.keys());
   a.row_blocks = static_cast<int>(ceil_div(a.rows, shape.rows));
-  const std::int64_t ranges = ceil_div(batch * a.row_blocks * std::int64_t{sizeof(int2)}, 64) * 64;
+  const auto padded = [](std::int64_t bytes) { return ceil_div(bytes, 64) * 64; };
+  const std::int64_t ranges = padded(batch * a.row_blocks * std::int64_t{sizeof(int2)});
+  const std::int64_t always = ranges + padded(std::int64_t{attention::kRowConstants} * a.pairs *
+                                              a.rows * std::int64_t{sizeof(int)});
   a.block_ranges = static_cast<int2*>(memory);
+  a.row_constants = reinterpret_cast<int*>(static_cast<char*>(memory) + ranges);
   // Under a causal mask with a column at every position, tile i of n is seen by n - i as many rows
   // as the last one. So the longest block is not longer than what a multiprocessor has to do.
   const std::int64_t wanted = ceil_div(2 * std::int64_t{multiprocessors(device)},
@@ -173,12 +177,12 @@ std::int64_t plan_backward(Arguments& a, const Kernels& k, const Device& device,
       std::max<std::int64_t>(std::min({wanted, kMaxParts, std::int64_t{a.row_blocks} / 2}), 1));
   if (a.parts == 1 || tiles == 0) {
     a.parts = 1;
-    return ranges;
+    return always;
   }
   const std::int64_t part = static_cast<std::int64_t>(a.pairs) * a.text_length * k.size;
-  a.dk_parts = reinterpret_cast<float*>(static_cast<char*>(memory) + ranges);
+  a.dk_parts = reinterpret_cast<float*>(static_cast<char*>(memory) + always);
   a.dv_parts = a.dk_parts + a.parts * part;
-  return ranges + 2 * a.parts * part * std::int64_t{sizeof(float)};
+  return always + 2 * a.parts * part * std::int64_t{sizeof(float)};
 }
 
 template <bool kBackward, class T, int kSize, bool kSmall = false>

@@ -70,8 +70,13 @@ struct Arguments {
   int parts;                   // sets of rows over which text gradients are summed apart
   float *dk_parts, *dv_parts;  // [parts][pairs][text_length][padded size], fp32
   int2* block_ranges;          // [B][row blocks] first and last text key that a block sees
+  int* row_constants;          // [kRowConstants][pairs][rows], written by the row kernel
   int row_blocks;
 };
+
+// What the key kernel has to know of a row: the first and the last text key and slot key that it
+// sees, and as floats its lse to the base of 2 and its delta.
+constexpr int kRowConstants = 6;
 
 // Instantiated in thought_attention_forward_*.cu and thought_attention_backward_*.cu: the kernels
 // of head sizes up to kSize, or the small ones.
@@ -99,11 +104,13 @@ __device__ __forceinline__ Row row_of(const Arguments& a, const Pair& pair, int 
   return {column, slot, pair.kv_head * a.groups + rest - slot * a.groups};
 }
 
+// Numbers are not negative, which saves extending their signs.
 template <class T>
 __device__ __forceinline__ T* element(const AttentionTensor& t, int batch, int head, int slot,
                                       int column) {
-  return static_cast<T*>(t.data) + batch * t.batch + head * t.head + slot * t.slot +
-         column * t.column;
+  const auto times = [](int n, std::int64_t stride) { return static_cast<unsigned>(n) * stride; };
+  return static_cast<T*>(t.data) + (times(batch, t.batch) + times(head, t.head)) +
+         times(slot, t.slot) + times(column, t.column);
 }
 template <class T>
 __device__ __forceinline__ T* element(const AttentionTensor& t, const Pair& pair, const Row& row) {
@@ -215,156 +222,23 @@ __device__ __forceinline__ SeenBy find_spans(const Arguments& a, const Pair& pai
     seen_by[2 * kRows + r] = slot_range(a, row).last;
   }
   __syncthreads();
+  static_assert(kThreads >= 64);
   const SeenBy seen{seen_by, seen_by + kRows, seen_by + 2 * kRows};
   const int warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const Span all = span_of_rows(kRows, [&](int r) { return seen.range(a, i == 1, r); });
+    if (warp == i) {  // one warp for the block's: the others would find the same
+      const Span all = span_of_rows(kRows, [&](int r) { return seen.range(a, i == 1, r); });
+      if (threadIdx.x % 32 == 0) spans[i] = all;
+    }
     Span own =
         span_of_rows(kWarpRows, [&](int r) { return seen.range(a, i == 1, warp * kWarpRows + r); });
     // A warp without rows, as in generation, has nothing to multiply.
     if (first_row + warp * kWarpRows >= a.rows) own = {kFar, 0, kFar, 0};
-    if (threadIdx.x == 0) spans[i] = all;
     if (threadIdx.x % 32 == 0) spans[2 + 2 * warp + i] = own;
   }
   __syncthreads();
   return seen;
-}
-
-// ---- tiles in shared memory: rows of kSize elements, in which the chunks of 16 bytes change
-// places by the number of the row, so that eight rows of one column of chunks lie in different
-// banks.
-template <class T, int kSize>
-__device__ __forceinline__ T* in_tile(T* tile, int row, int column) {
-  constexpr int kPack = Pack<T>::size, kChunks = kSize / kPack;
-  static_assert(kChunks % 4 == 0, "chunks change places within groups of 4 or 8");
-  const int swap = kChunks % 8 == 0 ? row & 7 : row >> 1 & 3;
-  return tile + row * kSize + (column / kPack ^ swap) * kPack + column % kPack;
-}
-
-// Elements d .. of a row of `size` to a chunk of a tile; zeros from `size` on, or where the row
-// does not exist (then `row` is still an address that can be read).
-template <class T>
-__device__ __forceinline__ void copy_chunk(T* to, const T* row, int d, int size, bool exists,
-                                           bool aligned) {
-  const bool valid = exists && d < size;
-  if (aligned) {
-    copy16_async(to, row + (valid ? d : 0), valid);
-    return;
-  }
-  Pack<T> pack;
-#pragma unroll
-  for (int i = 0; i < Pack<T>::size; ++i) {
-    pack.at[i] = valid && d + i < size ? row[d + i] : T{};
-  }
-  store16(to, pack);
-}
-
-// The rows [first, first + kRows) of a pair, of a tensor like q, by all threads of the block.
-template <class T, int kSize, int kRows, int kThreads>
-__device__ __forceinline__ void load_rows(const Arguments& a, const Pair& pair,
-                                          const AttentionTensor& from, int first, T* tile,
-                                          bool aligned) {
-  constexpr int kPack = Pack<T>::size, kChunks = kSize / kPack;
-#pragma unroll
-  for (int i = static_cast<int>(threadIdx.x); i < kRows * kChunks; i += kThreads) {
-    const int r = i / kChunks, d = i % kChunks * kPack;
-    const bool exists = first + r < a.rows;
-    const Row row = row_of(a, pair, exists ? first + r : 0);
-    copy_chunk(in_tile<T, kSize>(tile, r, d), element<const T>(from, pair, row), d, a.size, exists,
-               aligned);
-  }
-}
-
-// Which keys a tile holds: kKeys of the text or of the slots, from `begin` on, those below `end`.
-struct KeyTile {
-  bool slots;
-  int begin, end;
-};
-
-// A tile of keys or values, by all threads of the block.
-template <class T, int kSize, int kKeys, int kThreads>
-__device__ __forceinline__ void load_keys(const Arguments& a, const Pair& pair,
-                                          const AttentionTensor& text,
-                                          const AttentionTensor& thought, const KeyTile& keys,
-                                          T* tile) {
-  constexpr int kPack = Pack<T>::size, kChunks = kSize / kPack;
-  // Where the threads make whole rows, a thread's rows are a fixed step apart, in memory and, if
-  // the step keeps the places of the chunks (a multiple of 8 rows), in the tile: addresses of text
-  // keys are computed once a tile instead of once a chunk.
-  constexpr int kStep = kThreads / kChunks;
-  if constexpr (kThreads % kChunks == 0 && kStep % 8 == 0 && kKeys % kStep == 0) {
-    if (!keys.slots && a.keys_aligned) {
-      const int r = static_cast<int>(threadIdx.x) / kChunks;
-      const int d = static_cast<int>(threadIdx.x) % kChunks * kPack;
-      const bool in_row = d < a.size;
-      const int left = in_row ? keys.end - keys.begin - r : 0;
-      const T* from = element<const T>(text, pair.batch, pair.kv_head, keys.begin + r, 0);
-      if (in_row) from += d;
-      T* to = in_tile<T, kSize>(tile, r, d);
-#pragma unroll
-      for (int i = 0; i < kKeys; i += kStep) {
-        // Nothing is read of a key that is not there: not even its address is looked at.
-        copy16_async(to + i * kSize, from + i * text.slot, i < left);
-      }
-      return;
-    }
-  }
-#pragma unroll 2
-  for (int i = static_cast<int>(threadIdx.x); i < kKeys * kChunks; i += kThreads) {
-    const int r = i / kChunks, d = i % kChunks * kPack, key = keys.begin + r;
-    bool exists = key < keys.end;
-    const T* row;
-    if (keys.slots) {
-      const int column =
-          exists ? static_cast<int>(a.by_slot_stride.divide(static_cast<unsigned>(key))) : 0;
-      const int slot = exists ? key - column * a.slot_stride : 0;
-      exists = exists && slot < a.key_slots;
-      row = element<const T>(thought, pair.batch, pair.kv_head, exists ? slot : 0, column);
-    } else {
-      row = element<const T>(text, pair.batch, pair.kv_head, exists ? key : 0, 0);
-    }
-    copy_chunk(in_tile<T, kSize>(tile, r, d), row, d, a.size, exists, a.keys_aligned);
-  }
-}
-
-// Chunk d of a tile's row to memory, as far as the row goes.
-template <class T>
-__device__ __forceinline__ void store_chunk(T* row, const Pack<T>& pack, int d, int size,
-                                            bool aligned) {
-  if (aligned && d + Pack<T>::size <= size) {
-    store16_global(row + d, pack);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < Pack<T>::size; ++i) {
-    if (d + i < size) row[d + i] = pack.at[i];
-  }
-}
-
-// Rows of a warp's tile to memory.
-template <class T, int kSize, int kRows>
-__device__ __forceinline__ void store_rows(const Arguments& a, const Pair& pair,
-                                           const AttentionTensor& to, int first, T* tile,
-                                           bool aligned) {
-  constexpr int kPack = Pack<T>::size, kChunks = kSize / kPack;
-#pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x) % 32; i < kRows * kChunks; i += 32) {
-    const int r = i / kChunks, d = i % kChunks * kPack;
-    if (first + r >= a.rows || d >= a.size) continue;
-    store_chunk(element<T>(to, pair, row_of(a, pair, first + r)),
-                load16(in_tile<T, kSize>(tile, r, d)), d, a.size, aligned);
-  }
-}
-
-// Two numbers side by side in a tile.
-template <class T>
-__device__ __forceinline__ void put_two(T* at, float first, float second) {
-  if constexpr (std::is_same_v<T, float>) {
-    *reinterpret_cast<float2*>(at) = make_float2(first, second);
-  } else {
-    *reinterpret_cast<unsigned*>(at) = pack2<T>(first, second);
-  }
 }
 
 // ---- scores

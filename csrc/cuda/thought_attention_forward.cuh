@@ -9,7 +9,7 @@
 // its own one to three columns only. Values of a tile arrive while its scores are computed, and the
 // keys of the next one during the rest.
 //
-// Where the grid would leave the device idle, the text tiles of a block are divided over gridDim.y
+// Where the grid would leave the device idle, the tiles of a block are divided over gridDim.y
 // blocks, whose results merge_kernel puts together.
 //
 // Bytes from memory: q, out and lse once; keys and values once per block (2 D elements per key for
@@ -119,16 +119,16 @@ __global__ void __launch_bounds__(Forward<T, kSize, kSmall>::kThreads)
                           .from(warp * kWarpRows);
   const Span* my_spans = spans + 2 + 2 * warp;
 
+  // Of the tiles of text and slots, each split takes as many as the others.
   const int split = static_cast<int>(blockIdx.y);
-  const int all_tiles = max(spans[0].high - spans[0].low + kKeys - 1, 0) / kKeys;
+  const int text_tiles = max(spans[0].high - spans[0].low + kKeys - 1, 0) / kKeys;
+  const int all_tiles = text_tiles + max(spans[1].high - spans[1].low + kKeys - 1, 0) / kKeys;
   const int begin = all_tiles * split / a.splits;
-  const int text_tiles = all_tiles * (split + 1) / a.splits - begin;
-  const int slot_tiles =
-      split + 1 == a.splits ? max(spans[1].high - spans[1].low + kKeys - 1, 0) / kKeys : 0;
+  const int end = all_tiles * (split + 1) / a.splits;
   const auto tile_at = [&](int i) {
     const bool of_slots = i >= text_tiles;
     const Span& all = spans[of_slots];
-    return KeyTile{of_slots, all.low + (of_slots ? i - text_tiles : begin + i) * kKeys, all.high};
+    return KeyTile{of_slots, all.low + (of_slots ? i - text_tiles : i) * kKeys, all.high};
   };
 
   Tile tile;
@@ -143,19 +143,18 @@ __global__ void __launch_bounds__(Forward<T, kSize, kSmall>::kThreads)
     for (int n = 0; n < Tile::kWide * 8; ++n) tile.out[r][n / 8][n / 4 % 2][n % 4] = 0;
   }
   T* my_q = q + warp * kWarpRows * kSize;
-  const int tiles = text_tiles + slot_tiles;
   const auto load = [&](int i) {
     const KeyTile keys = tile_at(i);
     T* to = k + i % 2 * 2 * kKeys * kSize;
     load_keys<T, kSize, kKeys, kThreads>(a, pair, a.k_text, a.k_thought, keys, to);
     load_keys<T, kSize, kKeys, kThreads>(a, pair, a.v_text, a.v_thought, keys, to + kKeys * kSize);
   };
-  if (tiles > 0) load(0);
+  if (begin < end) load(begin);
   commit_copies();
-  for (int i = 0; i < tiles; ++i) {
+  for (int i = begin; i < end; ++i) {
     wait_for_copies<0>();
     __syncthreads();  // this tile is there, and nobody reads the one before it any more
-    if (i + 1 < tiles) load(i + 1);
+    if (i + 1 < end) load(i + 1);
     commit_copies();
     const KeyTile keys = tile_at(i);
     T* k_tile = k + i % 2 * 2 * kKeys * kSize;

@@ -32,8 +32,10 @@ struct KeyGradients {
   static constexpr KeyShape kShape = key_gradient_shape(sizeof(T), kSize, kSmall);
   static constexpr int kKeys = kShape.keys(), kRows = kShape.rows, kStep = kShape.step;
   static constexpr int kThreads = kShape.threads(), kWide = kSize / 16, kGroups = kStep / 16;
+  // To a multiprocessor, as far as registers go.
+  static constexpr int kBlocks = sizeof(T) == 2 && kSize <= 64 ? 3 : 1;
   static constexpr bool kValues = kPass != Pass::keys, kOfKeys = kPass != Pass::values;
-  static_assert(kRows <= kThreads, "a thread fetches the constants of a row");
+  static_assert(4 * kRows <= kThreads, "a thread fetches one of four constants of a row");
 
   float dk[1][kWide][2][4];
   float dv[1][kWide][2][4];
@@ -43,10 +45,9 @@ struct KeyGradients {
   __device__ __forceinline__ void add(const Arguments& a, T* k, T* v, T* q, T* dout,
                                       const int* constants, int key) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    const Span span =
-        span_of_rows(kStep, [&](int r) { return Range{constants[r], constants[kRows + r]}; });
-    if (!span.meets(key, key + 16)) return;
-    const bool masked = !span.covers(key, key + 16);
+    const Range seen{constants[lane % kStep], constants[kRows + lane % kStep]};
+    if (!__any_sync(kAllLanes, seen.first < key + 16 && seen.last > key)) return;
+    const bool masked = !__all_sync(kAllLanes, seen.first <= key && seen.last >= key + 16);
     const float* lse = reinterpret_cast<const float*>(constants + 2 * kRows);
     const float* delta = lse + kRows;
 
@@ -56,13 +57,19 @@ struct KeyGradients {
     float scores[1][kHoldScores ? kGroups : 1][2][4];
     float p[1][kGroups][2][4];
     multiply_rows<kSize, false>(p, k, q, 0, a.precise);
+    if (a.scores != Scores::plain) {  // asked once, not of every score
+#pragma unroll
+      for (int j = 0; j < kGroups * 8; ++j) {
+        float& x = p[0][j / 8][j / 4 % 2][j % 4];
+        x = score_of<T>(a, x);
+        if (kHoldScores) scores[0][j / 8][j / 4 % 2][j % 4] = x;
+      }
+    }
 #pragma unroll
     for (int j = 0; j < kGroups * 8; ++j) {
       const int row = j / 4 * 8 + lane % 4 * 2 + j % 2;
       float& here = p[0][j / 8][j / 4 % 2][j % 4];
-      const float x = score_of<T>(a, here);
-      if (kHoldScores) scores[0][j / 8][j / 4 % 2][j % 4] = x;
-      here = exp2_of<T>(x * a.outer - lse[row]);
+      here = exp2_of<T>(here * a.outer - lse[row]);
     }
     if (masked) {
 #pragma unroll
@@ -74,47 +81,33 @@ struct KeyGradients {
       }
     }
     if (kValues) add_weighted<kSize, false>(dv, p, dout, 0, a.precise);
-    if (kOfKeys) {
-      float ds[1][kGroups][2][4];
-      multiply_rows<kSize, false>(ds, v, dout, 0, a.precise);
+    if (!kOfKeys) return;
+    float ds[1][kGroups][2][4];
+    multiply_rows<kSize, false>(ds, v, dout, 0, a.precise);
+#pragma unroll
+    for (int j = 0; j < kGroups * 8; ++j) {
+      const int row = j / 4 * 8 + lane % 4 * 2 + j % 2;
+      float& here = ds[0][j / 8][j / 4 % 2][j % 4];
+      here = p[0][j / 8][j / 4 % 2][j % 4] * (here - delta[row]);
+    }
+    if (a.scores == Scores::capped) {
 #pragma unroll
       for (int j = 0; j < kGroups * 8; ++j) {
         const int row = j / 4 * 8 + lane % 4 * 2 + j % 2;
-        float& here = ds[0][j / 8][j / 4 % 2][j % 4];
-        const float weight = p[0][j / 8][j / 4 % 2][j % 4];
-        here = weight * (here - delta[row]);
-        if (a.scores == Scores::capped) {
-          const float x = kHoldScores
-                              ? scores[0][j / 8 % (kHoldScores ? kGroups : 1)][j / 4 % 2][j % 4]
-                              : (log2f(weight) + lse[row]) / a.outer;
-          here *= 1 - x * x;
-        }
-        if (weight == 0) here = 0;  // masked: dout.v may be anything
+        const float x = kHoldScores
+                            ? scores[0][j / 8 % (kHoldScores ? kGroups : 1)][j / 4 % 2][j % 4]
+                            : (log2f(p[0][j / 8][j / 4 % 2][j % 4]) + lse[row]) / a.outer;
+        ds[0][j / 8][j / 4 % 2][j % 4] *= 1 - x * x;
       }
-      add_weighted<kSize, false>(dk, ds, q, 0, a.precise);
     }
+#pragma unroll
+    for (int j = 0; j < kGroups * 8; ++j) {
+      // Of a masked key dout.v may be anything, and a weight of 0 has no logarithm.
+      if (p[0][j / 8][j / 4 % 2][j % 4] == 0) ds[0][j / 8][j / 4 % 2][j % 4] = 0;
+    }
+    add_weighted<kSize, false>(dk, ds, q, 0, a.precise);
   }
 };
-
-// Range, lse and delta of one row, on their way from memory to shared memory.
-struct RowConstants {
-  Range seen;
-  float lse, delta;
-};
-
-__device__ __forceinline__ RowConstants row_constants(const Arguments& a, const Pair& pair, int row,
-                                                      bool slots) {
-  // Rows past the end see what the last one sees, and as zeros contribute nothing.
-  const Row at = row_of(a, pair, min(row, a.rows - 1));
-  RowConstants c{slots ? slot_range(a, at) : text_range(a, pair.batch, at), 0, 0};
-  if (row < a.rows) {
-    const std::int64_t i = flat(a, pair, at);
-    c.lse = a.lse[i] * kLog2E;
-    c.delta = a.delta[i];
-    if (c.lse == -INFINITY) c.lse = 0;
-  }
-  return c;
-}
 
 // The stretch of row blocks in which every one lies that sees some of the keys.
 __device__ __forceinline__ Range blocks_that_see(const int2* ranges, int blocks, int begin, int end,
@@ -142,7 +135,8 @@ __device__ __forceinline__ Range blocks_that_see(const int2* ranges, int blocks,
 }
 
 template <class T, int kSize, Pass kPass, bool kSmall>
-__global__ void __launch_bounds__(KeyGradients<T, kSize, kPass, kSmall>::kThreads)
+__global__ void __launch_bounds__(KeyGradients<T, kSize, kPass, kSmall>::kThreads,
+                                  KeyGradients<T, kSize, kPass, kSmall>::kBlocks)
     key_gradients_kernel(const Arguments a) {
   using Tile = KeyGradients<T, kSize, kPass, kSmall>;
   constexpr int kRows = Tile::kRows, kKeys = Tile::kKeys, kThreads = Tile::kThreads;
@@ -184,25 +178,33 @@ __global__ void __launch_bounds__(KeyGradients<T, kSize, kPass, kSmall>::kThread
       end = all.first + (all.last - all.first) * (part + 1) / a.parts;
     }
   }
+  // What the loop asks about the next block of rows was read a round before.
+  int2 range{};
+  const auto read_range = [&](int j) {
+    if (!slots && j >= begin) range = ranges[j];
+  };
   // From the last rows to the first: a causal mask lets the last ones see every tile, so the tiles
   // of a head begin with the same rows and read them from L2.
   const auto next = [&](int j) {
-    while (!slots && j >= begin && !(ranges[j].x < keys.end && ranges[j].y > keys.begin)) --j;
+    while (!slots && j >= begin && !(range.x < keys.end && range.y > keys.begin)) read_range(--j);
     return j;
   };
   const auto load = [&](int j, int turn) {
     T* to = rows + turn * 2 * kRows * kSize;
-    const int first = base + j * kRows;
+    const int first = base + j * kRows, number = first + thread % kRows;
     load_rows<T, kSize, kRows, kThreads>(a, pair, a.q, first, to, a.q_aligned);
     load_rows<T, kSize, kRows, kThreads>(a, pair, a.dout, first, to + kRows * kSize,
                                          a.dout_aligned);
-  };
-  const auto put = [&](const RowConstants& c, int turn) {
-    int* to = constants + turn * 4 * kRows + thread;
-    to[0] = c.seen.first;
-    to[kRows] = c.seen.last;
-    to[2 * kRows] = __float_as_int(c.lse);
-    to[3 * kRows] = __float_as_int(c.delta);
+    // A thread fetches one constant: first, last, lse or delta of a row. Rows past the end see what
+    // the last one sees, and as zeros contribute nothing.
+    const int which = thread / kRows;
+    if (which < 4) {
+      const std::int64_t array = which < 2 && !slots ? which : which + 2;
+      copy4_async(
+          constants + turn * 4 * kRows + thread,
+          a.row_constants + (array * a.pairs + pair_number) * a.rows + min(number, a.rows - 1),
+          which < 2 || number < a.rows);
+    }
   };
 
   Tile tile;
@@ -214,23 +216,18 @@ __global__ void __launch_bounds__(KeyGradients<T, kSize, kPass, kSmall>::kThread
   T* my_k = k + warp * 16 * kSize;
   T* my_v = v + warp * 16 * kSize;
   const int key = keys.begin + warp * 16;
+  read_range(end - 1);
   int j = next(end - 1), turn = 0;
-  if (j >= begin) {
-    load(j, 0);
-    if (thread < kRows) put(row_constants(a, pair, base + j * kRows + thread, slots), 0);
-  }
+  if (j >= begin) load(j, 0);
   commit_copies();
+  read_range(j - 1);
   while (j >= begin) {
     wait_for_copies<0>();
     __syncthreads();  // these rows are there, and nobody reads the ones before them any more
     j = next(j - 1);
-    RowConstants coming{};
-    if (j >= begin) {
-      load(j, turn ^ 1);
-      // They arrive while the products are taken.
-      if (thread < kRows) coming = row_constants(a, pair, base + j * kRows + thread, slots);
-    }
+    if (j >= begin) load(j, turn ^ 1);
     commit_copies();
+    read_range(j - 1);
     T* q = rows + turn * 2 * kRows * kSize;
     const int* here = constants + turn * 4 * kRows;
 #pragma unroll 1
@@ -238,7 +235,6 @@ __global__ void __launch_bounds__(KeyGradients<T, kSize, kPass, kSmall>::kThread
       tile.add(a, my_k, my_v, q + r * kSize, q + (kRows + r) * kSize, here + r, key);
     }
     turn ^= 1;
-    if (j >= begin && thread < kRows) put(coming, turn);
   }
   wait_for_copies<0>();
   __syncthreads();  // for a tile that no row sees, its own copies are waited for here

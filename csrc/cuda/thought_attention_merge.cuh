@@ -4,7 +4,7 @@
 #pragma once
 
 #include "reduce.cuh"
-#include "thought_attention.cuh"
+#include "thought_attention_tiles.cuh"
 
 namespace quietstar::cuda::attention {
 

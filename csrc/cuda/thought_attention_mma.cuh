@@ -10,7 +10,7 @@
 // of its sums instead of rounding them, so each product starts from 0 and is added outside of it.
 #pragma once
 
-#include "thought_attention.cuh"
+#include "thought_attention_tiles.cuh"
 
 namespace quietstar::cuda::attention {
 
@@ -32,7 +32,8 @@ struct Right<float> {
   float r[2][2][2];  // [columns 0 .. 7, 8 .. 15][first, second half of the sum][b]
 };
 
-// Rows `row` .. + 15 and columns `column` .. + 15 of a tile as left operand.
+// Rows `row` .. + 15 and columns `column` .. + 15 of a tile as left operand; of rows and columns
+// that are multiples of 16, here and below.
 template <int kSize, class T>
 __device__ __forceinline__ Left<T> left_of_tile(T* tile, int row, int column) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -43,14 +44,14 @@ __device__ __forceinline__ Left<T> left_of_tile(T* tile, int row, int column) {
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int low = 0; low < 2; ++low) {
-        const auto two = *reinterpret_cast<const float2*>(
-            in_tile<T, kSize>(tile, row + lane / 4 + low * 8, column + half * 8 + lane % 4 * 2));
+        const auto two = *reinterpret_cast<const float2*>(in_tile_beside<T, kSize>(
+            tile, lane / 4 + low * 8, half * 8 + lane % 4 * 2, row, column));
         left.r[half][low] = two.x;
         left.r[half][2 + low] = two.y;
       }
     }
   } else {
-    load_matrices(left.r, in_tile<T, kSize>(tile, row + lane % 16, column + lane / 16 * 8));
+    load_matrices(left.r, in_tile_beside<T, kSize>(tile, lane % 16, lane / 16 * 8, row, column));
   }
   return left;
 }
@@ -67,14 +68,14 @@ __device__ __forceinline__ Right<T> right_of_rows(T* tile, int row, int column) 
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const auto two = *reinterpret_cast<const float2*>(
-            in_tile<T, kSize>(tile, row + n * 8 + lane / 4, column + half * 8 + lane % 4 * 2));
+            in_tile_beside<T, kSize>(tile, n * 8 + lane / 4, half * 8 + lane % 4 * 2, row, column));
         right.r[n][half][0] = two.x;
         right.r[n][half][1] = two.y;
       }
     }
   } else {
-    load_matrices(right.r, in_tile<T, kSize>(tile, row + lane / 16 * 8 + lane % 8,
-                                             column + lane / 8 % 2 * 8));
+    load_matrices(right.r, in_tile_beside<T, kSize>(tile, lane / 16 * 8 + lane % 8,
+                                                    lane / 8 % 2 * 8, row, column));
   }
   return right;
 }
@@ -91,13 +92,13 @@ __device__ __forceinline__ Right<T> right_of_columns(T* tile, int row, int colum
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          right.r[n][half][i] = *in_tile<T, kSize>(tile, row + half * 8 + lane % 4 * 2 + i,
-                                                   column + n * 8 + lane / 4);
+          right.r[n][half][i] = *in_tile_beside<T, kSize>(tile, half * 8 + lane % 4 * 2 + i,
+                                                          n * 8 + lane / 4, row, column);
         }
       }
     }
   } else {
-    load_matrices_t(right.r, in_tile<T, kSize>(tile, row + lane % 16, column + lane / 16 * 8));
+    load_matrices_t(right.r, in_tile_beside<T, kSize>(tile, lane % 16, lane / 16 * 8, row, column));
   }
   return right;
 }
@@ -188,7 +189,10 @@ __device__ __forceinline__ void multiply_rows(float (&d)[kRowTiles][kKeyTiles][2
 #pragma unroll
     for (int j = 0; j < kKeyTiles * 8; ++j) d[r][j / 8][j / 4 % 2][j % 4] = 0;
   }
-#pragma unroll 2
+  // As far as the registers go that sums and scores leave.
+  constexpr bool kOneTile = kRowTiles == 1 && kSize <= 128;
+  constexpr int kUnroll = kOneTile && kSize > 64 ? kSize / 16 : kOneTile || kKeyTiles > 2 ? 2 : 4;
+#pragma unroll kUnroll
   for (int c = 0; c < kSize; c += 16) {
     Left<T> left[kRowTiles];
 #pragma unroll

@@ -31,71 +31,133 @@ struct RowGradients {
                                                 const float* lse, const float* delta,
                                                 const KeyTile& keys) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
+    if (a.scores != Scores::plain) {  // asked once, not of every score
+#pragma unroll
+      for (int j = 0; j < kRowTiles * kKeyTiles * 8; ++j) {
+        float& x = scores[j / (kKeyTiles * 8)][j / 8 % kKeyTiles][j / 4 % 2][j % 4];
+        x = score_of<T>(a, x);
+      }
+    }
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
       for (int low = 0; low < 2; ++low) {
         const int row = r * 16 + low * 8 + lane / 4;
         const float my_lse = lse[row], my_delta = delta[row];
-        const Range seen = kEdge ? mine.range(a, keys.slots, row) : Range{0, 0};
+#pragma unroll
+        for (int j = 0; j < kKeyTiles * 4; ++j) {
+          float& ds = dscores[r][j / 4][j / 2 % 2][low * 2 + j % 2];
+          const float x = scores[r][j / 4][j / 2 % 2][low * 2 + j % 2];
+          ds = exp2_of<T>(x * a.outer - my_lse) * (ds - my_delta);
+        }
+      }
+    }
+    if (a.scores == Scores::capped) {
+#pragma unroll
+      for (int j = 0; j < kRowTiles * kKeyTiles * 8; ++j) {
+        const float x = scores[j / (kKeyTiles * 8)][j / 8 % kKeyTiles][j / 4 % 2][j % 4];
+        dscores[j / (kKeyTiles * 8)][j / 8 % kKeyTiles][j / 4 % 2][j % 4] *= 1 - x * x;
+      }
+    }
+    if (!kEdge) return;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int low = 0; low < 2; ++low) {
+        const Range seen = mine.range(a, keys.slots, r * 16 + low * 8 + lane / 4);
         const int here = keys.begin + lane % 4 * 2, from = seen.first - here, to = seen.last - here;
 #pragma unroll
         for (int j = 0; j < kKeyTiles * 4; ++j) {
           const int key = j / 2 * 8 + j % 2;
-          float& ds = dscores[r][j / 4][j / 2 % 2][low * 2 + j % 2];
-          const float x = score_of<T>(a, scores[r][j / 4][j / 2 % 2][low * 2 + j % 2]);
-          const float p = exp2_of<T>(x * a.outer - my_lse);
-          ds = p * (ds - my_delta);
-          if (a.scores == Scores::capped) ds *= 1 - x * x;
-          if (kEdge && (key < from || key >= to)) ds = 0;
+          if (key < from || key >= to) dscores[r][j / 4][j / 2 % 2][low * 2 + j % 2] = 0;
         }
       }
     }
   }
 };
 
-// delta of the warp's rows, to memory and, with lse to the base of 2, to shared memory.
+// Sums of dout * out of the warp's rows, to shared memory. Some rows of out are under way at once.
 template <class T, int kSize, int kRows>
-__device__ __forceinline__ void row_constants(const Arguments& a, const Pair& pair, int first_row,
-                                              T* dout, float* lse, float* delta) {
+__device__ __forceinline__ void dots_of_rows(const Arguments& a, const Pair& pair, int first_row,
+                                             T* dout, float* dots) {
   constexpr int kPack = Pack<T>::size, kChunks = kSize / kPack;
   // Lanes that share a row: the largest power of two that divides its chunks.
   constexpr int kLanes = (kChunks & -kChunks) < 32 ? (kChunks & -kChunks) : 32;
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  for (int first = 0; first < kRows; first += 32 / kLanes) {
-    const int r = first + lane / kLanes;
-    const bool exists = first_row + r < a.rows;
-    const Row row = row_of(a, pair, exists ? first_row + r : 0);
-    const T* out = element<const T>(a.out, pair, row);
-    float sum = 0;
-    for (int d = lane % kLanes * kPack; exists && d < a.size; d += kLanes * kPack) {
-      const Pack<T> left = load16(in_tile<T, kSize>(dout, r, d));
-      if (a.out_aligned) {
-        const Pack<T> right = load16(out + d);
+  constexpr int kOfLane = kChunks / kLanes, kStep = 32 / kLanes;
+  constexpr int kAtOnce = kRows / kStep < 8 ? kRows / kStep : 8;
+  const int lane = static_cast<int>(threadIdx.x) % 32, d = lane % kLanes * kPack;
+  const RowsOfPair<const T> out(a, pair, a.out, 0);
+#pragma unroll 1
+  for (int first = lane / kLanes; first < kRows; first += kAtOnce * kStep) {
+    Pack<T> packs[kAtOnce][kOfLane] = {};
 #pragma unroll
-        for (int i = 0; i < kPack; ++i) sum += to_float(left.at[i]) * to_float(right.at[i]);
-      } else {
-        for (int i = 0; i < kPack && d + i < a.size; ++i) {
-          sum += to_float(left.at[i]) * to_float(out[d + i]);
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int number = first_row + first + i * kStep;
+      if (number >= a.rows) continue;
+      const T* row = out.row(a, number) + d;
+#pragma unroll
+      for (int n = 0; n < kOfLane; ++n) {
+        const int at = n * kLanes * kPack;
+        if (d + at >= a.size) continue;
+        if (a.out_aligned) {
+          packs[i][n] = load16(row + at);
+        } else {
+          for (int e = 0; e < kPack && d + at + e < a.size; ++e) packs[i][n].at[e] = row[at + e];
         }
       }
     }
-    for (int step = kLanes / 2; step > 0; step /= 2) {
-      sum += __shfl_xor_sync(kAllLanes, sum, step);
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      float sum = 0;
+#pragma unroll
+      for (int n = 0; n < kOfLane; ++n) {
+        const Pack<T> left =
+            load16(in_tile<T, kSize>(dout, first + i * kStep, d + n * kLanes * kPack));
+#pragma unroll
+        for (int e = 0; e < kPack; ++e) sum += to_float(left.at[e]) * to_float(packs[i][n].at[e]);
+      }
+#pragma unroll
+      for (int step = kLanes / 2; step > 0; step /= 2) {
+        sum += __shfl_xor_sync(kAllLanes, sum, step);
+      }
+      if (lane % kLanes == 0) dots[first + i * kStep] = sum;
     }
-    if (lane % kLanes != 0) continue;
-    float my_lse = 0;
-    if (exists) {
-      const std::int64_t at = flat(a, pair, row);
-      my_lse = a.lse[at] * kLog2E;
-      if (a.dlse) sum -= a.dlse[at];
-      // A row that sees nothing: every key is masked.
-      if (my_lse == -INFINITY) my_lse = sum = 0;
-      a.delta[at] = sum;
-    }
-    lse[r] = my_lse;
-    delta[r] = sum;
   }
+}
+
+// delta of the warp's rows, to memory and, with lse to the base of 2, to shared memory; and what
+// the key kernel has to know of them. A lane per row.
+template <class T, int kSize, int kRows>
+__device__ __forceinline__ void put_row_constants(const Arguments& a, int pair_number,
+                                                  int first_row, const SeenBy& mine, float* lse,
+                                                  float* delta) {
+  static_assert(kRows <= 32);
+  const int r = static_cast<int>(threadIdx.x) % 32, number = first_row + r;
+  if (r >= kRows) return;
+  float my_lse = 0, my_delta = 0;
+  if (number < a.rows) {
+    const Pair pair = pair_of(a, pair_number);
+    const std::int64_t at = flat(a, pair, row_of(a, pair, number));
+    my_lse = a.lse[at] * kLog2E;
+    my_delta = delta[r];
+    if (a.dlse) my_delta -= a.dlse[at];
+    // A row that sees nothing: every key is masked.
+    if (my_lse == -INFINITY) my_lse = my_delta = 0;
+    a.delta[at] = my_delta;
+    const Range text = mine.range(a, false, r), slots = mine.range(a, true, r);
+    const int constants[kRowConstants] = {text.first,
+                                          text.last,
+                                          slots.first,
+                                          slots.last,
+                                          __float_as_int(my_lse),
+                                          __float_as_int(my_delta)};
+    const std::int64_t all = static_cast<std::int64_t>(a.pairs) * a.rows;
+    int* to = a.row_constants + static_cast<std::int64_t>(pair_number) * a.rows + number;
+#pragma unroll
+    for (int i = 0; i < kRowConstants; ++i) to[i * all] = constants[i];
+  }
+  lse[r] = my_lse;
+  delta[r] = my_delta;
 }
 
 template <class T, int kSize, bool kSmall>
@@ -113,7 +175,8 @@ __global__ void __launch_bounds__(RowGradients<T, kSize, kSmall>::kThreads)
   float* delta = lse + kRows;
   Span* spans = reinterpret_cast<Span*>(delta + kRows);
 
-  const Pair pair = pair_of(a, static_cast<int>(blockIdx.x) % a.pairs);
+  const int pair_number = static_cast<int>(blockIdx.x) % a.pairs;
+  const Pair pair = pair_of(a, pair_number);
   const int first_row =
       static_cast<int>((gridDim.x - 1 - blockIdx.x) / static_cast<unsigned>(a.pairs)) * kRows;
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
@@ -146,8 +209,10 @@ __global__ void __launch_bounds__(RowGradients<T, kSize, kSmall>::kThreads)
   T* my_dout = dout + warp * kWarpRows * kSize;
   float* my_lse = lse + warp * kWarpRows;
   float* my_delta = delta + warp * kWarpRows;
-  row_constants<T, kSize, kWarpRows>(a, pair, first_row + warp * kWarpRows, my_dout, my_lse,
-                                     my_delta);
+  dots_of_rows<T, kSize, kWarpRows>(a, pair, first_row + warp * kWarpRows, my_dout, my_delta);
+  __syncwarp();
+  put_row_constants<T, kSize, kWarpRows>(a, pair_number, first_row + warp * kWarpRows, mine, my_lse,
+                                         my_delta);
   __syncwarp();
 
   Tile tile;

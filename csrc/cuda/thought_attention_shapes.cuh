@@ -35,6 +35,7 @@ struct KeyShape {
 };
 constexpr KeyShape key_gradient_shape(int bytes, int size, bool small) {
   if (bytes == 4) return size <= 128 ? KeyShape{4, size <= 64 ? 32 : 16, 16} : KeyShape{2, 16, 16};
+  if (size <= 64) return {4, 32, 32};  // registers for three blocks to a multiprocessor
   if (size <= 128) return {8, size <= 96 ? 64 : 32, 32};
   return small ? KeyShape{4, 16, 16} : KeyShape{4, 32, 32};
 }

@@ -30,7 +30,7 @@ DECODER_FIELDS = {
     *("num_hidden_layers", "num_key_value_heads", "pad_token_id", "rope_parameters", "sliding_window"),
     *("use_cache", "vocab_size"),
 }
-REWARDS = ("mixture-gain", "base-gain", "information-gain")
+REWARDS = ("mixture-gain", "base-gain", "information-gain", "probability-gain")
 ADVANTAGES = ("mean", "leave-one-out", "normalized")
 POLICY_MEANS = ("rewarded", "paper")
 
@@ -83,7 +83,8 @@ class QuietStarConfig(PretrainedConfig):
             it. ``"mixture-gain"`` (the paper's code): of the mixed prediction, against the base
             prediction; ``"base-gain"``: of the thought's own prediction (mixing weight 1), against the
             base prediction; ``"information-gain"`` (RLP): the same, against a slowly following copy of
-            the model that does not think.
+            the model that does not think. Or ``"probability-gain"``: the probability of all these tokens
+            with the thought (the mixed prediction) less that without.
         advantage: the baseline within the rationales of a position: ``"mean"`` (reward less the mean),
             ``"leave-one-out"`` (less the mean of the others, RLP's) or ``"normalized"`` (less the mean,
             over the standard deviation, GRPO's).

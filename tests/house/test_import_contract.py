@@ -15,7 +15,7 @@ LEVELS = (
     {"training"},
     {"evaluation"},
     {"recipes"},
-    {"inspect", "plan"},
+    {"inspect", "plan", "star"},
     {"demos"},
     {"cli"},
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from families import tiny_decoder
+from small_recipes import run_python
 
 from quietstar.data.lookup import LookupLanguage, TextMix, build_tokenizer
 
@@ -89,3 +90,8 @@ def test_recipe_lines_of_the_methods(method: str, cell: str, tmp_path):
 
 def test_there_are_methods():
     assert len(METHODS) == 7
+
+
+def test_the_tables_are_those_of_the_results():
+    """README's and docs/results.md's numbers come from benchmarks/results."""
+    run_python("-m", "benchmarks.report", "--check", cwd=README.parent)

@@ -1,5 +1,6 @@
 """Rewards, advantages, entropy bonus and mixing floor, against values computed by hand."""
 
+import itertools
 import math
 
 import pytest
@@ -82,6 +83,25 @@ def test_rewards_of_the_thoughts_own_prediction(reward: str):
     assert torch.allclose(output.reward, expected, atol=1e-4)
     centred = expected - expected.mean(1, keepdim=True)
     assert torch.allclose(output.advantage, centred.clamp(min=0), atol=1e-4)
+
+
+def test_probability_gain():
+    """The probability of all the talk steps' tokens that count, with the thought less without."""
+    model, inputs = build(reward="probability-gain"), batch()
+    output = model(**inputs)
+    expected = torch.zeros(ROWS, RATIONALES, LENGTH)
+    rewarded = 0
+    for row, r, anchor in itertools.product(range(ROWS), range(RATIONALES), range(LENGTH)):
+        steps = [k for k in range(TALK) if anchor + k < LENGTH - 1 and output.has_target[k, row, anchor]]
+        if not steps:
+            continue
+        rewarded += 1
+        without = math.prod(math.exp(-output.base_losses[row, anchor + k]) for k in steps)
+        with_thought = math.prod(math.exp(-output.talk_losses[k, row, r, anchor]) for k in steps)
+        expected[row, r, anchor] = with_thought - without
+    assert rewarded > ROWS * RATIONALES
+    assert expected.abs().max() > 1e-3
+    assert torch.allclose(output.reward, expected, atol=1e-6)
 
 
 def test_mixture_gain_is_the_default_and_another_number():

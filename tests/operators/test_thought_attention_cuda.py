@@ -1,7 +1,7 @@
 """thought_attention's CUDA kernels: the same tests on the CPU (cuda_on_cpu) and on a device (gpu).
 
-Tiles: 128 rows forward (fp32: 64), 32 keys; backward 128 rows x 32 keys, then 128 keys x 64 rows
-(D over 96: 32 rows; D over 128: smaller). Rows are (column, slot, grouped head).
+Tiles: 128 rows forward (fp32: 64), 32 keys; backward 128 rows x 32 keys (D to 64: 64 keys), then
+64 keys x 32 rows (D over 64: 128 keys; D over 128: smaller). Rows are (column, slot, grouped head).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from transformers import DataCollatorForLanguageModeling, HfArgumentParser, Trai
 
 from quietstar import QuietStarArguments, QuietStarTrainer
 from quietstar.data.lookup import build_tokenizer
-from quietstar.training.options import _ARGUMENTS, check_options
+from quietstar.training.options import _ARGUMENTS, check_options, computes_bf16
 
 
 def arguments(folder: Path, **fields: Any) -> QuietStarArguments:
@@ -52,6 +52,19 @@ def test_arguments_without_an_effect(tmp_path, fields: dict[str, Any], said: str
 def test_half_precision_that_a_cpu_does_not_have(tmp_path):
     with pytest.raises(ValueError, match="fp16 is True, which has no effect on a CPU"):
         build(tmp_path, fields={"fp16": True})
+
+
+@pytest.mark.parametrize("feature", ["amx_bf16", "avx512_bf16", None])
+def test_bf16_that_a_cpu_computes_in_software(tmp_path, monkeypatch, caplog, feature: str | None):
+    found = {"avx2": True, "cpu_name": "some", "amx_bf16": False, "avx512_bf16": False}
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: found | dict.fromkeys([feature] if feature else [], True)
+    )
+    assert computes_bf16("cpu") == (feature is not None) and computes_bf16("cuda")
+    for bf16 in (False, True):
+        build(tmp_path, fields={"bf16": bf16})
+        said = "computes bfloat16 in software; bf16=false is faster" in caplog.text
+        assert said == (bf16 and feature is None)
 
 
 def test_a_data_set_of_text_is_refused_before_training(tmp_path):

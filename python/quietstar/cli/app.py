@@ -13,16 +13,16 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from quietstar.cli import demo, generate, info, inspect, merge, plan, train
+from quietstar.cli import demo, generate, info, inspect, merge, plan, star, train
 from quietstar.cli import eval as evaluate
 from quietstar.cli.arguments import INTERRUPTED
 from quietstar.versions import package_versions
 
-COMMANDS = (info, train, plan, merge, generate, inspect, evaluate, demo)
+COMMANDS = (info, train, star, plan, merge, generate, inspect, evaluate, demo)
 USER_ERROR = 2
 TRACEBACK_VARIABLE = "QUIETSTAR_TRACEBACK"
 # What is done by these is found again.
-CONTINUED = ("train", "eval", "demo")
+CONTINUED = ("train", "star", "eval", "demo")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from quietstar.errors import UserError
@@ -32,6 +33,21 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
         nargs="*",
         help="changes to the recipe, e.g. training.learning_rate=1e-4",
     )
+
+
+def add_run_folder(command: argparse.ArgumentParser) -> None:
+    """Where a run goes, and how it is continued."""
+    command.add_argument(
+        "--output", metavar="DIR", type=Path, help="output folder (default: quietstar-runs/NAME)"
+    )
+    how = command.add_mutually_exclusive_group()
+    how.add_argument(
+        "--resume",
+        action="store_true",
+        help="insist on continuing a run that is there (an unfinished run continues anyway)",
+    )
+    how.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
 def check_at_least(args: argparse.Namespace, **minima: int) -> None:

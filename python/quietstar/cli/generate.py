@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     from quietstar.cli.thought_streamer import ThoughtStreamer
     from quietstar.config import QuietStarConfig
+    from quietstar.data.pause_tokens import pause_ids
     from quietstar.modeling.generation_state import Thinking
 
     Thinking(args.thinking, args.thinking_budget)  # rejects anything that is not a rule
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise UserError("the prompt has no tokens; give a text to continue")
+    ids = torch.cat([ids, torch.tensor([pause_ids(tokenizer)], dtype=ids.dtype)], dim=1)
     known = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if known is None else known
     padding = tokenizer.pad_token_id

@@ -7,7 +7,7 @@ import logging
 import os
 from pathlib import Path
 
-from quietstar.cli.arguments import Commands, add_recipe
+from quietstar.cli.arguments import Commands, add_recipe, add_run_folder
 
 
 def add_parser(commands: Commands) -> None:
@@ -19,17 +19,7 @@ def add_parser(commands: Commands) -> None:
         epilog="example: quietstar train tiny max_steps=50 thoughts.thought_length=8",
     )
     add_recipe(train)
-    train.add_argument(
-        "--output", metavar="DIR", type=Path, help="output folder (default: quietstar-runs/NAME)"
-    )
-    how = train.add_mutually_exclusive_group()
-    how.add_argument(
-        "--resume",
-        action="store_true",
-        help="insist on continuing a run that is there (an unfinished run continues anyway)",
-    )
-    how.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run")
-    train.add_argument("--quiet", action="store_true", help="no progress bars")
+    add_run_folder(train)
     train.set_defaults(run=run)
 
 

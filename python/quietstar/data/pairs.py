@@ -2,7 +2,8 @@
 
 Both are tokenized by themselves and their ids follow one another, so that the boundary is where it is
 and the prompt's tokens are those that generation starts from. The prompt gets what the tokenizer puts
-before a text, the completion the end-of-text token behind it. The loss is on the completion.
+before a text, the completion the end-of-text token behind it. Pauses (:mod:`.pause_tokens`) end a
+prompt, where a recipe asks for them. The loss is on the completion.
 
 A thought at the completion's start belongs before its first token that is not blank: many tokenizers
 write " 51" as a space and digits, and after the space alone the answer is still open.
@@ -15,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from quietstar.data.collator import IGNORED
+from quietstar.data.pause_tokens import pause_ids
 from quietstar.data.plain_text import plain_ids, spells
 from quietstar.data.stdlib import Document
 from quietstar.errors import UserError
@@ -81,7 +83,7 @@ def encode_pairs(
     """The tokens of documents of one source, all with a prompt; one for each."""
     if not documents:
         return
-    eos, blank = tokenizer.eos_token_id, _Blank(tokenizer)
+    eos, blank, pauses = tokenizer.eos_token_id, _Blank(tokenizer), pause_ids(tokenizer)
     texts = [document.prompt or "" for document in documents]
     # Special tokens are what a chat template writes, and not what a text spells.
     rendered = documents[0].rendered
@@ -93,6 +95,8 @@ def encode_pairs(
     for text, before, after in zip(texts, prompts, completions, strict=True):
         if before and before[-1] == eos and not _ends(tokenizer, text, rendered):
             before.pop()  # some tokenizers close every text
+        if before:
+            before = [*before, *pauses]
         if eos is not None and after[-1:] != [eos]:
             after.append(eos)
         skipped = next((n for n, token in enumerate(after) if not blank(token)), len(after))

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from quietstar.data import lookup
+from quietstar.data import lookup, sums
 from quietstar.data.blocks import TokenBlocks
 from quietstar.data.left_out import LeftOut, is_utf8
 from quietstar.data.readers import RowReader, row_reader
@@ -43,6 +43,7 @@ GENERATORS: dict[str, Callable[..., tuple[TokenBlocks, TokenBlocks | None]]] = {
 TOKENIZERS: dict[str, Callable[[int], PreTrainedTokenizerBase]] = {
     "stdlib": stdlib_tokenizer,
     "lookup": lambda _: lookup.build_tokenizer(),
+    "sums": lambda _: sums.build_tokenizer(),
 }
 TXT_DOCUMENTS = ("file", "paragraph", "line")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from quietstar.errors import UserError
 from quietstar.evaluation.perplexity import undisturbed
 from quietstar.thinking.batch_share import BatchShard
 from quietstar.thinking.layout import text_ranges
+from quietstar.thinking.rollout import Thoughts
 from quietstar.thinking.slots import depth_of_end
 from quietstar.thinking.text_batch import TextBatch
 
@@ -85,12 +87,41 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -
     return [without_end(tokenizer, document, ids) for document, ids in pairs]
 
 
+@dataclass
+class CompletionThoughts:
+    """What a model whose ``think_at`` is ``completion`` thinks before completions.
+
+    Attributes:
+        temperature: of its tokens; 0: the most likely.
+        seed: of what is drawn.
+        ids: [items, T] given thoughts, or those that were sampled, once it was used.
+    """
+
+    temperature: float = 0.0
+    seed: int = 0
+    ids: Tensor | None = None
+
+    def moved(self, by: int = 1) -> CompletionThoughts:
+        """Every item gets the thought of another one."""
+        assert self.ids is not None
+        return CompletionThoughts(self.temperature, self.seed, self.ids.roll(by, 0))
+
+
 @torch.no_grad()
 def score_completions(
-    model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    items: Sequence[Item],
+    thoughts: CompletionThoughts | None = None,
 ) -> list[dict[str, Any]]:
     """Per item ``base_nll``, ``base_probability`` and ``base_correct``, and the same with ``mixed_`` if
-    the model thinks. An item's result does not depend on those beside it but for rounding."""
+    the model thinks. An item's result does not depend on those beside it but for rounding, and for what
+    is drawn.
+
+    Args:
+        thoughts: of a model that thinks at completions; gets the thoughts, or has them.
+    """
+    thoughts = CompletionThoughts() if thoughts is None else thoughts
     pairs = _tokens(tokenizer, [Document("", item["completion"], item["prompt"]) for item in items])
     rows = [
         {"input_ids": list(ids), "labels": [IGNORED] * ids.prompt + ids[ids.prompt :]} for ids in pairs
@@ -100,7 +131,7 @@ def score_completions(
     records: list[dict[str, Any]] = [{} for _ in items]
     where = batch["labels"][:, 1:] != IGNORED
     with undisturbed(model):
-        for name, rows_of_logits in _predictions(model, batch, anchors, where):
+        for name, rows_of_logits in _predictions(model, batch, anchors, where, thoughts):
             for record, logits, labels in zip(records, rows_of_logits, batch["labels"], strict=True):
                 found = _scores(model.config, logits, labels[1:][labels[1:] != IGNORED])
                 record |= {f"{name}_{key}": value for key, value in found.items()}
@@ -108,7 +139,11 @@ def score_completions(
 
 
 def _predictions(
-    model: Any, batch: dict[str, Tensor], anchors: Tensor, where: Tensor
+    model: Any,
+    batch: dict[str, Tensor],
+    anchors: Tensor,
+    where: Tensor,
+    thoughts: CompletionThoughts,
 ) -> Iterator[tuple[str, list[Tensor]]]:
     """Names of predictions, and for each row its logits [n, V] of the completion's tokens.
 
@@ -128,9 +163,16 @@ def _predictions(
         first, count = where.int().argmax(1)[:, None], where.sum(1, keepdim=True)
         steps = torch.arange(int(count.max()), device=ids.device)
         anchors = (first + steps).minimum(first + count - 1)
-    ranges, part = text_ranges(mask, ids), BatchShard(seed=0)
-    text = TextBatch(config, ids, ranges, anchors=anchors, temperature=0.0, shard=part)
-    base, slots = td.rollout(text, config.num_slots if once else depth_of_end(config)).hidden
+    ranges, part = text_ranges(mask, ids), BatchShard(seed=thoughts.seed)
+    temperature = thoughts.temperature if once else 0.0
+    text = TextBatch(config, ids, ranges, anchors=anchors, temperature=temperature, shard=part)
+    if once and thoughts.ids is not None:
+        base, slots = td.packed(text, Thoughts(anchors, thoughts.ids[:, None].to(ids.device)))
+    else:
+        made = td.rollout(text, config.num_slots if once else depth_of_end(config))
+        base, slots = made.hidden
+        if once and made.ids is not None:
+            thoughts.ids = made.ids[:, 0].cpu()
     mixed, _ = td.mix(text, base, slots, steps=None if once else 1)
     steps = torch.arange(len(mixed), device=ids.device)[:, None, None]
     speaks_for = anchors[None] + steps

@@ -9,6 +9,10 @@ Rewards, per thought and summed over the talk steps (all losses are cross entrop
   the mixture, and the thought's own prediction only through it.
 - ``information-gain``: the same with the base loss of an exponential moving average of the model, that
   lags behind: Hatamizadeh et al. 2025 (RLP, arXiv 2510.01265, equations 3 to 5).
+- ``probability-gain``: not a sum, but the probability of all these tokens under the mixed prediction
+  less that under the base prediction. A sum of losses rewards being less wrong as much as being right;
+  here only what makes the true text likely counts. Near to Yu et al. 2025 (RLPR, arXiv 2506.18254),
+  who take the mean of the tokens' probabilities.
 
 Advantages, over the R thoughts of a position with rewards r_1 .. r_R:
 
@@ -40,7 +44,7 @@ class ThoughtRewards:
     """What each thought earned.
 
     Attributes:
-        reward: [B, A, R] fp32, sum over talk steps of what ``config.reward`` says.
+        reward: [B, A, R] fp32, over all talk steps, as ``config.reward`` says.
         advantage: [B, A, R] fp32, as ``config.advantage`` and ``clamp_advantage`` say.
     """
 
@@ -52,20 +56,25 @@ class ThoughtRewards:
 def thought_rewards(
     td: ThoughtDecoder, batch: TextBatch, lm: LanguageModelLosses, slots: Tensor
 ) -> ThoughtRewards:
-    """The reward of each thought, the sum over the tokens that it is rewarded for.
+    """The reward of each thought, over all tokens that it is rewarded for.
 
     Args:
         slots: [B, S, M, d].
     """
-    gain = gain_per_talk_step(td, batch, lm, slots)
-    reward = gain.sum(0) * batch.rewarded[..., None]
+    before, after = losses_per_talk_step(td, batch, lm, slots)
+    if td.config.reward == "probability-gain":
+        reward = (-after.sum(0)).exp() - (-before.sum(0)).exp()
+    else:
+        reward = (before - after).sum(0)
+    reward = reward * batch.rewarded[..., None]
     return ThoughtRewards(reward, advantage_of(td.config, reward))
 
 
-def gain_per_talk_step(
+def losses_per_talk_step(
     td: ThoughtDecoder, batch: TextBatch, lm: LanguageModelLosses, slots: Tensor
-) -> Tensor:
-    """What each talk step of each thought gained, [K, B, A, R] fp32; 0 where there is no target.
+) -> tuple[Tensor, Tensor]:
+    """What the true tokens cost without a thought [K, B, A, 1] and with each thought [K, B, A, R], fp32,
+    as the reward compares them; 0 where there is no target.
 
     ``information-gain`` measures against the batch's ``baseline_losses``, the copy's; without them
     against the model's own base losses, which equal the copy's before the first step.
@@ -77,11 +86,12 @@ def gain_per_talk_step(
     k, last = after.shape[0], before.shape[1]
     steps = torch.arange(k, device=anchors.device)[:, None, None]
     before = pad(before, (0, 1)).expand(k, -1, -1).gather(2, (anchors[None] + steps).clamp(max=last))
-    if config.reward != "mixture-gain":
+    if config.reward in ("base-gain", "information-gain"):
         # The thought's own prediction, for one more vocabulary product.
         own = td.talk_hidden(slots, k).flatten(0, 2)
         after = td.output.cross_entropy(own, batch.talk_targets.flatten()).view_as(after)
-    return (before[..., None] - after) * batch.has_target[..., None]
+    there = batch.has_target[..., None]
+    return before[..., None] * there, after * there
 
 
 def advantage_of(config: QuietStarConfig, reward: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar.checkpoints.adapters import grow_embeddings, quantization
 from quietstar.data.blocks import Blocks, StreamedBlocks, TokenBlocks, read_blocks
+from quietstar.data.pause_tokens import PAUSE_TOKEN, add_pause_tokens
 from quietstar.data.plain_text import read_special_tokens
 from quietstar.data.sources import GENERATORS, TOKENIZERS, expand_files, open_documents
 from quietstar.errors import UserError, blaming
@@ -51,7 +52,7 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStar
 
 
 def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStarForCausalLM:
-    section = recipe.model
+    section, pauses = recipe.model, recipe.data.pause_tokens
     options: dict[str, Any] = {
         "dtype": section.dtype if section.dtype == "auto" else getattr(torch, section.dtype),
         "attn_implementation": section.attn_implementation,
@@ -65,6 +66,9 @@ def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStarForCa
         config: Any = decoder.config
         check_tokenizer(tokenizer, config)
         if not section.base_only:
+            if pauses is not None:
+                _check_pause_token(tokenizer, section)
+                add_pause_tokens(tokenizer, pauses)
             for key, value in recipe.thoughts.items():
                 setattr(config, key, value)
             config.check_thoughts()
@@ -76,11 +80,21 @@ def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStarForCa
             f"the tokenizer has {len(tokenizer)} tokens but the model's vocabulary has {rows}; they "
             "do not belong together (check model.tokenizer)"
         )
+    if pauses is not None:
+        add_pause_tokens(tokenizer, pauses)
     if recipe.adapter.rank is not None:
         add_meta_tokens(tokenizer)
         grow_embeddings(decoder, tokenizer)
     texts = {key: getattr(section, key) for key in INIT_TEXTS}
     return QuietStarForCausalLM.from_base(decoder, tokenizer, **texts, **recipe.thoughts)
+
+
+def _check_pause_token(tokenizer: PreTrainedTokenizerBase, section: ModelSection) -> None:
+    if PAUSE_TOKEN not in tokenizer.get_vocab():
+        raise UserError(
+            f"data.pause_tokens is given and {section.name}, which has thoughts already, was trained"
+            " without pause tokens; expected one that was trained with them, or model.base_only=true"
+        )
 
 
 def _load(section: ModelSection, quantize: str, options: dict[str, Any]) -> PreTrainedModel:

@@ -10,6 +10,7 @@ from quietstar.data.readers import MessagesReader, RowReader, TemplateReader, ch
 from quietstar.data.sources import CORPORA, GENERATORS
 from quietstar.errors import UserError
 from quietstar.recipes.sections import DataSection
+from quietstar.recipes.star_section import SUMS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,7 +29,7 @@ def settled(content: dict[str, Any]) -> dict[str, Any]:
     """
     given = next((key for key in KEYS if content.get(key) is not None), None)
     if given is None:
-        return content
+        return {"packing": "document", **content} if content.get("name") == SUMS else content
     column = content.get("text_column")
     if column is not None:
         raise UserError(
@@ -69,6 +70,26 @@ def check_prompt_data(data: DataSection) -> None:
         )
     if data.messages is None:
         _templates(data, 0)
+
+
+def check_pauses(data: DataSection, *, adapter: bool) -> None:
+    """Raise :class:`UserError` for pause tokens that have no place, or cannot be learnt."""
+    if data.pause_tokens is None:
+        return
+    if data.pause_tokens < 1:
+        raise UserError(
+            f"data.pause_tokens is {data.pause_tokens}; expected a whole number >= 1, or null"
+        )
+    if all(getattr(data, key) is None for key in KEYS) and data.name != SUMS:
+        raise UserError(
+            f"data.pause_tokens is {data.pause_tokens} and the data have no prompts to put them behind;"
+            " expected data.prompt and data.completion, data.messages, or data.preset"
+        )
+    if adapter:
+        raise UserError(
+            f"data.pause_tokens is {data.pause_tokens} and adapter.rank is given, which trains no"
+            " embedding of a new token; expected one of them"
+        )
 
 
 def check_where_it_thinks(data: DataSection, thoughts: Mapping[str, Any], schedule: object) -> None:

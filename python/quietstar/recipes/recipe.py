@@ -1,5 +1,5 @@
 """A training run as data: a YAML file with the sections model, data, thoughts, training and, for
-adapters, adapter.
+adapters, adapter; for `quietstar star`, star.
 
     name: my-run
     model:    {name: Qwen/Qwen2.5-0.5B, dtype: bfloat16}
@@ -36,6 +36,7 @@ from quietstar.files import RECIPE_FILE, is_file, is_folder, read_text
 from quietstar.recipes import prompt_data
 from quietstar.recipes.ranges import check_training
 from quietstar.recipes.sections import AdapterSection, DataSection, ModelSection
+from quietstar.recipes.star_section import StarSection, check_star
 from quietstar.training import schedule
 from quietstar.training.arguments import QuietStarArguments
 from quietstar.values import load_word, load_yaml, typed
@@ -52,6 +53,7 @@ class Recipe:
     thoughts: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     adapter: AdapterSection = field(default_factory=AdapterSection)
+    star: StarSection = field(default_factory=StarSection)
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain data."""
@@ -78,7 +80,10 @@ class Recipe:
                 del content["model"][key]
         if self.adapter == AdapterSection():
             del content["adapter"]
-        for key in prompt_data.KEYS:  # which recipes of version 0.1.0 do not have
+        if self.star == StarSection():
+            del content["star"]
+        # Which recipes of version 0.1.0 do not have.
+        for key in (*prompt_data.KEYS, "pause_tokens"):
             if content["data"][key] is None:
                 del content["data"][key]
         content["training"] = {
@@ -259,7 +264,7 @@ def _checked_section(section: str, content: Any) -> Any:
 
 
 def _checked_value(section: str, key: str, value: Any) -> Any:
-    if (section, key) in (("data", "files"), ("data", "eval_files")) and isinstance(value, str):
+    if key in ("files", "eval_files", "replay_files") and isinstance(value, str):
         value = [value]
     return typed(_dotted(section, key), value, known_keys(section)[key])
 
@@ -322,9 +327,11 @@ def check_together(recipe: Recipe) -> None:
             "data.streaming has no known length; set training.max_steps to the steps to train"
         )
     prompt_data.check_prompt_data(data)
+    prompt_data.check_pauses(data, adapter=rank is not None)
     stages = recipe.training.get("thought_schedule")
     prompt_data.check_where_it_thinks(data, recipe.thoughts, stages)
     check_training(recipe.training)
+    check_star(recipe)
     least = longest_talk(recipe) + 2
     if data.block_size < least:
         raise UserError(

@@ -22,6 +22,7 @@ from quietstar.recipes.build import build_data, build_model, build_tokenizer, ch
 from quietstar.recipes.disk import check_room, checkpoint_bytes
 from quietstar.recipes.recipe import Recipe
 from quietstar.recipes.run_folder import identity, open_run, start_run
+from quietstar.recipes.star_section import StarSection
 from quietstar.training.arguments import QuietStarArguments
 from quietstar.training.optional_packages import check_packages
 from quietstar.training.options import check_options
@@ -66,6 +67,11 @@ def run_recipe(
     ``log_lines=False`` leaves the progress bar alone on the screen; the log is in the checkpoints.
     Under ``torchrun`` or ``accelerate launch`` every process calls this and the first one writes.
     """
+    if recipe.star != StarSection():
+        raise UserError(
+            f"recipe {recipe.name} has a section star, which `quietstar star` runs; expected none for a"
+            " training"
+        )
     arguments = training_arguments(recipe, Path(output), progress=progress)
     check_options(arguments, {})
     with arguments.main_process_first(desc="looking at the output folder"):

@@ -83,6 +83,8 @@ class DataSection:
         packing: ``concat`` (documents one after another), ``packed`` (the same, kept apart: no
             attention, no talk from one to the next) or ``document`` (one per row, padded; the default of
             prompts and completions, which ``packed`` does not cut).
+        pause_tokens: so many learnable pause tokens end every prompt, in the stream itself: no loss is
+            on them, and later tokens see them (:mod:`quietstar.data.pause_tokens`).
         padding_side: ``right`` or ``left``.
         block_size: tokens in a row.
         max_train_blocks: stop reading after so many rows.
@@ -109,6 +111,7 @@ class DataSection:
     streaming: bool = False
     shuffle_buffer: int = 1000
     packing: Literal["concat", "document", "packed"] = "concat"
+    pause_tokens: int | None = None
     padding_side: Literal["right", "left"] = "right"
     block_size: int = 256
     max_train_blocks: int | None = None

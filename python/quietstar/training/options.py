@@ -7,10 +7,12 @@ tables here, or is checked once the devices are known (:func:`check_parallelism`
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sized
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from quietstar.config import QuietStarConfig
@@ -19,6 +21,7 @@ from quietstar.thinking.noise import refusal_of_neftune
 from quietstar.training.arguments import argument
 from quietstar.training.optional_packages import check_loggers
 
+logger = logging.getLogger("quietstar")
 _OWN_LOSS = "the loss is the thoughts' own (QuietStarConfig sets its terms and weights)"
 # Arguments of TrainingArguments: the values that are taken, and why no others.
 _ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -28,6 +31,15 @@ _ARGUMENTS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 # Parameters of Trainer itself.
 _PARAMETERS = {"compute_loss_func": _OWN_LOSS}
+
+
+def computes_bf16(device: torch.device | str) -> bool:
+    """Whether a device multiplies bfloat16 in hardware; a CPU that does not takes several times longer
+    than for float32."""
+    if torch.device(device).type != "cpu":
+        return True
+    found = torch.cpu.get_capabilities()
+    return any(value is True for name, value in found.items() if "bf16" in name)
 
 
 def decoder_of(model: Any) -> PreTrainedModel:
@@ -190,6 +202,8 @@ def check_gradients(trainer: Any, keeps_copy: bool) -> None:
     """
     if trainer.args.fp16 and trainer.args.device.type == "cpu":
         raise ValueError("fp16 is True, which has no effect on a CPU; expected False (or bf16)")
+    if trainer.args.bf16 and not computes_bf16(trainer.args.device):
+        logger.warning("bf16 is True on a CPU that computes bfloat16 in software; bf16=false is faster")
     alpha = trainer.args.neftune_noise_alpha
     if alpha:
         raise ValueError(refusal_of_neftune(alpha))

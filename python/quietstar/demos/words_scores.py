@@ -1,0 +1,220 @@
+"""What ``quietstar demo words`` measures: answers of held-out problems, under several thoughts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from quietstar.data.plain_text import plain_ids
+from quietstar.evaluation.completions import CompletionThoughts, load_items, score_completions
+from quietstar.evaluation.perplexity import undisturbed
+from quietstar.files import write_json
+from quietstar.training.options import computes_bf16
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from quietstar.modeling.model import QuietStarForCausalLM
+
+EQUATION = "{Equation:equation} = {Answer:number}"
+ANSWER = " {Answer:number}\n"
+ASIDE = f" ({EQUATION}){ANSWER}"
+# Problems are short; what is longer is left out. The tokens of an aside.
+TOKENS, ASIDE_TOKENS = 112, 18
+BATCH = 20
+
+Item = dict[str, Any]
+# Per problem, by the way in which the answer was predicted: probability, NLL, whether greedy is right.
+Scores = dict[str, list[dict[str, Any]]]
+
+
+def problem_items(
+    tokenizer: PreTrainedTokenizerBase, file: Path, limit: int | None = None
+) -> list[Item]:
+    """Prompts and completions of the problems of a file, each with its ``aside``, the gold one; those of
+    like length together, since they are padded to the longest of a batch."""
+    templates: dict[str, Any] = {"preset": "svamp", "completion": ANSWER}
+    items = load_items(tokenizer, file, templates, TOKENS, limit)
+    with_asides = load_items(tokenizer, file, {**templates, "completion": ASIDE}, 2 * TOKENS)
+    aside_of = {item["prompt"]: item["completion"] for item in with_asides}
+    for item in items:
+        item["aside"] = aside_of[item["prompt"]].rpartition(")")[0] + ")"
+    return sorted(items, key=lambda item: len(plain_ids(tokenizer, item["prompt"])))
+
+
+class Look(TrainerCallback):
+    """Scores a model on held-out problems every so many steps.
+
+    Args:
+        score: plain data of a model; kept: where they go, a file for each step.
+    """
+
+    def __init__(self, score: Callable[[QuietStarForCausalLM], dict[str, Any]], kept: Path, every: int):
+        self._score, self._kept, self._every = score, kept, every
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        file = self._kept / f"step-{state.global_step}.json"
+        if state.global_step % self._every == 0 and not file.is_file():
+            self._kept.mkdir(parents=True, exist_ok=True)
+            write_json(file, {"step": state.global_step, **self._score(kwargs["model"])})
+
+
+def scores_of(
+    tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], model: QuietStarForCausalLM
+) -> dict[str, Any]:
+    """Scores by way: ``none`` (without a thought), and where the model thinks ``own`` (its most likely
+    thought), ``drawn`` (a sampled one), ``other`` (the own thought of the next problem) and ``gold``
+    (the problem's equation in the thought's place); some of its thoughts as text beside them."""
+    scores: Scores = {}
+    config = model.config
+    if not config.thinks:
+        return {"scores": {"none": _score(model, tokenizer, items, "base")}}
+    own = CompletionThoughts()
+    scores["own"], scores["none"] = _score_both(model, tokenizer, items, own)
+    if own.ids is None:
+        return {"scores": scores}
+    drawn = CompletionThoughts(temperature=1.0, seed=1)
+    scores["drawn"] = _score_both(model, tokenizer, items, drawn)[0]
+    for name, ids in (
+        ("other", own.ids.roll(1, 0)),
+        ("gold", _gold_thoughts(tokenizer, items, config.thought_length)),
+    ):
+        scores[name] = _score_both(model, tokenizer, items, CompletionThoughts(ids=ids))[0]
+    return {"scores": scores, "thoughts": tokenizer.batch_decode(own.ids[:8])}
+
+
+def _score_both(
+    model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], thoughts: CompletionThoughts
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """With the thoughts, whose ids are left in them, and without."""
+    mixed, base, ids = [], [], []
+    for first, chosen in _batches(items):
+        given = None if thoughts.ids is None else thoughts.ids[first : first + BATCH]
+        part = CompletionThoughts(thoughts.temperature, thoughts.seed + first, given)
+        with _autocast(model):
+            records = score_completions(model, tokenizer, chosen, part)
+        mixed += [_of(record, "mixed") for record in records]
+        base += [_of(record, "base") for record in records]
+        ids.append(part.ids)
+    if all(part is not None for part in ids):
+        thoughts.ids = torch.cat([part for part in ids if part is not None])
+    return mixed, base
+
+
+def _score(
+    model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], part: str
+) -> list[dict[str, Any]]:
+    found = []
+    for _, chosen in _batches(items):
+        with _autocast(model):
+            found += [_of(record, part) for record in score_completions(model, tokenizer, chosen)]
+    return found
+
+
+def _autocast(model: Any) -> torch.autocast:
+    device = model.device
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device))
+
+
+def _batches(items: Sequence[Item]) -> Iterator[tuple[int, Sequence[Item]]]:
+    for first in range(0, len(items), BATCH):
+        yield first, items[first : first + BATCH]
+
+
+def _of(record: dict[str, Any], part: str) -> dict[str, Any]:
+    """Six digits are enough, and keep the files small."""
+    kept = {key: record[f"{part}_{key}"] for key in ("probability", "nll", "correct")}
+    return {k: v if isinstance(v, bool) else round(v, 6) for k, v in kept.items()}
+
+
+def _gold_thoughts(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], length: int) -> Tensor:
+    """[items, length]: what stands behind the parenthesis of an aside, and as in training the answer and
+    end-of-text tokens behind it, as far as a thought goes."""
+    end = tokenizer.eos_token_id
+    rows = []
+    for item in items:
+        text = item["aside"].partition("(")[2] + item["completion"]
+        ids = plain_ids(tokenizer, text, add_special_tokens=False)[:length]
+        rows.append(ids + [end] * (length - len(ids)))
+    return torch.tensor(rows)
+
+
+def own_asides(
+    model: QuietStarForCausalLM, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
+) -> list[str]:
+    """The most likely aside before each answer, " (43 - 21 = 22)"."""
+    asides = []
+    for _, chosen in _batches(items):
+        prompts = [plain_ids(tokenizer, item["prompt"] + " (") for item in chosen]
+        longest = max(map(len, prompts))
+        padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+        with undisturbed(model), _autocast(model):
+            made = model.base.generate(
+                input_ids=padded.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=ASIDE_TOKENS,
+                do_sample=False,
+                use_cache=True,  # which training had switched off
+                pad_token_id=tokenizer.eos_token_id,
+            )
+        for text in tokenizer.batch_decode(made[:, longest:]):
+            asides.append(f" ({text.partition(')')[0]})")
+    return asides
+
+
+def visible_scores_of(
+    tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], model: QuietStarForCausalLM
+) -> dict[str, Any]:
+    """Chain of thought: answers directly (``none``), behind the model's own aside in plain sight
+    (``own``), and behind the right one (``gold``)."""
+    asides = own_asides(model, tokenizer, items)
+    scores: Scores = {"none": _score(model, tokenizer, items, "base")}
+    for name, texts in (("own", asides), ("gold", [item["aside"] for item in items])):
+        behind = [
+            {**item, "prompt": item["prompt"] + text} for item, text in zip(items, texts, strict=True)
+        ]
+        scores[name] = _score(model, tokenizer, behind, "base")
+    return {"scores": scores, "thoughts": asides[:8]}
+
+
+def mean_scores(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means over problems."""
+    keys = ("probability", "nll", "correct")
+    return {key: sum(float(r[key]) for r in records) / len(records) for key in keys}
+
+
+def judged_look(looks: Sequence[dict[str, Any]], way: str, *, best: bool) -> dict[str, Any]:
+    """The last look, or the one at which the right answers were most probable."""
+    if best:
+        return max(looks, key=lambda look: mean_scores(look["scores"][way])["probability"])
+    return looks[-1]
+
+
+def paired(
+    ours: Sequence[Sequence[dict[str, Any]]], theirs: Sequence[Sequence[dict[str, Any]]], key: str
+) -> dict[str, Any]:
+    """Ours minus theirs, per problem averaged over the seeds: mean, its standard error, each seed's.
+
+    Args:
+        ours, theirs: [seeds][problems] records of the same problems.
+    """
+    differences = torch.tensor(
+        [
+            [float(a[key]) - float(b[key]) for a, b in zip(one, other, strict=True)]
+            for one, other in zip(ours, theirs, strict=True)
+        ],
+        dtype=torch.float64,
+    )
+    mean = differences.mean(0)
+    error = float(mean.std() / len(mean) ** 0.5) if len(mean) > 1 else None
+    return {
+        "mean": float(mean.mean()),
+        "standard_error": error,
+        "by_seed": differences.mean(1).tolist(),
+    }

@@ -1,0 +1,70 @@
+"""The answer in a completion: of the data or of a model, found in the same way."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from quietstar.data.sums import CLOSE
+from quietstar.data.templates import Unfit, number
+from quietstar.recipes.star_section import EXTRACTORS, REGEX
+
+Extractor = Callable[[str], str | None]
+
+_NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+")
+_IN_BRACKETS, _ALONE = re.compile(r"\(([A-E])\)"), re.compile(r"(?<![\w'])([A-E])(?![\w'])")
+
+
+def last_number(text: str) -> str | None:
+    """The last number, in digits: ``70,000`` is 70000 and ``51.0`` is 51."""
+    found = _NUMBER.findall(text)
+    return _plain(found[-1]) if found else None
+
+
+def behind_mark(text: str) -> str | None:
+    """What stands on the line behind the last ``####``; a number in digits."""
+    _, mark, rest = text.rpartition("####")
+    answer = rest.strip().partition("\n")[0].strip()
+    return _plain(answer) if mark and answer else None
+
+
+def last_letter(text: str) -> str | None:
+    """The last of the letters A to E in brackets; the last that stands alone where none is."""
+    found = _IN_BRACKETS.findall(text) or _ALONE.findall(text)
+    return found[-1] if found else None
+
+
+def last_line(text: str) -> str | None:
+    """The last line that is not blank."""
+    return text.strip().rpartition("\n")[2].strip() or None
+
+
+def behind_scratchpad(text: str) -> str | None:
+    """What stands behind ``</scratch>``."""
+    _, mark, answer = text.rpartition(CLOSE)
+    return (answer.strip() or None) if mark else None
+
+
+_KNOWN: dict[str, Extractor] = dict(
+    zip(EXTRACTORS, (behind_mark, last_letter, last_number, last_line, behind_scratchpad), strict=True)
+)
+
+
+def extractor(name: str) -> Extractor:
+    """The function that ``star.answer`` names; None is what it returns where there is no answer."""
+    if not name.startswith(REGEX):
+        return _KNOWN[name]
+    pattern = re.compile(name.removeprefix(REGEX))
+
+    def last_match(text: str) -> str | None:
+        found = pattern.findall(text)
+        return (found[-1].strip() or None) if found else None
+
+    return last_match
+
+
+def _plain(text: str) -> str:
+    try:
+        return number(text.replace("$", ""))
+    except Unfit:
+        return text

@@ -1,0 +1,214 @@
+"""Completions of problems, written by a model in batches, and judged by their answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from quietstar.data.collator import PaddingCollator
+from quietstar.data.pause_tokens import pause_ids
+from quietstar.data.plain_text import plain_ids
+from quietstar.errors import UserError
+from quietstar.files import write_whole
+from quietstar.recipes.star_section import StarSection
+from quietstar.star.problems import Problem, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BETWEEN_SHOTS = "\n\n"
+
+
+@dataclass(frozen=True)
+class Written:
+    """A completion that a model wrote.
+
+    Attributes:
+        problem: its name; ended: whether it came to an end; right: whether it did, with the true answer.
+    """
+
+    problem: str
+    completion: str
+    answer: str | None
+    ended: bool
+    right: bool
+
+
+def shots_text(star: StarSection) -> str:
+    """The solved examples that stand before every prompt."""
+    shots = [f"{shot['prompt']}{shot['completion']}".rstrip() for shot in star.shots or ()]
+    return "".join(shot + BETWEEN_SHOTS for shot in shots)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """A prompt's tokens, as they are when it is learnt from."""
+    ids = list(plain_ids(tokenizer, prompt))
+    ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    return [*ids, *pause_ids(tokenizer)]
+
+
+class Writer:
+    """Writes completions with one model.
+
+    Args:
+        model: a decoder, or a model with thoughts; seed: of what is sampled.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, star: StarSection, seed: int
+    ):
+        self._thinks = bool(getattr(model.config, "thinks", False))
+        config, self._meta = model.config, []
+        if config.model_type == "quietstar":
+            self._meta = [config.start_token_id, config.end_token_id]
+            model = model if self._thinks else model.base
+        self._model, self._tokenizer, self._task, self._star = model.eval(), tokenizer, task, star
+        self._seed, self._shots = seed, shots_text(star)
+        self._stop = star.stop or (BETWEEN_SHOTS if star.shots else None)
+
+    def check_lengths(self, block_size: int) -> None:
+        """Raise :class:`UserError` for prompts that leave no room in the model's context, or in a row.
+
+        Args:
+            block_size: tokens of a row to learn from.
+        """
+        star, config = self._star, self._model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        lengths = [len(prompt_ids(self._tokenizer, p.prompt)) for p in self._task.problems(1)]
+        shots = len(prompt_ids(self._tokenizer, self._shots)) if self._shots else 0
+        needed = shots + max(lengths) + star.max_new_tokens
+        if isinstance(context, int) and needed > context:
+            raise UserError(
+                f"star.shots has {shots} tokens, the longest problem {max(lengths)} and"
+                f" star.max_new_tokens is {star.max_new_tokens}; expected at most {context} together,"
+                " the model's context"
+            )
+        learnt = min(lengths) + (shots if star.shots_in_training else 0)
+        if learnt >= block_size:
+            raise UserError(
+                f"data.block_size is {block_size} and the shortest prompt to learn from has {learnt}"
+                " tokens; expected more than that"
+            )
+
+    def write(
+        self,
+        problems: Sequence[Problem],
+        path: Path,
+        *,
+        hinted: bool = False,
+        samples: int = 0,
+        bar: str = "",
+    ) -> list[list[Written]]:
+        """Completions of problems, in their order; from ``path`` what it holds, and there what is new.
+
+        A batch is in the file as a whole or not at all, so that a run that was killed goes on behind the
+        last one and ends with the same file.
+
+        Args:
+            hinted: the answers stand in the prompts; samples: of each problem, 0: one, greedily.
+            bar: what a progress bar says; empty: none.
+        """
+        from transformers.utils.logging import tqdm
+
+        temperature = self._star.sampling_temperature if samples else 0.0
+        prompts = [
+            self._shots + (self._task.hinted(problem) if hinted else problem.prompt)
+            for problem in problems
+        ]
+        ids = [prompt_ids(self._tokenizer, prompt) for prompt in prompts]
+        # Of like length, so that there is little padding.
+        order = sorted(range(len(problems)), key=lambda n: (len(ids[n]), n))
+        order = [n for n in order for _ in range(max(1, samples))]
+        size = self._star.generation_batch
+        batches = [order[first : first + size] for first in range(0, len(order), size)]
+        done = _whole_batches(path, [len(batch) for batch in batches])
+        with tqdm(total=len(order), initial=len(done), desc=bar, disable=not bar) as progress:
+            ready = 0
+            for number, batch in enumerate(batches):
+                ready += len(batch)
+                if ready <= len(done):
+                    continue
+                seed = hash((self._seed, hinted, number)) % 2**63
+                texts = self._texts([ids[n] for n in batch], temperature, seed)
+                new = [self._judged(problems[n], *text) for n, text in zip(batch, texts, strict=True)]
+                with path.open("a", encoding="utf-8") as file:
+                    file.write("".join(json.dumps(asdict(each)) + "\n" for each in new))
+                done += new
+                progress.update(len(batch))
+        found: list[list[Written]] = [[] for _ in problems]
+        for n, each in zip(order, done, strict=True):
+            found[n].append(each)
+        return found
+
+    def _judged(self, problem: Problem, text: str, ended: bool) -> Written:
+        answer = self._task.find_answer(text)
+        return Written(problem.name, text, answer, ended, ended and answer == problem.answer)
+
+    @torch.no_grad()
+    def _texts(self, prompts: list[list[int]], temperature: float, seed: int) -> list[tuple[str, bool]]:
+        """What the model writes behind prompts, and whether it came to an end."""
+        tokenizer, model = self._tokenizer, self._model
+        batch = PaddingCollator(padding_side="left")([{"input_ids": ids} for ids in prompts])
+        longest = batch["input_ids"].shape[1]
+        # A checkpoint's own defaults must not decide. 0 and 1 mean "all tokens".
+        how: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "use_cache": True}
+        if temperature:
+            how |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if self._stop:
+            how |= {"stop_strings": [self._stop], "tokenizer": tokenizer}
+        if self._meta:
+            how["suppress_tokens"] = self._meta
+        end = tokenizer.eos_token_id
+        devices = [model.device] if model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            new = model.generate(
+                batch["input_ids"].to(model.device),
+                attention_mask=batch["attention_mask"].to(model.device),
+                max_new_tokens=self._star.max_new_tokens,
+                eos_token_id=end,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end or 0,
+                **how,
+            )[:, longest:]
+        return [self._text(ids[-1:], row) for ids, row in zip(prompts, new.tolist(), strict=True)]
+
+    def _text(self, before: list[int], row: list[int]) -> tuple[str, bool]:
+        end = self._tokenizer.eos_token_id
+        ended = end in row
+        ids = row[: row.index(end)] if ended else row
+        # Behind the prompt's last token, as some tokenizers drop a first space.
+        decode = self._tokenizer.decode
+        text = decode([*before, *ids])[len(decode(before)) :]
+        if self._stop and self._stop in text:
+            text, ended = text[: text.index(self._stop)], True
+        return text, ended
+
+
+def _whole_batches(path: Path, sizes: Sequence[int]) -> list[Written]:
+    """What a file holds of batches that are complete; the file has these alone afterwards."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = [line for line in lines if line.endswith("\n")]
+    whole = 0
+    for size in sizes:
+        if whole + size > len(lines):
+            break
+        whole += size
+    write_whole(path, "".join(lines[:whole]))
+    return [Written(**json.loads(line)) for line in lines[:whole]]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a jsonl file that this package wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A jsonl file, whole or not at all."""
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))

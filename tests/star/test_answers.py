@@ -1,0 +1,71 @@
+"""Where an answer is found in a completion, and where it goes as a hint."""
+
+import pytest
+
+from quietstar.errors import UserError
+from quietstar.star.answers import extractor
+from quietstar.star.hints import hinted
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "answer"),
+    [
+        ("final", "48/2 = 24 clips.\n#### 72\n", "72"),
+        ("final", "#### 1\nmore\n#### 70,000\nQ: another", "70000"),
+        ("final", "72", None),
+        ("final", "#### ", None),
+        ("final", "#### $18.00", "18"),
+        ("letter", " B\n", "B"),
+        ("letter", "A fire is hot, so the answer is (C).", "C"),
+        ("letter", "It could be (A), but must be (D)", "D"),
+        ("letter", "Ask Bob", None),
+        ("number", " (43 - 21 = 22) 22\n", "22"),
+        ("number", " ( 43.0 - 21.5 = 21.5 ) 21.5", "21.5"),
+        ("number", "so it is 1,200.", "1200"),
+        ("number", "3 - 5 = -2", "-2"),
+        ("number", ".5 of them", "0.5"),
+        ("number", "none", None),
+        ("line", "first\nlast \n\n", "last"),
+        ("line", " \n", None),
+        ("scratch", "0 8 8 3\n</scratch>\n8 8 3", "8 8 3"),
+        ("scratch", "0 8 8 3\n8 8 3", None),
+        ("scratch", "</scratch>\n", None),
+        (r"regex:answer is (\w+)", "answer is x, no, answer is yes", "yes"),
+        (r"regex:answer is (\w+)", "is it?", None),
+    ],
+)
+def test_answers(name: str, text: str, answer: str | None):
+    assert extractor(name)(text) == answer
+
+
+CHOICES = "Q: What burns?\n(A) water\n(B) wood\nA:"
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "answer", "with_hint"),
+    [
+        ("choice", CHOICES, "B", "Q: What burns?\n(A) water\n(B) wood (CORRECT)\nA:"),
+        ("question", "Q: 3 + 4?\nA:", "7", "Q: 3 + 4? (7)\nA:"),
+        ("scratchpad", "Input:\n3 + 4\n<scratch>\n", "7", "Input:\n3 + 4\n7\n<scratch>\n"),
+        ("scratchpad", "Q: 3 + 4?\nA:", "7", "Q: 3 + 4?\n7\nA:"),
+    ],
+)
+def test_hints(kind: str, prompt: str, answer: str, with_hint: str):
+    assert hinted(kind, prompt, answer) == with_hint
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompt", "said"),
+    [
+        ("choice", CHOICES, r"has no line that begins with \(C\)"),
+        (
+            "question",
+            "3 + 4 =",
+            "'question' and the prompt '3 \\+ 4 =' has one line; expected a last line",
+        ),
+        ("scratchpad", "\nA:", "has one line"),
+    ],
+)
+def test_hints_with_nowhere_to_go(kind: str, prompt: str, said: str):
+    with pytest.raises(UserError, match=said):
+        hinted(kind, prompt, "C")

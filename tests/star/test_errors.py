@@ -1,0 +1,208 @@
+"""What cannot be run is said in one sentence, and nothing is lost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_recipes import rejected
+from star_cases import recipe_content, save_base, scripted, sum_of
+
+from quietstar.errors import UserError
+from quietstar.recipes.recipe import parse_recipe
+from quietstar.star.loop import run_star
+
+QUESTIONS = [
+    {
+        "Q": f"What is {n} and {n}?",
+        "A": f"adding\n#### {2 * n}",
+        "C": "(A) one\n(B) two",
+        "K": "xy"[n % 2],
+    }
+    for n in range(1, 9)
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_base(tmp_path_factory.mktemp("star") / "base")
+
+
+def on_questions(base: Path, folder: Path, data: dict[str, Any] | None = None, **star: Any):
+    file = folder / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    content = recipe_content(base, **{"answer": "final", "test_problems": 3, **star})
+    del content["star"]["digits"], content["star"]["problems"]
+    templates = {"prompt": "Q: {Q}\nA:", "completion": " {A}"}
+    content["data"] = {"files": [str(file)], "block_size": 128, **templates, **(data or {})}
+    return content
+
+
+@pytest.mark.parametrize(
+    ("star", "said"),
+    [
+        ({"iterations": 0}, "star.iterations is 0; expected a whole number >= 1"),
+        ({"problems": 0}, "star.problems is 0; expected a whole number >= 1, or null"),
+        ({"hints_left_in": 1.5}, "star.hints_left_in is 1.5; expected a share from 0 to 1"),
+        ({"replay_share": 1.0}, "star.replay_share is 1.0; expected a share from 0 to below 1"),
+        ({"replay_share": 0.5}, "star.replay_share is 0.5 and star.replay_files None; expected both or"),
+        (
+            {"sampling_temperature": -1},
+            "star.sampling_temperature is -1.0; expected a number of at least",
+        ),
+        ({"samples_per_problem": 4}, "expected 1, or a temperature above 0"),
+        ({"step_growth": "-20"}, r"star.step_growth is '-20'; expected a factor above 0, or \+"),
+        ({"step_growth": "fast"}, "star.step_growth is 'fast'"),
+        ({"answer": "finall"}, "star.answer is 'finall'; expected one of .*; did you mean final?"),
+        ({"answer": "regex:(a"}, r"star.answer is 'regex:\(a', no regular expression"),
+        ({"answer": "regex:a"}, "star.answer is 'regex:a' with 0 groups; expected one"),
+        ({"hint": "choice"}, "star.hint is 'choice' and the problems are sums; expected scratchpad"),
+        ({"hint": "inside"}, "star.hint is 'inside'; expected 'choice' or 'question' or 'scratchpad'"),
+        ({"shots": ["1 + 1"]}, "star.shots has the entry '1 \\+ 1'; expected {prompt, completion}"),
+        (
+            {"iteratons": 3},
+            "unknown key 'star.iteratons' in section star; did you mean star.iterations?",
+        ),
+    ],
+)
+def test_settings_out_of_range(base, star: dict[str, Any], said: str):
+    with pytest.raises(UserError, match=said):
+        parse_recipe(recipe_content(base, **star))
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "said"),
+    [
+        (
+            "data",
+            {"name": None, "messages": "m", "files": ["x"]},
+            "data.messages is given with a section",
+        ),
+        ("data", {"name": None, "files": ["x"]}, "star.answer is null; expected one of final, letter"),
+        (
+            "model",
+            {"name": None, "config": {"model_type": "llama"}},
+            "model.name is null with a section",
+        ),
+        (
+            "star",
+            None,
+            "data.name is sums, problems for `quietstar star`, and the recipe has no section",
+        ),
+    ],
+)
+def test_sections_at_odds(base, section: str, values: dict[str, Any] | None, said: str):
+    content = recipe_content(base)
+    content[section] = None if values is None else {**content[section], **values}
+    content["model"].setdefault("tokenizer", "sums")
+    with pytest.raises(UserError, match=said):
+        parse_recipe(content)
+
+
+@pytest.mark.parametrize(
+    ("data", "star", "said"),
+    [
+        ({}, {"answer": "scratch"}, "has no answer that star.answer 'scratch' finds in ' adding"),
+        (
+            {"prompt": "{Q}"},
+            {},
+            "star.hint is 'question' and the prompt 'What is 4 and 4\\?' has one line",
+        ),
+        (
+            {"prompt": "Q: {Q}\n{C}\nA:", "completion": " {K}"},
+            {"answer": r"regex:(\w)", "hint": "choice"},
+            r"has no line that begins with \(x\); expected a line for each choice",
+        ),
+        (
+            {},
+            {"test_problems": 8},
+            "the data have 8 problems, of which star.test_problems, 8, are held out",
+        ),
+        (
+            {},
+            {"shots": [{"prompt": "Q: 1\nA:", "completion": " 1 " * 300}]},
+            r"star.shots has \d+ tokens, the longest problem \d+ and star.max_new_tokens is 60; expected"
+            " at most 256 together, the model's context",
+        ),
+        ({"block_size": 8}, {}, "data.block_size is 8 and the shortest prompt to learn from has"),
+        (
+            {},
+            {"replay_files": ["none.jsonl"], "replay_share": 0.5},
+            "data file none.jsonl does not exist",
+        ),
+    ],
+)
+def test_data_that_do_not_go_with_the_recipe(base, tmp_path, data, star, said):
+    recipe = parse_recipe(on_questions(base, tmp_path, data, **star))
+    with pytest.raises(UserError, match=said):
+        run_star(recipe, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (("1 2", True), "star.answer finds no answer in any of 10 completions, e.g. '1 2'; expected"),
+        (("#### 5", True), "none of 10 answers is right, e.g. '5'; expected a model that solves some"),
+        (
+            ("#### 5", False),
+            "none of 10 completions ended within star.max_new_tokens, 60, e.g. '#### 5'",
+        ),
+    ],
+)
+def test_nothing_is_solved(base, tmp_path, monkeypatch, text, said):
+    scripted(monkeypatch, lambda prompt: text)
+    recipe = parse_recipe(on_questions(base, tmp_path))
+    with pytest.raises(UserError, match=f"no problem was solved in iteration 1: {said}"):
+        run_star(recipe, tmp_path / "run", progress=False)
+    # What was written is there, and the same command asks nothing again.
+    first = tmp_path / "run" / "iteration-01"
+    assert len((first / "written.jsonl").read_text().splitlines()) == 5
+    monkeypatch.setattr("quietstar.star.writing.Writer._texts", None)
+    with pytest.raises(UserError, match="no problem was solved in iteration 1"):
+        run_star(recipe, tmp_path / "run", progress=False)
+
+
+def test_a_folder_of_something_else(base, tmp_path, capsys):
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps(recipe_content(base)))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    rejected(capsys, ["star", path, "--output", tmp_path / "run"], "holds files but no run.json")
+
+
+def test_one_process_alone(base, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE is above 1; expected one process"):
+        run_star(parse_recipe(recipe_content(base)), tmp_path / "run", progress=False)
+
+
+def test_problems_of_data(base, tmp_path, monkeypatch):
+    """Question and answer from templates, hints behind the question, classes, shots in the prompts."""
+
+    def solves(prompt: str) -> tuple[str, bool]:
+        asked = prompt.rpartition("What is ")[2]
+        total = 2 * int(asked.split()[0])
+        right = total % 4 == 0 or f"({total})" in asked
+        return f" thinking\n#### {total if right else 0}", True
+
+    asked = scripted(monkeypatch, solves)
+    shots = [{"prompt": "Q: What is 0 and 0?\nA:", "completion": " none\n#### 0"}]
+    star = {"shots": shots, "shots_in_training": True, "problem_class": "class {K}", "iterations": 1}
+    recipe = parse_recipe(on_questions(base, tmp_path, **star))
+    row = run_star(recipe, tmp_path / "run", progress=False).metrics["rows"][1]
+    assert row["problems"] == row["kept"] == 5 and row["rationalized"] == pytest.approx(0.4)
+    assert row["wrong_inside_generated"] is None and set(row["accuracy_by_class"]) == {
+        "class x",
+        "class y",
+    }
+    lines = (tmp_path / "run" / "iteration-01" / "train.jsonl").read_text().splitlines()
+    for each in map(json.loads, lines):
+        assert each["prompt"].startswith("Q: What is 0 and 0?\nA: none\n#### 0\n\nQ: What is ")
+        assert "(" not in each["prompt"] and each["completion"].startswith(" thinking\n#### ")
+    assert len(asked) == 2 * 3 + 5 + 2
+
+
+def test_sums_in_a_prompt_are_read(base):
+    problem, has_hint = sum_of("Input:\n1 2 + 3 4\nTarget:\n4 6\n<scratch>\n")
+    assert (problem.a, problem.b, has_hint) == (12, 34, True)
