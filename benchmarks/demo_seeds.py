@@ -40,7 +40,7 @@ def of_words(metrics: dict[str, Any]) -> dict[str, Any]:
     return {
         **{key: metrics[key] for key in ("problems", "sizes", "versions")},
         "seeds": {arm: list(seeds) for arm, seeds in metrics["arms"].items()},
-        "rows": [{"what": label, "steps": steps, **means} for label, steps, means in rows_of(metrics)],
+        "rows": [{"what": label, **means} for label, means in rows_of(metrics)],
         "differences": differences(metrics),
         "by_difficulty": gains_by_difficulty(metrics),
     }

@@ -148,12 +148,12 @@ def render_words(results: dict[str, Any]) -> str:
         f" {sizes['steps']} of each arm. Seeds: {seeds}. {', '.join(_facts(machine))},"
         f" {results['date']}.",
         "",
-        "| arm | step | probability of the answer | greedy accuracy | NLL |",
-        "|---|--:|--:|--:|--:|",
+        "| arm | probability of the answer | greedy accuracy | NLL |",
+        "|---|--:|--:|--:|",
     ]
     for row in results["rows"]:
         cells = f"{row['probability']:.3f} | {row['correct']:.3f} | {row['nll']:.2f}"
-        lines.append(f"| {row['what']} | {row['steps']} | {cells} |")
+        lines.append(f"| {row['what']} | {cells} |")
     lines += [
         "",
         "| difference, per problem | probability | greedy accuracy | NLL |",
@@ -164,17 +164,18 @@ def render_words(results: dict[str, Any]) -> str:
         lines.append(f"| {what} | {cells} |")
     lines += ["", "Mean ± standard error over problems of the mean over seeds; in brackets each seed's."]
     parts = results["by_difficulty"]
-    lines += ["", f"| {len(parts)} equal parts by the control's NLL | control | with thoughts |"]
+    lines += ["", f"| {len(parts)} equal parts by the prepared NLL | control | with thoughts |"]
     lines += ["|--:|--:|--:|"]
     for part in parts:
         before, after = part["control_probability"], part["full_probability"]
-        lines.append(f"| {part['control_nll']:.2f} | {before:.3f} | {after:.3f} |")
+        lines.append(f"| {part['prepared_nll']:.2f} | {before:.3f} | {after:.3f} |")
     return "\n".join(lines)
 
 
 def _signed(value: dict[str, Any]) -> str:
     each = ", ".join(f"{seed:+.3f}" for seed in value["by_seed"])
-    return f"{value['mean']:+.3f} ± {value['standard_error']:.3f} ({each})"
+    error = value["standard_error"]
+    return f"{value['mean']:+.3f}" + ("" if error is None else f" ± {error:.3f}") + f" ({each})"
 
 
 def _spread(value: dict[str, Any]) -> str:

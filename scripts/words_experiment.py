@@ -15,6 +15,7 @@ import logging
 from pathlib import Path
 
 from quietstar.demos.words import ARMS, FULL, Sizes, run_demo
+from quietstar.errors import UserError
 
 
 def main() -> None:
@@ -28,19 +29,22 @@ def main() -> None:
     add("--arms", nargs="+", choices=list(ARMS), default=["full", "none", "no-reinforce"])
     add("--prepare", type=int, default=FULL.prepare, help="steps of the preparation")
     add("--steps", type=int, default=FULL.steps, help="steps of every arm")
-    add("--every", type=int, default=FULL.every, help="steps between two looks at held-out problems")
+    add("--every", type=int, default=FULL.every, help="steps between two looks of the control")
     add("--problems", type=int, help="held-out problems (default: all)")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    sizes = Sizes(args.prepare, args.steps, args.every, args.problems)
-    run_demo(
-        args.output,
-        model=args.model,
-        data=args.data,
-        sizes=sizes,
-        seeds=args.seeds,
-        arms=args.arms,
-    )
+    try:
+        sizes = Sizes(args.prepare, args.steps, args.every, args.problems)
+        run_demo(
+            args.output,
+            model=args.model,
+            data=args.data,
+            sizes=sizes,
+            seeds=args.seeds,
+            arms=args.arms,
+        )
+    except UserError as error:
+        raise SystemExit(f"words_experiment: error: {error}") from None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from small_recipes import rejected
 from quietstar.cli import demo
 from quietstar.data.stdlib import train_tokenizer
 from quietstar.demos import words, words_report, words_scores
-from quietstar.demos.words_problems import NUMBER, value_of, varied
+from quietstar.demos.words_problems import NUMBER, read_problems, values_of, varied
+from quietstar.errors import UserError
 from quietstar.evaluation.completions import CompletionThoughts
 from quietstar.files import read_json
 
@@ -50,7 +52,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_arms_differ_in_what_they_say_alone():
-    recipes = words.stage_recipes("model", Path("x"), words.DEMO, seed=3)
+    texts = Path("asides.jsonl"), Path("practice.jsonl")
+    recipes = words.stage_recipes("model", texts, Path("x"), words.DEMO, seed=3)
     assert set(recipes) == {"prepared", *(f"{arm}-3" for arm in words.ARMS)}
     contents = {name: recipe.to_dict() for name, recipe in recipes.items()}
     full = contents["full-3"]
@@ -86,11 +89,20 @@ def test_problems_and_their_asides(home):
     assert first["completion"] == " 5\n" and first["aside"] == " (3 + 2 = 5)"
     lengths = [len(tokenizer(item["prompt"])["input_ids"]) for item in items]
     assert lengths == sorted(lengths)
-    gold = words_scores._gold_thoughts(tokenizer, [first], 40)
-    assert gold.shape == (1, 40)
-    end = tokenizer.eos_token_id
-    assert tokenizer.decode([token for token in gold[0] if token != end]) == "3 + 2 = 5) 5\n"
-    assert words_scores._gold_thoughts(tokenizer, [first], 4).tolist() == gold[:, :4].tolist()
+    fitting, gold = words_scores._gold_thoughts(tokenizer, items, 40)
+    assert fitting == items and gold.shape == (4, 40)
+    end, place = tokenizer.eos_token_id, items.index(first)
+    assert tokenizer.decode([token for token in gold[place] if token != end]) == "3 + 2 = 5) 5\n"
+    aside = len(tokenizer("3 + 2 = 5)")["input_ids"])
+    fitting, short = words_scores._gold_thoughts(tokenizer, [first], aside)
+    assert fitting == [first] and short.tolist() == gold[place : place + 1, :aside].tolist()
+    assert words_scores._gold_thoughts(tokenizer, [first], aside - 1)[0] == []
+
+
+def test_an_aside_goes_to_the_parenthesis_that_closes_it():
+    assert words_scores._to_its_end("43 - 21 = 22) 22\n") == "43 - 21 = 22)"
+    assert words_scores._to_its_end(" (22 - 5) - 8 = 9) 9 (and)") == " (22 - 5) - 8 = 9)"
+    assert words_scores._to_its_end("22 - 5 = 17 and so on") == "22 - 5 = 17 and so on)"
 
 
 def test_thoughts_of_another_problem_are_its_own(home, monkeypatch):
@@ -99,7 +111,7 @@ def test_thoughts_of_another_problem_are_its_own(home, monkeypatch):
 
     monkeypatch.setattr(words_scores, "BATCH", 3)
     tokenizer: Any = load_tokenizer(str(home / "model"))
-    fields = {"think_at": "completion", "thought_length": 5, "mixing_activation": "sigmoid"}
+    fields = {"think_at": "completion", "thought_length": 14, "mixing_activation": "sigmoid"}
     decoder = tiny_decoder("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
     model = thinking_model(decoder, tokenizer, mixing=0.5, **fields)
     items = words_scores.problem_items(tokenizer, home / "svamp" / "test.jsonl")
@@ -128,16 +140,21 @@ def test_thoughts_of_another_problem_are_its_own(home, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("equation", "value"), [("( 43.0 - 21.0 )", 22), ("((1 + 2) * 3.5) / 7", 1.5), ("9.0", 9)]
+    ("equation", "values"),
+    [
+        ("( 43.0 - 21.0 )", [43, 21, 22]),
+        ("((1 + 2) * 3.5) / 7", [1, 2, 3, 3.5, 10.5, 7, 1.5]),
+        ("9.0", [9]),
+    ],
 )
-def test_what_an_equation_comes_to(equation: str, value: float):
-    assert value_of(equation) == Fraction(str(value))
+def test_what_an_equation_comes_to(equation: str, values: list[float]):
+    assert values_of(equation) == [Fraction(str(value)) for value in values]
 
 
 @pytest.mark.parametrize("equation", ["x + 1", "2 ** 9", "abs(3)", "1 +", "'a'"])
 def test_what_is_no_equation(equation: str):
     with pytest.raises(ValueError, match="expected numbers, "):
-        value_of(equation)
+        values_of(equation)
 
 
 def test_other_numbers():
@@ -163,8 +180,29 @@ def test_other_numbers():
     assert len(seen) > 15
     assert varied({**given, "Equation": "( 345.0 - 77.0 )"}, draw) is None
     assert varied({**given, "Equation": "( 12.0 - 345.0 )", "Answer": -333.0}, draw) is None
-    thirds = varied({**given, "Equation": "( 345.0 / 5.0 )", "Answer": 69.0}, draw)
-    assert thirds is not None and thirds["Answer"] == int(thirds["Answer"]) < 100
+    for _ in range(10):  # no part of it a fraction, and answers may be text
+        sixth = varied({**given, "Equation": "345.0 * ( 9.0 / 5.0 )", "Answer": "621.0"}, draw)
+        if sixth is not None:
+            many, nine, five = (int(n) for n in NUMBER.findall(sixth["Equation"]))
+            assert nine % five == 0 and sixth["Answer"] == many * nine // five < 1000
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            '{"Body": "a", "Question": "b", "Answer": 3}',
+            "line 2, has no Equation; expected Body",
+        ),
+        ("[3]", "line 2, is no problem of SVAMP's"),
+        ('{"Body": "a", "Question": "b", "Equation": "1", "Answer": "many"}', "line 2, is no problem"),
+        ("{", "line 2, is no problem"),
+    ],
+)
+def test_what_is_no_problem(tmp_path, row: str, said: str):
+    (tmp_path / "x.jsonl").write_text(json.dumps(problem("Tom", 3, 2)) + "\n" + row + "\n")
+    with pytest.raises(UserError, match=said):
+        read_problems(tmp_path / "x.jsonl")
 
 
 def records(*probabilities: float) -> list[dict[str, Any]]:
@@ -179,7 +217,9 @@ def metrics_of(ours: tuple[float, ...], theirs: tuple[float, ...]) -> dict[str, 
     thinks = {"own": records(*ours), "other": records(0, 0, 0), "none": records(*theirs)}
     looks["full"].append({"step": 4, "scores": thinks})
     looks["none"].append({"step": 4, "scores": {"none": records(0, 0, 0)}})
-    return {"problems": 3, "arms": {arm: {"1": seen} for arm, seen in looks.items()}}
+    prepared = {"step": 1, "scores": {"none": records(0, 0, 0.05)}}
+    arms = {arm: {"1": seen} for arm, seen in looks.items()}
+    return {"problems": 3, "prepared": prepared, "arms": arms}
 
 
 def test_what_is_compared():
@@ -191,9 +231,20 @@ def test_what_is_compared():
     found = words_report.differences(metrics)
     assert found["REINFORCE, less the same without it"]["probability"]["mean"] == pytest.approx(0.2)
     easy, *_, hard = words_report.gains_by_difficulty(metrics, 3)
-    expected = {"control_nll": 0.7, "control_probability": 0.3, "full_probability": 0.9}
+    # By what an answer costs the prepared model, and not the control.
+    expected = {"prepared_nll": 0.95, "control_probability": 0.1, "full_probability": 0.7}
     assert easy == pytest.approx(expected)
-    assert (hard["control_probability"], hard["full_probability"]) == pytest.approx((0.1, 0.7))
+    assert hard["prepared_nll"] == 1
+
+
+def test_the_control_is_at_its_best_by_each_measure():
+    looks = [(0.3, 2.0, False), (0.2, 1.0, False), (0.1, 3.0, True)]
+    named = [
+        {"scores": {"none": [{"probability": p, "nll": nll, "correct": correct}]}}
+        for p, nll, correct in looks
+    ]
+    best = {key: words_scores.best_scores(named, key)[0][key] for key in words_report.MEASURES}
+    assert best == {"probability": 0.3, "correct": True, "nll": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -234,7 +285,7 @@ def test_a_whole_demo_and_its_continuation(home, tmp_path, monkeypatch, capsys):
     sizes = words.Sizes(prepare=3, steps=4, every=2, problems=3)
     monkeypatch.setattr(words, "DEMO", sizes)
     given = {"model": str(home / "model"), "data": home / "svamp", "output": tmp_path / "demo"}
-    args = argparse.Namespace(what="words", quick=False, fresh=False, **given)
+    args = argparse.Namespace(what="words", quick=False, fresh=False, seed=None, **given)
     assert demo.run(args) == 0
     printed = capsys.readouterr().out
     for word in ("held-out problems", "no thoughts", "thoughts of another problem", "What it thinks"):
@@ -257,11 +308,29 @@ def test_a_whole_demo_and_its_continuation(home, tmp_path, monkeypatch, capsys):
     assert set(found["arms"]["pause"]["1"][0]["scores"]) == {"own", "none"}
     assert found["arms"]["full"]["1"] == metrics["arms"]["full"]["1"]
     assert found["arms"]["full"]["1"] != found["arms"]["full"]["2"]
+    # What is shown is what is there, whoever asked for it; other problems are scored anew.
     capsys.readouterr()
-    words.run_demo(folder, **where, sizes=sizes, arms=["pause"])  # nothing to compare it with
-    assert "pause tokens" in capsys.readouterr().out
-    words.forget(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["metrics.json"]
+    words.run_demo(folder, **where, sizes=replace(sizes, problems=2), arms=["pause"])
+    printed = capsys.readouterr().out
+    assert "pause tokens" in printed and "Thoughts" not in printed
+    words.run_demo(folder, **where, sizes=sizes, arms=["pause"])
+    assert "(3 problems)" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+
+
+def test_fresh_deletes_what_it_made_alone(home, tmp_path, capsys):
+    for name in ("full-1", "none-2-scores", "prepared"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+    (tmp_path / "asides-0123abcd.jsonl").write_text("{}")
+    (tmp_path / "full-3").mkdir()
+    (tmp_path / "full-3" / "run.json").write_text("{}")
+    asked = ["demo", "words", "--fresh", "--output", tmp_path]
+    rejected(capsys, [*asked, "--model", home / "model", "--data", home], "which has no train.jsonl")
+    assert (tmp_path / "full-3").is_dir()  # not before it is known that there will be another
+    words.forget(tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["full-1", "none-2-scores", "prepared"]
 
 
 @pytest.mark.slow

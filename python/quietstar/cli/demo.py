@@ -25,7 +25,7 @@ def add_parser(commands: Commands) -> None:
     add("--quick", action="store_true", help="fewer steps and controls")
     add("--fresh", action="store_true", help="start anew instead of continuing")
     add("--sweep", action="store_true", help="task: also try several thought lengths")
-    add("--seed", type=int, help="task (default: 4) and star (0): all that is drawn")
+    add("--seed", type=int, help="all that is drawn (default: task 4, words 1, star 0)")
     add("--model", metavar="M", help="words: the base model, a GGUF file, folder or name on the hub")
     add(
         "--data",
@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
             model=args.model,
             data=args.data,
             sizes=words.QUICK if args.quick else words.DEMO,
+            seeds=(1 if args.seed is None else args.seed,),
             fresh=args.fresh,
         )
     elif args.what == "star":

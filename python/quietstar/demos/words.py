@@ -11,14 +11,16 @@ run in a folder of its own, so that a second call continues where one stopped:
    pause tokens; and asides in plain sight, which are no thoughts but a chain of thought;
 3. held-out problems, every so many steps: the answer's probability, its NLL, and greedy accuracy.
 
-The control without thoughts is judged at its best step, what is compared with it at its last. The result
-is stated as it is measured, gain or no gain.
+The control without thoughts is judged at its best step, by each measure, what is compared with it at its
+last. The result is stated as it is measured, gain or no gain.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,21 +29,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback
 
 from quietstar.data.presets import PRESETS
-from quietstar.demos.words_problems import write_varied
+from quietstar.demos.words_problems import read_problems, write_varied
 from quietstar.demos.words_scores import (
     ASIDE,
     TOKENS,
     Look,
+    digest_of,
+    looks_in,
     problem_items,
     scores_of,
     visible_scores_of,
 )
 from quietstar.errors import UserError, blaming
-from quietstar.files import METRICS_FILE, read_json, write_json
+from quietstar.files import METRICS_FILE, write_json, write_whole
 from quietstar.recipes.recipe import Recipe, load_recipe
+from quietstar.recipes.run_folder import RUN_FILE
 from quietstar.training.options import computes_bf16
 from quietstar.versions import package_versions
 
@@ -82,6 +86,11 @@ class Sizes:
     steps: int
     every: int
     problems: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; expected a whole number >= 1")
 
 
 # Other numbers for each problem, in the preparation.
@@ -134,8 +143,14 @@ def find_data(folder: Path | None, output: Path) -> tuple[Path, Path]:
     return files
 
 
-def stage_recipes(model: str, output: Path, sizes: Sizes, seed: int) -> dict[str, Recipe]:
-    """The recipe of every run, by the name of its folder; the preparation has no seed of its own."""
+def stage_recipes(
+    model: str, texts: tuple[Path, Path], output: Path, sizes: Sizes, seed: int
+) -> dict[str, Recipe]:
+    """The recipe of every run, by the name of its folder; the preparation has no seed of its own.
+
+    Args:
+        texts: what the preparation and what the arms learn from.
+    """
     plain = load_recipe("smollm2-135m")
     once = {
         "gradient_accumulation_steps": 1,
@@ -151,7 +166,7 @@ def stage_recipes(model: str, output: Path, sizes: Sizes, seed: int) -> dict[str
         model={"name": model, "init_start_from": None},
         data={
             **packed,
-            "files": [str(output / "asides.jsonl")],
+            "files": [str(texts[0])],
             "prompt": "{prompt}",
             "completion": "{completion}",
         },
@@ -174,9 +189,10 @@ def stage_recipes(model: str, output: Path, sizes: Sizes, seed: int) -> dict[str
             "init_end_from": ")",
         },
         # Some eight problems a row, one row a step.
-        data={**packed, "files": [str(output / "practice.jsonl")], "preset": "svamp"},
+        data={**packed, "files": [str(texts[1])], "preset": "svamp"},
         thoughts={
             "think_at": "completion",
+            "thought_length": 16,  # nine of ten asides fit
             "mixing_floor": 1.0,
             "embedding_scale": 1.0,
             "reinforce_temperature": 1.0,
@@ -200,23 +216,26 @@ def stage_recipes(model: str, output: Path, sizes: Sizes, seed: int) -> dict[str
     return {"prepared": prepared, **arms}
 
 
-def write_problems(tokenizer: PreTrainedTokenizerBase, problems: Path, output: Path) -> None:
-    """What is trained on, of the problems of a file: ``practice.jsonl`` for the arms, a variant of each;
-    ``asides.jsonl`` for the preparation, the problems and other variants, each with a terse answer and
-    with the aside before it."""
-    practice, given, asides = (output / f"{n}.jsonl" for n in ("practice", "given", "asides"))
-    if asides.is_file():
-        return
-    write_varied(problems, practice, 1, seed=1, first=False)
-    write_varied(problems, given, VARIANTS, seed=2, first=True)
-    items = problem_items(tokenizer, given)
-    rows = [
+def write_problems(
+    tokenizer: PreTrainedTokenizerBase, problems: Path, output: Path
+) -> tuple[Path, Path]:
+    """What is trained on, of the problems of a file: for the preparation these problems and variants,
+    each with a terse answer and with the aside before it; for the arms a further variant of each."""
+    given = read_problems(problems)
+    rows = json.dumps([given, VARIANTS, ASIDE, TOKENS])
+    # The names are in the recipes: a run goes on only with what it began with.
+    digest = hashlib.sha256(rows.encode()).hexdigest()[:8]
+    asides, practice = (output / f"{name}-{digest}.jsonl" for name in ("asides", "practice"))
+    write_varied(given, practice, 1, seed=1, first=False)
+    write_varied(given, asides, VARIANTS, seed=2, first=True)
+    items = problem_items(tokenizer, asides)
+    pairs = [
         {"prompt": item["prompt"], "completion": before + item["completion"]}
         for item in items
         for before in ("", item["aside"])
     ]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    asides.write_text(text, encoding="utf-8")
+    write_whole(asides, "".join(json.dumps(pair) + "\n" for pair in pairs))
+    return asides, practice
 
 
 def run_arms(
@@ -227,54 +246,89 @@ def run_arms(
     sizes: Sizes = DEMO,
     seeds: Sequence[int] = (1,),
     arms: Sequence[str] = ("full", "none"),
+    fresh: bool = False,
     show: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
-    """Run and measure what is not done yet; returns the content of ``metrics.json``.
+    """Run and measure what is not done yet; returns the content of ``metrics.json``, which has all arms
+    and seeds that are in the folder.
 
     Args:
-        show: called with the metrics so far whenever an arm is done.
+        fresh: all of it anew; show: called with the metrics so far whenever an arm is done.
     """
-    from quietstar.checkpoints.load import load_checkpoint
     from quietstar.modeling.pretrained import load_tokenizer
-    from quietstar.recipes.run import run_recipe
 
     name, output = find_model(model), output.absolute()
     files = find_data(data, output)
-    output.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(name)
-    write_problems(tokenizer, files[0], output)
     items = problem_items(tokenizer, files[1], sizes.problems)
-
-    def run(recipe: Recipe, folder: Path, *watching: TrainerCallback) -> Path:
-        logger.info("%s: %d steps", folder.name, recipe.training["max_steps"])
-        return run_recipe(recipe, folder, log_lines=False, callbacks=list(watching)).output
-
-    recipes = stage_recipes(name, output, sizes, seeds[0])
-    start = run(recipes["prepared"], output / "prepared")
-    metrics: dict[str, Any] = {"problems": len(items), "sizes": asdict(sizes), "arms": {}}
-    before = output / "prepared-scores.json"
-    if not before.is_file():
-        prepared, _ = load_checkpoint(str(start))
-        write_json(before, {"step": 0, **visible_scores_of(tokenizer, items, prepared)})
-    metrics["prepared"] = read_json(before)
+    if fresh:
+        forget(output)
+    output.mkdir(parents=True, exist_ok=True)
+    experiment = _Experiment(tokenizer, items, output, sizes)
+    texts = write_problems(tokenizer, files[0], output)
+    experiment.run(stage_recipes(name, texts, output, sizes, seeds[0])["prepared"], "prepared")
     for seed in seeds:
-        recipes = stage_recipes(name, output, sizes, seed)
+        recipes = stage_recipes(name, texts, output, sizes, seed)
         for arm in arms:
-            folder, kept = output / f"{arm}-{seed}", output / f"{arm}-{seed}-scores"
-            score = partial(visible_scores_of if arm == "visible" else scores_of, tokenizer, items)
-            look = Look(score, kept, sizes.every if arm == "none" else sizes.steps)
-            run(recipes[f"{arm}-{seed}"], folder, look)
-            looks = sorted((read_json(file) for file in kept.glob("step-*.json")), key=_step)
-            metrics["arms"].setdefault(arm, {})[str(seed)] = looks
+            experiment.run(recipes[f"{arm}-{seed}"], f"{arm}-{seed}")
             if show is not None:
-                show(metrics)
-    metrics["versions"] = package_versions()
+                show(experiment.metrics())
+    metrics = {**experiment.metrics(), "versions": package_versions()}
     write_json(output / METRICS_FILE, metrics)
     return metrics
 
 
-def _step(look: dict[str, Any]) -> int:
-    return int(look["step"])
+@dataclass
+class _Experiment:
+    """Runs in the folders of an output folder, and their scores beside them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    items: list[dict[str, Any]]
+    output: Path
+    sizes: Sizes
+
+    def run(self, recipe: Recipe, name: str) -> None:
+        """Train and score what is not done yet."""
+        from quietstar.checkpoints.load import load_checkpoint
+        from quietstar.recipes.run import run_recipe
+
+        arm, sizes = name.rpartition("-")[0] or name, self.sizes
+        score = partial(
+            visible_scores_of if arm in ("visible", "prepared") else scores_of,
+            self.tokenizer,
+            self.items,
+        )
+        last, kept = recipe.training["max_steps"], self.output / f"{name}-scores"
+        every = sizes.every if arm == "none" else last
+        look = Look(score, kept, every, digest_of(self.items))
+        logger.info("%s: %d steps", name, last)
+        folder = run_recipe(recipe, self.output / name, log_lines=False, callbacks=[look]).output
+        if not any(each["step"] == last for each in looks_in(kept, digest_of(self.items))):
+            # Trained by an earlier call, which scored other problems or was killed before it did.
+            look.look(last, load_checkpoint(str(folder))[0])
+
+    def metrics(self) -> dict[str, Any]:
+        """All scores on these problems."""
+        digest = digest_of(self.items)
+        arms: dict[str, dict[str, list[dict[str, Any]]]] = {}
+        for arm in ARMS:
+            folders = {int(m[1]): path for path, m in _made(self.output, rf"{arm}-(\d+)-scores")}
+            looks = {str(seed): looks_in(folders[seed], digest) for seed in sorted(folders)}
+            done = {seed: found for seed, found in looks.items() if found}
+            arms |= {arm: done} if done else {}
+        prepared = looks_in(self.output / "prepared-scores", digest)
+        return {
+            "problems": len(self.items),
+            "sizes": asdict(self.sizes),
+            "prepared": prepared[-1] if prepared else None,
+            "arms": arms,
+        }
+
+
+def _made(output: Path, name: str) -> list[tuple[Path, re.Match[str]]]:
+    """What an output folder holds under names of a kind."""
+    found = ((path, re.fullmatch(name, path.name)) for path in sorted(output.iterdir()))
+    return [(path, match) for path, match in found if match is not None]
 
 
 def run_demo(
@@ -293,8 +347,6 @@ def run_demo(
     from quietstar.demos.words_report import print_summary, print_table
 
     console = Console(highlight=False, soft_wrap=True)
-    if fresh:
-        forget(output)
     metrics = run_arms(
         output,
         model=model,
@@ -302,6 +354,7 @@ def run_demo(
         sizes=sizes,
         seeds=seeds,
         arms=arms,
+        fresh=fresh,
         show=partial(print_table, console),
     )
     if {"full", "none"} <= metrics["arms"].keys():
@@ -311,7 +364,14 @@ def run_demo(
 
 def forget(output: Path) -> None:
     """Delete what earlier calls left, and nothing else."""
-    made = [f"{arm}-*" for arm in ARMS] + ["prepared", "prepared-scores.json"]
-    made += ["asides.jsonl", "given.jsonl", "practice.jsonl"]
-    for path in [path for pattern in made for path in output.glob(pattern)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not output.is_dir():
+        return
+    runs = rf"prepared|({'|'.join(ARMS)})-\d+"
+    for path, _ in _made(output, runs):
+        if (path / RUN_FILE).is_file():
+            shutil.rmtree(path)
+    for path, _ in _made(output, rf"({runs})-scores"):
+        if all(re.fullmatch(r"step-\d+\.json", each.name) for each in path.iterdir()):
+            shutil.rmtree(path)
+    for path, _ in _made(output, r"(asides|practice)-[0-9a-f]{8}\.jsonl|metrics\.json"):
+        path.unlink()

@@ -17,8 +17,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-# A problem in the layout of SVAMP: Body, Question, Equation ("( 43.0 - 21.0 )"), Answer.
+from quietstar.errors import UserError
+from quietstar.files import write_whole
+
+# A problem in the layout of SVAMP; an equation is "( 43.0 - 21.0 )".
 Problem = dict[str, Any]
+COLUMNS = ("Body", "Question", "Equation", "Answer")
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 # Of a division of three digits by two, one draw in fifty has no remainder.
 TRIES = 500
@@ -26,46 +30,51 @@ _OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.m
 _OPERATORS[ast.Div] = operator.truediv
 
 
-def value_of(equation: str) -> Fraction:
-    """What an equation of numbers, + - * / and parentheses comes to.
+def values_of(equation: str) -> list[Fraction]:
+    """What the parts of an equation of numbers, + - * / and parentheses come to; the whole one's last.
 
     Raises:
         ValueError: for any other equation; ZeroDivisionError.
     """
+    found: list[Fraction] = []
     try:
-        return _value(ast.parse(equation.strip(), mode="eval").body)
+        _value(ast.parse(equation.strip(), mode="eval").body, found)
     except (SyntaxError, KeyError) as error:
-        raise ValueError(
-            f"equation is {equation!r}; expected numbers, + - * / and parentheses"
-        ) from error
+        expected = "expected numbers, + - * / and parentheses"
+        raise ValueError(f"equation is {equation!r}; {expected}") from error
+    return found
 
 
-def _value(node: ast.expr) -> Fraction:
+def _value(node: ast.expr, found: list[Fraction]) -> Fraction:
     if isinstance(node, ast.BinOp):
-        found: Fraction = _OPERATORS[type(node.op)](_value(node.left), _value(node.right))
-        return found
-    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-        return Fraction(str(node.value))
-    raise KeyError(type(node))
+        operation = _OPERATORS[type(node.op)]
+        found.append(operation(_value(node.left, found), _value(node.right, found)))
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        found.append(Fraction(str(node.value)))
+    else:
+        raise KeyError(type(node))
+    return found[-1]
 
 
 def varied(problem: Problem, draw: random.Random) -> Problem | None:
     """The problem with other numbers; None where its equation has numbers that its text does not, or no
-    numbers were found with which the answer is a whole one of as many digits at most."""
+    numbers were found with which the answer, and what leads to it, is a whole number, the answer of as
+    many digits at most."""
     text = {key: str(problem[key]) for key in ("Body", "Question")}
     equation = str(problem["Equation"])
     there = sorted({Fraction(number) for part in text.values() for number in NUMBER.findall(part)})
     if not {Fraction(number) for number in NUMBER.findall(equation)} <= set(there):
         return None
-    most = 10 ** len(str(abs(int(problem["Answer"]))))
+    most = 10 ** len(str(abs(int(Fraction(str(problem["Answer"]))))))
     for _ in range(TRIES):
         new = dict(zip(there, _like(there, draw), strict=True))
         other = _with(new, equation)
         try:
-            answer = value_of(other)
+            values = values_of(other)
         except ZeroDivisionError:
             continue
-        if len({*new.values()}) == len(new) and answer.denominator == 1 and 0 < answer < most:
+        answer, whole = values[-1], all(value.denominator == 1 for value in values)
+        if len({*new.values()}) == len(new) and whole and 0 < answer < most:
             changed = {key: _with(new, part) for key, part in text.items()}
             return {**problem, **changed, "Equation": other, "Answer": float(answer)}
     return None
@@ -91,18 +100,37 @@ def _like(numbers: Sequence[Fraction], draw: random.Random) -> list[Fraction]:
     return [new.get(number, number) for number in numbers]
 
 
-def write_varied(problems: Path, to: Path, copies: int, *, seed: int, first: bool) -> None:
-    """Write variants of the problems of a file, those that cannot be varied once as they are.
+def read_problems(file: Path) -> list[Problem]:
+    """The rows of a jsonl file.
+
+    Raises:
+        UserError: names the line that is no problem.
+    """
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            missing = [column for column in COLUMNS if column not in row]
+            Fraction(str(row.get("Answer", 0)))
+        except (ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"{file}, line {number}, is no problem of SVAMP's: {error}") from error
+        if missing:
+            raise UserError(f"{file}, line {number}, has no {missing[0]}; expected {', '.join(COLUMNS)}")
+        found.append(row)
+    return found
+
+
+def write_varied(problems: Sequence[Problem], to: Path, copies: int, *, seed: int, first: bool) -> None:
+    """Write variants of problems, of those that cannot be varied once themselves.
 
     Args:
         copies: of each problem; first: the problems themselves before them.
     """
     draw = random.Random(seed)
-    given = [
-        json.loads(line) for line in problems.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
-    rows = list(given) if first else []
-    for problem in given:
+    rows = list(problems) if first else []
+    for problem in problems:
         made = [found for _ in range(copies) if (found := varied(problem, draw)) is not None]
         rows += made or ([] if first else [problem])
-    to.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_whole(to, "".join(json.dumps(row) + "\n" for row in rows))

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from quietstar.demos.words import ARMS
-from quietstar.demos.words_scores import judged_look, mean_scores, paired
+from quietstar.demos.words_scores import best_scores, mean_scores, paired
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-LINE = "{:44}  {:>5}  {:>8}  {:>12}  {:>8}"
+LINE = "{:56}  {:>8}  {:>12}  {:>8}"
+MEASURES = ("probability", "correct", "nll")
 # Half a sentence for each way in which an arm that thinks predicts, and one with asides in sight.
 WAYS = {
     "own": "",
@@ -25,91 +26,104 @@ WAYS = {
 VISIBLE = {"none": "no aside", "own": "its own aside in sight", "gold": "the right aside in sight"}
 
 
-def judged(looks: list[dict[str, Any]], arm: str) -> dict[str, Any]:
-    """The control at its best step, everything else at its last."""
-    return judged_look(looks, "none", best=arm == "none")
-
-
-def rows_of(metrics: dict[str, Any]) -> list[tuple[str, str, dict[str, float]]]:
-    """The rows of the table: label, step, means over problems and seeds."""
+def rows_of(metrics: dict[str, Any]) -> list[tuple[str, dict[str, float]]]:
+    """The rows of the table: label, means over problems and seeds."""
     prepared = metrics["prepared"]["scores"]
     rows = [
-        (f"prepared, {name}", "0", mean_scores(prepared[way]))
+        (f"prepared, {name}", mean_scores(prepared[way]))
         for way, name in VISIBLE.items()
         if way in prepared
     ]
     for arm, seeds in metrics["arms"].items():
-        looks = [judged(looks, arm) for looks in seeds.values()]
         label = ARMS[arm].label
+        if arm == "none":
+            control = [_control(metrics, seed) for seed in seeds]
+            means = [{key: mean_scores(each[key])[key] for key in MEASURES} for each in control]
+            rows.append((f"{label}, at its best", _mean(means)))
+            continue
+        last = [looks[-1]["scores"] for looks in seeds.values()]
         names = {way: f"{label}, {name}" for way, name in VISIBLE.items()}
         if arm != "visible":
             names = {way: label + name for way, name in WAYS.items()}
-        if arm == "none":
-            names = {"none": label}
         for way, name in names.items():
-            if way not in looks[0]["scores"]:
-                continue
-            each = [mean_scores(look["scores"][way]) for look in looks]
-            means = {key: sum(one[key] for one in each) / len(each) for key in each[0]}
-            rows.append((name, ",".join(str(look["step"]) for look in looks), means))
+            if way in last[0]:
+                count = len(last[0][way])
+                some = f" ({count} that fit)" if count < metrics["problems"] else ""
+                rows.append((name + some, _mean([mean_scores(scores[way]) for scores in last])))
     return rows
+
+
+def _mean(each: list[dict[str, float]]) -> dict[str, float]:
+    return {key: sum(one[key] for one in each) / len(each) for key in MEASURES}
+
+
+def _control(metrics: dict[str, Any], seed: str) -> dict[str, list[dict[str, Any]]]:
+    """The control's records by measure, each at its best step by it, the prepared model's among them."""
+    looks = [metrics["prepared"], *metrics["arms"]["none"][seed]]
+    return {key: best_scores(looks, key) for key in MEASURES}
 
 
 def print_table(console: Console, metrics: dict[str, Any]) -> None:
     """The table of all arms so far."""
-    head = LINE.format("held-out problems", "step", "p(right)", "greedy right", "NLL")
+    head = LINE.format("held-out problems", "p(right)", "greedy right", "NLL")
     console.print(f"\n{head}\n{'-' * len(head)}", markup=False)
-    for label, step, means in rows_of(metrics):
+    for label, means in rows_of(metrics):
         cells = (f"{means['probability']:.3f}", f"{means['correct']:.3f}", f"{means['nll']:.2f}")
-        console.print(LINE.format(label, step, *cells), markup=False)
+        console.print(LINE.format(label, *cells), markup=False)
 
 
 def print_summary(console: Console, metrics: dict[str, Any]) -> None:
     """Thoughts at held-out problems, and the verdict."""
     looks = next(iter(metrics["arms"]["full"].values()))
     console.print("\nWhat it thinks before some answers:")
-    for thought in judged(looks, "full").get("thoughts", [])[:5]:
+    for thought in looks[-1].get("thoughts", [])[:5]:
         console.print(f"  ({thought!r}", markup=False)
     console.print(f"\n[b]{verdict(metrics)}[/b]")
 
 
 def differences(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What was compared, and by probability, correct and nll the paired difference with its error."""
-    seeds = metrics["arms"]["full"]
-    scores = {
-        arm: {seed: judged(looks, arm)["scores"] for seed, looks in arms.items()}
-        for arm, arms in metrics["arms"].items()
+    """What was compared, and by measure the paired difference with its error, over common seeds."""
+    arms = metrics["arms"]
+    last = {
+        arm: {seed: looks[-1]["scores"] for seed, looks in seeds.items()} for arm, seeds in arms.items()
     }
     found = {}
     for name, arm, way in (
-        ("thoughts, less the same training without", "none", "none"),
+        ("thoughts, less the same training without", "none", None),
         ("REINFORCE, less the same without it", "no-reinforce", "own"),
         ("own thoughts, less those of another problem", "full", "other"),
         ("own thoughts, less none in the same weights", "full", "none"),
     ):
-        common = [seed for seed in seeds if seed in scores.get(arm, {})]
-        if not common:
+        seeds = [seed for seed in arms["full"] if seed in arms.get(arm, {})]
+        if not seeds:
             continue
-        ours = [scores["full"][seed]["own"] for seed in common]
-        theirs = [scores[arm][seed][way] for seed in common]
-        found[name] = {key: paired(ours, theirs, key) for key in ("probability", "correct", "nll")}
+        ours = [last["full"][seed]["own"] for seed in seeds]
+        found[name] = {
+            key: paired(
+                ours,
+                [last[arm][seed][way] if way else _control(metrics, seed)[key] for seed in seeds],
+                key,
+            )
+            for key in MEASURES
+        }
     return found
 
 
 def gains_by_difficulty(metrics: dict[str, Any], parts: int = 10) -> list[dict[str, float]]:
-    """Problems in equal parts by what their answers cost the control, means over seeds: that NLL, and
-    both probabilities."""
-    seeds = metrics["arms"]["full"]
-    ours = [judged(looks, "full")["scores"]["own"] for looks in seeds.values()]
-    theirs = [judged(metrics["arms"]["none"][seed], "none")["scores"]["none"] for seed in seeds]
+    """Problems in equal parts by what their answers cost the prepared model, which neither arm has had a
+    hand in; means over common seeds: that NLL, and both arms' probabilities."""
+    arms = metrics["arms"]
+    seeds = [seed for seed in arms["full"] if seed in arms["none"]]
 
     def mean(records: list[list[dict[str, Any]]], key: str) -> Tensor:
         return torch.tensor([[record[key] for record in one] for one in records]).double().mean(0)
 
-    cost, before, after = mean(theirs, "nll"), mean(theirs, "probability"), mean(ours, "probability")
+    cost = mean([metrics["prepared"]["scores"]["none"]], "nll")
+    before = mean([_control(metrics, seed)["probability"] for seed in seeds], "probability")
+    after = mean([arms["full"][seed][-1]["scores"]["own"] for seed in seeds], "probability")
     return [
         {
-            "control_nll": float(cost[chosen].mean()),
+            "prepared_nll": float(cost[chosen].mean()),
             "control_probability": float(before[chosen].mean()),
             "full_probability": float(after[chosen].mean()),
         }

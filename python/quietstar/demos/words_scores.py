@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ from transformers import TrainerCallback
 from quietstar.data.plain_text import plain_ids
 from quietstar.evaluation.completions import CompletionThoughts, load_items, score_completions
 from quietstar.evaluation.perplexity import undisturbed
-from quietstar.files import write_json
+from quietstar.files import read_json, write_json
 from quietstar.training.options import computes_bf16
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ EQUATION = "{Equation:equation} = {Answer:number}"
 ANSWER = " {Answer:number}\n"
 ASIDE = f" ({EQUATION}){ANSWER}"
 # Problems are short; what is longer is left out. The tokens of an aside.
-TOKENS, ASIDE_TOKENS = 112, 18
+TOKENS, ASIDE_TOKENS = 112, 28
 BATCH = 20
 
 Item = dict[str, Any]
@@ -41,27 +43,54 @@ def problem_items(
     templates: dict[str, Any] = {"preset": "svamp", "completion": ANSWER}
     items = load_items(tokenizer, file, templates, TOKENS, limit)
     with_asides = load_items(tokenizer, file, {**templates, "completion": ASIDE}, 2 * TOKENS)
-    aside_of = {item["prompt"]: item["completion"] for item in with_asides}
+    # A parenthesis that a nested equation begins with would be one token with the aside's own.
+    aside_of = {item["prompt"]: item["completion"].replace(" ((", " ( (") for item in with_asides}
+    items = [item for item in items if item["prompt"] in aside_of]
     for item in items:
         item["aside"] = aside_of[item["prompt"]].rpartition(")")[0] + ")"
     return sorted(items, key=lambda item: len(plain_ids(tokenizer, item["prompt"])))
 
 
 class Look(TrainerCallback):
-    """Scores a model on held-out problems every so many steps.
+    """Scores a model on held-out problems every so many steps, and after the last.
 
     Args:
-        score: plain data of a model; kept: where they go, a file for each step.
+        score: plain data of a model; kept: where they go, a file for each step; problems: a digest of
+            what is scored, without which an older score does not count.
     """
 
-    def __init__(self, score: Callable[[QuietStarForCausalLM], dict[str, Any]], kept: Path, every: int):
-        self._score, self._kept, self._every = score, kept, every
+    def __init__(
+        self,
+        score: Callable[[QuietStarForCausalLM], dict[str, Any]],
+        kept: Path,
+        every: int,
+        problems: str,
+    ):
+        self._score, self._kept, self._every, self._problems = score, kept, every, problems
+
+    def look(self, step: int, model: QuietStarForCausalLM) -> None:
+        """Score it, unless that was done."""
+        if not any(each["step"] == step for each in looks_in(self._kept, self._problems)):
+            self._kept.mkdir(parents=True, exist_ok=True)
+            content = {"step": step, "problems": self._problems, **self._score(model)}
+            write_json(self._kept / f"step-{step}.json", content)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        file = self._kept / f"step-{state.global_step}.json"
-        if state.global_step % self._every == 0 and not file.is_file():
-            self._kept.mkdir(parents=True, exist_ok=True)
-            write_json(file, {"step": state.global_step, **self._score(kwargs["model"])})
+        if state.global_step % self._every == 0 or state.global_step == state.max_steps:
+            self.look(state.global_step, kwargs["model"])
+
+
+def looks_in(kept: Path, problems: str) -> list[dict[str, Any]]:
+    """The scores of a folder on these problems, by step."""
+    looks = [read_json(file) for file in kept.glob("step-*.json")]
+    return sorted(
+        (each for each in looks if each["problems"] == problems), key=lambda each: each["step"]
+    )
+
+
+def digest_of(items: Sequence[Item]) -> str:
+    """What tells whether scores are of these problems."""
+    return hashlib.sha256(json.dumps(list(items)).encode()).hexdigest()[:16]
 
 
 def scores_of(
@@ -69,7 +98,7 @@ def scores_of(
 ) -> dict[str, Any]:
     """Scores by way: ``none`` (without a thought), and where the model thinks ``own`` (its most likely
     thought), ``drawn`` (a sampled one), ``other`` (the own thought of the next problem) and ``gold``
-    (the problem's equation in the thought's place); some of its thoughts as text beside them."""
+    (the problem's equation in the thought's place, where it fits); some thoughts as text beside them."""
     scores: Scores = {}
     config = model.config
     if not config.thinks:
@@ -80,11 +109,11 @@ def scores_of(
         return {"scores": scores}
     drawn = CompletionThoughts(temperature=1.0, seed=1)
     scores["drawn"] = _score_both(model, tokenizer, items, drawn)[0]
-    for name, ids in (
-        ("other", own.ids.roll(1, 0)),
-        ("gold", _gold_thoughts(tokenizer, items, config.thought_length)),
-    ):
-        scores[name] = _score_both(model, tokenizer, items, CompletionThoughts(ids=ids))[0]
+    other = CompletionThoughts(ids=own.ids.roll(1, 0))
+    scores["other"] = _score_both(model, tokenizer, items, other)[0]
+    fitting, ids = _gold_thoughts(tokenizer, items, config.thought_length)
+    if fitting:
+        scores["gold"] = _score_both(model, tokenizer, fitting, CompletionThoughts(ids=ids))[0]
     return {"scores": scores, "thoughts": tokenizer.batch_decode(own.ids[:8])}
 
 
@@ -132,16 +161,20 @@ def _of(record: dict[str, Any], part: str) -> dict[str, Any]:
     return {k: v if isinstance(v, bool) else round(v, 6) for k, v in kept.items()}
 
 
-def _gold_thoughts(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], length: int) -> Tensor:
-    """[items, length]: what stands behind the parenthesis of an aside, and as in training the answer and
-    end-of-text tokens behind it, as far as a thought goes."""
-    end = tokenizer.eos_token_id
-    rows = []
+def _gold_thoughts(
+    tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], length: int
+) -> tuple[list[Item], Tensor]:
+    """Problems whose aside fits into a thought, and the thoughts [n, length]: what stands behind the
+    aside's parenthesis, and as in training the answer and end-of-text tokens behind it."""
+    fitting, rows = [], []
     for item in items:
-        text = item["aside"].partition("(")[2] + item["completion"]
-        ids = plain_ids(tokenizer, text, add_special_tokens=False)[:length]
-        rows.append(ids + [end] * (length - len(ids)))
-    return torch.tensor(rows)
+        aside = item["aside"].partition("(")[2]
+        if len(plain_ids(tokenizer, aside, add_special_tokens=False)) <= length:
+            text = aside + item["completion"]
+            ids = plain_ids(tokenizer, text, add_special_tokens=False)[:length]
+            rows.append(ids + [tokenizer.eos_token_id] * (length - len(ids)))
+            fitting.append(item)
+    return fitting, torch.tensor(rows)
 
 
 def own_asides(
@@ -164,8 +197,18 @@ def own_asides(
                 pad_token_id=tokenizer.eos_token_id,
             )
         for text in tokenizer.batch_decode(made[:, longest:]):
-            asides.append(f" ({text.partition(')')[0]})")
+            asides.append(f" ({_to_its_end(text)}")
     return asides
+
+
+def _to_its_end(text: str) -> str:
+    """Up to the parenthesis that closes the aside, or that parenthesis behind all of it."""
+    depth = 1
+    for place, letter in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if not depth:
+            return text[: place + 1]
+    return text + ")"
 
 
 def visible_scores_of(
@@ -189,11 +232,11 @@ def mean_scores(records: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {key: sum(float(r[key]) for r in records) / len(records) for key in keys}
 
 
-def judged_look(looks: Sequence[dict[str, Any]], way: str, *, best: bool) -> dict[str, Any]:
-    """The last look, or the one at which the right answers were most probable."""
-    if best:
-        return max(looks, key=lambda look: mean_scores(look["scores"][way])["probability"])
-    return looks[-1]
+def best_scores(looks: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    """Without thoughts, at the look that is best by one measure."""
+    sign = -1 if key == "nll" else 1
+    records: list[list[dict[str, Any]]] = [look["scores"]["none"] for look in looks]
+    return max(records, key=lambda each: sign * mean_scores(each)[key])
 
 
 def paired(

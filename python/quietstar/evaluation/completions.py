@@ -101,11 +101,6 @@ class CompletionThoughts:
     seed: int = 0
     ids: Tensor | None = None
 
-    def moved(self, by: int = 1) -> CompletionThoughts:
-        """Every item gets the thought of another one."""
-        assert self.ids is not None
-        return CompletionThoughts(self.temperature, self.seed, self.ids.roll(by, 0))
-
 
 @torch.no_grad()
 def score_completions(
