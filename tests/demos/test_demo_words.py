@@ -43,7 +43,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part, chosen in (("train", rows + [problem(n, 9, 4) for n in NAMES]), ("test", rows[:4])):
         text = "".join(json.dumps(row) + "\n" for row in chosen)
         (home / "svamp" / f"{part}.jsonl").write_text(text)
-    spelled = [f"Question: {r['Body']}. {r['Question']}\nAnswer: ({r['Equation']}) 5\n" for r in rows]
+    spelled = [f"Question: {r['Body']}. {r['Question']}\nAnswer:\n<{r['Equation']}>5\n" for r in rows]
     tokenizer: Any = train_tokenizer(spelled * 20, 400)
     model = tiny_decoder("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
     for part in (model, tokenizer):
@@ -63,7 +63,7 @@ def test_arms_differ_in_what_they_say_alone():
     for arm, own in words.ARMS.items():
         changed = differences(full, contents[f"{arm}-3"])
         expected = {("thoughts", key): value for key, value in own.thoughts.items()}
-        if own.completion:
+        if own.completion != words_scores.ANSWER:
             expected["data", "completion"] = own.completion
         assert changed == expected
 
@@ -86,23 +86,17 @@ def test_problems_and_their_asides(home):
     items = words_scores.problem_items(tokenizer, home / "svamp" / "test.jsonl")
     assert len(items) == 4
     first = next(item for item in items if "Tom" in item["prompt"])
-    assert first["completion"] == " 5\n" and first["aside"] == " (3 + 2 = 5)"
+    assert first["completion"] == "5\n" and first["aside"] == "<3 + 2 = 5>"
     lengths = [len(tokenizer(item["prompt"])["input_ids"]) for item in items]
     assert lengths == sorted(lengths)
     fitting, gold = words_scores._gold_thoughts(tokenizer, items, 40)
     assert fitting == items and gold.shape == (4, 40)
     end, place = tokenizer.eos_token_id, items.index(first)
-    assert tokenizer.decode([token for token in gold[place] if token != end]) == "3 + 2 = 5) 5\n"
-    aside = len(tokenizer("3 + 2 = 5)")["input_ids"])
+    assert tokenizer.decode([token for token in gold[place] if token != end]) == "3 + 2 = 5>5\n"
+    aside = len(tokenizer("3 + 2 = 5>")["input_ids"])
     fitting, short = words_scores._gold_thoughts(tokenizer, [first], aside)
     assert fitting == [first] and short.tolist() == gold[place : place + 1, :aside].tolist()
     assert words_scores._gold_thoughts(tokenizer, [first], aside - 1)[0] == []
-
-
-def test_an_aside_goes_to_the_parenthesis_that_closes_it():
-    assert words_scores._to_its_end("43 - 21 = 22) 22\n") == "43 - 21 = 22)"
-    assert words_scores._to_its_end(" (22 - 5) - 8 = 9) 9 (and)") == " (22 - 5) - 8 = 9)"
-    assert words_scores._to_its_end("22 - 5 = 17 and so on") == "22 - 5 = 17 and so on)"
 
 
 def test_thoughts_of_another_problem_are_its_own(home, monkeypatch):
@@ -342,4 +336,4 @@ def test_the_real_problems_fit(tmp_path):
     for part, count in (("train", 600), ("test", 200)):
         items = words_scores.problem_items(tokenizer, real_data("svamp") / f"{part}.jsonl")
         assert len(items) >= 0.98 * count
-        assert all(item["aside"].startswith(" (") and item["aside"].endswith(")") for item in items)
+        assert all(item["aside"].startswith("<") and item["aside"].endswith(">") for item in items)

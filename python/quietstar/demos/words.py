@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct and SVAMP (Patel et al. 2021, arXiv 2103.07191). Stages, e
 run in a folder of its own, so that a second call continues where one stopped:
 
 1. ``prepared``: trained on terse answers, and on the same problems with an aside before the answer,
-   " (43 - 21 = 22) 22"; so it can write asides, and does not need them. Each problem comes with
+   "<43 - 21 = 22>22"; so it can write asides, and does not need them. Each problem comes with
    variants, which have other numbers;
 2. the arms, all from there, same steps, same problems in the same order, with terse answers alone, the
    numbers new: thoughts that begin as an aside does (``full``), ``none``, thoughts without REINFORCE,
@@ -33,7 +33,11 @@ import torch
 from quietstar.data.presets import PRESETS
 from quietstar.demos.words_problems import read_problems, write_varied
 from quietstar.demos.words_scores import (
+    ANSWER,
     ASIDE,
+    CLOSES,
+    OPENS,
+    PROMPT,
     TOKENS,
     Look,
     digest_of,
@@ -64,7 +68,7 @@ class Arm:
 
     label: str
     thoughts: dict[str, Any] = field(default_factory=dict)
-    completion: str | None = None
+    completion: str = ANSWER
 
 
 ARMS = {
@@ -185,11 +189,11 @@ def stage_recipes(
         model={
             "name": str(output / "prepared"),
             "base_only": True,
-            "init_start_from": " (",
-            "init_end_from": ")",
+            "init_start_from": OPENS,
+            "init_end_from": CLOSES,
         },
         # Some eight problems a row, one row a step.
-        data={**packed, "files": [str(texts[1])], "preset": "svamp"},
+        data={**packed, "files": [str(texts[1])], "preset": "svamp", "prompt": PROMPT},
         thoughts={
             "think_at": "completion",
             "thought_length": 16,  # nine of ten asides fit
@@ -222,7 +226,7 @@ def write_problems(
     """What is trained on, of the problems of a file: for the preparation these problems and variants,
     each with a terse answer and with the aside before it; for the arms a further variant of each."""
     given = read_problems(problems)
-    rows = json.dumps([given, VARIANTS, ASIDE, TOKENS])
+    rows = json.dumps([given, VARIANTS, PROMPT, ASIDE, TOKENS])
     # The names are in the recipes: a run goes on only with what it began with.
     digest = hashlib.sha256(rows.encode()).hexdigest()[:8]
     asides, practice = (output / f"{name}-{digest}.jsonl" for name in ("asides", "practice"))

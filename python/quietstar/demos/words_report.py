@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quietstar.demos.words import ARMS
-from quietstar.demos.words_scores import best_scores, mean_scores, paired
+from quietstar.demos.words_scores import OPENS, best_scores, mean_scores, paired
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,7 +77,7 @@ def print_summary(console: Console, metrics: dict[str, Any]) -> None:
     looks = next(iter(metrics["arms"]["full"].values()))
     console.print("\nWhat it thinks before some answers:")
     for thought in looks[-1].get("thoughts", [])[:5]:
-        console.print(f"  ({thought!r}", markup=False)
+        console.print(f"  {OPENS}{thought!r}", markup=False)
     console.print(f"\n[b]{verdict(metrics)}[/b]")
 
 

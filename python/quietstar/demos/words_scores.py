@@ -23,9 +23,12 @@ if TYPE_CHECKING:
 
     from quietstar.modeling.model import QuietStarForCausalLM
 
-EQUATION = "{Equation:equation} = {Answer:number}"
-ANSWER = " {Answer:number}\n"
-ASIDE = f" ({EQUATION}){ANSWER}"
+PROMPT = "Question: {Body:sentence} {Question}\nAnswer:\n"
+ANSWER = "{Answer:number}\n"
+# A thought stands between the prompt and the answer's first digit, so that is where an aside stands. Its
+# marks are tokens of their own whatever follows, as those of GSM8K's calculations are.
+OPENS, CLOSES = "<", ">"
+ASIDE = OPENS + "{Equation:equation} = {Answer:number}" + CLOSES + ANSWER
 # Problems are short; what is longer is left out. The tokens of an aside.
 TOKENS, ASIDE_TOKENS = 112, 28
 BATCH = 20
@@ -40,14 +43,13 @@ def problem_items(
 ) -> list[Item]:
     """Prompts and completions of the problems of a file, each with its ``aside``, the gold one; those of
     like length together, since they are padded to the longest of a batch."""
-    templates: dict[str, Any] = {"preset": "svamp", "completion": ANSWER}
+    templates: dict[str, Any] = {"preset": "svamp", "prompt": PROMPT, "completion": ANSWER}
     items = load_items(tokenizer, file, templates, TOKENS, limit)
     with_asides = load_items(tokenizer, file, {**templates, "completion": ASIDE}, 2 * TOKENS)
-    # A parenthesis that a nested equation begins with would be one token with the aside's own.
-    aside_of = {item["prompt"]: item["completion"].replace(" ((", " ( (") for item in with_asides}
+    aside_of = {item["prompt"]: item["completion"] for item in with_asides}
     items = [item for item in items if item["prompt"] in aside_of]
     for item in items:
-        item["aside"] = aside_of[item["prompt"]].rpartition(")")[0] + ")"
+        item["aside"] = aside_of[item["prompt"]].rpartition(CLOSES)[0] + CLOSES
     return sorted(items, key=lambda item: len(plain_ids(tokenizer, item["prompt"])))
 
 
@@ -165,10 +167,10 @@ def _gold_thoughts(
     tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], length: int
 ) -> tuple[list[Item], Tensor]:
     """Problems whose aside fits into a thought, and the thoughts [n, length]: what stands behind the
-    aside's parenthesis, and as in training the answer and end-of-text tokens behind it."""
+    aside's first mark, and as in training the answer and end-of-text tokens behind it."""
     fitting, rows = [], []
     for item in items:
-        aside = item["aside"].partition("(")[2]
+        aside = item["aside"].removeprefix(OPENS)
         if len(plain_ids(tokenizer, aside, add_special_tokens=False)) <= length:
             text = aside + item["completion"]
             ids = plain_ids(tokenizer, text, add_special_tokens=False)[:length]
@@ -180,10 +182,10 @@ def _gold_thoughts(
 def own_asides(
     model: QuietStarForCausalLM, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
 ) -> list[str]:
-    """The most likely aside before each answer, " (43 - 21 = 22)"."""
+    """The most likely aside before each answer, "<43 - 21 = 22>"."""
     asides = []
     for _, chosen in _batches(items):
-        prompts = [plain_ids(tokenizer, item["prompt"] + " (") for item in chosen]
+        prompts = [plain_ids(tokenizer, item["prompt"] + OPENS) for item in chosen]
         longest = max(map(len, prompts))
         padded = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
@@ -197,18 +199,8 @@ def own_asides(
                 pad_token_id=tokenizer.eos_token_id,
             )
         for text in tokenizer.batch_decode(made[:, longest:]):
-            asides.append(f" ({_to_its_end(text)}")
+            asides.append(OPENS + text.partition(CLOSES)[0] + CLOSES)
     return asides
-
-
-def _to_its_end(text: str) -> str:
-    """Up to the parenthesis that closes the aside, or that parenthesis behind all of it."""
-    depth = 1
-    for place, letter in enumerate(text):
-        depth += {"(": 1, ")": -1}.get(letter, 0)
-        if not depth:
-            return text[: place + 1]
-    return text + ")"
 
 
 def visible_scores_of(
