@@ -184,10 +184,15 @@ def test_restart_and_continue(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("growth", "steps"), [(1.2, [40, 48, 58, 69]), ("+20", [40, 60, 80, 100]), (1, [40] * 4)]
+    ("growth", "steps"),
+    [
+        ({"step_growth": 1.2}, [40, 48, 58, 69]),
+        ({"steps_added": 20}, [40, 60, 80, 100]),
+        ({"step_growth": 1}, [40] * 4),
+    ],
 )
 def test_steps_grow(base, growth, steps):
-    star = parse_recipe(recipe_content(base, first_steps=40, step_growth=growth)).star
+    star = parse_recipe(recipe_content(base, first_steps=40, **growth)).star
     assert [star.steps(n) for n in (1, 2, 3, 4)] == steps
 
 
