@@ -62,6 +62,8 @@ def on_questions(base: Path, folder: Path, data: dict[str, Any] | None = None, *
         ({"answer": "regex:(a"}, r"star.answer is 'regex:\(a', no regular expression"),
         ({"answer": "regex:a"}, "star.answer is 'regex:a' with 0 groups; expected one"),
         ({"hint": "choice"}, "star.hint is 'choice' and the problems are sums; expected scratchpad"),
+        ({"hint": "question"}, "star.hint is 'question' and the problems are sums; expected scratchpad"),
+        ({"digits": 19}, "star.digits is 19; expected at most 18"),
         ({"hint": "inside"}, "star.hint is 'inside'; expected 'choice' or 'question' or 'scratchpad'"),
         ({"shots": ["1 + 1"]}, "star.shots has the entry '1 \\+ 1'; expected {prompt, completion}"),
         (
@@ -120,12 +122,17 @@ def test_sections_at_odds(base, section: str, values: dict[str, Any] | None, sai
         ),
         (
             {},
+            {"shots": [{"prompt": "Q: 1\nA:", "completion": " one"}]},
+            "star.shots has the completion ' one', in which star.answer finds no answer",
+        ),
+        (
+            {},
             {"test_problems": 8},
             "the data have 8 problems, of which star.test_problems, 8, are held out",
         ),
         (
             {},
-            {"shots": [{"prompt": "Q: 1\nA:", "completion": " 1 " * 300}]},
+            {"shots": [{"prompt": "Q: 1\nA:", "completion": " 1 " * 300 + "\n#### 1"}]},
             r"star.shots has \d+ tokens, the longest problem \d+ and star.max_new_tokens is 60; expected"
             " at most 256 together, the model's context",
         ),

@@ -18,6 +18,8 @@ SUMS = "sums"
 EXTRACTORS = ("final", "letter", "number", "line", "scratch")
 REGEX = "regex:"
 STEP_GROWTH, MAX_GROWTH = 1.2, 5
+# Numbers that 64 bits hold.
+MAX_DIGITS = 18
 SHOT_KEYS = ("prompt", "completion")
 Hint = Literal["choice", "question", "scratchpad"]
 
@@ -87,6 +89,13 @@ class StarSection:
     problem_class: str | None = None
     digits: int = 5
 
+    # No key of the section: whether a recipe has it, were it with the defaults alone.
+    given = False
+
+    def is_given(self) -> bool:
+        """Whether this is more than what a recipe has that says nothing of it."""
+        return self.given or self != StarSection()
+
     def steps(self, iteration: int) -> int:
         """Optimizer steps of an iteration, from 1."""
         if self.steps_added is not None:
@@ -97,7 +106,7 @@ class StarSection:
 def check_star(recipe: Recipe) -> None:
     """Raise :class:`UserError` for a section ``star`` that is out of range or at odds with others."""
     star, data = recipe.star, recipe.data
-    if star == StarSection():
+    if not star.is_given():
         if data.name == SUMS:
             raise UserError(
                 "data.name is sums, problems for `quietstar star`, and the recipe has no section star"
@@ -117,8 +126,10 @@ def check_star(recipe: Recipe) -> None:
         )
     _check_numbers(star)
     _check_answer(star, sums=data.name == SUMS)
-    if star.hint == "choice" and data.name == SUMS:
-        raise UserError("star.hint is 'choice' and the problems are sums; expected scratchpad")
+    if data.name == SUMS and star.hint not in (None, "scratchpad"):
+        raise UserError(f"star.hint is {star.hint!r} and the problems are sums; expected scratchpad")
+    if star.digits > MAX_DIGITS:
+        raise UserError(f"star.digits is {star.digits}; expected at most {MAX_DIGITS}")
     if star.samples_per_problem > 1 and star.sampling_temperature == 0:
         raise UserError(
             f"star.samples_per_problem is {star.samples_per_problem} and star.sampling_temperature 0,"
