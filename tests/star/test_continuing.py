@@ -1,5 +1,6 @@
 """What is checked before anything is written; runs that go on, elsewhere, too; one original model."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from quietstar.data.sums import Sum, hinted_prompt, scratch_prompt, worked
 from quietstar.errors import UserError
 from quietstar.files import read_json
 from quietstar.recipes.recipe import parse_recipe
+from quietstar.recipes.star_section import StarSection
 from quietstar.star import loop
 from quietstar.star.loop import run_star
 from quietstar.star.problems import build_task
@@ -154,8 +156,24 @@ def test_a_section_of_defaults_is_one(base, tmp_path):
     content["star"] = None
     content["data"] = {"files": ["x.jsonl"], "prompt": "{Q}", "completion": "{A}", "packing": "packed"}
     assert "star" not in parse_recipe(content).to_dict()
+    older = dataclasses.asdict(StarSection())  # as it is in the folder of a training from before
+    del older["steps_added"]
+    assert "star" not in parse_recipe({**content, "star": older}).to_dict()
     with pytest.raises(UserError, match="has no section star, which `quietstar star` needs"):
         run_star(parse_recipe(content), tmp_path / "run", progress=False)
+
+
+def test_overwritten_a_run_is_no_longer_done_before_it_loses_anything(base, tmp_path, monkeypatch):
+    def dies(path):
+        raise Killed
+
+    scripted(monkeypatch, solves_even_sums)
+    recipe = parse_recipe(recipe_content(base, iterations=1))
+    run_star(recipe, tmp_path / "run", progress=False)
+    monkeypatch.setattr(loop.shutil, "rmtree", dies)
+    with pytest.raises(Killed):
+        run_star(recipe, tmp_path / "run", overwrite=True, progress=False)
+    assert not (tmp_path / "run" / "metrics.json").exists()
 
 
 def test_hints_in_shots_where_it_rationalizes(base, tmp_path, monkeypatch):

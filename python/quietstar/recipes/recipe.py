@@ -267,7 +267,9 @@ def _checked_section(section: str, content: Any) -> Any:
         checked = prompt_data.settled(checked)
     result = CLASSES[section](**checked)
     if section == "star":
-        result.given = bool(content)
+        # Every recipe that was saved before there was steps_added has all the rest of the section.
+        saved_by_itself = known_keys(section).keys() - checked.keys() == {"steps_added"}
+        result.given = bool(content) and not saved_by_itself
     return result
 
 
