@@ -32,7 +32,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "answers": ("pool", {"learn_from": "answers"}),
     "answers-long": (
         "pool",
-        {"learn_from": "answers", "restart": False, "first_steps": 480, "step_growth": "+60"},
+        {"learn_from": "answers", "restart": False, "first_steps": 480, "steps_added": 60},
     ),
     "with, no pool": ("no-pool", {}),
     "without, no pool": ("no-pool", {"rationalize": False}),

@@ -33,6 +33,20 @@ def test_the_corpus_is_written_once(tmp_path, monkeypatch):
     assert rows == [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_fresh_with_another_seed_has_that_seed_s_corpus(tmp_path, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise UserError("no base is trained here")
+
+    monkeypatch.setattr(star, "PAIRS", 5)
+    monkeypatch.setattr("quietstar.recipes.run.run_recipe", stopped)
+    texts = []
+    for seed in (0, 1):
+        with pytest.raises(UserError, match="no base is trained here"):
+            star.run_arms(tmp_path, seed=seed, fresh=True)
+        texts.append((tmp_path / star.CORPUS).read_text())
+    assert texts[0] != texts[1]
+
+
 @pytest.mark.parametrize(
     ("before", "ours", "plain", "words"),
     [

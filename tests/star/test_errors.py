@@ -51,12 +51,19 @@ def on_questions(base: Path, folder: Path, data: dict[str, Any] | None = None, *
             "star.sampling_temperature is -1.0; expected a number of at least",
         ),
         ({"samples_per_problem": 4}, "expected 1, or a temperature above 0"),
-        ({"step_growth": "-20"}, r"star.step_growth is '-20'; expected a factor above 0, or \+"),
+        ({"step_growth": "-20"}, "star.step_growth is -20.0; expected a factor above 0 and at most 5"),
         ({"step_growth": "fast"}, "star.step_growth is 'fast'"),
+        ({"steps_added": -1}, "star.steps_added is -1; expected a whole number >= 0, or null"),
+        (
+            {"steps_added": 20, "step_growth": 1.5},
+            "star.steps_added is 20 and star.step_growth 1.5; expected one of them",
+        ),
         ({"answer": "finall"}, "star.answer is 'finall'; expected one of .*; did you mean final?"),
         ({"answer": "regex:(a"}, r"star.answer is 'regex:\(a', no regular expression"),
         ({"answer": "regex:a"}, "star.answer is 'regex:a' with 0 groups; expected one"),
         ({"hint": "choice"}, "star.hint is 'choice' and the problems are sums; expected scratchpad"),
+        ({"hint": "question"}, "star.hint is 'question' and the problems are sums; expected scratchpad"),
+        ({"digits": 19}, "star.digits is 19; expected at most 18"),
         ({"hint": "inside"}, "star.hint is 'inside'; expected 'choice' or 'question' or 'scratchpad'"),
         ({"shots": ["1 + 1"]}, "star.shots has the entry '1 \\+ 1'; expected {prompt, completion}"),
         (
@@ -115,12 +122,17 @@ def test_sections_at_odds(base, section: str, values: dict[str, Any] | None, sai
         ),
         (
             {},
+            {"shots": [{"prompt": "Q: 1\nA:", "completion": " one"}]},
+            "star.shots has the completion ' one', in which star.answer finds no answer",
+        ),
+        (
+            {},
             {"test_problems": 8},
             "the data have 8 problems, of which star.test_problems, 8, are held out",
         ),
         (
             {},
-            {"shots": [{"prompt": "Q: 1\nA:", "completion": " 1 " * 300}]},
+            {"shots": [{"prompt": "Q: 1\nA:", "completion": " 1 " * 300 + "\n#### 1"}]},
             r"star.shots has \d+ tokens, the longest problem \d+ and star.max_new_tokens is 60; expected"
             " at most 256 together, the model's context",
         ),

@@ -114,7 +114,7 @@ def whole(base) -> tuple[Recipe, dict, dict[str, bytes]]:
         (loop, "accuracy_row", 2),
         (loop, "write_json", 2),
         (loop, "run_recipe", 2),
-        (loop, "save_report", 1),
+        (loop, "save_report", 3),
     ],
 )
 def test_killed_anywhere_it_ends_the_same(base, whole, monkeypatch, owner, name, call):
@@ -184,10 +184,15 @@ def test_restart_and_continue(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("growth", "steps"), [(1.2, [40, 48, 58, 69]), ("+20", [40, 60, 80, 100]), (1, [40] * 4)]
+    ("growth", "steps"),
+    [
+        ({"step_growth": 1.2}, [40, 48, 58, 69]),
+        ({"steps_added": 20}, [40, 60, 80, 100]),
+        ({"step_growth": 1}, [40] * 4),
+    ],
 )
 def test_steps_grow(base, growth, steps):
-    star = parse_recipe(recipe_content(base, first_steps=40, step_growth=growth)).star
+    star = parse_recipe(recipe_content(base, first_steps=40, **growth)).star
     assert [star.steps(n) for n in (1, 2, 3, 4)] == steps
 
 
@@ -234,6 +239,10 @@ def test_the_command(base, tmp_path, monkeypatch, capsys):
     assert len(read_json(tmp_path / "run" / "metrics.json")["rows"]) == 3
     assert cli.main(words) == 0 and "2 digits" in capsys.readouterr().out
     rejected(capsys, ["train", path], "has a section star, which `quietstar star` runs")
-    rejected(capsys, [*words, "star.iterations=3"], "star.iterations is 2 there and 3 here")
+    rejected(capsys, [*words, "star.first_steps=3"], "star.first_steps is 2 there and 3 here")
+    before = read_json(tmp_path / "run" / "metrics.json")["rows"]
+    assert cli.main([*words, "star.iterations=3"]) == 0  # a run goes on with more of them
+    after = read_json(tmp_path / "run" / "metrics.json")["rows"]
+    assert after[:3] == before and len(after) == 4
     assert cli.main([*words, "star.iterations=1", "--overwrite"]) == 0
     assert not (tmp_path / "run" / "iteration-02").exists()

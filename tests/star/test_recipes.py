@@ -11,6 +11,7 @@ import pytest
 from real_data import real_data
 from rich.console import Console
 
+from quietstar.errors import UserError
 from quietstar.plan.table import print_plan
 from quietstar.recipes.recipe import load_recipe, parse_recipe
 from quietstar.recipes.star_section import StarSection
@@ -76,6 +77,14 @@ def test_sums_are_new_in_every_iteration():
     assert len(first) == 250 and first != second and not first & {p.name for p in task.test}
     assert first == {p.name for p in task.problems(1) if p.kind == "4 digits"}
     assert [sum(p.kind.startswith(str(n)) for p in task.test) for n in range(1, 6)] == [100] * 5
+
+
+def test_steps_are_added_by_a_key_of_their_own():
+    star = load_recipe("star-sums", ["star.steps_added=+30"]).star
+    assert [star.steps(n) for n in (1, 2, 3)] == [160, 190, 220]
+    words = ["star.steps_added=null", "star.step_growth=+20"]  # a factor of 20 to YAML
+    with pytest.raises(UserError, match="step_growth is 20.*at most 5; star.steps_added adds a number"):
+        load_recipe("star-sums", words)
 
 
 def test_the_examples_of_the_docs():

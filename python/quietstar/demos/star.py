@@ -87,6 +87,8 @@ def run_arms(
 
     if fresh and (output / METRICS_FILE).is_file():
         (output / METRICS_FILE).unlink()
+    if fresh:  # it may be of another seed
+        (output / CORPUS).unlink(missing_ok=True)
     write_corpus(output / CORPUS, seed)
     base = base_recipe(output, seed, quick=quick)
     logger.info("base: %d steps at most", base.training["max_steps"])

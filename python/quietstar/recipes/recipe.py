@@ -57,7 +57,10 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain data."""
-        return dataclasses.asdict(self)
+        content = dataclasses.asdict(self)
+        if not self.star.is_given():
+            del content["star"]
+        return content
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML that :func:`load_recipe` reads back."""
@@ -67,7 +70,7 @@ class Recipe:
         """A copy with some keys set, section by section, e.g. ``training={"max_steps": 9}``."""
         content = self.to_dict()
         for name, values in sections.items():
-            content[name] = {**content[name], **values} if isinstance(values, dict) else values
+            content[name] = {**content.get(name, {}), **values} if isinstance(values, dict) else values
         return parse_recipe(content, f"recipe {content['name']}")
 
     def relevant_settings(self) -> dict[str, Any]:
@@ -80,8 +83,10 @@ class Recipe:
                 del content["model"][key]
         if self.adapter == AdapterSection():
             del content["adapter"]
-        if self.star == StarSection():
-            del content["star"]
+        if "star" in content:
+            del content["star"]["iterations"]  # a run goes on with more of them
+            if content["star"]["steps_added"] is None:
+                del content["star"]["steps_added"]
         # Which recipes of version 0.1.0 do not have.
         for key in (*prompt_data.KEYS, "pause_tokens"):
             if content["data"][key] is None:
@@ -260,7 +265,12 @@ def _checked_section(section: str, content: Any) -> Any:
         checked[key] = _checked_value(section, key, value)
     if section == "data":
         checked = prompt_data.settled(checked)
-    return CLASSES[section](**checked)
+    result = CLASSES[section](**checked)
+    if section == "star":
+        # Every recipe that was saved before there was steps_added has all the rest of the section.
+        saved_by_itself = known_keys(section).keys() - checked.keys() == {"steps_added"}
+        result.given = bool(content) and not saved_by_itself
+    return result
 
 
 def _checked_value(section: str, key: str, value: Any) -> Any:

@@ -22,7 +22,6 @@ from quietstar.recipes.build import build_data, build_model, build_tokenizer, ch
 from quietstar.recipes.disk import check_room, checkpoint_bytes
 from quietstar.recipes.recipe import Recipe
 from quietstar.recipes.run_folder import identity, open_run, start_run
-from quietstar.recipes.star_section import StarSection
 from quietstar.training.arguments import QuietStarArguments
 from quietstar.training.optional_packages import check_packages
 from quietstar.training.options import check_options
@@ -58,6 +57,7 @@ def run_recipe(
     progress: bool = True,
     log_lines: bool = True,
     callbacks: list[TrainerCallback] | None = None,
+    model_seed: int | None = None,
 ) -> RunResult:
     """Train as ``recipe`` says and leave everything in ``output``.
 
@@ -65,9 +65,10 @@ def run_recipe(
     done is not repeated. Everything that can be wrong with the recipe, the data or the folder
     raises :class:`UserError` (or ``ValueError`` from the model) before the folder is touched.
     ``log_lines=False`` leaves the progress bar alone on the screen; the log is in the checkpoints.
+    ``model_seed`` is of the weights that are drawn at random, the training's seed where it is None.
     Under ``torchrun`` or ``accelerate launch`` every process calls this and the first one writes.
     """
-    if recipe.star != StarSection():
+    if recipe.star.is_given():
         raise UserError(
             f"recipe {recipe.name} has a section star, which `quietstar star` runs; expected none for a"
             " training"
@@ -83,7 +84,7 @@ def run_recipe(
         return RunResult(folder.path, folder.metrics, continued=True)
 
     check_files(recipe.data)
-    set_seed(arguments.seed)
+    set_seed(arguments.seed if model_seed is None else model_seed)
     tokenizer = build_tokenizer(recipe.model)
     model: Any = build_model(recipe, tokenizer)
     name, adapter = recipe.model.name, recipe.adapter

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 SUMS = "sums"
 EXTRACTORS = ("final", "letter", "number", "line", "scratch")
 REGEX = "regex:"
+STEP_GROWTH, MAX_GROWTH = 1.2, 5
+# Numbers that 64 bits hold.
+MAX_DIGITS = 18
 SHOT_KEYS = ("prompt", "completion")
 Hint = Literal["choice", "question", "scratchpad"]
 
@@ -41,8 +44,8 @@ class StarSection:
         hints_left_in: share of rationalized problems whose hint stays in the prompt to learn from.
         restart: every iteration fine-tunes the original model, not that of the iteration before.
         first_steps: optimizer steps of the first iteration.
-        step_growth: the steps of an iteration are those of the last one times this (1.2), or more by a
-            number (``+20``).
+        step_growth: the steps of an iteration are those of the last one times this.
+        steps_added: or so many more than those of the last one; null: ``step_growth`` counts.
         problems: of an iteration, drawn anew each time; null: all, and 1000 sums.
         samples_per_problem: completions of a problem.
         sampling_temperature: 0: greedy, the most likely token each time.
@@ -68,7 +71,8 @@ class StarSection:
     hints_left_in: float = 0.0
     restart: bool = True
     first_steps: int = 40
-    step_growth: float | str = 1.2
+    step_growth: float = STEP_GROWTH
+    steps_added: int | None = None
     problems: int | None = None
     samples_per_problem: int = 1
     sampling_temperature: float = 0.0
@@ -85,36 +89,24 @@ class StarSection:
     problem_class: str | None = None
     digits: int = 5
 
+    # No key of the section: whether a recipe has it, were it with the defaults alone.
+    given = False
+
+    def is_given(self) -> bool:
+        """Whether this is more than what a recipe has that says nothing of it."""
+        return self.given or self != StarSection()
+
     def steps(self, iteration: int) -> int:
         """Optimizer steps of an iteration, from 1."""
-        kind, amount = growth(self.step_growth)
-        if kind == "add":
-            return self.first_steps + round(amount) * (iteration - 1)
-        return max(1, round(self.first_steps * amount ** (iteration - 1)))
-
-
-def growth(value: float | str) -> tuple[str, float]:
-    """``multiply`` or ``add``, and the number.
-
-    Raises:
-        UserError: for what is neither.
-    """
-    added = re.fullmatch(r"\+(\d+)", value.strip()) if isinstance(value, str) else None
-    if added:
-        return "add", float(added[1])
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number > 0):
-        raise UserError(f"star.step_growth is {value!r}; expected a factor above 0, or + and a number")
-    return "multiply", number
+        if self.steps_added is not None:
+            return self.first_steps + self.steps_added * (iteration - 1)
+        return max(1, round(self.first_steps * self.step_growth ** (iteration - 1)))
 
 
 def check_star(recipe: Recipe) -> None:
     """Raise :class:`UserError` for a section ``star`` that is out of range or at odds with others."""
     star, data = recipe.star, recipe.data
-    if star == StarSection():
+    if not star.is_given():
         if data.name == SUMS:
             raise UserError(
                 "data.name is sums, problems for `quietstar star`, and the recipe has no section star"
@@ -134,8 +126,10 @@ def check_star(recipe: Recipe) -> None:
         )
     _check_numbers(star)
     _check_answer(star, sums=data.name == SUMS)
-    if star.hint == "choice" and data.name == SUMS:
-        raise UserError("star.hint is 'choice' and the problems are sums; expected scratchpad")
+    if data.name == SUMS and star.hint not in (None, "scratchpad"):
+        raise UserError(f"star.hint is {star.hint!r} and the problems are sums; expected scratchpad")
+    if star.digits > MAX_DIGITS:
+        raise UserError(f"star.digits is {star.digits}; expected at most {MAX_DIGITS}")
     if star.samples_per_problem > 1 and star.sampling_temperature == 0:
         raise UserError(
             f"star.samples_per_problem is {star.samples_per_problem} and star.sampling_temperature 0,"
@@ -174,7 +168,18 @@ def _check_numbers(star: StarSection) -> None:
         raise UserError(
             f"star.sampling_temperature is {star.sampling_temperature}; expected a number of at least 0"
         )
-    growth(star.step_growth)
+    if not 0 < star.step_growth <= MAX_GROWTH:
+        raise UserError(
+            f"star.step_growth is {star.step_growth}; expected a factor above 0 and at most"
+            f" {MAX_GROWTH}; star.steps_added adds a number of steps"
+        )
+    if star.steps_added is not None and star.steps_added < 0:
+        raise UserError(f"star.steps_added is {star.steps_added}; expected a whole number >= 0, or null")
+    if star.steps_added is not None and star.step_growth != STEP_GROWTH:
+        raise UserError(
+            f"star.steps_added is {star.steps_added} and star.step_growth {star.step_growth}; expected"
+            " one of them"
+        )
 
 
 def _check_answer(star: StarSection, *, sums: bool) -> None:

@@ -12,7 +12,13 @@ from quietstar.recipes.star_section import EXTRACTORS, REGEX
 Extractor = Callable[[str], str | None]
 
 _NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+")
-_IN_BRACKETS, _ALONE = re.compile(r"\(([A-E])\)"), re.compile(r"(?<![\w'])([A-E])(?![\w'])")
+_IN_BRACKETS = re.compile(r"\(([A-Ea-e])\)")
+# "A dog": an article.
+_ALONE = re.compile(r"(?<![\w'])(A(?! +[a-z])|[B-E])(?![\w'])")
+# The letter itself, or the first in brackets of the same sentence: "the answer is wood (B)".
+_SAID = re.compile(
+    r"\b[Aa]nswer(?:\s+is(?!\s+not\b)\s*:?|\s*:)(?:\s*([A-E])(?![\w'])|[^.\n()]*\(([A-Ea-e])\))"
+)
 
 
 def last_number(text: str) -> str | None:
@@ -29,9 +35,10 @@ def behind_mark(text: str) -> str | None:
 
 
 def last_letter(text: str) -> str | None:
-    """The last of the letters A to E in brackets; the last that stands alone where none is."""
-    found = _IN_BRACKETS.findall(text) or _ALONE.findall(text)
-    return found[-1] if found else None
+    """The letter, A to E, behind "answer is"; else the last in brackets; else the last alone."""
+    said = [alone or inside for alone, inside in _SAID.findall(text)]
+    found = said or _IN_BRACKETS.findall(text) or _ALONE.findall(text)
+    return found[-1].upper() if found else None
 
 
 def last_line(text: str) -> str | None:

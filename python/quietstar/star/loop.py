@@ -1,7 +1,8 @@
 """The loop: write, keep, rationalize, fine-tune the original model, test; and again.
 
 In the output folder every iteration has one of its own: ``written.jsonl`` and ``hinted.jsonl`` (every
-completion, with hints in the latter's prompts), ``kept.jsonl`` (the rationales, without hints),
+completion, with hints in the latter's prompts), ``kept.jsonl`` (the rationales; their prompts have no
+hints, but for the share ``hints_left_in``),
 ``train.jsonl`` (what is learnt from), ``model`` (an ordinary run), ``tested.jsonl`` and, last,
 ``row.json``. A run that is killed goes on behind the last of these that is there, and ends as one that
 was not.
@@ -20,24 +21,34 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import set_seed
 
 from quietstar.checkpoints.load import load_checkpoint
 from quietstar.data.sources import expand_files
 from quietstar.data.tables import table_rows
 from quietstar.errors import UserError
-from quietstar.files import METRICS_FILE, check_writable, read_json, write_json
+from quietstar.files import (
+    METRICS_FILE,
+    RECIPE_FILE,
+    RUN_FILE,
+    check_writable,
+    read_json,
+    write_json,
+)
 from quietstar.recipes.build import build_model, build_tokenizer, check_files
-from quietstar.recipes.recipe import Recipe
+from quietstar.recipes.recipe import Recipe, load_recipe
 from quietstar.recipes.run import RunResult, run_recipe, training_arguments
-from quietstar.recipes.run_folder import identity, open_run, start_run
+from quietstar.recipes.run_folder import RunFolder, identity, open_run, start_run
 from quietstar.recipes.star_section import StarSection
 from quietstar.star.keeping import Kept, keep, keep_data, keep_rationalized, rows_to_learn
 from quietstar.star.problems import Problem, Task, build_task
 from quietstar.star.report import Row, accuracy_row, kept_row, save_report
 from quietstar.star.writing import Writer, Written, read_lines, shots_text, write_lines
+from quietstar.training.options import check_options
 
 logger = logging.getLogger("quietstar")
 
+NO_EVALUATION = {"eval_strategy": "no"}
 ROW_FILE, KEPT_FILE, TRAIN_FILE, MODEL_FOLDER = "row.json", "kept.jsonl", "train.jsonl", "model"
 
 
@@ -63,10 +74,19 @@ def run_star(
         raise UserError(
             "WORLD_SIZE is above 1; expected one process: `quietstar star` is not run with torchrun"
         )
+    if not recipe.star.is_given():
+        raise UserError(
+            f"recipe {recipe.name} has no section star, which `quietstar star` needs; expected one, or"
+            " `quietstar train`"
+        )
     path = Path(output)
-    arguments = training_arguments(recipe, path, progress=progress)
-    folder = open_run(path, recipe, resume=resume, overwrite=overwrite)
-    if folder.metrics is not None:
+    # The problems to be tested on are no text to evaluate on while it trains.
+    unevaluated = recipe.changed(training=NO_EVALUATION)
+    arguments = training_arguments(unevaluated, path, progress=progress)
+    folder = open_run(path, recipe, overwrite=overwrite)
+    if resume and not (path / RUN_FILE).is_file():
+        raise UserError(f"output folder {path} holds no run to resume")
+    if folder.metrics is not None and len(folder.metrics["rows"]) > recipe.star.iterations:
         logger.info("%s: this run is done", path)
         if show is not None:
             for row in folder.metrics["rows"]:
@@ -76,18 +96,20 @@ def run_star(
     check_files(recipe.data)
     loop = _Loop(recipe, path, build_task(recipe), arguments.device, arguments.seed, progress)
     loop.check()
-    continued = not folder.replaced and (path / "run.json").is_file()
+    continued = not folder.replaced and (path / RUN_FILE).is_file()
     if folder.replaced:
+        # First what says that the run is done.
+        (path / METRICS_FILE).unlink(missing_ok=True)
         for old in path.glob("iteration-*"):
             shutil.rmtree(old)
     start_run(folder, recipe)
     rows = []
     for iteration in range(recipe.star.iterations + 1):
         rows.append(loop.iteration(iteration))
+        save_report(path, recipe.star, rows)
         if show is not None:
             show(rows[-1])
     metrics = {**identity(recipe), "star": asdict(recipe.star), "rows": rows}
-    save_report(path, recipe.star, rows)
     write_json(path / METRICS_FILE, metrics)
     return RunResult(path, metrics, continued=continued)
 
@@ -98,13 +120,15 @@ class _Loop:
     def __init__(
         self, recipe: Recipe, output: Path, task: Task, device: Any, seed: int, progress: bool
     ) -> None:
-        self.recipe, self.output, self.task, self.progress = recipe, output, task, progress
+        self.recipe, self.output, self.task, self.progress = recipe, output.resolve(), task, progress
         self.star, self.seed, self.device = recipe.star, seed, device
         self.replay = _read_replay(self.star)
         self._writer: tuple[int, Writer] | None = None
 
     def check(self) -> None:
-        """Raise :class:`UserError` for a model, or for prompts, that do not go with the recipe."""
+        """Raise :class:`UserError` for settings, a model, or prompts that do not go together."""
+        first = self.folder(1) / MODEL_FOLDER
+        check_options(training_arguments(self.training_recipe(1), first, progress=False), {})
         self._writer_of(0).check_lengths(self.recipe.data.block_size)
 
     def folder(self, iteration: int) -> Path:
@@ -121,7 +145,7 @@ class _Loop:
             problems = self.task.problems(number)
             kept = self._kept(number, problems)
             row = {"steps": self.star.steps(number), **kept_row(problems, kept)}
-            row["learnt_from"] = self._fine_tune(number, kept)
+            row |= self._fine_tune(number, kept)
         tested = self._write(number, self.task.test, folder / "tested.jsonl", bar="testing")
         row = {**accuracy_row(number, self.task.test, tested), **row}
         write_json(folder / ROW_FILE, row)
@@ -175,25 +199,34 @@ class _Loop:
             " model that solves some, easier problems, or star.shots"
         )
 
-    def _fine_tune(self, number: int, kept: Sequence[Kept]) -> dict[str, int]:
-        """Train the model of an iteration; returns the number of rows that it learns from, by source."""
-        file = self.folder(number) / TRAIN_FILE
+    def _fine_tune(self, number: int, kept: Sequence[Kept]) -> Row:
+        """Train the model of an iteration; returns how many rows it learns from, by source, and how many
+        were too long for that."""
+        before = range(1, number) if self.star.older_rationales else ()
+        older = [row for n in before for row in read_lines(self.folder(n) / KEPT_FILE)]
+        rng = np.random.default_rng([self.seed, 6, number])
+        plain = [each.to_dict() for each in kept]
+        every = rows_to_learn(self.star, plain, older, self.replay, shots_text(self.star), rng)
+        limit = self.recipe.data.block_size
+        lengths = self._writer_of(number - 1).lengths(every)
+        rows = [row for row, length in zip(every, lengths, strict=True) if length <= limit]
+        if all(row["from"] == "replay" for row in rows):
+            ours = [n for row, n in zip(every, lengths, strict=True) if row["from"] != "replay"]
+            raise UserError(
+                f"data.block_size is {limit} and none of the {len(ours)} completions to learn from in"
+                f" iteration {number} fits in with its prompt, the shortest has {min(ours)} tokens;"
+                " expected a larger one"
+            )
+        file, model = self.folder(number) / TRAIN_FILE, self.folder(number) / MODEL_FOLDER
         if not file.is_file():
-            before = range(1, number) if self.star.older_rationales else ()
-            older = [row for n in before for row in read_lines(self.folder(n) / KEPT_FILE)]
-            rng = np.random.default_rng([self.seed, 6, number])
-            plain = [each.to_dict() for each in kept]
-            shots = shots_text(self.star)
-            write_lines(file, rows_to_learn(self.star, plain, older, self.replay, shots, rng))
-        sources = [row["from"] for row in read_lines(file)]
+            write_lines(file, rows)
         self._forget()
-        run_recipe(
-            self.training_recipe(number),
-            self.folder(number) / MODEL_FOLDER,
-            progress=self.progress,
-            log_lines=False,
-        )
-        return {source: sources.count(source) for source in dict.fromkeys(sources)}
+        recipe = self.training_recipe(number)
+        _claim_moved(model, recipe)
+        run_recipe(recipe, model, progress=self.progress, log_lines=False, model_seed=self.seed)
+        sources = [row["from"] for row in rows]
+        learnt = {source: sources.count(source) for source in dict.fromkeys(sources)}
+        return {"learnt_from": learnt, "too_long": len(every) - len(rows)}
 
     def training_recipe(self, number: int) -> Recipe:
         """The fine-tuning of an iteration as an ordinary recipe."""
@@ -208,13 +241,17 @@ class _Loop:
             "files": [str(self.folder(number) / TRAIN_FILE)],
         }
         data |= {"prompt": "{prompt}", "completion": "{completion}", "text_column": None}
-        data |= {"split": "train", "eval_blocks": 0}
+        data |= {"split": "train", "eval_blocks": 0, "max_train_blocks": None}
         return self.recipe.changed(
             name=f"{self.recipe.name}-{number}",
             model=model,
             data=data,
-            training={"max_steps": star.steps(number), "seed": self.seed + number},
-            star=asdict(StarSection()),
+            training={
+                "max_steps": star.steps(number),
+                "seed": self.seed + number,
+                **NO_EVALUATION,
+            },
+            star=None,
         )
 
     def _write(
@@ -229,6 +266,8 @@ class _Loop:
             self._forget()
             model: Any
             if iteration == 0:
+                # What is drawn at random (of thoughts) is what each fine-tuning begins with, too.
+                set_seed(self.seed)
                 tokenizer = build_tokenizer(self.recipe.model)
                 model = build_model(self.recipe, tokenizer).to(self.device)
             else:
@@ -244,6 +283,16 @@ class _Loop:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _claim_moved(path: Path, recipe: Recipe) -> None:
+    """Let a fine-tuning whose folder was moved, with all of the run, go on where it is now."""
+    if not ((path / RUN_FILE).is_file() and (path / RECIPE_FILE).is_file()):
+        return
+    before = load_recipe(str(path / RECIPE_FILE))
+    here = before.changed(data={"files": recipe.data.files}, model={"name": recipe.model.name})
+    if before.fingerprint() != recipe.fingerprint() == here.fingerprint():
+        start_run(RunFolder(path), recipe)
 
 
 def _read_replay(star: StarSection) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -57,9 +57,23 @@ class Task(ABC):
     def problems(self, iteration: int) -> list[Problem]:
         """The problems of an iteration, from 1; the same each time for the same one."""
 
+    def every_problem(self) -> list[Problem]:
+        """The problems of all iterations; of those that are made up, as long ones."""
+        return self.problems(1)
+
     def hinted(self, problem: Problem) -> str:
         """The problem's prompt with its answer as a hint."""
         return hinted(self.hint, problem.prompt, problem.answer)
+
+    def hinted_shot(self, shot: Mapping[str, str]) -> str:
+        """A solved example's prompt with its answer as a hint."""
+        answer = self.find_answer(shot["completion"])
+        if answer is None:
+            raise UserError(
+                f"star.shots has the completion {shot['completion']!r:.80}, in which star.answer finds"
+                " no answer; expected one, which is the hint when a problem is tried again"
+            )
+        return hinted(self.hint, shot["prompt"], answer)
 
     def wrong_inside(self, problem: Problem, completion: str) -> bool | None:
         """Whether a rationale has a wrong line; None where nobody can tell."""
@@ -146,6 +160,9 @@ class OfData(Task):
         rng = np.random.default_rng([self._seed, 3, iteration])
         chosen = np.sort(rng.choice(len(self._all), size=self._count, replace=False))
         return [self._all[index] for index in chosen]
+
+    def every_problem(self) -> list[Problem]:
+        return list(self._all)
 
     def _read(self, recipe: Recipe, seed: int, split: str, files: list[str] | None) -> Iterator[Problem]:
         data, star = recipe.data, recipe.star

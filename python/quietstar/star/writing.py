@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quietstar.data.collator import PaddingCollator
+from quietstar.data.pairs import encode_pairs
 from quietstar.data.pause_tokens import pause_ids
 from quietstar.data.plain_text import plain_ids
+from quietstar.data.stdlib import Document
 from quietstar.errors import UserError
 from quietstar.files import write_whole
 from quietstar.recipes.star_section import StarSection
@@ -39,9 +41,17 @@ class Written:
     right: bool
 
 
-def shots_text(star: StarSection) -> str:
-    """The solved examples that stand before every prompt."""
-    shots = [f"{shot['prompt']}{shot['completion']}".rstrip() for shot in star.shots or ()]
+def shots_text(star: StarSection, hinted: Task | None = None) -> str:
+    """The solved examples that stand before every prompt.
+
+    Args:
+        hinted: whose hints are in their prompts, as where rationalization is asked for.
+    """
+    prompts = [hinted.hinted_shot(shot) if hinted else shot["prompt"] for shot in star.shots or ()]
+    shots = [
+        f"{prompt}{shot['completion']}".rstrip()
+        for prompt, shot in zip(prompts, star.shots or (), strict=True)
+    ]
     return "".join(shot + BETWEEN_SHOTS for shot in shots)
 
 
@@ -68,7 +78,10 @@ class Writer:
             self._meta = [config.start_token_id, config.end_token_id]
             model = model if self._thinks else model.base
         self._model, self._tokenizer, self._task, self._star = model.eval(), tokenizer, task, star
+        self._meta += pause_ids(tokenizer)[:1]
         self._seed, self._shots = seed, shots_text(star)
+        self._rationalizes = star.rationalize and star.learn_from == "rationales"
+        self._hinted_shots = shots_text(star, task) if self._rationalizes else ""
         self._stop = star.stop or (BETWEEN_SHOTS if star.shots else None)
 
     def check_lengths(self, block_size: int) -> None:
@@ -79,21 +92,34 @@ class Writer:
         """
         star, config = self._star, self._model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None)
-        lengths = [len(prompt_ids(self._tokenizer, p.prompt)) for p in self._task.problems(1)]
+        problems = self._task.every_problem()
+        plain = [p.prompt for p in (*problems, *self._task.test)]
+        asked = [(self._shots, plain)]
+        if self._rationalizes:
+            asked.append((self._hinted_shots, [self._task.hinted(p) for p in problems]))
+        for before, prompts in asked:
+            shots = len(prompt_ids(self._tokenizer, before)) if before else 0
+            longest = max(len(prompt_ids(self._tokenizer, prompt)) for prompt in prompts)
+            if isinstance(context, int) and shots + longest + star.max_new_tokens > context:
+                hints = ", hints in them," if before != self._shots or prompts is not plain else ""
+                raise UserError(
+                    f"star.shots has {shots} tokens, the longest problem{hints} {longest} and"
+                    f" star.max_new_tokens is {star.max_new_tokens}; expected at most {context}"
+                    " together, the model's context"
+                )
+        lengths = [len(prompt_ids(self._tokenizer, p.prompt)) for p in problems]
         shots = len(prompt_ids(self._tokenizer, self._shots)) if self._shots else 0
-        needed = shots + max(lengths) + star.max_new_tokens
-        if isinstance(context, int) and needed > context:
-            raise UserError(
-                f"star.shots has {shots} tokens, the longest problem {max(lengths)} and"
-                f" star.max_new_tokens is {star.max_new_tokens}; expected at most {context} together,"
-                " the model's context"
-            )
         learnt = min(lengths) + (shots if star.shots_in_training else 0)
         if learnt >= block_size:
             raise UserError(
                 f"data.block_size is {block_size} and the shortest prompt to learn from has {learnt}"
                 " tokens; expected more than that"
             )
+
+    def lengths(self, rows: Sequence[Mapping[str, str]]) -> list[int]:
+        """How many tokens prompts and completions have when they are learnt from."""
+        pairs = [Document("", row["completion"], prompt=row["prompt"]) for row in rows]
+        return [len(ids) for ids in encode_pairs(self._tokenizer, pairs)]
 
     def write(
         self,
@@ -117,7 +143,7 @@ class Writer:
 
         temperature = self._star.sampling_temperature if samples else 0.0
         prompts = [
-            self._shots + (self._task.hinted(problem) if hinted else problem.prompt)
+            self._hinted_shots + self._task.hinted(problem) if hinted else self._shots + problem.prompt
             for problem in problems
         ]
         ids = [prompt_ids(self._tokenizer, prompt) for prompt in prompts]
