@@ -22,6 +22,7 @@ import json
 import logging
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -230,9 +231,13 @@ def write_problems(
     # The names are in the recipes: a run goes on only with what it began with.
     digest = hashlib.sha256(rows.encode()).hexdigest()[:8]
     asides, practice = (output / f"{name}-{digest}.jsonl" for name in ("asides", "practice"))
+    if asides.is_file() and practice.is_file():
+        return asides, practice
     write_varied(given, practice, 1, seed=1, first=False)
-    write_varied(given, asides, VARIANTS, seed=2, first=True)
-    items = problem_items(tokenizer, asides)
+    with tempfile.TemporaryDirectory() as scratch:
+        more = Path(scratch) / "more.jsonl"
+        write_varied(given, more, VARIANTS, seed=2, first=True)
+        items = problem_items(tokenizer, more)
     pairs = [
         {"prompt": item["prompt"], "completion": before + item["completion"]}
         for item in items
@@ -335,32 +340,18 @@ def _made(output: Path, name: str) -> list[tuple[Path, re.Match[str]]]:
     return [(path, match) for path, match in found if match is not None]
 
 
-def run_demo(
-    output: Path,
-    *,
-    model: str | None = None,
-    data: Path | None = None,
-    sizes: Sizes = DEMO,
-    seeds: Sequence[int] = (1,),
-    arms: Sequence[str] = ("full", "none"),
-    fresh: bool = False,
-) -> None:
-    """Run the demo (all of it anew if ``fresh``), print the table as it fills, then the outcome."""
+def run_demo(output: Path, **options: Any) -> None:
+    """Run the demo, print the table as it fills, then the outcome.
+
+    Args:
+        options: of :func:`run_arms`.
+    """
     from rich.console import Console
 
     from quietstar.demos.words_report import print_summary, print_table
 
     console = Console(highlight=False, soft_wrap=True)
-    metrics = run_arms(
-        output,
-        model=model,
-        data=data,
-        sizes=sizes,
-        seeds=seeds,
-        arms=arms,
-        fresh=fresh,
-        show=partial(print_table, console),
-    )
+    metrics = run_arms(output, show=partial(print_table, console), **options)
     if {"full", "none"} <= metrics["arms"].keys():
         print_summary(console, metrics)
     console.print(f"\nmetrics: {output / METRICS_FILE}")

@@ -41,14 +41,13 @@ from quietstar.modeling.output import QuietStarOutput
 from quietstar.modeling.pretrained import load_decoder
 from quietstar.modeling.speed_options import SpeedOptionsMixin
 from quietstar.modeling.text_cache import CACHE_NAME, check_alone, check_grows, one_cache
-from quietstar.thinking.attention import implementation_name
+from quietstar.thinking.attention import take_layouts
 from quietstar.thinking.batch_share import WHOLE_BATCH, BatchShard
 from quietstar.thinking.decoder import ThoughtDecoder
 from quietstar.thinking.documents import DESCRIPTIONS, batch_ranges, check_new_positions
 from quietstar.thinking.fsdp2 import output_layer_gathered
 from quietstar.thinking.layers import MixingHead, ThoughtEmbedding
 from quietstar.thinking.noise import settle_noise
-from quietstar.thinking.recurrent.mixers import hand_layouts_to_mixers
 from quietstar.thinking.self_check import check_decoder
 from quietstar.thinking.supported import check_reopens, check_supported
 from quietstar.thinking.text_batch import TextBatch, check_labels, num_rationales, target_labels
@@ -83,9 +82,7 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
             base = AutoModelForCausalLM.from_config(config.text_config)
         check_supported(base)
         check_meta_tokens(config, base.get_input_embeddings().num_embeddings)
-        # The layers look their attention up in this very object at every call.
-        base.config._attn_implementation = implementation_name(base)
-        hand_layouts_to_mixers(base)
+        take_layouts(base)
         config.text_config = base.config
         _freeze_other_parts(base)
         self.base = base

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from quietstar.thinking.layout import HandedKeys, LayerKeys, ThoughtLayout
-from quietstar.thinking.recurrent.mixers import layers_of_both_kinds
+from quietstar.thinking.recurrent.mixers import hand_layouts_to_mixers, layers_of_both_kinds
 from quietstar.thinking.shared_start import join_rows, split_rows
 from quietstar.thinking.text_part import kind_of, text_config_of
 from quietstar_ext import thought_attention
@@ -321,7 +321,18 @@ def _layers(numbers: list[int]) -> str:
     return f"layer {few}" if len(numbers) == 1 else f"layers {few}"
 
 
-def implementation_name(model: PreTrainedModel) -> str:
+def take_layouts(model: PreTrainedModel) -> None:
+    """Let a decoder's layers, attention and others, take part in passes with a layout.
+
+    Raises:
+        ValueError: the decoder was loaded with an ``attn_implementation`` that cannot.
+    """
+    # The layers look their attention up in this very object at every call.
+    model.config._attn_implementation = _implementation_name(model)
+    hand_layouts_to_mixers(model)
+
+
+def _implementation_name(model: PreTrainedModel) -> str:
     """The registered name for a decoder: what it was loaded with serves ordinary passes and text rows.
 
     Some families lack torch's fused attention, and some releases of transformers let a model with a
