@@ -152,6 +152,11 @@ def processor() -> str:
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on, with the ceilings measured beside them."""
+    return {**machine_facts(), **ceilings()}
+
+
+def machine_facts() -> dict[str, Any]:
+    """What results that are no times were found on."""
     facts: dict[str, Any] = {
         "processor": processor(),
         "threads": torch.get_num_threads(),
@@ -163,7 +168,7 @@ def machine() -> dict[str, Any]:
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
         facts["cuda_archs"] = quietstar_ext.build_info().get("cuda_archs")
-    return {**facts, **ceilings()}
+    return facts
 
 
 def ceilings() -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 Writes ``results/demo/lookup.json`` with every seed's numbers and, per arm, the mean and standard error
 over seeds; a run that failed to learn counts like the others. ``--text FOLDER`` takes over the metrics
-of a ``quietstar demo text`` run, ``--words FOLDER`` those of ``scripts/words_experiment.py``.
+of a ``quietstar demo text`` run, ``--words FOLDER`` those of ``scripts/words_experiment.py``, ``--eval``
+the means that ``quietstar eval`` wrote.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine
+from benchmarks import machine, machine_facts
 
 RESULTS = Path(__file__).parent / "results" / "demo"
 COLUMNS = ("hard_nll", "accuracy", "easy_nll")
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--sweep", type=int, metavar="SEED", help="also try thought lengths with it")
     parser.add_argument("--text", type=Path, metavar="FOLDER", help="a finished `quietstar demo text`")
     parser.add_argument("--words", type=Path, metavar="FOLDER", help="a finished experiment on words")
+    parser.add_argument("--eval", type=Path, nargs="+", metavar="FILE", help="what quietstar eval wrote")
     args = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     if args.seeds:
@@ -70,10 +72,15 @@ def main() -> None:
             "seeds": runs,
         }
         (RESULTS / "lookup.json").write_text(json.dumps(content, indent=1) + "\n")
+    if args.eval:
+        found = [json.loads(file.read_text()) for file in args.eval]
+        tasks = {name: means for each in found for name, means in each["tasks"].items()}
+        content = {"date": date.today().isoformat(), "machine": machine_facts(), "tasks": tasks}
+        (RESULTS / "zero-shot.json").write_text(json.dumps(content, indent=1) + "\n")
     for name, folder, what in (("text", args.text, dict), ("words", args.words, of_words)):
         if folder:
             metrics = what(json.loads((folder / "metrics.json").read_text()))
-            content = {"date": date.today().isoformat(), "machine": machine(), **metrics}
+            content = {"date": date.today().isoformat(), "machine": machine_facts(), **metrics}
             (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
 
 

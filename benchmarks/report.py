@@ -91,6 +91,8 @@ def _facts(machine: dict[str, Any]) -> list[str]:
         for name in ("transformers", "driver", "commit", "date")
         if name in machine
     ]
+    if "copy_gb_per_s" not in machine:
+        return facts
     if gpu:
         tera = machine["copy_gb_per_s"] / 1e3, machine["matmul_bfloat16_gflop_per_s"] / 1e3
         return [*facts, f"copy {tera[0]:.1f} TB/s", f"bf16 matmul {tera[1]:.0f} TFLOP/s"]
@@ -172,6 +174,34 @@ def render_words(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def render_first_words(results: dict[str, Any]) -> str:
+    """The arms of a run that was not compared further."""
+    facts = ", ".join([*_facts(results["machine"]), results["date"]])
+    return "\n".join([f"{results['what']} {facts}.", "", *_arms(results["rows"])])
+
+
+def _arms(rows: list[dict[str, Any]]) -> list[str]:
+    lines = ["| arm | probability of the answer | greedy accuracy | NLL |", "|---|--:|--:|--:|"]
+    for row in rows:
+        cells = f"{row['probability']:.3f} | {row['correct']:.3f} | {row['nll']:.2f}"
+        lines.append(f"| {row['what']} | {cells} |")
+    return lines
+
+
+def render_zero_shot(results: dict[str, Any]) -> str:
+    """A plain model's tasks: means with their intervals."""
+    lines = ["| task | items | probability of the answer | right |", "|---|--:|--:|--:|"]
+    for name, task in results["tasks"].items():
+        right = task.get("accuracy") or task["exact_match"]
+        cells = [
+            f"{of['base']['mean']:.4f} [{of['base']['low']:.4f}, {of['base']['high']:.4f}]"
+            for of in (task["probability"], right)
+        ]
+        lines.append(f"| {name} | {task['items']} | {' | '.join(cells)} |")
+    facts = ", ".join([*_facts(results["machine"]), results["date"]])
+    return "\n".join([*lines, "", f"95 % bootstrap intervals. {facts}."])
+
+
 def _signed(value: dict[str, Any]) -> str:
     each = ", ".join(f"{seed:+.3f}" for seed in value["by_seed"])
     error = value["standard_error"]
@@ -207,6 +237,8 @@ def main() -> int:
         ("lookup", README, "demo", render_demo),
         ("text", README, "demo text", render_text),
         ("words", REAL, "words", render_words),
+        ("words-first", REAL, "words first", render_first_words),
+        ("zero-shot", REAL, "zero-shot", render_zero_shot),
     ):
         path = RESULTS / "demo" / f"{name}.json"
         if path.is_file():

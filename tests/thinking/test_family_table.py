@@ -92,6 +92,12 @@ def test_anothers_error_is_a_crash_and_not_a_refusal(checker, monkeypatch):
     assert verdict.kind == checker.CRASH and "ValueError" in verdict.text
 
 
+def test_a_configuration_that_does_not_count_its_layers(checker):
+    assert not hasattr(checker.tiny_config("blt"), "num_hidden_layers")
+    verdict = checker.check("blt")
+    assert verdict.kind == checker.REFUSED and "cannot run with thoughts" in verdict.text
+
+
 def test_a_tiny_difference_and_numbers_that_are_none():
     check = sys.modules["family_check"]._difference
     ones = torch.ones(3)

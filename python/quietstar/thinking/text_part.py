@@ -40,7 +40,7 @@ def text_body(decoder: PreTrainedModel) -> PreTrainedModel:
 
 def decoder_layers(decoder: PreTrainedModel) -> list[nn.Module]:
     """The layers of a decoder's body; empty where they are in no list."""
-    count = text_config_of(decoder.config).num_hidden_layers
+    count = getattr(text_config_of(decoder.config), "num_hidden_layers", None)  # blt has none
     for module in text_body(decoder).modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)

@@ -182,7 +182,7 @@ def _leave(layer: nn.Module, args: Any, output: Any) -> None:
 def hand_layouts_to_mixers(decoder: PreTrainedModel) -> None:
     """Let the decoder's layers that are not attention take part in passes with a layout."""
     layers = decoder_layers(decoder)
-    for index in layers_of_both_kinds(decoder)[1]:
+    for index in _handing_on(decoder):
         layer = layers[index]
         mixer = mixer_of(layer)
         if mixer is not None and not isinstance(vars(mixer).get("forward"), RecurrentForward):
@@ -194,14 +194,17 @@ def hand_layouts_to_mixers(decoder: PreTrainedModel) -> None:
 
 def hands_states_on(decoder: PreTrainedModel) -> bool:
     """Whether some of a decoder's layers do, which passes with thoughts run in their own way."""
-    return bool(layers_of_both_kinds(decoder)[1])
+    return bool(_handing_on(decoder))
+
+
+def _handing_on(decoder: PreTrainedModel) -> set[int]:
+    types = getattr(text_config_of(decoder.config), "layer_types", None) or []
+    return {index for index, kind in enumerate(types) if kind in RECURRENT}
 
 
 def layers_of_both_kinds(decoder: PreTrainedModel) -> tuple[set[int], set[int]]:
     """Which of a decoder's layers have to attend in a pass, and which have to hand states on."""
-    config = text_config_of(decoder.config)
-    types = getattr(config, "layer_types", None) or []
-    hand_on = {index for index, kind in enumerate(types) if kind in RECURRENT}
+    config, hand_on = text_config_of(decoder.config), _handing_on(decoder)
     if not hand_on:
         return set(range(config.num_hidden_layers)), hand_on
-    return {index for index, kind in enumerate(types) if kind in ATTENTION}, hand_on
+    return {index for index, kind in enumerate(config.layer_types) if kind in ATTENTION}, hand_on
