@@ -15,6 +15,7 @@ from quietstar.data.pairs import encode_pair
 from quietstar.data.pause_tokens import PAUSE_TOKEN, pause_ids
 from quietstar.data.sums import build_tokenizer as sums_tokenizer
 from quietstar.errors import UserError
+from quietstar.evaluation.reasoning import split_answer
 from quietstar.recipes.build import build_data, build_model, build_tokenizer
 from quietstar.recipes.recipe import Recipe, load_recipe, parse_recipe
 from quietstar.recipes.run import run_recipe
@@ -97,6 +98,11 @@ def test_they_are_learnt_and_stay_with_the_model(base, tmp_path, capsys):
         )
         assert cli.main(["generate", str(tmp_path / "run"), "1 + 2", "--max-new-tokens", "2"]) == 0
     assert asked == [[*again("1 + 2")["input_ids"], pause, pause]]
+    # And so do the answers that evaluation asks for.
+    start, ids = split_answer(again, "1 + 2", " 3")
+    plain_start, plain = split_answer(sums_tokenizer(), "1 + 2", " 3")
+    assert ids == [*plain[:plain_start], pause, pause, *plain[plain_start:]]
+    assert start == plain_start + 2
     # Trained on with thoughts in slots, beside the pauses in the stream.
     files, thoughts = made.data.files, {"thought_kind": "sampled"}
     further = recipe(tmp_path / "run", {"pause_tokens": 2, "files": files}, thoughts=thoughts)

@@ -11,6 +11,7 @@ from star_cases import recipe_content, save_base, scripted, sum_of
 from quietstar.errors import UserError
 from quietstar.recipes.recipe import parse_recipe
 from quietstar.star.loop import run_star
+from quietstar.star.problems import build_task
 
 QUESTIONS = [
     {
@@ -213,6 +214,18 @@ def test_problems_of_data(base, tmp_path, monkeypatch):
         assert each["prompt"].startswith("Q: What is 0 and 0?\nA: none\n#### 0\n\nQ: What is ")
         assert "(" not in each["prompt"] and each["completion"].startswith(" thinking\n#### ")
     assert len(asked) == 2 * 3 + 5 + 2
+
+
+def test_a_class_may_be_empty(base, tmp_path):
+    content = on_questions(base, tmp_path, problem_class="{K}")
+    file = Path(content["data"]["files"][0])
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows[0]["K"] = ""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = build_task(parse_recipe(content))
+    assert [problem.kind for problem in [*task.test, *task.problems(1)]] == [
+        row["K"] or "none" for row in rows
+    ]
 
 
 def test_sums_in_a_prompt_are_read(base):

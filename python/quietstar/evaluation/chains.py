@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from quietstar.data.collator import PaddingCollator
+from quietstar.data.pause_tokens import pause_ids
 from quietstar.errors import UserError
 from quietstar.evaluation.reasoning import token_ids
 
@@ -93,7 +94,7 @@ def _generate(
     max_new_tokens: int,
 ) -> list[str]:
     """The new text of each prompt, all sampled in one batch (padded at the left)."""
-    rows = [{"input_ids": token_ids(tokenizer, prompt)} for prompt in prompts]
+    rows = [{"input_ids": token_ids(tokenizer, p) + pause_ids(tokenizer)} for p in prompts]
     batch = PaddingCollator(padding_side="left")(rows)
     longest = batch["input_ids"].shape[1]
     sampling: dict[str, Any] = {"do_sample": False}

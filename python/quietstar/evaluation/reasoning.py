@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from quietstar.data.collator import IGNORED, PaddingCollator
+from quietstar.data.pause_tokens import pause_ids
 from quietstar.data.plain_text import plain_ids, spells
 from quietstar.data.readers import TemplateReader
 from quietstar.errors import UserError
@@ -172,12 +173,14 @@ def split_answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -
     """(index of the first answer token, all ids) of prompt and answer, tokenized as one text.
 
     A token that holds the end of the prompt and the beginning of the answer belongs to the answer.
+    Pauses that the model has learnt to expect behind a prompt stand between them.
     """
     head, ids = token_ids(tokenizer, prompt), token_ids(tokenizer, prompt + answer)
     start = 0
     while start < min(len(head), len(ids)) and head[start] == ids[start]:
         start += 1
-    return start, ids
+    pauses = pause_ids(tokenizer)
+    return start + len(pauses), ids[:start] + pauses + ids[start:]
 
 
 def _is_number(text: str) -> bool:

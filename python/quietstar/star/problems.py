@@ -22,6 +22,7 @@ from quietstar.star.answers import Extractor, extractor
 from quietstar.star.hints import hinted
 
 NUM_SUMS = 1000
+KIND = "class: "
 
 
 @dataclass(frozen=True)
@@ -175,10 +176,11 @@ class OfData(Task):
             reader = TemplateReader(data.prompt, completion, preset=data.preset, seed=seed)
             return open_documents(name=name, files=files, split=split, text_column=reader, **options)()
 
-        kinds = rows(star.problem_class) if star.problem_class else None
+        # Read as completions are, which may not be empty; a class may.
+        kinds = rows(KIND + star.problem_class) if star.problem_class else None
         left_out = LeftOut()
         for document in rows(data.completion):
-            kind = next(kinds).text if kinds is not None else "all"
+            kind = "all" if kinds is None else next(kinds).text.removeprefix(KIND).strip() or "none"
             answer = self.find_answer(document.text)
             if answer is None:
                 why = f"has no answer that star.answer {star.answer!r} finds in {document.text!r:.80}"
