@@ -1,12 +1,14 @@
 """Recipes: what is shipped, what is rejected and with which words, and changes by key=value."""
 
 import pytest
+import torch
 
 from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError
 from quietstar.files import METRICS_FILE, last_checkpoint, write_json
 from quietstar.recipes import recipe as recipe_module
 from quietstar.recipes.recipe import Recipe, known_keys, load_recipe, parse_recipe, shipped_recipes
+from quietstar.recipes.run import training_arguments
 from quietstar.recipes.run_folder import open_run, start_run
 from quietstar.values import load_yaml
 
@@ -27,6 +29,13 @@ def test_shipped_recipes_are_valid_and_read_back_unchanged(name: str, tmp_path):
     written.write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe(str(written)) == recipe
     assert load_recipe(str(written)).fingerprint() == recipe.fingerprint()
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_taken_on_any_machine(name: str, tmp_path):
+    """Those with bf16 on one without a GPU, too, where transformers asks for `use_cpu`."""
+    arguments = training_arguments(load_recipe(name), tmp_path, progress=False)
+    assert arguments.use_cpu == (not torch.accelerator.is_available())
 
 
 def test_both_names_of_what_transformers_has_renamed():

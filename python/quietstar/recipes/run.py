@@ -157,7 +157,12 @@ def _save_result(trainer: QuietStarTrainer, path: Path, metrics: dict[str, Any])
 
 def training_arguments(recipe: Recipe, output: Path, *, progress: bool) -> TrainingArguments:
     """The training arguments of a recipe; raises :class:`UserError` if they do not fit."""
-    defaults = {"report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
+    defaults = {
+        "report_to": "none",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        # Without it transformers rejects bf16 on CPUs, those that compute it in hardware included.
+        "use_cpu": not torch.accelerator.is_available(),
+    }
     settings: dict[str, Any] = {**defaults, **recipe.training}
     if not progress:
         settings["disable_tqdm"] = True
