@@ -3,7 +3,7 @@
     python scripts/star_experiment.py FOLDER [--seeds 0 1 2] [--arms with without ...] [--iterations 16]
 
 Every arm is the recipe ``star-sums`` with a few keys changed, from the base that `quietstar demo star`
-trains for that seed; no hint is ever left in a prompt. Each is an ordinary run in a folder of its own:
+trains for that seed; one of them alone leaves hints in prompts. Each is an ordinary run in a folder of its own:
 this may be killed at any time, and the same command goes on. After every arm it writes
 benchmarks/results/star-sums.json and the table in docs/star.md from what is done so far (``--report``:
 nothing else).
@@ -34,6 +34,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
         "pool",
         {"learn_from": "answers", "restart": False, "first_steps": 480, "steps_added": 60},
     ),
+    "hints": ("pool", {"hints_left_in": 0.3}),
+    "older": ("pool", {"older_rationales": True}),
     "with, no pool": ("no-pool", {}),
     "without, no pool": ("no-pool", {"rationalize": False}),
 }
@@ -42,6 +44,8 @@ LABELS = {
     "without": "without",
     "answers": "true answers only, the same schedule",
     "answers-long": "true answers only, continued, three times the steps",
+    "hints": "with, hints left in 30 % of the prompts that had one",
+    "older": "with, rationales of earlier iterations learnt from, too",
     "with, no pool": "with, no pool in the corpus",
     "without, no pool": "without, no pool in the corpus",
 }

@@ -199,3 +199,15 @@ def test_pauses_are_not_written(base):
     add_pause_tokens(writer._tokenizer, 2)
     again = Writer(writer._model, writer._tokenizer, each.task, each.star, 0)
     assert set(pause_ids(writer._tokenizer)) <= set(again._meta)
+
+
+@pytest.mark.parametrize(("bf16", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_it_writes_as_it_trains(base, bf16: bool, dtype: torch.dtype):
+    recipe = parse_recipe(recipe_content(base)).changed(training={"bf16": bf16})
+    each = loop._Loop(recipe, base, None, "cpu", 7, False)
+    writer = each._writer_of(0)
+    found = set()
+    layer = writer._model.get_submodule("model.layers.0.mlp.up_proj")
+    layer.register_forward_hook(lambda module, args, output: found.add(output.dtype))
+    writer._texts([[1, 2, 3]], 0.0, 0)
+    assert found == {dtype}

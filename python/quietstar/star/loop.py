@@ -274,7 +274,11 @@ class _Loop:
                 folder = self.folder(iteration) / MODEL_FOLDER
                 model, tokenizer = load_checkpoint(str(folder), device=str(self.device))
             seed = self.seed * 1000 + iteration
-            self._writer = iteration, Writer(model, tokenizer, self.task, self.star, seed)
+            # As the trainer computes.
+            training = self.recipe.training
+            half = torch.bfloat16 if training.get("bf16") else torch.float16
+            autocast = half if training.get("bf16") or training.get("fp16") else None
+            self._writer = iteration, Writer(model, tokenizer, self.task, self.star, seed, autocast)
         return self._writer[1]
 
     def _forget(self) -> None:

@@ -67,11 +67,19 @@ class Writer:
 
     Args:
         model: a decoder, or a model with thoughts; seed: of what is sampled.
+        autocast: the type that products are computed in; None: that of the weights.
     """
 
     def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, star: StarSection, seed: int
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        star: StarSection,
+        seed: int,
+        autocast: torch.dtype | None = None,
     ):
+        self._autocast = autocast
         self._thinks = bool(getattr(model.config, "thinks", False))
         config, self._meta = model.config, []
         if config.model_type == "quietstar":
@@ -190,8 +198,9 @@ class Writer:
         if self._meta:
             how["suppress_tokens"] = self._meta
         end = tokenizer.eos_token_id
-        devices = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
+        device, dtype = model.device, self._autocast
+        computing = torch.autocast(device.type, dtype, enabled=dtype is not None)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), computing:
             torch.manual_seed(seed)
             new = model.generate(
                 batch["input_ids"].to(model.device),
