@@ -3,8 +3,8 @@
     python scripts/star_experiment.py FOLDER [--seeds 0 1 2] [--arms with without ...] [--iterations 16]
 
 Every arm is the recipe ``star-sums`` with a few keys changed, from the base that `quietstar demo star`
-trains for that seed; one of them alone leaves hints in prompts. Each is an ordinary run in a folder of its
-own: this may be killed at any time, and the same command goes on. After every arm it writes
+trains for that seed; one of them alone leaves hints in prompts. Each is an ordinary run in a folder of
+its own: this may be killed at any time, and the same command goes on. After every arm it writes
 benchmarks/results/star-sums.json and the table in docs/star.md from what is done so far (``--report``:
 nothing else).
 """
