@@ -83,8 +83,10 @@ def linear_sample(
     options = temperature, top_k, top_p, min_p, banned, seed, offset
     sampling = checked_sampling(options, weight.shape[0], hidden.device)
     scaling = checks.check_scaling(softcap, logit_scale)
-    fused = choose_impl("linear_sample", impl, native_unsupported_reason(hidden)) == "fused"
-    return operator(hidden.detach(), weight.detach(), *sampling, *scaling, fused)
+    hidden, weight, banned = hidden.detach(), weight.detach(), sampling.banned
+    reason = native_unsupported_reason(hidden)
+    chosen = choose_impl("linear_sample", impl, reason, hidden=hidden, weight=weight, banned=banned)
+    return operator(hidden, weight, *sampling, *scaling, chosen == "fused")
 
 
 class LinearSample(NamedTuple):

@@ -92,7 +92,8 @@ def linear_cross_entropy(
     call = LinearCrossEntropy(hidden, weight, targets, None, *options)
     call = _checked(call, banned, accumulate)
 
-    chosen = choose_impl("linear_cross_entropy", impl, _fused_unsupported_reason(hidden, weight))
+    reason = _fused_unsupported_reason(hidden, weight)
+    chosen = choose_impl("linear_cross_entropy", impl, reason, call)
     with without_autocast(hidden):
         nll: torch.Tensor = (
             reference(call) if chosen != "fused" else fused(call, None, False, accumulate)
@@ -149,7 +150,8 @@ def linear_cross_entropy_sum(
     )
     row_weights = row_weights.detach().to(wide)
 
-    chosen = choose_impl("linear_cross_entropy_sum", impl, _fused_unsupported_reason(hidden, weight))
+    reason = _fused_unsupported_reason(hidden, weight)
+    chosen = choose_impl("linear_cross_entropy_sum", impl, reason, call, row_weights=row_weights)
     with without_autocast(hidden):
         if chosen == "reference":
             return reference_sum(call, row_weights, skip_zero_weight)

@@ -70,7 +70,7 @@ def mixing_head(
     _check(call, activation)
 
     reason = fused_unsupported_reason(thought) or derivatives_unsupported_reason(*call[:7])
-    chosen = choose_impl("mixing_head", impl, reason)
+    chosen = choose_impl("mixing_head", impl, reason, call)
     with without_autocast(thought):
         return reference(call) if chosen == "reference" else fused(call)
 

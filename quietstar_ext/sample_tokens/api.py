@@ -66,5 +66,6 @@ def sample_tokens(
         raise ValueError("logits has no columns; expected a vocabulary of at least one token")
     options = temperature, top_k, top_p, min_p, banned, seed, offset
     sampling = checked_sampling(options, logits.shape[1], logits.device)
-    fused = choose_impl("sample_tokens", impl, native_unsupported_reason(logits)) == "fused"
-    return operator(logits.detach(), *sampling, fused)
+    reason = native_unsupported_reason(logits)
+    chosen = choose_impl("sample_tokens", impl, reason, logits=logits, banned=sampling.banned)
+    return operator(logits.detach(), *sampling, chosen == "fused")

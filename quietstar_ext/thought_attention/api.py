@@ -17,7 +17,7 @@ from quietstar_ext.derivatives import derivatives_unsupported_reason
 from quietstar_ext.dispatch import choose_impl
 from quietstar_ext.precision import autocast_inputs, without_autocast
 from quietstar_ext.thought_attention.call import ThoughtAttention
-from quietstar_ext.thought_attention.composed import goes_composed
+from quietstar_ext.thought_attention.composed import path_of
 from quietstar_ext.thought_attention.fused import attend, fused_unsupported_reason
 from quietstar_ext.thought_attention.reference import reference
 
@@ -108,11 +108,14 @@ def thought_attention(
 
     asked = "fused" if impl == "composed" else impl
     reason = fused_unsupported_reason(q) or derivatives_unsupported_reason(*call[:5], sinks)
-    if choose_impl("thought_attention", asked, reason) == "fused":
-        out, lse = attend(call, goes_composed(impl, call, every_position))
-    else:
+    chosen = choose_impl(
+        "thought_attention", asked, reason, call, kernel=lambda: path_of(impl, call, every_position)
+    )
+    if chosen == "reference":
         with without_autocast(q):
             out, lse = reference(call)
+    else:
+        out, lse = attend(call, chosen == "composed")
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 

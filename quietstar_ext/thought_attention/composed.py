@@ -97,20 +97,21 @@ def takes_composed(text_length: int, reason: str | None, known: Borders = UNMEAS
     return path == "composed" or text_length >= known.composed
 
 
-def goes_composed(impl: str, call: ThoughtAttention, every_position: bool) -> bool:
-    """Whether a call that a kernel can take goes this way; see :func:`composed_unsupported_reason`.
+def path_of(impl: str, call: ThoughtAttention, every_position: bool) -> str:
+    """``"fused"`` or ``"composed"`` for a call that a kernel can take; see
+    :func:`composed_unsupported_reason`.
 
     Raises:
         RuntimeError: ``impl="composed"`` and it cannot.
     """
     if impl == "fused":
-        return False
+        return "fused"
     reason = composed_unsupported_reason(call, every_position)
     if impl != "composed":
-        return takes_composed(call.k_text.shape[2], reason, borders(call))
+        return "composed" if takes_composed(call.k_text.shape[2], reason, borders(call)) else "fused"
     if reason is not None:
         raise RuntimeError(f"thought_attention: impl='composed' cannot be used here: {reason}")
-    return True
+    return "composed"
 
 
 def composed_unsupported_reason(call: ThoughtAttention, every_position: bool) -> str | None:
