@@ -3,37 +3,57 @@
 from __future__ import annotations
 
 import argparse
+import json
+from typing import Any
 
 from quietstar.cli.arguments import Commands
 
 
 def add_parser(commands: Commands) -> None:
-    """The command, which has no arguments."""
-    info = commands.add_parser("info", help="versions, what was compiled, what will run where")
+    """The command and its argument."""
+    info = commands.add_parser(
+        "info",
+        help="versions, what was compiled, what will run where",
+        description="Say what is installed: versions, what was compiled, what torch offers, and which"
+        " implementation each operator takes.",
+        epilog="example: quietstar info --json",
+    )
+    info.add_argument("--json", action="store_true", help="the same as data, for a bug report")
     info.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the report."""
-    import torch
+    from quietstar.cli.installed import report
 
-    from quietstar.cli.installed import PROBES, compiled, implementation, torch_offers
-    from quietstar.versions import package_versions
-
-    for title, facts in (
-        ("versions", {**package_versions(), "torch": torch.__version__}),  # which build, too
-        ("compiled", compiled()),
-        ("torch", torch_offers()),
-    ):
-        _show(title, facts)
-    for device in ["cpu"] + (["cuda"] if torch.cuda.is_available() else []):
-        _show(f"operators on {device}", {name: implementation(name, device) for name in PROBES})
+    facts = report()
+    print(json.dumps(facts, indent=2) if args.json else as_text(facts))
     return 0
 
 
-def _show(title: str, facts: dict[str, str]) -> None:
-    print(title)
+def as_text(report: dict[str, dict[str, Any]]) -> str:
+    """The report for a reader: a paragraph per part, a line per fact."""
+    lines = []
+    for title, facts in report.items():
+        if title == "operators":
+            for device, operators in facts.items():
+                lines += _paragraph(f"operators on {device}", operators)
+        else:
+            lines += _paragraph(title, {name.replace("_", " "): fact for name, fact in facts.items()})
+    return "\n".join(lines)
+
+
+def _paragraph(title: str, facts: dict[str, Any]) -> list[str]:
     width = max(map(len, facts))
-    for key, value in facts.items():
-        print(f"  {key:<{width}}  {value}")
-    print()
+    return [title, *(f"  {name:<{width}}  {_words(fact)}" for name, fact in facts.items()), ""]
+
+
+def _words(fact: Any) -> str:
+    if isinstance(fact, dict):
+        first, *more = fact.values()
+        return f"{first} ({', '.join(map(_words, more))})" if more else str(first)
+    if isinstance(fact, list):
+        return ", ".join(map(str, fact)) or "none"
+    if isinstance(fact, bool):
+        return "yes" if fact else "no"
+    return "none" if fact in (None, "") else str(fact)

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import torch
 
 import quietstar_ext
+from quietstar.versions import package_versions
 
 
-def compiled() -> dict[str, str]:
+def report() -> dict[str, dict[str, Any]]:
+    """All of it as JSON takes it: ``versions``, ``compiled``, ``torch`` and ``operators``, the last by
+    device."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    return {
+        "versions": {
+            **package_versions(),
+            "torch": torch.__version__,  # which build, too
+            "system": platform.platform(),
+        },
+        "compiled": compiled(),
+        "torch": torch_offers(),
+        "operators": {
+            device: {name: implementation(name, device) for name in PROBES} for device in devices
+        },
+    }
+
+
+def compiled() -> dict[str, Any]:
     """What is in the native module."""
     build_info = getattr(quietstar_ext, "build_info", None)
     if build_info is None:
-        return {"native module": "not built; every operator runs as plain PyTorch"}
+        return {"native": False, "missing": "not built; every operator runs as plain PyTorch"}
     try:
-        facts = build_info()
+        facts: dict[str, Any] = build_info()
     except (ImportError, OSError, RuntimeError) as error:
-        return {"native module": f"cannot be loaded: {' '.join(str(error).split())}"}
+        return {"native": False, "missing": f"cannot be loaded: {' '.join(str(error).split())}"}
     if torch.cuda.is_available() and not facts.get("cuda_archs"):
         facts["cuda_kernels"] = "none in this build; QUIETSTAR_CUDA=on pip install . compiles them"
-    return {str(key).replace("_", " "): _words(value) for key, value in facts.items()}
+    return facts
 
 
-def torch_offers() -> dict[str, str]:
+def torch_offers() -> dict[str, Any]:
     """Threads and devices."""
-    offers = {
-        "threads": str(torch.get_num_threads()),
+    offers: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda or "CPU-only build",
     }
     for index in range(torch.cuda.device_count()):
@@ -40,24 +60,17 @@ def torch_offers() -> dict[str, str]:
     return offers
 
 
-def implementation(operator: str, device: str) -> str:
-    """``fused``, or ``reference`` and why: found by asking for the kernel on a tiny input."""
+def implementation(operator: str, device: str) -> dict[str, str]:
+    """``implementation``: fused, or reference with a ``reason``, found by asking for the kernel on a
+    tiny input."""
     try:
         inputs = [x.to(device) if isinstance(x, torch.Tensor) else x for x in PROBES[operator]]
         seed = {"seed": 0} if operator in ("sample_tokens", "linear_sample") else {}
         getattr(quietstar_ext, operator)(*inputs, **seed, impl="fused")
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split()).split("cannot be used here: ")[-1]
-        return f"reference ({reason})"
-    return "fused"
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "none" if value in (None, "") else str(value)
+        return {"implementation": "reference", "reason": reason}
+    return {"implementation": "fused"}
 
 
 def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
