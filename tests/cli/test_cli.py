@@ -39,7 +39,7 @@ from quietstar.versions import package_versions
 from quietstar_ext import native
 
 pytestmark = pytest.mark.usefixtures("stdlib_tokenizer_once")
-COMMANDS = ("info", "train", "plan", "merge", "generate", "inspect", "eval", "demo")
+COMMANDS = [command.__name__.rpartition(".")[2] for command in cli.COMMANDS]
 TEXT = "the quick brown fox jumps over the lazy dog. "
 
 

@@ -13,12 +13,12 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from quietstar.cli import demo, generate, info, inspect, merge, plan, star, train
+from quietstar.cli import completion, demo, generate, info, inspect, merge, plan, star, train
 from quietstar.cli import eval as evaluate
 from quietstar.cli.arguments import INTERRUPTED
 from quietstar.versions import package_versions
 
-COMMANDS = (info, train, star, plan, merge, generate, inspect, evaluate, demo)
+COMMANDS = (info, train, star, plan, merge, generate, inspect, evaluate, demo, completion)
 USER_ERROR = 2
 TRACEBACK_VARIABLE = "QUIETSTAR_TRACEBACK"
 # What is done by these is found again.
@@ -30,7 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="quietstar",
         description="Quiet-STaR: language models that think before each token.",
-        epilog=f"{TRACEBACK_VARIABLE}=1 shows where an error came from.",
+        epilog=f"{TRACEBACK_VARIABLE}=1 shows where an error came from,\nQUIETSTAR_LOG=1 which operators"
+        " are called.\n\nexample: quietstar demo --quick",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--version", action="version", version=f"quietstar {package_versions()['quietstar']}"

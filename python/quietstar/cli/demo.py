@@ -19,13 +19,15 @@ def add_parser(commands: Commands) -> None:
         "(the default), on real text, the Python standard library (text), or in a real language model on"
         " word problems (words; needs SmolLM2-135M-Instruct and SVAMP); or how a model learns from"
         " rationales of its own (star).",
+        epilog="example: quietstar demo text --quick",
     )
     add = demo.add_argument
-    add("what", nargs="?", choices=["task", "text", "words", "star"], default="task")
+    whats = ["task", "text", "words", "star"]
+    add("what", nargs="?", choices=whats, default="task", help="which demo (default: task)")
     add("--quick", action="store_true", help="fewer steps and controls")
     add("--fresh", action="store_true", help="start anew instead of continuing")
     add("--sweep", action="store_true", help="task: also try several thought lengths")
-    add("--seed", type=int, help="all that is drawn (default: task 4, words 1, star 0)")
+    add("--seed", metavar="N", type=int, help="all that is drawn (default: task 4, words 1, star 0)")
     add("--model", metavar="M", help="words: the base model, a GGUF file, folder or name on the hub")
     add(
         "--data",

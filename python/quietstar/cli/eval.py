@@ -23,7 +23,7 @@ def add_parser(commands: Commands) -> None:
         description="Measure a model, with its thoughts and without (a plain decoder: without): a table,"
         " and a json file. A command that was interrupted continues when it is given again. For several"
         " processes: torchrun --nproc-per-node N -m quietstar eval ...",
-        epilog="example: quietstar eval quietstar-runs/tiny --tasks perplexity --data notes.txt",
+        epilog="example: quietstar eval quietstar-runs/tiny --tasks perplexity",
     )
     add_model(evaluate)
     add = evaluate.add_argument
@@ -57,7 +57,7 @@ def add_parser(commands: Commands) -> None:
     )
     add("--preset", metavar="NAME", help="completions: a known question set, as data.preset of a recipe")
     for part in ("prompt", "completion"):
-        add(f"--{part}", metavar="TEMPLATE", help=f"completions: as data.{part} of a recipe")
+        add(f"--{part}", metavar="T", help=f"completions: as data.{part} of a recipe")
     add("--include-path", metavar="DIR", type=Path, help="task files for lm-evaluation-harness")
     add("--seed", metavar="N", type=int, default=0, help="default: 0")
     add("--quiet", action="store_true", help="no progress bars")

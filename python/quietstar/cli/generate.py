@@ -26,7 +26,7 @@ def add_parser(commands: Commands) -> None:
     add_model(generate)
     add = generate.add_argument
     add("prompt", metavar="PROMPT", nargs="?", help="default: standard input")
-    add("--file", metavar="F", type=Path, help="a file that holds the prompt")
+    add("--file", metavar="FILE", type=Path, help="a file that holds the prompt")
     add("--max-new-tokens", metavar="N", type=int, default=64, help="default: 64")
     add("--temperature", metavar="X", type=float, help="sample; 0: the most likely")
     add("--top-p", metavar="P", type=float, help="sample among the likeliest")

@@ -14,6 +14,7 @@ def add_parser(commands: Commands) -> None:
         "merge",
         help="make a model of an adapter and its decoder",
         description="Add an adapter's updates into the weights of its decoder and save the model.",
+        epilog="example: quietstar merge quietstar-runs/mistral-7b-lora mistral-7b-thinks",
     )
     merge.add_argument("model", metavar="ADAPTER", help="folder of a run with an adapter section")
     merge.add_argument("output", metavar="DIR", type=Path, help="a new folder for the model")
