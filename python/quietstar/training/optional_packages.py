@@ -10,7 +10,10 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import integration_utils
 
 from quietstar.errors import UserError, blaming
+from quietstar.training.csv_log import CsvLog
 
+# transformers' table of loggers, where Trainer looks for those of report_to: with one of ours.
+integration_utils.INTEGRATION_TO_CALLBACK.setdefault("csv", CsvLog)
 # Loggers whose package has other names: in transformers' question whether it is there, and for pip.
 PACKAGES = {
     "azure_ml": ("azureml", "azureml-mlflow"),
