@@ -44,6 +44,8 @@ def test_every_operator_is_logged(operator: Any, impl: str, lines: Lines) -> Non
         (line,) = lines()
         how = f"fused ({ext.build_info()['simd']})" if impl == "fused" else "reference (asked for)"
         assert line.startswith(f"quietstar_ext: {operator.name} {how} on cpu: ")
+        if call.get("banned") is not None:
+            assert f"banned int64 [{len(call['banned'])}]" in line
         for name, given in call.items():
             if isinstance(given, torch.Tensor) and name != "seed":
                 dtype = str(given.dtype).removeprefix("torch.")

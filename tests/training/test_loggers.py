@@ -93,6 +93,8 @@ class TestCsv:
         for text in ("", "a,b\n1,2\n", "step,epoch\none,2\n3\n4,5,6\n"):
             path.write_text(text)
             assert csv_log.read(path) == []
+        path.write_text("step,epoch,loss\n1,0.1,9.25\n2,0.2,8.1")  # of 8.125
+        assert [row["loss"] for row in csv_log.read(path)] == ["9.25"]
 
     def test_a_full_disk_costs_no_row(self, tmp_path, monkeypatch, caplog) -> None:
         whole = csv_log.write_whole
