@@ -250,3 +250,10 @@ def test_lookup_settings_belong_to_lookup():
         parse_recipe(changed(data={"lookup": {"seed": 1}}))
     with pytest.raises(UserError, match="never ends; set data.max_train_blocks"):
         parse_recipe({**MINIMAL, "data": {"name": "lookup"}})
+
+
+@pytest.mark.parametrize("value", [True, "full_shard", None])
+def test_fsdp_is_switched_on_as_transformers_has_it(value: bool | str | None):
+    """``fsdp: true``, though the annotation of transformers knows text alone."""
+    recipe = load_recipe("tiny").changed(training={"fsdp": value})
+    assert recipe.training["fsdp"] is value or recipe.training["fsdp"] == value

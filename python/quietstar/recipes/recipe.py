@@ -136,6 +136,8 @@ def known_keys(section: str) -> dict[str, Any]:
         return settings()
     if section == "training":
         hints = typing.get_type_hints(QuietStarArguments)
+        # transformers takes `fsdp: true`, and does not say so in its annotation.
+        hints["fsdp"] = bool | hints["fsdp"]
         return {f.name: hints[f.name] for f in dataclasses.fields(QuietStarArguments) if f.init}
     return typing.get_type_hints(CLASSES[section])
 
