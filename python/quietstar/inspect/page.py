@@ -140,13 +140,13 @@ def render_page(
         title=title,
         subtitle=subtitle,
         facts=facts,
-        scale=max(0.1, float(np.percentile(np.abs(gain), 98))),
+        scale=_scale(gain),
         rows=[list(row) for _, row in rows],
         extremes=(
             ("helped", "plus", _in_context(helped, seen, joined)),
             ("hurt", "minus", _in_context(hurt, seen, joined)),
         ),
-        deciles=_deciles(base, gain),
+        deciles=gain_by_difficulty(base, gain),
         curves=[curves_figure(name, series) for name, series in curves],
         # The script's copy; four digits are what it shows.
         data=json.loads(
@@ -154,6 +154,21 @@ def render_page(
             parse_float=lambda digits: round(float(digits), 4),
         ),
         first=order[-1][0],
+    )
+
+
+def render_part(seen: Sequence[SeenToken], rows: Sequence[tuple[int, SeenToken]], gain: float) -> str:
+    """A text and its thoughts as an element of another page: no script, and no style but its own.
+
+    Args:
+        rows: the tokens of the table of thoughts, with their places in ``seen``.
+        gain: nats per token, over all of them.
+    """
+    return _ENVIRONMENT.get_template("notebook.html").render(
+        tokens=seen,
+        rows=[(before, token) for _, before, token in _in_context(rows, seen, True, len(rows))],
+        gain=gain,
+        scale=_scale(np.array([token.gain for token in seen if token.gain is not None])),
     )
 
 
@@ -181,6 +196,18 @@ def read_curves(run_folder: str | Path | None) -> list[tuple[str, dict[str, list
     return found
 
 
+def gain_by_difficulty(base: Any, gain: Any) -> str:
+    """The figure of the gains in each decile of difficulty, as an SVG element.
+
+    Args:
+        base: [tokens] losses without thoughts, nats; gain: [tokens], what thinking took off them.
+    """
+    decile = deciles(base[None], np.ones((1, len(base)), dtype=bool))[0]
+    groups = [(base[decile == d], gain[decile == d]) for d in range(10)]
+    spans = [(hard.min(), hard.max()) if len(hard) else (0.0, 0.0) for hard, _ in groups]
+    return deciles_figure([gains for _, gains in groups], spans)
+
+
 # ---- parts of the page --------------------------------------------------------------------------
 
 
@@ -189,6 +216,11 @@ def colour(gain: float, scale: float) -> str:
     strength = min(abs(gain) / scale, 1.0) * 0.7
     red, green, blue = (31, 122, 140) if gain >= 0 else (217, 118, 43)
     return f"rgb({red} {green} {blue} / {strength:.2f})"
+
+
+def _scale(gain: Any) -> float:
+    """The gain at which a colour is full, nats."""
+    return max(0.1, float(np.percentile(np.abs(gain), 98)))
 
 
 def _in_context(
@@ -200,13 +232,6 @@ def _in_context(
         near = [t.text for t in seen[max(0, index - 12) : index] if joined or t.row == token.row]
         found.append((index, "".join(near)[-28:], token))
     return found
-
-
-def _deciles(base: Any, gain: Any) -> str:
-    decile = deciles(base[None], np.ones((1, len(base)), dtype=bool))[0]
-    groups = [(base[decile == d], gain[decile == d]) for d in range(10)]
-    spans = [(hard.min(), hard.max()) if len(hard) else (0.0, 0.0) for hard, _ in groups]
-    return deciles_figure([gains for _, gains in groups], spans)
 
 
 def signed(value: float, digits: int) -> str:
