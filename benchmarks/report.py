@@ -19,18 +19,12 @@ REAL = README.parent / "docs" / "results.md"
 EVERYTHING = Path(__file__).parent / "RESULTS.md"
 # What README shows; the rest is in RESULTS.md.
 HIGHLIGHTS = (
-    "thought_attention forward + backward, B1 Hq32 Hkv8 N256 R1",
-    "thought_attention forward + backward, B1 Hq32 Hkv8 N2048 R1",
+    "thought_attention forward + backward, B1 Hq32 Hkv8 N256 R1 S15 D128",
     "linear_cross_entropy, forward and backward, 8192 x 4096 onto 128256",
     "sample_tokens, 2048 x 128256 bfloat16, plain",
-    "mixing_head, 8192 rows over 1024, width 4096 bfloat16, forward and backward",
     "training step",
-    "slot step",
-    "thought_attention forward + backward, B1 Hq8",
-    "linear_cross_entropy, forward and backward, 2048 x 256 onto 8192 float32",
+    "thought_attention forward + backward, B1 Hq8 Hkv4",
     "linear_cross_entropy, forward and backward, 2048 x 1024 onto 32000 float32",
-    "sample_tokens, 512 x 32000 float32, plain",
-    "sample_tokens, 512 x 32000 float32, top_k 50",
     "generation",
 )
 TEXT_ARMS = {

@@ -130,8 +130,8 @@ def linear_cross_entropy_sum(
             of weight 0 get no gradient either.
         skip_zero_weight: leave rows of weight 0 out altogether; their nll is then 0. False computes
             their nll.
-        hidden, weight, targets, temperature, banned, ignore_index, softcap, logit_scale,
-            accumulate, impl: as in ``linear_cross_entropy``.
+        hidden, weight, targets, temperature, banned: as in ``linear_cross_entropy``.
+        ignore_index, softcap, logit_scale, accumulate, impl: as there.
 
     Returns:
         the loss, a scalar with gradients for hidden and weight, and nll [rows] without gradient;

@@ -1,4 +1,4 @@
-"""README's Python examples run as they stand (with a small local model in place of a large one)."""
+"""README: its size and promises, and the longer Python examples, a small model in place of a large."""
 
 import re
 from pathlib import Path
@@ -10,12 +10,21 @@ from small_recipes import run_python
 from quietstar.data.lookup import LookupLanguage, TextMix, build_tokenizer
 
 README = Path(__file__).parents[2] / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+DOCS = README.parent / "docs"
+PAGES = "".join(path.read_text(encoding="utf-8") for path in (README, DOCS / "api.md"))
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGES, flags=re.S)
+MAX_LINES = 150
 
 
 def example(word: str) -> str:
     (found,) = [code for code in EXAMPLES if word in code]
     return found
+
+
+def test_a_minute_is_enough():
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= MAX_LINES
+    assert "](docs/figures/thought.svg)" in text and "**Status.**" in text
 
 
 def test_operators_from_plain_pytorch():
@@ -49,12 +58,12 @@ def test_training(tmp_path, monkeypatch):
     assert Path("out/checkpoint-2/model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("command", ["quietstar train", "quietstar info", "quietstar demo text"])
+@pytest.mark.parametrize("command", ["quietstar train", "quietstar generate", "quietstar demo text"])
 def test_commands_in_the_readme_exist(command: str):
     from quietstar.cli.app import build_parser
 
     assert command in README.read_text(encoding="utf-8")
-    words = command.split()[1:] + (["tiny"] if command.endswith("train") else [])
+    words = command.split()[1:] + (["tiny"] if command.endswith(("train", "generate")) else [])
     assert build_parser().parse_args(words).run is not None
 
 
@@ -66,7 +75,11 @@ def test_recipes_in_the_readme_are_shipped():
         assert f"`{name}`" in text and name in shipped_recipes()
 
 
-METHODS = re.findall(r"^\| ([^|]+) \| (`(?:thoughts|training): .*`) \|$", README.read_text(), flags=re.M)
+METHODS = re.findall(
+    r"^\| ([^|]+) \| (`(?:thoughts|training): .*`) \|$",
+    (DOCS / "objectives.md").read_text(encoding="utf-8"),
+    flags=re.M,
+)
 
 
 @pytest.mark.parametrize(("method", "cell"), METHODS, ids=[m.partition(" (")[0] for m, _ in METHODS])

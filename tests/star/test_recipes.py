@@ -4,7 +4,6 @@ import dataclasses
 import io
 import re
 import shlex
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -90,8 +89,8 @@ def test_steps_are_added_by_a_key_of_their_own():
 def test_the_examples_of_the_docs():
     """The recipe can be read, and so can the training on kept rationales."""
     text = PAGE.read_text(encoding="utf-8")
-    block = text.partition("## A recipe")[2].partition("    model:")[2].partition("\n\n")[0]
-    recipe = parse_recipe(load_yaml(textwrap.dedent(f"    model:{block}"), "docs/star.md"))
+    block = text.partition("## A recipe")[2].partition("```yaml\n")[2].partition("```")[0]
+    recipe = parse_recipe(load_yaml(block, "docs/star.md"))
     (shot,) = recipe.star.shots or []
     assert extractor(str(recipe.star.answer))(shot["completion"]) == "12"
     (command,) = re.findall(r"```bash\n(quietstar train .*?)```", text, flags=re.S)

@@ -63,3 +63,8 @@ def run_python(*words: Any, cwd: Path | None = None, **variables: str) -> subpro
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return done
+
+
+def run_cli(*words: Any) -> None:
+    """``quietstar`` with these words, in this process; it ends well."""
+    assert cli.main([str(word) for word in words]) == 0, words
