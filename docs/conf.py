@@ -51,10 +51,10 @@ suppress_warnings = ["mystnb.unknown_mime_type"]
 
 
 def take_changelog(app: Any, page: str, source: list[str]) -> None:
-    """The page of changes is the repository's own file."""
+    """The page of changes is the repository's own file, whose links begin at the root."""
     changes = ROOT / "CHANGELOG.md"
     if page == "changelog" and changes.is_file():
-        source[0] = changes.read_text(encoding="utf-8")
+        source[0] = changes.read_text(encoding="utf-8").replace("](docs/", "](")
 
 
 def setup(app: Any) -> None:

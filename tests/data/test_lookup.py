@@ -3,6 +3,9 @@
 import itertools
 import json
 import os
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 from families import thinking_model, tiny_decoder
 
 from quietstar import QuietStarForCausalLM
+from quietstar.cli import app as cli
 from quietstar.data import lookup
 from quietstar.data.lookup import LookupLanguage, TextMix, corpus_mix
 from quietstar.demos.lookup import derivation_nll, evaluate, run_arms, stage_recipes
@@ -144,7 +148,7 @@ def test_the_verdict_follows_the_numbers(full: float, said: str):
 
 
 @pytest.mark.slow
-def test_thoughts_learn_what_nothing_else_does(tmp_path):
+def test_thoughts_learn_what_nothing_else_does(tmp_path, capsys):
     """The guard of every kernel: with a fixed seed full Quiet-STaR solves what the control cannot."""
     metrics = run_arms(tmp_path, seed=4, quick=True, progress=False)
     arms = metrics["arms"]
@@ -166,3 +170,16 @@ def test_thoughts_learn_what_nothing_else_does(tmp_path):
     assert evaluate(loaded, LookupLanguage(4)) == full
     rows = torch.from_numpy(LookupLanguage(4).derivations(64, 1))
     assert derivation_nll(loaded, rows) < 1.0
+    # README shows what this model says, with its thoughts and their weights.
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    command, *lines = readme.partition("```console\n$ quietstar ")[2].partition("```")[0].splitlines()
+    words = shlex.split(command)
+    capsys.readouterr()
+    assert (
+        words[1] == "quietstar-demo/full"
+        and cli.main([words[0], str(tmp_path / "full"), *words[2:]]) == 0
+    )
+    said = [re.sub(r"\(.*\)", "", line).split() for line in capsys.readouterr().out.splitlines()]
+    assert said[0] == re.sub(r"\(.*\)", "", lines[0]).split()
+    # The thought behind the answer is of no use, and another one on another machine.
+    assert [line[0] for line in said] == [line.split()[0] for line in lines]
