@@ -26,7 +26,7 @@ extensions = [
     "recipe_reference",
     "repository_links",
 ]
-exclude_patterns = ["_ext", "**/.ipynb_checkpoints", "_build", "results"]
+exclude_patterns = ["_ext", "_build", "**/.ipynb_checkpoints"]
 templates_path: list[str] = []
 
 html_theme = "furo"
