@@ -24,7 +24,6 @@ extensions = [
     "sphinx.ext.napoleon",
     "module_list",
     "recipe_reference",
-    "repository_links",
 ]
 exclude_patterns = ["_ext", "_build", "**/.ipynb_checkpoints"]
 templates_path: list[str] = []
