@@ -121,8 +121,11 @@ class Browser:
         return [entry["message"] for entry in self._call("/se/log", {"type": "browser"})]
 
     def requests(self) -> list[str]:
-        """Addresses asked for so far."""
+        """Addresses asked for so far, but for files, what a page holds itself, and the browser's own."""
         log = [
             json.loads(e["message"])["message"] for e in self._call("/se/log", {"type": "performance"})
         ]
-        return [e["params"]["request"]["url"] for e in log if e["method"] == "Network.requestWillBeSent"]
+        asked = [
+            e["params"]["request"]["url"] for e in log if e["method"] == "Network.requestWillBeSent"
+        ]
+        return [url for url in asked if not url.startswith(("file:", "data:", "chrome"))]
