@@ -179,7 +179,8 @@ def test_thoughts_learn_what_nothing_else_does(tmp_path, capsys):
         words[1] == "quietstar-demo/full"
         and cli.main([words[0], str(tmp_path / "full"), *words[2:]]) == 0
     )
-    said = [re.sub(r"\(.*\)", "", line).split() for line in capsys.readouterr().out.splitlines()]
+    shown = capsys.readouterr().out.strip().splitlines()
+    said = [re.sub(r"\(.*\)", "", line).split() for line in shown]
     assert said[0] == re.sub(r"\(.*\)", "", lines[0]).split()
     # The thought behind the answer is of no use, and another one on another machine.
     assert [line[0] for line in said] == [line.split()[0] for line in lines]

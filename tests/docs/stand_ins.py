@@ -71,6 +71,7 @@ README = "tests/house/test_readme.py"
 WORDS = "tests/demos/test_demo_words.py::test_a_whole_demo_and_its_continuation"
 EVALUATION = "tests/evaluation/test_command.py::test_two_processes_share_the_items"
 TERMS = "tests/losses/test_objective.py"
+LOG = "tests/operators/test_call_log.py::test_every_operator_is_logged"
 HERE = "tests/docs/test_blocks.py"
 ELSEWHERE = (
     # Installing: these tests run against what was installed; others build with and without a toolkit.
@@ -97,5 +98,6 @@ ELSEWHERE = (
     # Formulas and a listing.
     Elsewhere("objectives.md", "language_loss = nll_weight", f"{TERMS}::test_weights_of_the_terms"),
     Elsewhere("how_it_works.md", "mixed prediction = ", f"{TERMS}::test_mixing_floor"),
+    Elsewhere("architecture.md", "linear_sample fused", LOG),
     Elsewhere("star.md", "run/iteration-03/written.jsonl", "tests/star/test_loop.py::test_the_command"),
 )
