@@ -27,6 +27,13 @@ def test_a_minute_is_enough():
     assert "](docs/figures/thought.svg)" in text and "**Status.**" in text
 
 
+def test_links_lead_somewhere():
+    text = README.read_text(encoding="utf-8")
+    links = {link for link in re.findall(r"\]\(([^)#]+)", text) if not link.startswith("http")}
+    missing = {link for link in links if not (README.parent / link).is_file()}
+    assert len(links) > 15 and not missing, missing
+
+
 def test_operators_from_plain_pytorch():
     code = example("thought_attention")
     assert "import quietstar\n" not in code and len(code.splitlines()) <= 18
