@@ -116,6 +116,21 @@ HYBRIDS: dict[str, dict] = {
     "qwen3_5_text": _LINEAR,
     "qwen3_5_moe_text": {**_LINEAR, **_SHARED_EXPERTS},
     "bamba": {**_STATE_SPACES, "attn_layer_indices": [1]},
+    "granitemoehybrid": {
+        **{**_STATE_SPACES, **_EXPERTS, "shared_intermediate_size": 24},
+        "position_embedding_type": "rope",
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        **{"embedding_multiplier": 1.5, "residual_multiplier": 0.6, "attention_multiplier": 0.3},
+        "logits_scaling": 1.7,
+    },
+    # Every layer attends and hands a state on, and there is a multiplier at every door.
+    "falcon_h1": {
+        **{**_STATE_SPACES, "num_hidden_layers": 2, "mamba_d_ssm": 64, "mamba_rms_norm": True},
+        **{"embedding_multiplier": 1.6, "lm_head_multiplier": 0.4, "mlp_multipliers": [0.8, 1.3]},
+        **{"key_multiplier": 0.7, "attention_in_multiplier": 1.2, "attention_out_multiplier": 0.9},
+        **{"ssm_in_multiplier": 1.1, "ssm_out_multiplier": 0.8},
+        "ssm_multipliers": [0.9, 1.1, 1.2, 0.8, 0.7],
+    },
     "nemotron_h": {
         **{name: value for name, value in _LLAMA_LIKE.items() if name != "num_hidden_layers"},
         "layers_block_type": ["linear_attention", "moe", "full_attention", "linear_attention"],

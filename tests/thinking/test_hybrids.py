@@ -26,9 +26,10 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(linear_attention, "CHUNK", 4)
 
 
-def build(family: str, **fields) -> QuietStarForCausalLM:
+def build(family: str, changes: dict | None = None, **fields) -> QuietStarForCausalLM:
     fields = {"thought_length": THOUGHT, "talk_length": TALK, **fields}
-    return thinking_model(tiny_decoder(family), seed=4, mixing=0.3, embeddings=0.003, **fields)
+    decoder = tiny_decoder(family, **(changes or {}))
+    return thinking_model(decoder, seed=4, mixing=0.3, embeddings=0.003, **fields)
 
 
 def text(kind: str) -> tuple[Tensor, Tensor, TextRanges]:
@@ -62,9 +63,10 @@ def plain_runs(model: QuietStarForCausalLM, ids, ranges: TextRanges, anchors, th
             said += list(embed(ids[row, ahead]))
             sequences.append(torch.stack(said))
             places.append((row, column, anchor, len(said)))
-    found = body(
-        inputs_embeds=torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True), use_cache=False
-    ).last_hidden_state
+    embeds = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    if body.config.model_type == "falcon_h1":  # which does so by itself with tokens only
+        embeds = embeds * body.config.embedding_multiplier
+    found = body(inputs_embeds=embeds, use_cache=False).last_hidden_state
     text = torch.zeros(ROWS, LENGTH, found.shape[-1])
     slots = torch.zeros(ROWS, size, anchors.shape[1], found.shape[-1])
     for hidden, (row, column, anchor, count) in zip(found, places, strict=True):
@@ -125,7 +127,24 @@ def test_the_packed_pass_equals_one_sequence_per_column(family: str, kind: str, 
     assert set(our_gradients) == set(their_gradients)
     for name, gradient in their_gradients.items():
         error = largest(our_gradients[name], gradient)
-        assert error < 2e-5 + 2 * gradient_noise, f"gradient of {name} differs by {error:.1e}"
+        assert error < 5e-5 + 2 * gradient_noise, f"gradient of {name} differs by {error:.1e}"
+
+
+def test_layers_that_are_an_mlp_alone_may_stand_between():
+    kinds = ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"]
+    model = build("nemotron_h", {"layers_block_type": kinds})
+    ids, _, ranges = text("documents")
+    anchors = torch.arange(LENGTH).expand(ROWS, -1)
+    thoughts = torch.randint(3, VOCABULARY - 2, (*anchors.shape, THOUGHT))
+    real = (ranges.start < ranges.stop)[..., None]
+    with torch.no_grad():
+        for found, wanted in zip(
+            packed_pass(model, ids, ranges, anchors, thoughts),
+            plain_runs(model, ids, ranges, anchors, thoughts),
+            strict=True,
+        ):
+            seen = real if found.dim() == 3 else real[:, None]
+            assert largest(found * seen, wanted * seen) < 2e-5
 
 
 @pytest.mark.parametrize("family", HYBRIDS)
@@ -181,9 +200,27 @@ def test_checkpointing_and_reused_outputs_change_no_gradient(family: str):
     model.reuse_rollout(True)
     check(run(), sampled)
     model.reuse_rollout(False)
-    model.gradient_checkpointing_enable()
-    check(run(thought_ids=thoughts), given)
-    check(run(), sampled)
+    for kept in (None, {"keep": "products"}):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kept)
+        check(run(thought_ids=thoughts), given)
+        check(run(), sampled)
+        model.gradient_checkpointing_disable()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text", "falcon_h1"])
+def test_torch_compile_leaves_these_layers_out(family: str):
+    """Of every kind one: what is compiled around them gives the same gradients."""
+    model = build(family).train()
+    ids, mask, _ = text("left")
+    call = {"attention_mask": mask, "labels": ids}
+    call["thought_ids"] = torch.randint(3, VOCABULARY - 2, (ROWS, 1, LENGTH, THOUGHT))
+    model(ids, **call).loss.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    torch.compile(model, backend="eager")(ids, **call).loss.backward()
+    for name, gradient in gradients(model).items():
+        assert largest(gradient, wanted[name]) < 1e-4, name
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
@@ -324,3 +361,25 @@ def test_a_decoder_without_attention_is_refused():
     decoder = AutoModelForCausalLM.from_config(config)
     with pytest.raises(ValueError, match="'mamba2' has no attention layer"):
         thinking_model(decoder)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_weights_that_accelerate_puts_away(family: str, when: str):
+    """A mixer's own, and those that it hands to a function."""
+    from accelerate import cpu_offload
+
+    wanted = build(family).eval()
+    decoder = tiny_decoder(family)
+    if when == "before":
+        cpu_offload(decoder, execution_device=torch.device("cpu"))
+    model = thinking_model(decoder).eval()
+    if when == "after":
+        cpu_offload(decoder, execution_device=torch.device("cpu"))
+    assert all(p.device.type == "meta" for p in model.base.base_model.layers[0].parameters())
+    model.config = wanted.config
+    model.mixing_head, model.thought_embedding = wanted.mixing_head, wanted.thought_embedding
+    ids, mask, _ = text("left")
+    with torch.no_grad():
+        logits = wanted(ids, attention_mask=mask).logits
+        assert largest(model(ids, attention_mask=mask).logits, logits) < 1e-6

@@ -47,6 +47,7 @@ from quietstar.thinking.decoder import ThoughtDecoder
 from quietstar.thinking.documents import DESCRIPTIONS, batch_ranges, check_new_positions
 from quietstar.thinking.fsdp2 import output_layer_gathered
 from quietstar.thinking.layers import MixingHead, ThoughtEmbedding
+from quietstar.thinking.linear_layers import input_device
 from quietstar.thinking.noise import settle_noise
 from quietstar.thinking.self_check import check_decoder
 from quietstar.thinking.supported import check_reopens, check_supported
@@ -151,7 +152,7 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
             # Its weights are set: transformers must not initialise them again under the wrapper.
             module._is_hf_initialized = True
         # The layer is asked, not its weight, which a wrapper or a quantiser may have put elsewhere.
-        embed, device = base.get_input_embeddings(), _input_device(base)
+        embed, device = base.get_input_embeddings(), input_device(base)
         with torch.no_grad():
             like = embed(torch.zeros(1, 1, dtype=torch.int64, device=device))
         with torch.device(like.device):  # whatever device a block around this call names
@@ -186,6 +187,13 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
         from quietstar.checkpoints.upstream import from_reference
 
         return from_reference(name, **options)
+
+    def initialize_weights(self) -> None:
+        """What no checkpoint holds."""
+        # By the decoder's own rules: here transformers would pass over modules that have no weights, and
+        # falcon_h1's body fills buffers of its layers.
+        self.base.initialize_weights()
+        super().initialize_weights()
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, MixingHead):
@@ -385,13 +393,6 @@ def _check_base(base: Any) -> None:
             " adapters to the model with thoughts instead"
         )
     raise TypeError(f"base is a {kind}; expected a causal language model of transformers, or its name")
-
-
-def _input_device(base: PreTrainedModel) -> torch.device:
-    """The device on which a decoder takes its tokens, also where accelerate has put its weights away."""
-    hook = getattr(base.get_input_embeddings(), "_hf_hook", None)
-    place = getattr(hook, "execution_device", None)
-    return base.device if place is None else torch.device(place)
 
 
 AutoConfig.register("quietstar", QuietStarConfig, exist_ok=True)

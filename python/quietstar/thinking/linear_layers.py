@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
@@ -59,3 +60,10 @@ def call_linear(layer: nn.Module, x: Tensor) -> Tensor:
     dtype = input_dtype(layer)
     output: Tensor = layer(x if dtype is None else x.to(dtype))
     return output
+
+
+def input_device(base: PreTrainedModel) -> torch.device:
+    """The device on which a decoder takes its tokens, also where accelerate has put its weights away."""
+    hook = getattr(base.get_input_embeddings(), "_hf_hook", None)
+    place = getattr(hook, "execution_device", None)
+    return base.device if place is None else torch.device(place)

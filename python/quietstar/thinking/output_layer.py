@@ -198,7 +198,7 @@ class CalledOutputLayer(OutputLayer):
 def output_layer(decoder: PreTrainedModel) -> OutputLayer:
     """Read the output layer and what a family does to its logits."""
     config = text_config_of(decoder.config)
-    scale = getattr(config, "logit_scale", None)
+    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None)
     if scaling := getattr(config, "logits_scaling", None):
         scale = scaling if config.model_type in _MULTIPLIES_LOGITS else 1.0 / scaling
     scale = 1.0 if scale is None else float(scale)

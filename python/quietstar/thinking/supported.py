@@ -5,7 +5,14 @@ from __future__ import annotations
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from quietstar.thinking.linear_layers import embedding_rows
-from quietstar.thinking.recurrent.mixers import ALONE, ATTENTION, KNOWN_RECURRENCES, RECURRENT, mixer_of
+from quietstar.thinking.recurrent.mixers import (
+    ALONE,
+    ATTENTION,
+    BOTH,
+    KNOWN_RECURRENCES,
+    RECURRENT,
+    mixer_of,
+)
 from quietstar.thinking.text_part import decoder_layers, kind_of, text_body, text_config_of
 
 
@@ -24,7 +31,7 @@ def check_supported(model: PreTrainedModel) -> None:
     types = getattr(config, "layer_types", None) or []
     layers = decoder_layers(model)
     for index, layer_type in enumerate(types):
-        if layer_type in RECURRENT:
+        if layer_type in RECURRENT + BOTH:
             known = index < len(layers) and mixer_of(layers[index]) is not None
         else:
             known = layer_type in ATTENTION + ALONE
@@ -33,7 +40,7 @@ def check_supported(model: PreTrainedModel) -> None:
                 f"{kind} has layers of type {layer_type!r}; only full and sliding softmax attention,"
                 f" {KNOWN_RECURRENCES} can be used with thoughts"
             )
-    if types and not set(types) & set(ATTENTION):
+    if types and not set(types) & set(ATTENTION + BOTH):
         raise ValueError(
             f"{kind} has no attention layer, by whose keys a cache counts its tokens; expected a decoder"
             " that has one"

@@ -9,7 +9,11 @@ from transformers import PreTrainedModel
 from quietstar.thinking.attention import check_layers
 from quietstar.thinking.layout import TextRanges, ThoughtLayout
 from quietstar.thinking.positions import check_length
-from quietstar.thinking.text_part import text_body
+from quietstar.thinking.text_part import text_body, text_config_of
+
+# These multiply what they embed themselves (``embedding_multiplier``), and not embeddings that they are
+# given; others with a setting of this name multiply both.
+_MULTIPLIES_ITS_OWN = ("falcon_h1",)
 
 
 def run_decoder(
@@ -18,6 +22,9 @@ def run_decoder(
     """One pass through the decoder's body with a layout; final hidden states [B, L, d]."""
     # A 4-D mask is handed through untouched, so that nothing of size L x L is ever built.
     mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=embeds.device)
+    config = text_config_of(decoder.config)
+    if config.model_type in _MULTIPLIES_ITS_OWN:
+        embeds = embeds * config.embedding_multiplier
     hidden = text_body(decoder)(
         # In memory of its own: some decoders scale it in place, which an expanded tensor cannot be.
         inputs_embeds=embeds.contiguous(),

@@ -9,9 +9,10 @@ causal_conv1d) can get in.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
 
@@ -29,8 +30,10 @@ from quietstar.thinking.text_part import decoder_layers, text_config_of
 ATTENTION = ("full_attention", "sliding_attention")
 # ... those that hand a state from token to token ...
 RECURRENT = ("conv", "linear_attention")
+# ... those that do both, side by side ...
+BOTH = ("hybrid",)
 # ... and those that do neither.
-ALONE = ("moe",)
+ALONE = ("moe", "mlp")
 _CACHE_NAMES = ("cache", "cache_params", "past_key_values")
 
 _this_thread = threading.local()
@@ -155,9 +158,25 @@ class RecurrentForward:
             self._rebuilt = _with_functions(_own_forward(mixer))
         _this_thread.layer_pass = LayerPass(layout, layer, cache)
         try:
-            return self._rebuilt(mixer, *args, **kwargs)
+            with _weights_of_convolutions(mixer):
+                return self._rebuilt(mixer, *args, **kwargs)
         finally:
             del _this_thread.layer_pass
+
+
+@contextlib.contextmanager
+def _weights_of_convolutions(mixer: nn.Module) -> Iterator[None]:
+    """Let accelerate, where it puts weights away, bring those of convolutions, which a mixer does not
+    call: it hands their weights to a function."""
+    hooks = [(part, getattr(part, "_hf_hook", None)) for part in mixer.children()]
+    hooked = [(part, hook) for part, hook in hooks if hook is not None and isinstance(part, nn.Conv1d)]
+    for part, hook in hooked:
+        hook.pre_forward(part)
+    try:
+        yield
+    finally:
+        for part, hook in hooked:
+            hook.post_forward(part, ())
 
 
 def _with_functions(forward: FunctionType) -> FunctionType:
@@ -185,8 +204,12 @@ def hand_layouts_to_mixers(decoder: PreTrainedModel) -> None:
     for index in _handing_on(decoder):
         layer = layers[index]
         mixer = mixer_of(layer)
-        if mixer is not None and not isinstance(vars(mixer).get("forward"), RecurrentForward):
-            mixer.forward = RecurrentForward(mixer)
+        if mixer is None:
+            continue
+        # accelerate's hooks stay around it.
+        name = "_old_forward" if "_old_forward" in vars(mixer) else "forward"
+        if not isinstance(vars(mixer).get(name), RecurrentForward):
+            setattr(mixer, name, RecurrentForward(mixer))
             # Some layers do not pass on to their mixer what they are called with.
             layer.register_forward_pre_hook(_enter, with_kwargs=True)
             layer.register_forward_hook(_leave, always_call=True)
@@ -199,7 +222,7 @@ def hands_states_on(decoder: PreTrainedModel) -> bool:
 
 def _handing_on(decoder: PreTrainedModel) -> set[int]:
     types = getattr(text_config_of(decoder.config), "layer_types", None) or []
-    return {index for index, kind in enumerate(types) if kind in RECURRENT}
+    return {index for index, kind in enumerate(types) if kind in RECURRENT + BOTH}
 
 
 def layers_of_both_kinds(decoder: PreTrainedModel) -> tuple[set[int], set[int]]:
@@ -207,4 +230,4 @@ def layers_of_both_kinds(decoder: PreTrainedModel) -> tuple[set[int], set[int]]:
     config, hand_on = text_config_of(decoder.config), _handing_on(decoder)
     if not hand_on:
         return set(range(config.num_hidden_layers)), hand_on
-    return {index for index, kind in enumerate(config.layer_types) if kind in ATTENTION}, hand_on
+    return {index for index, kind in enumerate(config.layer_types) if kind in ATTENTION + BOTH}, hand_on
