@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,18 @@ def render(results: dict[str, Any], highlights: tuple[str, ...] | None = None) -
     several = any("commit" in row for table in tables for row in table.values())
     runs = "Medians; a row in brackets is from another run" if several else "Medians within one run"
     others = [name for name, benchmark in results["benchmarks"].items() if "source" in benchmark]
+    busy = [
+        name
+        for name, benchmark in results["benchmarks"].items()
+        if benchmark.get("busy") and any(map(_is_shown(highlights), benchmark["tables"]))
+    ]
     lines = [
         f"Measured on {', '.join(_facts(machine))}. {runs}; others as multiples of ours."
+        + (
+            f" Timed while the machine did other work, so that only ratios count: {', '.join(busy)}."
+            if busy
+            else ""
+        )
         + (f" Timed by other scripts than these benchmarks: {', '.join(others)}." if others else "")
         + (f" Not measured: {'; '.join(missing)}." if missing else ""),
         "",
@@ -59,7 +70,7 @@ def render(results: dict[str, Any], highlights: tuple[str, ...] | None = None) -
     ]
     for benchmark in results["benchmarks"].values():
         for work, table in benchmark["tables"].items():
-            if highlights is not None and not work.startswith(highlights):
+            if not _is_shown(highlights)(work):
                 continue
             (_, ours), *rest = table.items()
             cells = [f"{name} {_times(row, ours)}" for name, row in rest]
@@ -72,6 +83,10 @@ def render(results: dict[str, Any], highlights: tuple[str, ...] | None = None) -
             most = f" to {ours['most_ms']:.{digits}f}" if "most_ms" in ours else ""
             lines.append(f"| {work} | {ours['ms']:.{digits}f}{most} ms{memory} | {'; '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _is_shown(highlights: tuple[str, ...] | None) -> Callable[[str], bool]:
+    return lambda work: highlights is None or work.startswith(highlights)
 
 
 def _facts(machine: dict[str, Any]) -> list[str]:

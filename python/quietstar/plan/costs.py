@@ -15,6 +15,7 @@ from typing import Any
 
 from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError
+from quietstar.plan.hybrids import Hybrid, LayerKind, Shape
 from quietstar.plan.sizes import Sizes
 from quietstar.plan.sizes import decoder_sizes as decoder_sizes
 from quietstar_ext.linear_cross_entropy.cpu import LARGE_WORKSPACE_BYTES, MAX_ROWS, WORKSPACE_BYTES
@@ -131,11 +132,11 @@ def _products_row(sizes: Sizes, step: Step) -> float:
         return 0.0
     s = 4 if step.precision == "float32" else 2
     # Queries, keys and values, gate and up, two outputs; with adapters the updates of all of them, too.
-    linear = s * (sizes.query + 2 * sizes.key + 2 * sizes.inner + 2 * sizes.width)
+    linear = s * sizes.outputs
     if step.rank is not None:
-        linear = 2 * linear + 7 * step.rank * s
+        linear = 2 * linear + sizes.linears * step.rank * s
     # The attention's output with a number per head.
-    return linear + s * sizes.query + 4 * sizes.heads
+    return (linear + sizes.attending * (s * sizes.query + 4 * sizes.heads)) / sizes.layers
 
 
 def _shared_row(sizes: Sizes, step: Step) -> float:
@@ -157,6 +158,33 @@ def _transient_row(sizes: Sizes, step: Step) -> float:
     return 2 * sizes.inner * s + (0 if step.precision == "autocast" else s * sizes.width)
 
 
+def _layers_kept(
+    config: QuietStarConfig, sizes: Sizes, step: Step, rows: Rows
+) -> tuple[float, float, float]:
+    """Bytes that all layers keep for the backward pass, and the one that keeps most; and what of these
+    checkpointing has kept already."""
+    if sizes.hybrid is None:
+        layer = rows.packed * _layer_row(sizes, step)
+        return sizes.layers * layer, layer, rows.packed * _shared_row(sizes, step)
+    kinds = _kinds(config, sizes.hybrid, step)
+    adapters = 0.0
+    if step.rank is not None:
+        s = 4 if step.precision == "float32" else 2
+        adapters = rows.packed * step.rank * s * sizes.linears / sizes.layers
+    most = max(kinds, key=lambda kind: kind.kept)
+    # An adapter's update makes another tensor of what a linear layer gave.
+    shared = step.batch * most.shared if step.keep_products and step.rank is None else 0.0
+    whole = sum(kind.count * (step.batch * kind.kept + adapters) for kind in kinds)
+    return whole, step.batch * most.kept + adapters, shared
+
+
+def _kinds(config: QuietStarConfig, hybrid: Hybrid, step: Step) -> tuple[LayerKind, ...]:
+    anchors = anchors_per_text(config, step.length) if config.thinks else 1
+    rationales = config.num_rationales if config.thought_kind == "sampled" else 1
+    shape = Shape(step.length, anchors, rationales, config.num_slots)
+    return hybrid.kinds(shape, step.precision, step.rank is not None)
+
+
 def activation_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float:
     """Peak of one step beyond weights and optimiser states, gradients included."""
     parts, step = math.ceil(step.batch / step.part.batch), step.part
@@ -168,11 +196,12 @@ def activation_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float
     gradient = wide if step.rank is None else 4
     share = step.processes if step.sharded else 1
     positions = rows.packed * 2 * sizes.head_dim * wide
-    layer = rows.packed * _layer_row(sizes, step)
-    kept = rows.packed * (d * wide + _products_row(sizes, step)) if step.checkpointing else layer
+    whole, layer, shared = _layers_kept(config, sizes, step, rows)
+    if step.checkpointing:
+        whole = sizes.layers * rows.packed * (d * wide + _products_row(sizes, step))
     # Autocast keeps a cast of every weight for the backward pass.
     cast = 2 * sizes.linear / sizes.layers if step.precision == "autocast" and not step.quantized else 0
-    stack = sizes.layers * (kept + (0 if step.checkpointing else cast)) + positions
+    stack = whole + positions + (0 if step.checkpointing else sizes.layers * cast)
 
     # 1. The loss: final norm, mixing head, both cross entropies with their gradients.
     final = rows.packed * {"float32": 12, "bfloat16": 8, "autocast": 12}[step.precision] * d
@@ -186,10 +215,10 @@ def activation_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float
 
     # 2. The backward pass, at its beginning (all layers kept) and at its end (all gradients there).
     inside: float = rows.packed * _transient_row(sizes, step)
-    inside += layer + cast - rows.packed * _shared_row(sizes, step) if step.checkpointing else 0
+    inside += layer + cast - shared if step.checkpointing else 0
     first = sizes.mixing + (v * d + d * sizes.inner if step.rank is None else 0)
     start = stack + inside + gradient * first
-    end = (kept if not step.checkpointing else 0) + positions + inside
+    end = (layer if not step.checkpointing else 0) + positions + inside
     not_yet = 0
     if step.rank is None:
         not_yet = sizes.linear // sizes.layers + (v * d if sizes.embeddings > v * d else 0)
@@ -222,9 +251,7 @@ def _vocabulary_bytes(sizes: Sizes, step: Step, rows: int) -> float:
 def _trained(sizes: Sizes, step: Step) -> float:
     if step.rank is None:
         return sizes.all
-    d, q, kv, ff = sizes.width, sizes.query, sizes.key, sizes.inner
-    pairs = (d + q) + 2 * (d + kv) + (q + d) + 3 * (d + ff)
-    return step.rank * pairs * sizes.layers + sizes.mixing
+    return step.rank * sizes.ends + sizes.mixing
 
 
 def static_bytes(sizes: Sizes, step: Step) -> float:
@@ -247,8 +274,12 @@ def rollout_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float:
     """Peak of the rollout beyond weights and states: keys, values, and with FSDP2 the whole decoder."""
     rows = Rows.of(config, step)
     s = 4 if step.precision == "float32" else 2
-    cache = rows.text + config.num_slots * rows.columns
-    keys = 2 * sizes.key * sizes.layers * cache * s
+    if sizes.hybrid is None:
+        cache = rows.text + config.num_slots * rows.columns
+        keys: float = 2 * sizes.key * sizes.layers * cache * s
+    else:
+        kinds = _kinds(config, sizes.hybrid, step)
+        keys = step.batch * sum(kind.count * kind.remembered for kind in kinds)
     one = max(rows.text, rows.columns) * (3 * sizes.inner + 4 * sizes.width) * s
     logits = min(CHUNK_BYTES, rows.columns * sizes.vocabulary * s)
     gathered = s * sizes.all if step.sharded and step.processes > 1 else 0
@@ -273,9 +304,8 @@ def kept_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float:
     it for good."""
     if not reuses(step):
         return 0.0
-    outputs = sizes.query + 2 * sizes.key + 2 * sizes.inner + 2 * sizes.width
     item = 4 if step.precision == "float32" else 2
-    return float(Rows.of(config, step).rollout * outputs * item * sizes.layers)
+    return float(Rows.of(config, step).rollout * sizes.outputs * item)
 
 
 def reuses(step: Step) -> bool:
@@ -290,17 +320,22 @@ def step_flops(config: QuietStarConfig, sizes: Sizes, step: Step) -> dict[str, f
     """
     rows = Rows.of(config, step)
     n, slots = step.length, config.num_slots
-    linear, attention = 2 * sizes.linear, 4 * sizes.query * sizes.layers
+    linear, attention = 2 * sizes.linear, 4 * sizes.query * sizes.attending
     text_pairs = rows.text * (n + 1) / 2
     passes = 2.0 if step.rank is not None else 3.0
     if step.checkpointing and not step.keep_products:
         # Computed again up to the layer's last product, which nothing needs.
-        passes += 1 - sizes.layers * sizes.width * sizes.inner / sizes.linear
+        last = sizes.layers * sizes.width * sizes.inner if sizes.hybrid is None else 0
+        passes += 1 - last / sizes.linear
     multiplied: float = linear * rows.packed
     scored = attention * (text_pairs + slots * rows.columns * ((n + 1) / 2 + (slots + 1) / 2))
     drawn = config.thought_length if config.thought_kind == "sampled" else 0
     rollout: float = linear * rows.rollout
     rollout += attention * (text_pairs + drawn * rows.columns * ((n + 1) / 2 + (drawn + 1) / 2))
+    if sizes.hybrid is not None:
+        handed_on = step.batch * sum(k.count * k.products for k in _kinds(config, sizes.hybrid, step))
+        scored += handed_on
+        rollout += handed_on * rows.rollout / rows.packed
     head = 2 * sizes.vocabulary * sizes.width
     products = 3 if step.rank is None else 2
     learned = rows.talk + rows.base + rows.scored / 2

@@ -25,7 +25,6 @@ from quietstar.plan.costs import (
 )
 from quietstar.recipes.decoder import decoder_config
 from quietstar.recipes.recipe import Recipe
-from quietstar.thinking.recurrent.mixers import RECURRENT
 from quietstar.thinking.text_part import text_config_of
 
 if TYPE_CHECKING:
@@ -34,7 +33,9 @@ if TYPE_CHECKING:
 
 GB = 1e9
 PER_LAYER = ("head_dim", "num_key_value_heads", "intermediate_size")
-COUNTED = "the plan counts decoders with RMSNorm and a gated MLP (Llama, Mistral, Qwen, ...)"
+COUNTED = (
+    "the plan counts decoders with RMSNorm and a gated MLP (Llama, Mistral, Qwen, ...), and hybrids"
+)
 
 
 def ways(own: Step) -> Iterator[tuple[str, Step]]:
@@ -120,13 +121,11 @@ def recipe_sizes(recipe: Recipe) -> tuple[QuietStarConfig, Sizes]:
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if not hasattr(decoder, name):
             raise UserError(f"model type {decoder.model_type!r} has no {name}; {COUNTED}")
-    if set(getattr(decoder, "layer_types", None) or []) & set(RECURRENT):
-        raise UserError(f"model type {decoder.model_type!r} has layers that hand states on; {COUNTED}")
     if _differs(decoder):
         raise UserError(f"model type {decoder.model_type!r} has layers of several sizes; {COUNTED}")
     with blaming("model.config" if section.config else f"cannot plan {section.name}"):
         sizes = decoder_sizes(decoder)
-    if sizes.linear != sizes.counted:
+    if sizes.experts if sizes.hybrid is not None else sizes.linear != sizes.counted:
         raise UserError(
             f"model type {decoder.model_type!r} has other layers (experts, latent attention, an MLP"
             f" without a gate); {COUNTED}"
