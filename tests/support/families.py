@@ -115,6 +115,14 @@ HYBRIDS: dict[str, dict] = {
     "qwen3_next": {**_LINEAR, **_SHARED_EXPERTS},
     "qwen3_5_text": _LINEAR,
     "qwen3_5_moe_text": {**_LINEAR, **_SHARED_EXPERTS},
+    # A decay for each element of the keys, and latent attention without positions.
+    "kimi_linear": {
+        **{**_LLAMA_LIKE, "num_key_value_heads": 4, "num_hidden_layers": 3, "linear_num_heads": 4},
+        **{"layer_types": _LINEAR["layer_types"], "linear_head_dim": 8, "linear_conv_kernel_dim": 4},
+        **{"kv_lora_rank": 16, "q_lora_rank": None, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4},
+        **{"v_head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, "n_group": 1},
+        **{"topk_group": 1, "moe_intermediate_size": 24},
+    },
     "bamba": {**_STATE_SPACES, "attn_layer_indices": [1]},
     "granitemoehybrid": {
         **{**_STATE_SPACES, **_EXPERTS, "shared_intermediate_size": 24},

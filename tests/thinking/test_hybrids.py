@@ -17,7 +17,7 @@ from quietstar.thinking.layout import TextRanges, text_ranges
 from quietstar.thinking.recurrent import linear_attention
 
 ROWS, LENGTH, THOUGHT, TALK = 2, 14, 3, 2
-SCAN = "torch_chunk_gated_delta_rule"
+SCANS = ("torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
 
 
 @pytest.fixture(autouse=True)
@@ -82,9 +82,10 @@ def largest(found: Tensor, wanted: Tensor) -> float:
 def changes_chunks(model: QuietStarForCausalLM, monkeypatch) -> bool:
     """Let the family's own scan go by chunks of another size, if it has one."""
     home, changed = sys.modules[type(model.base).__module__], False
-    if scan := getattr(home, SCAN, None):
-        monkeypatch.setattr(home, SCAN, functools.partial(scan, chunk_size=4))
-        changed = True
+    for name in SCANS:
+        if scan := getattr(home, name, None):
+            monkeypatch.setattr(home, name, functools.partial(scan, chunk_size=4))
+            changed = True
     for module in model.modules():
         if hasattr(module, "ssm_state_size"):
             module.chunk_size, changed = 16, True
@@ -313,7 +314,7 @@ def test_no_kernel_takes_a_functions_place_in_passes_with_thoughts(family: str, 
     ids, mask, _ = text("left")
     wanted = model(ids, attention_mask=mask).logits  # with the self-check, which runs the family's own
     home = sys.modules[type(model.base).__module__]
-    names = [name for name in vars(home) if "conv1d" in name or "delta_rule" in name or "scan" in name]
+    names = [name for name in vars(home) if "conv1d" in name or "delta_" in name or "scan" in name]
     assert names
 
     def fail(*_, **__):
@@ -339,7 +340,6 @@ def test_layers_of_which_one_took_no_part_are_named():
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("kimi_linear", {"layer_types": ["linear_attention", "full_attention"]}),
         ("minimax", {"layer_types": ["linear_attention", "full_attention"]}),
         ("jamba", {"use_mamba_kernels": False}),
     ],

@@ -1,17 +1,18 @@
-"""Linear attention with a decay (gated delta rule, Mamba-2) over a text and the columns behind it.
+"""Linear attention with a decay (gated delta rule, KDA, Mamba-2) over a text and the columns behind it.
 
 A head has a state [K, V]. A token with key k, value v and log decay g makes of it
 
     state = exp(g) state + k u^T,    u = v, or under the delta rule u = beta (v - exp(g) k^T state),
 
-and its query q gives q^T state. The text goes chunk by chunk: within a chunk each token is compared with
-the chunk's others, and what came before is the state at the chunk's start. What a column's slot reads of
-its anchor's state is likewise a part from that chunk's state and one from the chunk's tokens, with the u
-that the text has found. So columns need no state of their own: those of a chunk are rows of one product
-with the chunk's state and of one with its keys, and the memory is one state per chunk.
+and its query q gives q^T state; KDA has a decay for each element of the key. The text goes chunk by
+chunk: within a chunk each token is compared with the chunk's others, and what came before is the state
+at the chunk's start. What a column's slot reads of its anchor's state is likewise a part from that
+chunk's state and one from the chunk's tokens, with the u that the text has found. So columns need no
+state of their own: those of a chunk are rows of one product with the chunk's state and of one with its
+keys, and the memory is one state per chunk.
 
 Shapes: B rows, H heads, N tokens, n chunks of C tokens, S slots, M columns, K and V the sizes of keys
-and values. All of it in float32.
+and values, D that of decays: 1 or K. All of it in float32.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from torch import Tensor
 # Tokens of a chunk. A longer one costs every row K + V products and two kept numbers a token, a shorter
 # one the text more states, of K x V numbers each: docs/scaling.md has both, and the times.
 CHUNK = 32
+# Where decays are the key's elements', pairs of tokens have K of them each.
+CHUNK_BY_ELEMENT = 16
 
 
 class Rows(NamedTuple):
-    """Tokens: query and key [B, H, ..., K], value [B, H, ..., V], log decay and beta [B, H, ..., 1]
-    (beta None: no delta rule)."""
+    """Tokens: query and key [B, H, ..., K], value [B, H, ..., V], log decay [B, H, ..., D], beta
+    [B, H, ..., 1] (None: no delta rule)."""
 
     query: Tensor
     key: Tensor
@@ -50,7 +53,7 @@ class TextMemory(NamedTuple):
     Attributes:
         states: [B, H, n, K, V] at the start of each chunk.
         keys: [B, H, n, C, K]; values: [B, H, n, C, V], what each token adds to the state (u).
-        decay: [B, H, n, C, 1] log decay from the chunk's start to each token, its own included.
+        decay: [B, H, n, C, D] log decay from the chunk's start to each token, its own included.
     """
 
     states: Tensor
@@ -67,7 +70,7 @@ class TextMemory(NamedTuple):
 
 
 class SlotMemory(NamedTuple):
-    """The slots so far: key [B, H, s, M, K], value [B, H, s, M, V], and log decay [B, H, s, M, 1] since
+    """The slots so far: key [B, H, s, M, K], value [B, H, s, M, V], and log decay [B, H, s, M, D] since
     the anchor."""
 
     key: Tensor
@@ -77,6 +80,38 @@ class SlotMemory(NamedTuple):
     def repeated(self, times: int) -> SlotMemory:
         """With every column repeated."""
         return SlotMemory(*(t.repeat_interleave(times, dim=3) for t in self)) if times > 1 else self
+
+
+class Pairs:
+    """Products of queries with keys, each decayed from the key's token to the query's.
+
+    Args:
+        at: log decays [..., a, D] of the queries' tokens; before: [..., b, D] of the keys'.
+        seen: [..., a, b] bool, the keys that each query sees.
+    """
+
+    def __init__(self, at: Tensor, before: Tensor, seen: Tensor):
+        if at.shape[-1] == 1 and before.shape[-1] == 1:
+            self._decay = (at - before.mT).masked_fill(~seen, -torch.inf).exp()
+            self._by_element = False
+        else:
+            between = at[..., :, None, :] - before[..., None, :, :]
+            self._decay = between.masked_fill(~seen[..., None], -torch.inf).exp()
+            self._by_element = True
+
+    def products(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """[..., a, K] and [..., b, K] -> [..., a, b]."""
+        if not self._by_element:
+            return (queries @ keys.mT) * self._decay
+        return self.of_slots(queries[..., None, :, :], keys)[..., 0, :, :]
+
+    def of_slots(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """The same where S queries have the decays of each token: [..., S, a, K] -> [..., S, a, b]."""
+        if not self._by_element:
+            products = queries.flatten(-3, -2) @ keys.mT
+            return products.unflatten(-2, queries.shape[-3:-1]) * self._decay[..., None, :, :]
+        decayed = self._decay * keys[..., None, :, :]
+        return (decayed @ queries.movedim(-3, -1)).movedim(-1, -3)
 
 
 def over_text(
@@ -90,7 +125,7 @@ def over_text(
         initial: [B, H, K, V], the state before the first token; None: zeros.
     """
     length = rows.query.shape[2]
-    size = min(CHUNK, length)
+    size = min(CHUNK, length) if rows.decay.shape[-1] == 1 else min(CHUNK, CHUNK_BY_ELEMENT, length)
     fill = -length % size
     place = torch.arange(length + fill, device=row_start.device)
     nothing = (place[length:] + 1).expand(len(row_start), -1)
@@ -102,15 +137,15 @@ def over_text(
     seen = (place[:, None] >= start[..., None]) & (place[:, None] <= place[..., None])
     goes_on = start < place[:, :1]
     decay = decay.cumsum(3)
-    pairs = (decay - decay.mT).masked_fill(~seen[:, None], -torch.inf).exp()
+    pairs = Pairs(decay, decay, seen[:, None])
     kept = decay.exp() * goes_on[:, None, ..., None]
     written, corrections = value, None
     if beta is not None:
-        system = beta * (key @ key.mT) * pairs
+        system = beta * pairs.products(key, key)
         right = torch.cat([beta * value, beta * key * kept], dim=-1)
         solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
         written, corrections = solved.split([value.shape[-1], key.shape[-1]], dim=-1)
-    added, last = key * pairs[..., -1, :, None], kept[..., -1:, :]
+    added, last = key * _decay_until(decay, seen, -1), kept[..., -1, :, None]
     state = value.new_zeros(*key.shape[:2], key.shape[-1], value.shape[-1])
     state = state if initial is None else initial.to(state)
     states, values = [], []
@@ -122,12 +157,18 @@ def over_text(
         values.append(new)
         state = last[:, :, chunk] * state + added[:, :, chunk].mT @ new
     memory = TextMemory(torch.stack(states, 2), key, torch.stack(values, 2), decay)
-    out = (query * kept) @ memory.states + ((query @ key.mT) * pairs) @ memory.values
+    out = (query * kept) @ memory.states + pairs.products(query, key) @ memory.values
     if fill:
         end = size - fill - 1
-        added = key[:, :, -1] * pairs[:, :, -1, end, :, None]
-        state = kept[:, :, -1, end, None] * states[-1] + added.mT @ values[-1]
+        added = (key * _decay_until(decay, seen, end))[:, :, -1]
+        state = kept[:, :, -1, end, :, None] * states[-1] + added.mT @ values[-1]
     return out.flatten(2, 3)[:, :, :length], memory, state
+
+
+def _decay_until(decay: Tensor, seen: Tensor, place: int) -> Tensor:
+    """Decay [B, H, n, C, D] from each of a chunk's tokens to the one at a place, if that sees it."""
+    until = decay[..., place, None, :] - decay
+    return until.masked_fill(~seen[:, None, :, place, :, None], -torch.inf).exp()
 
 
 class Folding:
@@ -183,19 +224,17 @@ class AnchorStates:
     def __init__(self, memory: TextMemory, folding: Folding):
         self._memory, self._folding = memory, folding
         heads = memory.keys.shape[1]
-        within = folding.within[:, None].expand(-1, heads, -1, -1)
-        decay = memory.decay[..., 0]
-        at = decay.gather(3, within)
-        pairs = at[..., None] - decay[:, :, :, None]
-        self._pairs = pairs.masked_fill(~folding.seen[:, None], -torch.inf).exp()[:, :, :, None]
-        self._kept = (at.exp() * folding.goes_on[:, None])[:, :, :, None, :, None]
+        within = folding.within[:, None, ..., None].expand(-1, heads, -1, -1, memory.decay.shape[-1])
+        at = memory.decay.gather(3, within)
+        self._pairs = Pairs(at, memory.decay, folding.seen[:, None])
+        self._kept = (at.exp() * folding.goes_on[:, None, ..., None])[:, :, :, None]
 
     def read(self, columns: Tensor) -> Tensor:
         """What rows [B, H, S, M, K] read of their column's state: [B, H, S, M, V]."""
         memory, rows = self._memory, self._folding.fold(columns)
         slots = rows.shape[3]
         out = (rows * self._kept).flatten(3, 4) @ memory.states
-        near = (rows.flatten(3, 4) @ memory.keys.mT).unflatten(3, (slots, -1)) * self._pairs
+        near = self._pairs.of_slots(rows, memory.keys)
         out = out + near.flatten(3, 4) @ memory.values
         return self._folding.unfold(out.unflatten(3, (slots, -1)))
 
@@ -220,8 +259,8 @@ def over_slots(
     # From here on by column: [B, H, M, s, .].
     by_column = [t.transpose(2, 3) for t in (rows.query, rows.key, keys, decay, decays)]
     query, key, all_keys, own, others = by_column
-    later = torch.ones(slots, old + slots, dtype=torch.bool, device=own.device).triu(old + 1)
-    pairs = (own - others.mT).masked_fill(later, -torch.inf).exp()
+    seen = torch.ones(slots, old + slots, dtype=torch.bool, device=own.device).tril(old)
+    pairs = Pairs(own, others, seen)
     if rows.beta is None:
         read = anchors.read(rows.query * decay.exp())
         new = rows.value.transpose(2, 3)
@@ -230,12 +269,12 @@ def over_slots(
         both = torch.cat([rows.query, rows.key], 2) * torch.cat([decay, decay], 2).exp()
         read, known = anchors.read(both).split(slots, dim=2)
         beta = rows.beta.transpose(2, 3)
-        system = beta * (key @ all_keys.mT) * pairs
+        system = beta * pairs.products(key, all_keys)
         right = beta * (rows.value - known).transpose(2, 3)
         if before is not None:
             earlier = before.value.transpose(2, 3)
             right = right - system[..., :old] @ earlier
         new = torch.linalg.solve_triangular(system[..., old:], right, upper=False, unitriangular=True)
         values = new if before is None else torch.cat([earlier, new], 3)
-    out = read + (((query @ all_keys.mT) * pairs) @ values).transpose(2, 3)
+    out = read + (pairs.products(query, all_keys) @ values).transpose(2, 3)
     return out, SlotMemory(keys, values.transpose(2, 3), decays)

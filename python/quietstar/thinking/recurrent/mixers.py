@@ -53,14 +53,16 @@ def _convolve(
 def _gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, **options: Any
 ) -> tuple[Tensor, None]:
-    """query, key [B, L, Hk, K], value [B, L, H, V], g and beta [B, L, H] -> [B, L, H, V]."""
+    """query, key [B, L, Hk, K], value [B, L, H, V], g [B, L, H] or, of KDA, [B, L, H, K], beta [B, L, H]
+    -> [B, L, H, V]."""
     dtype, groups = query.dtype, value.shape[2] // key.shape[2]
     query, key = query.float(), key.float()
     if options.get("use_qk_l2norm_in_kernel"):
         query, key = (t * torch.rsqrt((t * t).sum(-1, keepdim=True) + 1e-6) for t in (query, key))
     query = query * query.shape[-1] ** -0.5
     query, key = (t.repeat_interleave(groups, dim=2).transpose(1, 2) for t in (query, key))
-    decay, beta = (t.transpose(1, 2)[..., None] for t in (g, beta))
+    g = g[..., None] if g.dim() == 3 else g
+    decay, beta = g.transpose(1, 2), beta.transpose(1, 2)[..., None]
     out = _now().attend(Rows(query, key, value.transpose(1, 2), decay, beta))
     return out.transpose(1, 2).to(dtype), None
 
@@ -98,11 +100,13 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "causal_conv1d_update": _not_here,
     "torch_chunk_gated_delta_rule": _gated_delta_rule,
     "torch_recurrent_gated_delta_rule": _not_here,
+    "chunk_kimi_delta_attention": _gated_delta_rule,
+    "recurrent_kimi_delta_attention": _not_here,
     "mamba2_chunk_scan": _mamba2_scan,
     "mamba2_selective_state_update": _not_here,
     "mamba2_split_conv1d_scan_combined": _without_fusing,
 }
-KNOWN_RECURRENCES = "short convolutions, the gated delta rule and Mamba-2"
+KNOWN_RECURRENCES = "short convolutions, the gated delta rule, KDA and Mamba-2"
 # Names that only a layer has which hands a state on, by what transformers' modules call such functions.
 _SIGNS = ("conv1d", "delta", "scan", "recurrent", "state_update")
 
