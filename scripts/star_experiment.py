@@ -100,12 +100,19 @@ def collected(folder: Path) -> dict[str, Any]:
 
 
 def table(arms: dict[str, Any]) -> str:
-    """Accuracy at 3, 4 and 5 digits, before the first and after the last iteration that is there."""
+    """Accuracy at 3, 4 and 5 digits, before the first iteration and after the last that every finished
+    run has; behind it how far the longer ones came."""
     seeds = sorted({seed for arm in arms.values() for seed in arm["seeds"]})
     kinds = ("3 digits", "4 digits", "5 digits")
+    runs = [run for arm in arms.values() for run in arm["seeds"].values()]
+    number = min((len(run["rows"]) for run in runs if run["done"]), default=1) - 1
 
     def cell(row: dict[str, Any]) -> str:
         return "/".join(f"{100 * row['accuracy_by_class'][kind]:.0f}" for kind in kinds)
+
+    def last(run: dict[str, Any]) -> dict[str, Any]:
+        row: dict[str, Any] = run["rows"][: number + 1][-1]
+        return row
 
     lines = [f"| arm | {' | '.join(f'seed {seed}' for seed in seeds)} |", f"|---|{'---|' * len(seeds)}"]
     for base in ("pool", "no-pool"):
@@ -118,22 +125,34 @@ def table(arms: dict[str, Any]) -> str:
         if first:
             label = "base" if base == "pool" else "base, no pool in the corpus"
             lines.append(f"| {label} | {' | '.join(first.get(seed, '-') for seed in seeds)} |")
+    means, longer = [], []
     for arm, content in arms.items():
         cells = []
         for seed in seeds:
             run = content["seeds"].get(seed)
-            last = run["rows"][-1] if run else None
-            note = "" if run is None or run["done"] else ", unfinished"
-            cells.append(f"{cell(last)} ({last['iteration']}{note})" if last else "-")
+            short = run is not None and len(run["rows"]) <= number
+            note = f" ({len(run['rows']) - 1} iterations)" if run and short else ""
+            cells.append(f"{cell(last(run))}{note}" if run else "-")
+            if run and len(run["rows"]) > number + 1:
+                row = run["rows"][-1]
+                longer.append(
+                    f"{LABELS[arm]}, seed {seed}, after {row['iteration']} iterations: {cell(row)}"
+                    f" ({_percent([run], -1)} over all classes; {_percent([run], number)} after"
+                    f" {number})"
+                )
         lines.append(f"| {LABELS[arm]} | {' | '.join(cells)} |")
-    means = {
-        arm: statistics.mean(run["rows"][-1]["accuracy"] for run in content["seeds"].values())
-        for arm, content in arms.items()
-    }
-    said = ", ".join(f"{LABELS[arm]} {100 * mean:.1f}" for arm, mean in means.items())
+        some = "" if len(content["seeds"]) == len(seeds) else f" (seed {', '.join(content['seeds'])})"
+        means.append(f"{LABELS[arm]}{some} {_percent(list(content['seeds'].values()), number)}")
+    said = f"After {number} iterations. Mean accuracy over all classes and seeds: {'; '.join(means)}."
     return "\n".join(
-        [*lines, "", f"Mean accuracy over all classes and the seeds that are there: {said}."]
+        [*lines, "", " ".join([said, *(f"{each[0].upper()}{each[1:]}." for each in longer)])]
     )
+
+
+def _percent(runs: list[dict[str, Any]], number: int) -> str:
+    """Mean accuracy of runs after an iteration, or after their last."""
+    rows = [run["rows"][number if number < len(run["rows"]) else -1] for run in runs]
+    return f"{100 * statistics.mean(row['accuracy'] for row in rows):.1f}"
 
 
 def report(folder: Path) -> None:
