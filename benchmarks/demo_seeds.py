@@ -3,7 +3,7 @@
 Writes ``results/demo/lookup.json`` with every seed's numbers and, per arm, the mean and standard error
 over seeds; a run that failed to learn counts like the others. ``--text FOLDER`` takes over the metrics
 of a ``quietstar demo text`` run, ``--words FOLDER`` those of ``scripts/words_experiment.py``, ``--eval``
-the means that ``quietstar eval`` wrote.
+the means that ``quietstar eval`` wrote, ``--trained FOLDER`` those of a model before and after training.
 """
 
 from __future__ import annotations
@@ -47,6 +47,28 @@ def of_words(metrics: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+# What is in the folder of --trained, by label: each model's files of `quietstar eval`.
+TRAINED = {
+    "before": "before any training",
+    "none": "trained without thoughts",
+    "thoughts": "trained with thoughts",
+}
+
+
+def of_trained(folder: Path) -> dict[str, Any]:
+    """The tasks of every model by its label, from files like ``thoughts-perplexity.json``."""
+    return {
+        "models": {
+            label: {
+                task: means
+                for file in sorted(folder.glob(f"{name}-*.json"))
+                for task, means in json.loads(file.read_text())["tasks"].items()
+            }
+            for name, label in TRAINED.items()
+        }
+    }
+
+
 def main() -> None:
     """Run what is not done yet and write the results."""
     from quietstar.demos.lookup import run_arms
@@ -58,6 +80,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, metavar="FOLDER", help="a finished `quietstar demo text`")
     parser.add_argument("--words", type=Path, metavar="FOLDER", help="a finished experiment on words")
     parser.add_argument("--eval", type=Path, nargs="+", metavar="FILE", help="what quietstar eval wrote")
+    parser.add_argument("--trained", type=Path, metavar="FOLDER", help="before-*.json, thoughts-*.json")
     args = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     if args.seeds:
@@ -77,6 +100,10 @@ def main() -> None:
         tasks = {name: means for each in found for name, means in each["tasks"].items()}
         content = {"date": date.today().isoformat(), "machine": machine_facts(), "tasks": tasks}
         (RESULTS / "zero-shot.json").write_text(json.dumps(content, indent=1) + "\n")
+    if args.trained:
+        content = {"date": date.today().isoformat(), "machine": machine_facts()}
+        content |= of_trained(args.trained)
+        (RESULTS / "trained.json").write_text(json.dumps(content, indent=1) + "\n")
     for name, folder, what in (("text", args.text, dict), ("words", args.words, of_words)):
         if folder:
             metrics = what(json.loads((folder / "metrics.json").read_text()))

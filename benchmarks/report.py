@@ -197,15 +197,56 @@ def _arms(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def render_trained(results: dict[str, Any]) -> str:
+    """A model before and after training: perplexity by difficulty, and tasks."""
+    models = results["models"]
+    texts = {label: tasks["perplexity"] for label, tasks in models.items()}
+    names = {"mixed": "with its thoughts", "shuffled": "thoughts of another position"}
+    names |= {"pause": "pause tokens instead"}
+    lines = ["| model | nats per held-out token | hardest tenth |", "|---|--:|--:|"]
+    for label, text in texts.items():
+        for way, nll in text["nll"].items():
+            if way == "base" or way in names:
+                hardest = text["nll_by_decile"][-1][way]["mean"]
+                off = ", thoughts off" if len(text["nll"]) > 1 else ""
+                what = label + (off if way == "base" else f", {names[way]}")
+                lines.append(f"| {what} | {_spread(nll)} | {hardest:.3f} |")
+    text = next(reversed(texts.values()))
+    gains = [f"{each['base']['mean'] - each['mixed']['mean']:+.3f}" for each in text["nll_by_decile"]]
+    facts = ", ".join([*_facts(results["machine"]), results["date"]])
+    lines += [
+        "",
+        f"{text['tokens']} tokens in {text['blocks']} blocks, the same for all; ± standard error",
+    ]
+    lines[-1] += (
+        f" over blocks. Gain by thinking, tenths of tokens from the easiest on: {', '.join(gains)}."
+    )
+    lines += ["", "| task | model | probability of the answer | right |", "|---|---|--:|--:|"]
+    for label, tasks in models.items():
+        for name, task in tasks.items():
+            if name == "perplexity":
+                continue
+            right = task.get("accuracy") or task["exact_match"]
+            for way in ("base", "mixed"):
+                if way not in right:
+                    continue
+                off = ", thoughts off" if "mixed" in right else ""
+                what = label + (off if way == "base" else ", with its thoughts")
+                cells = [_interval(of[way]) for of in (task["probability"], right)]
+                lines.append(f"| {name}, {task['items']} items | {what} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", f"95 % bootstrap intervals. {facts}."])
+
+
+def _interval(value: dict[str, Any]) -> str:
+    return f"{value['mean']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"
+
+
 def render_zero_shot(results: dict[str, Any]) -> str:
     """A plain model's tasks: means with their intervals."""
     lines = ["| task | items | probability of the answer | right |", "|---|--:|--:|--:|"]
     for name, task in results["tasks"].items():
         right = task.get("accuracy") or task["exact_match"]
-        cells = [
-            f"{of['base']['mean']:.4f} [{of['base']['low']:.4f}, {of['base']['high']:.4f}]"
-            for of in (task["probability"], right)
-        ]
+        cells = [_interval(of["base"]) for of in (task["probability"], right)]
         lines.append(f"| {name} | {task['items']} | {' | '.join(cells)} |")
     facts = ", ".join([*_facts(results["machine"]), results["date"]])
     return "\n".join([*lines, "", f"95 % bootstrap intervals. {facts}."])
@@ -258,6 +299,7 @@ def main() -> int:
         ("words", REAL, "words", render_words),
         ("words-first", REAL, "words first", render_first_words),
         ("zero-shot", REAL, "zero-shot", render_zero_shot),
+        ("trained", REAL, "trained", render_trained),
     ):
         path = RESULTS / "demo" / f"{name}.json"
         if path.is_file():
