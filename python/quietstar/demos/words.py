@@ -99,7 +99,7 @@ class Sizes:
 
 
 # Other numbers for each problem, in the preparation.
-VARIANTS = 3
+VARIANTS = 7
 # For docs/results.md; what two cores do in twenty minutes; a look at whether it runs.
 FULL = Sizes(prepare=400, steps=80, every=20)
 DEMO = Sizes(prepare=100, steps=24, every=12, problems=60)
@@ -180,7 +180,7 @@ def stage_recipes(
             **once,
             "max_steps": sizes.prepare,
             "per_device_train_batch_size": 2,  # some sixteen problems
-            "learning_rate": 3e-5,
+            "learning_rate": 1e-4,
             "lr_scheduler_type": "linear",
             "warmup_steps": 15,
             "save_steps": 30,
@@ -200,13 +200,16 @@ def stage_recipes(
             "thought_length": 16,  # nine of ten asides fit
             "mixing_floor": 1.0,
             "embedding_scale": 1.0,
-            "reinforce_temperature": 1.0,
+            # Thoughts are believed as often as drawn ones are right: so these are near the likeliest.
+            "thought_temperature": 0.5,
+            "reinforce_temperature": 0.5,
             "reward": "probability-gain",
         },
         training={
             **once,
             "max_steps": sizes.steps,
             "per_device_train_batch_size": 1,
+            "learning_rate": 2e-5,
             "warmup_steps": 10,
             "save_steps": 20,
             "seed": seed,

@@ -99,7 +99,7 @@ def scores_of(
     tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], model: QuietStarForCausalLM
 ) -> dict[str, Any]:
     """Scores by way: ``none`` (without a thought), and where the model thinks ``own`` (its most likely
-    thought), ``drawn`` (a sampled one), ``other`` (the own thought of the next problem) and ``gold``
+    thought), ``drawn`` (one as in training), ``other`` (the own thought of the next problem) and ``gold``
     (the problem's equation in the thought's place, where it fits); some thoughts as text beside them."""
     scores: Scores = {}
     config = model.config
@@ -109,7 +109,7 @@ def scores_of(
     scores["own"], scores["none"] = _score_both(model, tokenizer, items, own)
     if own.ids is None:
         return {"scores": scores}
-    drawn = CompletionThoughts(temperature=1.0, seed=1)
+    drawn = CompletionThoughts(temperature=config.thought_temperature, seed=1)
     scores["drawn"] = _score_both(model, tokenizer, items, drawn)[0]
     other = CompletionThoughts(ids=own.ids.roll(1, 0))
     scores["other"] = _score_both(model, tokenizer, items, other)[0]
