@@ -104,6 +104,7 @@ def test_thoughts_of_another_problem_are_its_own(home, monkeypatch):
     from quietstar.modeling.pretrained import load_tokenizer
 
     monkeypatch.setattr(words_scores, "BATCH", 3)
+    monkeypatch.setattr(words_scores, "computes_bf16", lambda device: False)  # the same on every CPU
     tokenizer: Any = load_tokenizer(str(home / "model"))
     fields = {"think_at": "completion", "thought_length": 14, "mixing_activation": "sigmoid"}
     decoder = tiny_decoder("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
