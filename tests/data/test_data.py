@@ -1,5 +1,7 @@
 """Text to tokens to batches: packing, padding, the standard library corpus."""
 
+import os
+
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -156,6 +158,21 @@ class TestStandardLibrary:
         files = stdlib_files()
         assert files == sorted(files) and "argparse.py" in files and len(files) > 200
         assert not any(part in f.split("/") for f in files for part in ("test", "site-packages"))
+
+    def test_folders_of_packages_are_not_walked_through(self, tmp_path, monkeypatch):
+        """They are large, and another process may install into them just then."""
+        for name in ("one.py", "part/two.py", "site-packages/pip/three.py", "part/test/four.py"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        opened, scandir = [], os.scandir
+
+        def noted(path):
+            opened.append(os.path.basename(path))
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", noted)
+        assert stdlib_files(tmp_path) == ["one.py", "part/two.py"]
+        assert opened == [tmp_path.name, "part"]
 
     def test_the_split_is_by_name_and_complete(self):
         names = {s: {d.name for d in load_stdlib(s)} for s in ("train", "heldout", "first", "further")}

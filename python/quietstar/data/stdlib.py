@@ -11,6 +11,7 @@ Used where nothing may be downloaded: the text demo, the ``tiny`` recipe and the
 
 from __future__ import annotations
 
+import os
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
@@ -74,13 +75,17 @@ def stdlib_files(root: Path | None = None) -> list[str]:
     Raises :class:`UserError` where the library is not there as files (a zipped Python).
     """
     root = stdlib_root() if root is None else root
-    names = [
-        path.as_posix()
-        for path in (found.relative_to(root) for found in root.rglob("*.py"))
-        if EXCLUDED_FOLDERS.isdisjoint(path.parts[:-1])
-        and path.as_posix() not in EXCLUDED_FILES
-        and not path.name.startswith(EXCLUDED_PREFIXES)
-    ]
+    names = []
+    for folder, folders, files in os.walk(root):
+        # What is left out is not even walked through: packages come and go there, and are many.
+        folders[:] = [name for name in folders if name not in EXCLUDED_FOLDERS]
+        inside = Path(folder).relative_to(root)
+        names += [
+            (inside / name).as_posix()
+            for name in files
+            if name.endswith(".py") and not name.startswith(EXCLUDED_PREFIXES)
+        ]
+    names = [name for name in names if name not in EXCLUDED_FILES]
     if not names:
         raise UserError(
             f"the standard library has no source files under {root}; this Python may ship it "
