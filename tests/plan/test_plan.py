@@ -130,21 +130,21 @@ MIXERS = {
     "olmo_hybrid": {"linear_key_head_dim": 24, "linear_value_head_dim": 32},
     "bamba": {"mamba_d_head": 24, "mamba_d_state": 32},
     "falcon_h1": {"mamba_d_head": 24, "mamba_d_state": 32, "mamba_d_ssm": 192},
+    "kimi_linear": {"first_k_dense_replace": 3, "linear_head_dim": 32},  # without experts
 }
+NOT_SLOW = [(family, "float32", False) for family in ("lfm2", "qwen3_5_text", "kimi_linear")]
 
 
 @pytest.mark.parametrize(
     ("family", "mode", "checkpointing"),
     [
-        ("lfm2", "float32", False),
-        ("qwen3_5_text", "float32", False),
+        *NOT_SLOW,
         *(
             pytest.param(family, mode, way, marks=pytest.mark.slow)
             for family in MIXERS
             for mode in ("float32", "bfloat16", "autocast", "adapters")
             for way in (False, "products", True)
-            if (family, mode, way)
-            not in (("lfm2", "float32", False), ("qwen3_5_text", "float32", False))
+            if (family, mode, way) not in NOT_SLOW
         ),
     ],
 )

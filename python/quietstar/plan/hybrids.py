@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from quietstar.thinking.attention import take_layouts
 from quietstar.thinking.layout import ThoughtLayout, text_ranges
-from quietstar.thinking.recurrent import linear_attention
+from quietstar.thinking.recurrent.linear_attention import Folding, chunk_size
 from quietstar.thinking.text_part import decoder_layers, text_body
 
 # Inputs of a convolution that the rollout keeps of every column; no known family keeps more.
@@ -112,10 +112,10 @@ def _layouts(shape: Shape) -> tuple[ThoughtLayout, ThoughtLayout]:
     columns = anchors.repeat_interleave(shape.rationales)[None]
     packed = ThoughtLayout.over(ranges, columns, shape.slots, rationales=shape.rationales)
     # Which columns hang from a chunk depends on numbers, which fake tensors have none of.
-    size = min(linear_attention.CHUNK, shape.length)
-    chunks = math.ceil(shape.length / size)
-    folding = linear_attention.Folding(columns, packed.text_start, size, chunks)
-    packed.foldings[(1, size, chunks)] = folding
+    for decays in (1, 2):  # one for a key, or one for each of its elements
+        size = chunk_size(shape.length, decays)
+        chunks = math.ceil(shape.length / size)
+        packed.foldings[(1, size, chunks)] = Folding(columns, packed.text_start, size, chunks)
     text = ThoughtLayout.over(ranges, columns[:, :0], 0, phase="text")
     return packed, text
 
@@ -225,6 +225,7 @@ def _remembered(text: ThoughtLayout, layer: nn.Module, columns: int, slots: int)
         if states.inputs is not None:
             found += states.inputs.nbytes * (1 + BEHIND * columns / text.text_length)
         if (memory := states.memory) is not None:
-            of_slot = memory.keys.shape[1] * (memory.keys.shape[-1] + memory.values.shape[-1] + 1)
+            sizes = (t.shape[-1] for t in (memory.keys, memory.values, memory.decay))
+            of_slot = memory.keys.shape[1] * sum(sizes)
             found += sum(t.nbytes for t in memory) + 4 * of_slot * columns * slots
     return found

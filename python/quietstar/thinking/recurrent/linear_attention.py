@@ -31,6 +31,11 @@ CHUNK = 32
 CHUNK_BY_ELEMENT = 16
 
 
+def chunk_size(length: int, decays: int) -> int:
+    """Tokens of a chunk of a text, where every token has so many decays in a head (D)."""
+    return min(CHUNK, length) if decays == 1 else min(CHUNK, CHUNK_BY_ELEMENT, length)
+
+
 class Rows(NamedTuple):
     """Tokens: query and key [B, H, ..., K], value [B, H, ..., V], log decay [B, H, ..., D], beta
     [B, H, ..., 1] (None: no delta rule)."""
@@ -125,7 +130,7 @@ def over_text(
         initial: [B, H, K, V], the state before the first token; None: zeros.
     """
     length = rows.query.shape[2]
-    size = min(CHUNK, length) if rows.decay.shape[-1] == 1 else min(CHUNK, CHUNK_BY_ELEMENT, length)
+    size = chunk_size(length, rows.decay.shape[-1])
     fill = -length % size
     place = torch.arange(length + fill, device=row_start.device)
     nothing = (place[length:] + 1).expand(len(row_start), -1)
