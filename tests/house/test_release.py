@@ -51,3 +51,18 @@ def test_the_citation_can_be_read() -> None:
     assert {"type", "title", "authors"} <= set(paper) and paper["url"] == PROJECT["urls"]["Paper"]
     for author in paper["authors"]:
         assert set(author) == {"family-names", "given-names"}
+
+
+def test_one_count_of_families_everywhere() -> None:
+    """README and the changelog say what the last comparison of all families (docs/families.md) found."""
+    page = (ROOT / "docs" / "families.md").read_text()
+    line = r"\*\*(\d+) model types: (\d+) exact, (\d+) refused, .* (\d+) not built\.\*\*"
+    (counts,) = re.findall(line, page)
+    every, exact, refused, missing = counts
+    readme, changes = " ".join((ROOT / "README.md").read_text().split()), " ".join(CHANGELOG.split())
+    assert f"{every} model types: {exact} exact, {refused} refused, " in readme
+    assert (
+        f"{exact} of transformers' {every} causal model types are exact, {refused} are refused"
+        in changes
+    )
+    assert f" {missing} not built." in readme and f", {missing} could not be built" in changes
