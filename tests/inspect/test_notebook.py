@@ -63,3 +63,10 @@ def test_gains_by_difficulty():
 def test_texts_that_are_too_short(model, tokenizer):
     with pytest.raises(UserError, match=r"text has 2 tokens; expected at least 4 \(talk_length \+ 2\)"):
         show_thoughts(model, tokenizer, [5, 6])
+
+
+def test_what_is_no_text_or_no_model_with_thoughts(model, tokenizer):
+    with pytest.raises(UserError, match=r"text has shape \[1, 9\]; expected the ids \[N\] of one text"):
+        show_thoughts(model, tokenizer, torch.ones(1, 9, dtype=torch.int64))
+    with pytest.raises(UserError, match="model is a LlamaForCausalLM; expected a model with thoughts"):
+        show_thoughts(model.base, tokenizer, TEXT)

@@ -91,10 +91,12 @@ def show_thoughts(
     Raises:
         UserError: for a model without thoughts, or a text of fewer than ``talk_length + 2`` tokens.
     """
-    if isinstance(text, str):
-        ids: list[int] = tokenizer(text)["input_ids"]
-    else:
-        ids = torch.as_tensor(text).tolist()
+    if not hasattr(model.config, "thinks"):
+        raise UserError(f"model is a {type(model).__name__}; expected a model with thoughts")
+    given = torch.as_tensor(tokenizer(text)["input_ids"] if isinstance(text, str) else text)
+    if given.dim() != 1:
+        raise UserError(f"text has shape {list(given.shape)}; expected the ids [N] of one text")
+    ids: list[int] = given.tolist()
     shortest = model.config.talk_length + 2
     if len(ids) < shortest:
         raise UserError(f"text has {len(ids)} tokens; expected at least {shortest} (talk_length + 2)")
