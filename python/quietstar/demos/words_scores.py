@@ -99,8 +99,9 @@ def scores_of(
     tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], model: QuietStarForCausalLM
 ) -> dict[str, Any]:
     """Scores by way: ``none`` (without a thought), and where the model thinks ``own`` (its most likely
-    thought), ``drawn`` (one as in training), ``other`` (the own thought of the next problem) and ``gold``
-    (the problem's equation in the thought's place, where it fits); some thoughts as text beside them."""
+    thought), ``drawn`` (one as in training), ``other`` (the own thought of the next problem) and
+    ``gold`` (the problem's equation in the thought's place, where it fits); some thoughts as text
+    beside them."""
     scores: Scores = {}
     config = model.config
     if not config.thinks:
