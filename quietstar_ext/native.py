@@ -6,7 +6,10 @@ import contextlib
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Iterator
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,11 +27,33 @@ _HOW_TO_BUILD = (
 )
 
 
+def _hidden_package(here: Path, search: list[str]) -> Path | None:
+    """The first folder of this name on the path, other than ``here``, that has a native module.
+
+    Python started in a clone finds the clone's source folder before the package that was installed.
+    """
+    for entry in search:
+        other = Path(entry or ".").resolve() / here.name
+        if other != here.resolve() and any(
+            (other / f"_native{suffix}").is_file() for suffix in EXTENSION_SUFFIXES
+        ):
+            return other
+    return None
+
+
 def _load() -> tuple[ModuleType | None, str]:
     try:
         module = importlib.import_module("quietstar_ext._native")
     except ImportError as error:
-        return None, f"the native module is missing ({error}); {_HOW_TO_BUILD}"
+        here = Path(__file__).parent
+        hidden = _hidden_package(here, sys.path)
+        remedy = (
+            f"the source folder {here} hides the package installed in {hidden}; start Python in another "
+            "folder, or with 'python -P'"
+            if hidden
+            else _HOW_TO_BUILD
+        )
+        return None, f"the native module is missing ({error}); {remedy}"
     level = os.environ.get("QUIETSTAR_SIMD")
     if level:
         try:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,16 @@ def test_a_missing_native_module_says_how_to_build_it(monkeypatch: pytest.Monkey
         quietstar_ext.sample_tokens(torch.zeros(1, 4), seed=0, impl="fused")
     tokens, _ = quietstar_ext.sample_tokens(torch.zeros(1, 4), seed=0)
     assert 0 <= int(tokens) < 4
+
+
+def test_a_source_folder_that_hides_the_installed_package_is_named(tmp_path: Path) -> None:
+    source, installed = tmp_path / "clone" / "quietstar_ext", tmp_path / "site" / "quietstar_ext"
+    source.mkdir(parents=True)
+    installed.mkdir(parents=True)
+    search = [str(source.parent), str(installed.parent)]
+    assert native._hidden_package(source, search) is None  # an installation without a native module
+    module = f"_native{EXTENSION_SUFFIXES[0]}"
+    (source / module).touch()
+    assert native._hidden_package(source, search) is None  # itself hides nothing
+    (installed / module).touch()
+    assert native._hidden_package(source, search) == installed
