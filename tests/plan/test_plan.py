@@ -306,5 +306,7 @@ def test_the_command(capsys):
     assert cli.main(["plan", "tiny", "--gpu-memory", "2G"]) == 0
     said = capsys.readouterr().out
     assert "1.1 M parameters" in said and "as the recipe says" in said and "FSDP2" in said
+    assert cli.main(["plan", "tiny", "--gpu-memory", "24"]) == 0
+    assert "24G" in capsys.readouterr().out
     with pytest.raises(UserError, match="--gpu-memory is 'much'; expected a size"):
         parse_bytes("much")

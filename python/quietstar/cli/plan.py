@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe, args.settings)
     memory = parse_bytes(args.gpu_memory)
-    print_plan(Console(soft_wrap=True, highlight=False), recipe, memory, args.gpu_memory)
+    # A bare number is shown with the unit that it was taken for.
+    shown = args.gpu_memory if re.search("[A-Za-z]", args.gpu_memory) else f"{memory / GB:g}G"
+    print_plan(Console(soft_wrap=True, highlight=False), recipe, memory, shown)
     return 0
 
 
