@@ -298,6 +298,7 @@ def main() -> int:
         ("text", README, "demo text", render_text),
         ("words", REAL, "words", render_words),
         ("words-first", REAL, "words first", render_first_words),
+        ("words-tries", REAL, "words tries", render_first_words),
         ("zero-shot", REAL, "zero-shot", render_zero_shot),
         ("trained", REAL, "trained", render_trained),
     ):

@@ -1,5 +1,6 @@
 """README: its size and promises, and the longer Python examples, a small model in place of a large."""
 
+import json
 import re
 from pathlib import Path
 
@@ -115,3 +116,10 @@ def test_there_are_methods():
 def test_the_tables_are_those_of_the_results():
     """README's and docs/results.md's numbers come from benchmarks/results."""
     run_python("-m", "benchmarks.report", "--check", cwd=README.parent)
+
+
+def test_the_sentence_on_a_real_model_is_of_the_results():
+    results = json.loads((README.parent / "benchmarks/results/demo/words.json").read_text())
+    right = {row["what"]: f"{row['correct']:.3f}" for row in results["rows"]}
+    said = f"from {right['no thoughts, at its best']} to {right['full Quiet-STaR']}"
+    assert f"thoughts raise greedy accuracy {said}" in README.read_text()

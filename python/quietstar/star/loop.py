@@ -275,9 +275,8 @@ class _Loop:
                 model, tokenizer = load_checkpoint(str(folder), device=str(self.device))
             seed = self.seed * 1000 + iteration
             # As the trainer computes.
-            training = self.recipe.training
-            half = torch.bfloat16 if training.get("bf16") else torch.float16
-            autocast = half if training.get("bf16") or training.get("fp16") else None
+            types = {"bf16": torch.bfloat16, "fp16": torch.float16}
+            autocast = next((types[key] for key in types if self.recipe.training.get(key)), None)
             self._writer = iteration, Writer(model, tokenizer, self.task, self.star, seed, autocast)
         return self._writer[1]
 
