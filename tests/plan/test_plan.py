@@ -97,6 +97,18 @@ def drawn_case() -> tuple[dict[str, Any], dict[str, Any], int, int]:
 
 
 @pytest.mark.slow
+def step_of(batch: int, length: int, mode: str, checkpointing: bool | str) -> plan.Step:
+    """What the plan is asked for a model that :func:`around` made."""
+    return plan.Step(
+        batch,
+        length,
+        precision="float32" if mode == "adapters" else mode,
+        checkpointing=bool(checkpointing),
+        keep_products=checkpointing == "products",
+        rank=RANK if mode == "adapters" else None,
+    )
+
+
 @pytest.mark.parametrize("checkpointing", [False, "products", True])
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast", "adapters"])
 def test_peaks_are_within_ten_per_cent(mode: str, checkpointing: bool | str):
@@ -105,14 +117,7 @@ def test_peaks_are_within_ten_per_cent(mode: str, checkpointing: bool | str):
     ids = torch.randint(0, 1000, (batch, length))
     measured = measured_peak(model, ids, mode == "autocast")
     sizes = plan.decoder_sizes(LlamaConfig(**decoder))
-    step = plan.Step(
-        batch,
-        length,
-        precision="float32" if mode == "adapters" else mode,
-        checkpointing=bool(checkpointing),
-        keep_products=checkpointing == "products",
-        rank=RANK if mode == "adapters" else None,
-    )
+    step = step_of(batch, length, mode, checkpointing)
     counted = plan.activation_bytes(model.config, sizes, step)
     assert counted / measured == pytest.approx(1, abs=0.1), (decoder, thoughts, batch, length)
 
@@ -155,14 +160,7 @@ def test_peaks_of_hybrids(family: str, mode: str, checkpointing: bool | str):
     model = around(AutoModelForCausalLM.from_config(config), mode, checkpointing, **thoughts)
     ids = torch.randint(3, 1000, (batch, length))
     measured = measured_peak(model, ids, mode == "autocast")
-    step = plan.Step(
-        batch,
-        length,
-        precision="float32" if mode == "adapters" else mode,
-        checkpointing=bool(checkpointing),
-        keep_products=checkpointing == "products",
-        rank=RANK if mode == "adapters" else None,
-    )
+    step = step_of(batch, length, mode, checkpointing)
     counted = plan.activation_bytes(model.config, plan.decoder_sizes(config), step)
     # Some of these steps have so few rows that weights' gradients are much of the peak.
     allowed = 0.15 if checkpointing else 0.1
