@@ -1,28 +1,14 @@
 """The GPU's training-step benchmark: its count of operations, and that it runs (tiny, on the CPU)."""
 
-import importlib.util
 import json
-import os
-import sys
-from pathlib import Path
 
 import pytest
+from benchmark_files import PATH, benchmark
 from small_recipes import SIZES, run_python
 from transformers import LlamaConfig
 
 from quietstar import QuietStarConfig
 from quietstar.plan.costs import decoder_sizes
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def load_flops():
-    spec = importlib.util.spec_from_file_location("benchmark_flops", ROOT / "benchmarks" / "flops.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_operations_by_hand():
@@ -33,7 +19,7 @@ def test_operations_by_hand():
     sizes = decoder_sizes(decoder)
     # q and o 4x4, k and v 4x2, gate, up and down 4x6; twice.
     assert sizes.linear == 2 * (2 * 16 + 2 * 8 + 3 * 24) == 240
-    found = load_flops().training_step_flops(config, sizes, batch=1, length=3, rewarded=0.25)
+    found = benchmark("flops").training_step_flops(config, sizes, batch=1, length=3, rewarded=0.25)
     # Start, two thought tokens, end and one talk token are 5 slots; 3 positions twice are 6 columns.
     # The start slot is the same for both columns of a position.
     assert found.body == 6 * 240 * (3 + 3 + 4 * 6) == 43200
@@ -60,8 +46,7 @@ from benchmarks import bench_gpu_step as bench
 tables = bench.training_step("tiny", 1, 24, rounds=1), bench.slot_step("tiny", 2, 20, rounds=1)
 print(json.dumps(tables))
 """
-    path = os.pathsep.join([str(ROOT / "python"), *sys.path])
-    done = run_python("-c", code, cwd=ROOT, PYTHONPATH=path)
+    done = run_python("-c", code, PYTHONPATH=PATH)
     step, slots = json.loads(done.stdout.splitlines()[-1])
     assert list(step) == [
         "quietstar",

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from benchmark_files import benchmark
 
-from benchmarks import bench_hybrids
+bench_hybrids = benchmark("bench_hybrids")
 
 
 @pytest.mark.parametrize("what", bench_hybrids.LAYERS)

@@ -2,8 +2,10 @@
 
 import json
 
-from benchmarks.demo_seeds import of_trained
-from benchmarks.report import render_trained
+from benchmark_files import benchmark
+
+of_trained = benchmark("demo_seeds").of_trained
+render_trained = benchmark("report").render_trained
 
 MACHINE = {"processor": "a CPU", "threads": 1, "torch": "2.13"}
 

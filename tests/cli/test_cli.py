@@ -144,7 +144,7 @@ def test_the_command_line_itself_imports_the_standard_library_alone():
         "main()"
     )
     for words in (["--help"], *([name, "--help"] for name in COMMANDS)):
-        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-P", "-c", code, *words], capture_output=True, text=True)
         assert done.returncode == 0 and "usage: quietstar" in done.stdout, done.stderr
         mark, *loaded = done.stdout.splitlines()[-1].split()
         assert mark == "loaded" and "quietstar" in loaded
@@ -153,7 +153,7 @@ def test_the_command_line_itself_imports_the_standard_library_alone():
 
 def test_as_a_module():
     done = subprocess.run(
-        [sys.executable, "-m", "quietstar", "train", "tyni"], capture_output=True, text=True
+        [sys.executable, "-P", "-m", "quietstar", "train", "tyni"], capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stdout == ""
     # Whatever other packages have to say comes before.

@@ -308,7 +308,10 @@ def test_a_reader_that_leaves():
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run(
-        [sys.executable, "-m", "quietstar", "info"], stdout=write, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-P", "-m", "quietstar", "info"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     os.close(write)
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr

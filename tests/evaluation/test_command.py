@@ -301,7 +301,7 @@ def test_two_processes_share_the_items(folder: str, gsm_file: Path, tmp_path):
     words = ["eval", folder, "--tasks", "gsm8k", "--data", str(gsm_file), "--quiet", "--device", "cpu"]
     assert cli.main([*words, "--output", str(tmp_path / "one.json")]) == 0
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = run_python(*launch, "-m", "quietstar", *words, "--output", tmp_path / "two.json")
+    done = run_python(*launch, "-m", "quietstar", *words, "--output", "two.json", cwd=tmp_path)
     assert done.stdout.count("gsm8k: 6 items") == 1
     for name in ("two.json.items.jsonl", "two.json.items1.jsonl"):
         assert len((tmp_path / name).read_text().splitlines()) == 3

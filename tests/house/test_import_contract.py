@@ -2,9 +2,12 @@
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+HERE = Path(__file__)
+TESTS = HERE.parents[1]
 ROOT = Path(__file__).parents[2] / "python" / "quietstar"
 # From the bottom. Rooms of one level do not import each other; what is in no room is at the bottom.
 LEVELS = (
@@ -86,3 +89,13 @@ def test_there_is_no_circle():
     }
     order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
     assert len(order) >= len(graph) > 100
+
+
+def test_tests_see_the_installed_package():
+    """Not the sources in the repository's root, which have no native module where a test imports
+    benchmarks by name, or starts Python there with the working folder on its path."""
+    for path in sorted(TESTS.rglob("*.py")):
+        text = path.read_text()
+        assert not re.search(r"^(from|import) benchmarks\b", text, re.MULTILINE), path
+        assert path == HERE or 'sys.executable, "-c"' not in text, path
+        assert path == HERE or 'sys.executable, "-m", "quietstar"' not in text, path

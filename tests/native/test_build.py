@@ -65,7 +65,7 @@ torch.rand(512, 512) @ torch.rand(512, 512)
 quietstar_ext.sample_tokens(torch.rand(64, 5000), seed=0, impl="fused")
 print(open("/proc/self/maps").read())
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd="/", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     files = {line.split(maxsplit=5)[-1] for line in done.stdout.splitlines() if line}
     runtimes = {f for f in files if Path(f).name.startswith(("libgomp", "libomp", "libiomp"))}
@@ -78,7 +78,7 @@ def test_environment_variable_chooses_the_instruction_set() -> None:
         env = {**os.environ, "QUIETSTAR_SIMD": level}
         # From another folder, so that the repository's sources cannot shadow the package.
         return subprocess.run(
-            [sys.executable, "-c", code], env=env, cwd="/", capture_output=True, text=True
+            [sys.executable, "-P", "-c", code], env=env, cwd="/", capture_output=True, text=True
         )
 
     assert run("generic").stdout.strip() == "generic"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from types import ModuleType
@@ -81,9 +82,8 @@ def test_a_launch_can_be_made_to_fail(cuda_on_cpu: ModuleType) -> None:
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", "import cuda_sources; module = cuda_sources.load(); " + code],
-        cwd=cuda_sources.REPOSITORY / "tests" / "support",
-        env=cuda_sources.sanitized_environment(),
+        [sys.executable, "-P", "-c", "import cuda_sources; module = cuda_sources.load(); " + code],
+        env={**cuda_sources.sanitized_environment(), "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )

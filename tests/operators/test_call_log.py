@@ -130,14 +130,14 @@ def test_a_process_of_several_that_has_a_log_of_its_own_writes_each_line_once() 
         "for _ in range(2): quietstar_ext.sample_tokens(torch.zeros(1, 4), seed=0)\n"
     )
     env = {**os.environ, call_log.VARIABLE: "2", "RANK": "3"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-P", "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stderr.count("[rank 3] quietstar_ext: sample_tokens") == 2
     assert done.stderr.count("sample_tokens") == 2
 
 
 def test_another_level_is_refused_in_a_sentence() -> None:
-    words = [sys.executable, "-m", "quietstar", "info"]
+    words = [sys.executable, "-P", "-m", "quietstar", "info"]
     env = {**os.environ, call_log.VARIABLE: "verbose"}
     done = subprocess.run(words, env=env, capture_output=True, text=True)
     said = "environment variable QUIETSTAR_LOG is 'verbose'; expected one of 0, 1, 2"

@@ -53,9 +53,14 @@ def rejected(
 
 
 def run_python(*words: Any, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess:
-    """A process of Python's that ends well; it has one thread."""
+    """A process of Python's that ends well; it has one thread.
+
+    ``-P`` for code and modules: in the repository's root the sources would hide the installed package.
+    A script keeps its folder, where those are that it imports.
+    """
+    safe = ["-P"] if words[0] in ("-c", "-m") else []
     done = subprocess.run(
-        [sys.executable, *map(str, words)],
+        [sys.executable, *safe, *map(str, words)],
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
         cwd=cwd,
         capture_output=True,
