@@ -5,7 +5,7 @@ run in a folder of its own, so that a second call continues where one stopped:
 
 1. ``prepared``: trained on terse answers, and on the same problems with an aside before the answer,
    "<43 - 21 = 22>22"; so it can write asides, and does not need them. Each problem comes with
-   variants, which have other numbers;
+   variants, which have other numbers, and its equation with drills, which ask for nothing else;
 2. the arms, all from there, same steps, same problems in the same order, with terse answers alone, the
    numbers new: thoughts that begin as an aside does (``full``), ``none``, thoughts without REINFORCE,
    pause tokens; and asides in plain sight, which are no thoughts but a chain of thought;
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quietstar.data.presets import PRESETS
-from quietstar.demos.words_problems import read_problems, write_varied
+from quietstar.demos.words_problems import read_problems, write_drills, write_varied
 from quietstar.demos.words_scores import (
     ANSWER,
     ASIDE,
@@ -98,8 +98,8 @@ class Sizes:
                 raise UserError(f"{name} is {value}; expected a whole number >= 1")
 
 
-# Other numbers for each problem, in the preparation.
-VARIANTS = 7
+# Other numbers for each problem, in the preparation, and for each equation alone.
+VARIANTS, DRILLS = 7, 16
 # For docs/results.md; what two cores do in twenty minutes; a look at whether it runs.
 FULL = Sizes(prepare=400, steps=80, every=20)
 DEMO = Sizes(prepare=100, steps=24, every=12, problems=60)
@@ -228,9 +228,10 @@ def write_problems(
     tokenizer: PreTrainedTokenizerBase, problems: Path, output: Path
 ) -> tuple[Path, Path]:
     """What is trained on, of the problems of a file: for the preparation these problems and variants,
-    each with a terse answer and with the aside before it; for the arms a further variant of each."""
+    each with a terse answer and with the aside before it, and drills with asides; for the arms a further
+    variant of each problem."""
     given = read_problems(problems)
-    rows = json.dumps([given, VARIANTS, PROMPT, ASIDE, TOKENS])
+    rows = json.dumps([given, VARIANTS, DRILLS, PROMPT, ASIDE, TOKENS])
     # The names are in the recipes: a run goes on only with what it began with.
     digest = hashlib.sha256(rows.encode()).hexdigest()[:8]
     asides, practice = (output / f"{name}-{digest}.jsonl" for name in ("asides", "practice"))
@@ -241,10 +242,15 @@ def write_problems(
         more = Path(scratch) / "more.jsonl"
         write_varied(given, more, VARIANTS, seed=2, first=True)
         items = problem_items(tokenizer, more)
+        write_drills(given, more, DRILLS, seed=3)
+        drills = problem_items(tokenizer, more)
     pairs = [
         {"prompt": item["prompt"], "completion": before + item["completion"]}
         for item in items
         for before in ("", item["aside"])
+    ]
+    pairs += [
+        {"prompt": item["prompt"], "completion": item["aside"] + item["completion"]} for item in drills
     ]
     write_whole(asides, "".join(json.dumps(pair) + "\n" for pair in pairs))
     return asides, practice

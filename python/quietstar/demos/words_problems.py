@@ -17,6 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from quietstar.data.templates import equation as spelled
 from quietstar.errors import UserError
 from quietstar.files import write_whole
 
@@ -133,4 +134,21 @@ def write_varied(problems: Sequence[Problem], to: Path, copies: int, *, seed: in
     for problem in problems:
         made = [found for _ in range(copies) if (found := varied(problem, draw)) is not None]
         rows += made or ([] if first else [problem])
+    write_whole(to, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_drills(problems: Sequence[Problem], to: Path, copies: int, *, seed: int) -> None:
+    """Write problems that ask for what other problems' equations come to, with other numbers: the words
+    of a problem say what to calculate, and a small model is as often wrong in how.
+
+    Args:
+        copies: of each problem's equation.
+    """
+    draw = random.Random(seed)
+    made = [varied(problem, draw) for problem in problems for _ in range(copies)]
+    rows = [
+        {**each, "Body": "Calculate", "Question": f"How much is {spelled(each['Equation'])}?"}
+        for each in made
+        if each is not None
+    ]
     write_whole(to, "".join(json.dumps(row) + "\n" for row in rows))
