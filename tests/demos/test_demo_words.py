@@ -121,11 +121,12 @@ def test_thoughts_of_another_problem_are_its_own(home, monkeypatch):
 
     monkeypatch.setattr(words_scores, "score_completions", watched)
     found = words_scores.scores_of(tokenizer, items, model)
-    assert list(found["scores"]) == ["own", "none", "drawn", "other", "gold"]
+    assert list(found["scores"]) == ["own", "none", "drawn", "several", "other", "gold"]
     assert all(len(records) == 4 for records in found["scores"].values())
     own = torch.cat([given[0][2], given[1][2]])
     assert len(own) == 4 and [len(found["thoughts"]), given[2][0]] == [4, 1.0]
-    other = torch.cat([given[4][1], given[5][1]])
+    assert given[4][1] is None and given[4][2].shape[:2] == (3, words_scores.SEVERAL)
+    other = torch.cat([given[6][1], given[7][1]])
     assert torch.equal(other, own[[3, 0, 1, 2]])
     # The scores are those of the problem and the thought together, whatever stands beside them.
     alone = inner(model, tokenizer, items[1:2], CompletionThoughts(ids=own[:1]))[0]

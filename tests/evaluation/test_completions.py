@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,12 @@ from evaluation_cases import GSM_ROWS, run
 from small_recipes import rejected
 
 from quietstar.data.pairs import encode_pair
-from quietstar.evaluation.completions import load_items, score_completions
+from quietstar.evaluation.completions import (
+    CompletionThoughts,
+    _scores,
+    load_items,
+    score_completions,
+)
 from quietstar.evaluation.perplexity import undisturbed
 
 ITEMS = [
@@ -50,6 +56,40 @@ def test_scores_are_the_model_s_losses(model, merging, rule: str):
         alone = [score_completions(model, merging, [item])[0] for item in ITEMS]
         for ours, theirs in zip(found, alone, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_the_mean_over_several_thoughts(model, merging):
+    """It is that of the probabilities with each alone; and what greedy decoding of it writes."""
+    with undisturbed(model, think_at="completion", talk_length=3):
+        several = CompletionThoughts(temperature=1.0, seed=3, count=4)
+        found = score_completions(model, merging, ITEMS, several)
+        assert several.ids is not None and several.ids.shape[:2] == (3, 4)
+        assert not torch.equal(several.ids[:, 0], several.ids[:, 1])
+        each = [
+            score_completions(model, merging, ITEMS, CompletionThoughts(ids=several.ids[:, [number]]))
+            for number in range(4)
+        ]
+        given = score_completions(model, merging, ITEMS, CompletionThoughts(ids=several.ids))
+    for number, record in enumerate(found):
+        alone = [records[number]["mixed_probability"] for records in each]
+        assert max(alone) > 1.001 * min(alone)
+        assert record["mixed_probability"] == pytest.approx(sum(alone) / 4, rel=1e-4)
+        assert record["mixed_nll"] == pytest.approx(-math.log(sum(alone) / 4), rel=1e-4)
+        assert record["base_nll"] == pytest.approx(each[0][number]["base_nll"], rel=1e-5)
+        assert given[number] == pytest.approx(record, rel=1e-4)
+    with pytest.raises(ValueError, match="count is 2, temperature 0.0; expected count 1"):
+        CompletionThoughts(count=2)
+
+
+def test_what_greedy_decoding_of_a_mean_writes():
+    """The first tokens say which thought to believe: .9 * .9 of two thoughts, one of which is sure that
+    the first token is another."""
+    chances = torch.tensor([[[0.9, 0.1], [0.9, 0.1]], [[0.2, 0.8], [0.01, 0.99]]])
+    for true, is_first in ((torch.tensor([0, 0]), True), (torch.tensor([0, 1]), False)):
+        found = _scores(None, chances.log(), true)
+        assert found["correct"] == is_first
+        wanted = chances.gather(2, true.expand(2, -1)[..., None])[..., 0].prod(1).mean()
+        assert found["probability"] == pytest.approx(float(wanted))
 
 
 def test_a_plain_decoder_and_a_model_without_thoughts(model, merging):
@@ -91,6 +131,24 @@ def test_the_command(folder: str, gsm_file: Path, tmp_path, capsys):
     assert json.loads((tmp_path / "own.json").read_text())["tasks"]["completions"] == found
 
 
+def test_drawn_thoughts(folder: str, gsm_file: Path, tmp_path, capsys):
+    """The command's mean over several, of a model that thinks at completions; from a seed."""
+    once = tmp_path / "once"
+    shutil.copytree(folder, once)
+    config = json.loads((once / "config.json").read_text())
+    (once / "config.json").write_text(json.dumps({**config, "think_at": "completion"}))
+    words: list[Any] = [once, "--tasks", "completions", "--data", gsm_file, "--preset", "gsm8k"]
+    found = []
+    for number, more in enumerate(([], *(["--thoughts", 3, "--seed", seed] for seed in (1, 1, 2)))):
+        output = tmp_path / f"{number}.json"
+        assert run(*words, *more, "--output", output) == 0
+        found.append(json.loads(output.read_text())["tasks"]["completions"])
+    assert "completions: 6 items, 3 drawn thoughts, mean" in capsys.readouterr().out
+    nll = [each["nll"]["mixed"]["mean"] for each in found]
+    assert len(set(nll)) == 3 and found[1] == found[2] and found[1]["thoughts"] == 3
+    assert found[0]["nll"]["base"] == found[1]["nll"]["base"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -104,6 +162,11 @@ def test_the_command(folder: str, gsm_file: Path, tmp_path, capsys):
             "data.prompt is given without data.completion",
         ),
         (["--data", "gsm.jsonl", "--preset", "gsm8k", "--limit", "0"], "--limit is 0"),
+        (["--data", "gsm.jsonl", "--preset", "gsm8k", "--thoughts", "0"], "--thoughts is 0; expected"),
+        (
+            ["--data", "gsm.jsonl", "--preset", "gsm8k", "--thoughts", "2"],
+            "--thoughts is 2, of a model that does not think at completions alone; expected one that",
+        ),
         (["--data", "gsm.jsonl", "--preset", "svamp"], "line 1 has no column 'Body' for data.prompt"),
         (
             ["--data", "gsm.jsonl", "--preset", "gsm8k", "--max-length", "4"],

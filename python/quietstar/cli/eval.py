@@ -58,6 +58,7 @@ def add_parser(commands: Commands) -> None:
     add("--preset", metavar="NAME", help="completions: a known question set, as data.preset of a recipe")
     for part in ("prompt", "completion"):
         add(f"--{part}", metavar="T", help=f"completions: as data.{part} of a recipe")
+    add("--thoughts", metavar="K", type=int, help="completions: the mean over K drawn thoughts")
     add("--include-path", metavar="DIR", type=Path, help="task files for lm-evaluation-harness")
     add("--seed", metavar="N", type=int, default=0, help="default: 0")
     add("--quiet", action="store_true", help="no progress bars")
@@ -152,4 +153,6 @@ def settings_of(args: argparse.Namespace, data: Path | None) -> Settings:
         block_size=args.block_size,
         templates={name: getattr(args, name) for name in ("prompt", "completion", "preset")},
         chains=chains,
+        thoughts=args.thoughts,
+        seed=args.seed,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quietstar.demos.words import ARMS
-from quietstar.demos.words_scores import OPENS, best_scores, mean_scores, paired
+from quietstar.demos.words_scores import OPENS, SEVERAL, best_scores, mean_scores, paired
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +19,7 @@ MEASURES = ("probability", "correct", "nll")
 WAYS = {
     "own": "",
     "drawn": ", thoughts drawn",
+    "several": f", the mean over {SEVERAL} thoughts drawn",
     "other": ", thoughts of another problem",
     "gold": ", the right equation as thought",
     "none": ", thoughts off",
@@ -88,16 +89,23 @@ def differences(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
         arm: {seed: looks[-1]["scores"] for seed, looks in seeds.items()} for arm, seeds in arms.items()
     }
     found = {}
-    for name, arm, way in (
-        ("thoughts, less the same training without", "none", None),
-        ("REINFORCE, less the same without it", "no-reinforce", "own"),
-        ("own thoughts, less those of another problem", "full", "other"),
-        ("own thoughts, less none in the same weights", "full", "none"),
+    for name, our_way, arm, way in (
+        ("thoughts, less the same training without", "own", "none", None),
+        (f"{SEVERAL} thoughts, less the same training without", "several", "none", None),
+        ("REINFORCE, less the same without it", "own", "no-reinforce", "own"),
+        (
+            f"REINFORCE, less the same without it, {SEVERAL} thoughts",
+            "several",
+            "no-reinforce",
+            "several",
+        ),
+        ("own thoughts, less those of another problem", "own", "full", "other"),
+        ("own thoughts, less none in the same weights", "own", "full", "none"),
     ):
         seeds = [seed for seed in arms["full"] if seed in arms.get(arm, {})]
-        if not seeds:
+        if not seeds or our_way not in last["full"][seeds[0]]:
             continue
-        ours = [last["full"][seed]["own"] for seed in seeds]
+        ours = [last["full"][seed][our_way] for seed in seeds]
         found[name] = {
             key: paired(
                 ours,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ ASIDE = OPENS + "{Equation:equation} = {Answer:number}" + CLOSES + ANSWER
 # Problems are short; what is longer is left out. The tokens of an aside.
 TOKENS, ASIDE_TOKENS = 112, 28
 BATCH = 20
+# Drawn thoughts whose predictions are averaged.
+SEVERAL = 8
 
 Item = dict[str, Any]
 # Per problem, by the way in which the answer was predicted: probability, NLL, whether greedy is right.
@@ -99,9 +102,9 @@ def scores_of(
     tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], model: QuietStarForCausalLM
 ) -> dict[str, Any]:
     """Scores by way: ``none`` (without a thought), and where the model thinks ``own`` (its most likely
-    thought), ``drawn`` (one as in training), ``other`` (the own thought of the next problem) and
-    ``gold`` (the problem's equation in the thought's place, where it fits); some thoughts as text
-    beside them."""
+    thought), ``drawn`` (one as in training), ``several`` (the mean over ``SEVERAL`` of these), ``other``
+    (the own thought of the next problem) and ``gold`` (the problem's equation in the thought's place,
+    where it fits); some thoughts as text beside them."""
     scores: Scores = {}
     config = model.config
     if not config.thinks:
@@ -112,12 +115,14 @@ def scores_of(
         return {"scores": scores}
     drawn = CompletionThoughts(temperature=config.thought_temperature, seed=1)
     scores["drawn"] = _score_both(model, tokenizer, items, drawn)[0]
+    several = CompletionThoughts(temperature=config.thought_temperature, seed=2, count=SEVERAL)
+    scores["several"] = _score_both(model, tokenizer, items, several)[0]
     other = CompletionThoughts(ids=own.ids.roll(1, 0))
     scores["other"] = _score_both(model, tokenizer, items, other)[0]
     fitting, ids = _gold_thoughts(tokenizer, items, config.thought_length)
     if fitting:
-        scores["gold"] = _score_both(model, tokenizer, fitting, CompletionThoughts(ids=ids))[0]
-    return {"scores": scores, "thoughts": tokenizer.batch_decode(own.ids[:8])}
+        scores["gold"] = _score_both(model, tokenizer, fitting, CompletionThoughts(ids=ids[:, None]))[0]
+    return {"scores": scores, "thoughts": tokenizer.batch_decode(own.ids[:8, 0])}
 
 
 def _score_both(
@@ -127,7 +132,7 @@ def _score_both(
     mixed, base, ids = [], [], []
     for first, chosen in _batches(items):
         given = None if thoughts.ids is None else thoughts.ids[first : first + BATCH]
-        part = CompletionThoughts(thoughts.temperature, thoughts.seed + first, given)
+        part = replace(thoughts, seed=thoughts.seed + first, ids=given)
         with _autocast(model):
             records = score_completions(model, tokenizer, chosen, part)
         mixed += [_of(record, "mixed") for record in records]

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from quietstar.data.blocks import IGNORED
 from quietstar.data.collator import PaddingCollator
@@ -94,12 +95,31 @@ class CompletionThoughts:
     Attributes:
         temperature: of its tokens; 0: the most likely.
         seed: of what is drawn.
-        ids: [items, T] given thoughts, or those that were sampled, once it was used.
+        ids: [items, R, T] given thoughts, or those that were sampled, once it was used.
+        count: R, thoughts per completion. Its probability is the mean over them, p(y) = sum_r p(y | r) /
+            R, so a thought that made its first tokens likely counts for more at those that follow.
     """
 
     temperature: float = 0.0
     seed: int = 0
     ids: Tensor | None = None
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.ids is not None:
+            self.count = self.ids.shape[1]
+        if self.count < 1 or (self.count > 1 and self.ids is None and self.temperature == 0.0):
+            raise ValueError(
+                f"count is {self.count}, temperature {self.temperature}; expected count 1, or more of"
+                " them and a temperature > 0"
+            )
+
+
+def thinks_once(model: Any) -> bool:
+    """Whether a model thinks before completions alone, with tokens that can be drawn."""
+    config = model.config
+    thinks = getattr(config, "thought_kind", "none") not in ("none", "pause")
+    return thinks and config.parse_think_at()[0] == "completion"
 
 
 @torch.no_grad()
@@ -140,7 +160,7 @@ def _predictions(
     where: Tensor,
     thoughts: CompletionThoughts,
 ) -> Iterator[tuple[str, list[Tensor]]]:
-    """Names of predictions, and for each row its logits [n, V] of the completion's tokens.
+    """Names of predictions, and for each row the logits [R, n, V] of its completion, R thoughts apart.
 
     Args:
         anchors: [B, 1], the positions before the completions' first tokens that are not blank.
@@ -149,7 +169,7 @@ def _predictions(
     ids, mask = batch["input_ids"], batch["attention_mask"]
     if getattr(model.config, "thought_kind", "none") == "none":
         logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-        yield "base", [row[places] for row, places in zip(logits, where, strict=True)]
+        yield "base", [row[places][None] for row, places in zip(logits, where, strict=True)]
         return
     config, td = model.config, model.thought_decoder
     once = config.parse_think_at()[0] == "completion"
@@ -159,33 +179,44 @@ def _predictions(
         steps = torch.arange(int(count.max()), device=ids.device)
         anchors = (first + steps).minimum(first + count - 1)
     ranges, part = text_ranges(mask, ids), BatchShard(seed=thoughts.seed)
-    temperature = thoughts.temperature if once else 0.0
-    text = TextBatch(config, ids, ranges, anchors=anchors, temperature=temperature, shard=part)
+    temperature, count = (thoughts.temperature, thoughts.count) if once else (0.0, 1)
+    text = TextBatch(
+        config, ids, ranges, anchors=anchors, rationales=count, temperature=temperature, shard=part
+    )
     if once and thoughts.ids is not None:
-        base, slots = td.packed(text, Thoughts(anchors, thoughts.ids[:, None].to(ids.device)))
+        base, slots = td.packed(text, Thoughts(text.columns, thoughts.ids.to(ids.device)))
     else:
         made = td.rollout(text, config.num_slots if once else depth_of_end(config))
         base, slots = made.hidden
         if once and made.ids is not None:
-            thoughts.ids = made.ids[:, 0].cpu()
+            thoughts.ids = made.ids.cpu()
     mixed, _ = td.mix(text, base, slots, steps=None if once else 1)
-    steps = torch.arange(len(mixed), device=ids.device)[:, None, None]
-    speaks_for = anchors[None] + steps
-    inside = speaks_for < ids.shape[1]
-    row = torch.arange(len(ids), device=ids.device)[None, :, None].expand_as(speaks_for)
-    hidden = base.clone()
-    hidden[row[inside], speaks_for[inside]] = mixed[inside].to(hidden.dtype)
-    for name, states in (("base", base), ("mixed", hidden)):
-        rows = zip(states[:, :-1], where, strict=True)
-        yield name, [td.output.logits(row[places]) for row, places in rows]
+    rows = zip(base[:, :-1], where, strict=True)
+    yield "base", [td.output.logits(row[places])[None] for row, places in rows]
+    steps = torch.arange(len(mixed), device=ids.device)[:, None]
+    found = []
+    for row, states, places in zip(range(len(ids)), base, where, strict=True):
+        hidden = states.expand(count, -1, -1).clone()
+        for number in range(count):
+            speaks_for = anchors[row] + steps  # [K, A]
+            inside = speaks_for < ids.shape[1]
+            spoken = mixed[:, row, number::count]
+            hidden[number, speaks_for[inside]] = spoken[inside].to(hidden.dtype)
+        found.append(td.output.logits(hidden[:, :-1][:, places]))
+    yield "mixed", found
 
 
 def _scores(config: Any, logits: Tensor, true: Tensor) -> dict[str, Any]:
-    """What logits [n, V] say of the true tokens [n]; meta tokens get no probability."""
+    """What logits [R, n, V], the mean of R predictions, say of the true tokens [n]; meta tokens get no
+    probability."""
     logits = logits.double()
     for name in ("start_token_id", "end_token_id"):
         if (token := getattr(config, name, None)) is not None:
-            logits[:, token] = -torch.inf
-    nll = -float(logits.log_softmax(-1).gather(1, true[:, None]).sum())
-    correct = bool((logits.argmax(-1) == true).all())
+            logits[..., token] = -torch.inf
+    given = logits.log_softmax(-1)
+    told = given.gather(2, true[None, :, None].expand(len(given), -1, 1))[..., 0].cumsum(1)  # [R, n]
+    before = pad(told[:, :-1], (1, 0))
+    means = (given + before[..., None]).logsumexp(0)  # but for a constant of each token
+    nll = math.log(len(given)) - float(told[:, -1].logsumexp(0))
+    correct = bool((means.argmax(-1) == true).all())
     return {"nll": nll, "probability": math.exp(-nll), "correct": correct}

@@ -54,7 +54,8 @@ SVAMP = partial(
 @dataclass(frozen=True)
 class Settings:
     """What the command line sets. ``data``: a local file for this task instead of its data set;
-    ``templates``: ``prompt``, ``completion`` and ``preset`` of the task completions."""
+    ``templates``: ``prompt``, ``completion`` and ``preset`` of the task completions; ``thoughts``: how
+    many are drawn there before each (None: the most likely one), from ``seed``."""
 
     data: Path | None = None
     limit: int | None = None
@@ -62,6 +63,8 @@ class Settings:
     block_size: int = 256
     templates: dict[str, Any] = field(default_factory=dict)
     chains: chains.ChainSettings = field(default_factory=chains.ChainSettings)
+    thoughts: int | None = None
+    seed: int = 0
 
 
 @dataclass
@@ -139,21 +142,42 @@ class AnswerTask(Task):
 class CompletionTask(Task):
     """The probability of any completions, by templates over the rows of a file."""
 
+    def identity(self) -> dict[str, Any]:
+        drawn = self.settings.thoughts
+        return {} if drawn is None else {"thoughts": drawn, "seed": self.settings.seed}
+
     def items(self, tokenizer: PreTrainedTokenizerBase) -> list[Item]:
         s = self.settings
+        if s.thoughts is not None and s.thoughts < 1:
+            raise UserError(f"--thoughts is {s.thoughts}; expected a whole number >= 1")
         return completions.load_items(tokenizer, s.data, s.templates, s.max_length, s.limit)
 
     def score(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]
     ) -> list[Record]:
-        return completions.score_completions(model, tokenizer, items)
+        return completions.score_completions(model, tokenizer, items, self._drawn(model, items))
+
+    def _drawn(self, model: Any, items: Sequence[Item]) -> completions.CompletionThoughts | None:
+        """What is drawn before these items, which a resumed run draws again."""
+        count = self.settings.thoughts
+        if count is None:
+            return None
+        if not completions.thinks_once(model):
+            raise UserError(
+                f"--thoughts is {count}, of a model that does not think at completions alone; expected"
+                " one that was trained with think_at: completion"
+            )
+        seed = int(digest([self.settings.seed, *items])[:12], 16)
+        return completions.CompletionThoughts(model.config.thought_temperature, seed, count=count)
 
     def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
         measures = {"probability": "probability", "exact_match": "correct", "nll": "nll"}
-        return {"items": len(records), **_measured(records, measures)}
+        drawn = {} if self.settings.thoughts is None else {"thoughts": self.settings.thoughts}
+        return {"items": len(records), **drawn, **_measured(records, measures)}
 
     def render(self, result: dict[str, Any]) -> str:
-        return _measures(f"{self.name}: {result['items']} items, mean [95% interval]", result)
+        drawn = f", {result['thoughts']} drawn thoughts" if "thoughts" in result else ""
+        return _measures(f"{self.name}: {result['items']} items{drawn}, mean [95% interval]", result)
 
 
 def _measured(records: Sequence[Record], measures: dict[str, str]) -> dict[str, Any]:
