@@ -114,12 +114,6 @@ class TestErrors:
         assert cli.main(["info"]) == status
         assert re.fullmatch(said, capsys.readouterr().err)
 
-    @pytest.mark.parametrize("words", [[], ["train"], ["fly"], ["train", "tiny", "--fast"]])
-    def test_usage(self, words: list[str]):
-        with pytest.raises(SystemExit) as stop:
-            cli.main(words)
-        assert stop.value.code == 2
-
 
 def test_words_after_options_are_settings(monkeypatch):
     seen: list[argparse.Namespace] = []

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from quietstar.cli import completion, demo, generate, info, inspect, merge, plan, star, train
 from quietstar.cli import eval as evaluate
 from quietstar.cli.arguments import INTERRUPTED
+from quietstar.cli.parser import Parser
 from quietstar.versions import package_versions
 
 COMMANDS = (info, train, star, plan, merge, generate, inspect, evaluate, demo, completion)
@@ -25,9 +26,9 @@ TRACEBACK_VARIABLE = "QUIETSTAR_TRACEBACK"
 CONTINUED = ("train", "star", "eval", "demo")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The argument parser with all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="quietstar",
         description="Quiet-STaR: language models that think before each token.",
         epilog=f"{TRACEBACK_VARIABLE}=1 shows where an error came from,\nQUIETSTAR_LOG=1 which operators"
@@ -37,9 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", action="version", version=f"quietstar {package_versions()['quietstar']}"
     )
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)
+    for own in commands.choices.values():
+        own.set_defaults(parser=own)
     return parser
 
 
@@ -47,10 +50,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a user's error, 130 when interrupted."""
     parser = build_parser()
     args, rest = parser.parse_known_args(arguments)
-    if rest and hasattr(args, "settings") and not any(word.startswith("-") for word in rest):
-        args.settings += rest  # key=value words after an option, which argparse leaves over
+    if args.command is None and not rest:
+        parser.print_help(sys.stderr)
+        return USER_ERROR
+    options = [word for word in rest if word.startswith("-")]
+    if rest and hasattr(args, "settings") and not options:
+        args.settings = [*args.settings, *rest]  # key=value words after an option, which argparse leaves
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        owner = args.parser if args.command else parser
+        owner.leftover(rest[rest.index(options[0]) :] if options else rest)
     # bitsandbytes asks for another package on some CPUs, where nothing here would use it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_about_something_else)
     try:

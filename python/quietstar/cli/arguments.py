@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from quietstar.cli.parser import Parser
 from quietstar.errors import UserError
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 INTERRUPTED = 130  # exit status
 
@@ -31,6 +32,7 @@ def add_recipe(command: argparse.ArgumentParser) -> None:
         "settings",
         metavar="KEY=VALUE",
         nargs="*",
+        default=[],  # without one argparse asks for it
         help="changes to the recipe, e.g. training.learning_rate=1e-4",
     )
 
