@@ -273,7 +273,7 @@ def test_embeddings_in_place_of_tokens_are_refused():
 def test_the_recipe_for_a_small_gpu():
     small = load_recipe("mistral-7b-lora")
     assert small.adapter.rank and small.adapter.quantize == "4bit"
-    assert small.training["gradient_checkpointing"] and small.training["bf16"]
+    assert small.training["activation_checkpointing"] and small.training["bf16"]
     plain = load_recipe("mistral-7b-paper")
     assert plain.adapter == AdapterSection()
     # Recipes without the section keep the fingerprints that their run folders have.

@@ -151,7 +151,7 @@ def test_models_and_prompts_that_are_none(folder: str, tmp_path, capsys, monkeyp
     def refused(message: str, *words: Any) -> None:
         rejected(capsys, ["generate", *words], message)
 
-    refused("is neither a folder nor a name", "no-such/model", PROMPT)
+    refused("is neither a folder nor in the local cache", "no-such/model", PROMPT)
     refused("holds no model (no config.json)", tmp_path, PROMPT)
     (tmp_path / "file").write_text("x")
     refused("is a file; expected a folder", tmp_path / "file", PROMPT)

@@ -350,7 +350,7 @@ def test_part_of_a_text(folder: Path, text_file: Path, capsys, monkeypatch):
     [
         (["{folder}", "no.txt"], "text file no.txt does not exist"),
         (["{folder}", "{folder}"], "cannot be read: Is a directory"),
-        (["no-such/model", "{text}"], "is neither a folder nor a name"),
+        (["no-such/model", "{text}"], "is neither a folder nor in the local cache"),
         (["{folder}", "{text}", "--tokens", "1"], "--tokens is 1; expected a whole number >= 2"),
         (["{folder}", "{text}", "--samples", "-1"], "--samples is -1"),
         (["{folder}", "{text}", "--output", "/no/where/page.html"], "cannot be written"),

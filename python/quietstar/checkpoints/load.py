@@ -12,6 +12,7 @@ from quietstar.checkpoints.adapters import is_adapter, load_adapter, merge
 from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError, blaming, reason
 from quietstar.files import RUN_FILE, is_folder, last_checkpoint
+from quietstar.hub import from_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,14 +39,22 @@ def load_checkpoint(
     """
     from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
+    place = _device(device)
+    name = folder_of_run(name)
+    with from_hub("model", name):
+        model, own_tokenizer = _load(name, tokenizer, plain)
+    return model.to(place).eval(), own_tokenizer
+
+
+def _load(
+    name: str, tokenizer: str | None, plain: bool
+) -> tuple[QuietStarForCausalLM | Any, PreTrainedTokenizerBase]:
     from quietstar.checkpoints.upstream import from_reference, is_reference_config
     from quietstar.modeling.meta_tokens import add_meta_tokens, check_tokenizer
     from quietstar.modeling.model import QuietStarForCausalLM
     from quietstar.modeling.pretrained import load_decoder, load_tokenizer
 
-    transformers_logging.disable_progress_bar()
-    place = _device(device)
-    name = folder_of_run(name)
     settings = _read_config(name)
     theirs = is_reference_config(settings)
     thinks = theirs or settings.get("model_type") == QuietStarConfig.model_type
@@ -61,7 +70,7 @@ def load_checkpoint(
         with blaming(f"cannot load {name}"):
             model = load_decoder(name)
         _check_size(name, own_tokenizer, model)
-        return model.to(place).eval(), own_tokenizer
+        return model, own_tokenizer
     if is_adapter(name):
         model = merge(load_adapter(name, own_tokenizer))
     elif theirs:
@@ -71,7 +80,7 @@ def load_checkpoint(
         with blaming(f"cannot load {name}"):
             model = QuietStarForCausalLM.from_pretrained(name)
     check_tokenizer(own_tokenizer, model.config)
-    return model.to(place).eval(), own_tokenizer
+    return model, own_tokenizer
 
 
 def _check_size(name: str, tokenizer: PreTrainedTokenizerBase, decoder: PreTrainedModel) -> None:
@@ -105,7 +114,10 @@ def _read_config(name: str) -> dict[str, Any]:
     if is_gguf(name):
         return {"model_type": "GGUF file"}
     try:
-        settings, _ = PretrainedConfig.get_config_dict(name)
+        with from_hub("model", name):
+            settings, _ = PretrainedConfig.get_config_dict(name)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         if is_folder(Path(name)):
             raise UserError(f"model {name} has no readable config.json: {reason(error)}") from error

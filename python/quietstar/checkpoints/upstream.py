@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from quietstar.config import END_TOKEN, START_TOKEN, QuietStarConfig, check_fields
 from quietstar.errors import reason
 from quietstar.files import read_json
+from quietstar.hub import from_hub
 from quietstar.modeling.model import QuietStarForCausalLM
 from quietstar.thinking.text_part import text_config_of
 
@@ -269,11 +270,12 @@ def _local_folder(name: str, revision: str | None) -> Path:
 
     try:
         texts = ["*.json", "tokenizer*"]
-        folder = Path(
-            snapshot_download(name, revision=revision, allow_patterns=[*texts, "*.safetensors"])
-        )
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*.bin"])
+        with from_hub("model", name):
+            folder = Path(
+                snapshot_download(name, revision=revision, allow_patterns=[*texts, "*.safetensors"])
+            )
+            if not any(folder.glob("*.safetensors")):
+                snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*.bin"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"{name} is neither a folder nor a repository that can be read: {reason(error)}"

@@ -31,6 +31,7 @@ from quietstar.data.tables import (
     unsupported_reason,
 )
 from quietstar.errors import UserError, blaming
+from quietstar.hub import from_hub
 
 # What these names stand for; another name is a data set, or a tokenizer, of the hub.
 # Texts: a split to its documents.
@@ -151,7 +152,10 @@ def hub_documents(
     import datasets
 
     config = f" (config {config_name})" if config_name else ""
-    with blaming(f"cannot load split {split!r} of data set {name}{config}"):
+    with (
+        blaming(f"cannot load split {split!r} of data set {name}{config}"),
+        from_hub("data set", name),
+    ):
         rows = datasets.load_dataset(
             name, config_name, split=split, streaming=streaming, revision=revision
         )

@@ -49,6 +49,7 @@ from quietstar.demos.words_scores import (
 )
 from quietstar.errors import UserError, blaming
 from quietstar.files import METRICS_FILE, write_json, write_whole
+from quietstar.hub import from_hub
 from quietstar.recipes.recipe import Recipe, load_recipe
 from quietstar.recipes.run_folder import RUN_FILE
 from quietstar.training.options import computes_bf16
@@ -135,9 +136,8 @@ def find_data(folder: Path | None, output: Path) -> tuple[Path, Path]:
         import datasets
 
         name = PRESETS["svamp"].hub_name
-        with blaming(
-            f"cannot load data set {name} (--data names a folder with train.jsonl, test.jsonl)"
-        ):
+        instead = "; --data takes a folder with train.jsonl and test.jsonl"
+        with blaming(f"cannot load data set {name}"), from_hub("data set", name, instead):
             parts = [datasets.load_dataset(name, split=file.stem) for file in files]
         home.mkdir(parents=True, exist_ok=True)
         for file, part in zip(files, parts, strict=True):

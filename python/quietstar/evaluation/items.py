@@ -10,6 +10,7 @@ from typing import Any
 from quietstar.data.left_out import LeftOut, is_utf8
 from quietstar.data.tables import check_columns, missing_column, table_rows, unsupported_reason
 from quietstar.errors import UserError
+from quietstar.hub import from_hub
 
 Row = dict[str, Any]
 
@@ -79,13 +80,16 @@ def _from_hub(
 ) -> Iterator[tuple[object, Row]]:
     import datasets
 
+    instead = "; --data takes a local file of the same columns"
     try:
-        rows = datasets.load_dataset(name, config, split=split)
+        with from_hub("data set", name, instead):
+            rows = datasets.load_dataset(name, config, split=split)
+    except UserError:
+        raise
     except Exception as error:  # `datasets` raises its own, HTTP, OS and value errors alike
         detail = " ".join(str(error).split())
         raise UserError(
-            f"cannot load split {split!r} of data set {name}: {detail[:300]} (a local file of the same"
-            " columns can be given with --data)"
+            f"cannot load split {split!r} of data set {name}: {detail[:300]}{instead}"
         ) from error
     check_columns(rows.column_names, columns, f"data set {name}", kind="column")
     return ((f"data set {name}, row {n}", row) for n, row in enumerate(rows, start=1))

@@ -27,6 +27,7 @@ from transformers import (
 
 from quietstar.errors import UserError, blaming
 from quietstar.files import is_file, is_folder
+from quietstar.hub import from_hub
 from quietstar.modeling.loading import load_whole
 
 GGUF_SUFFIX = ".gguf"
@@ -85,22 +86,23 @@ def _place(name: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 @contextmanager
-def _naming(name: str | Path, options: dict[str, Any]) -> Iterator[None]:
-    """Within, errors name a GGUF file that cannot be read, and a model type that is not known."""
+def _naming(kind: str, name: str | Path, options: dict[str, Any]) -> Iterator[None]:
+    """Within, errors name what is not there, a GGUF file that cannot be read, and an unknown type."""
     if "gguf_file" in options:
         with blaming(f"the GGUF file {name} is damaged, or of a kind that transformers cannot read"):
             yield
         return
     try:
-        yield
+        with from_hub(kind, str(name)):
+            yield
     except UserError:
         raise
     except ValueError as error:
-        kind = _unknown_type(str(name))
-        if kind is None:
+        unknown = _unknown_type(str(name))
+        if unknown is None:
             raise
         raise UserError(
-            f"{name} is of model type {kind!r}, which the installed transformers ({__version__}) does"
+            f"{name} is of model type {unknown!r}, which the installed transformers ({__version__}) does"
             " not know"
         ) from error
 
@@ -117,7 +119,7 @@ def _unknown_type(name: str) -> str | None:
 def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, a GGUF file or a name on the hub."""
     folder, options = _place(name)
-    with _naming(name, options):
+    with _naming("tokenizer", name, options):
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, **options)
         if options:
             _set_special_tokens(tokenizer)
@@ -142,7 +144,7 @@ def _set_special_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
 def load_config(name: str | Path, revision: str | None = None) -> PretrainedConfig:
     """The configuration of a folder, a GGUF file or a name on the hub."""
     folder, options = _place(name)
-    with _naming(name, options):
+    with _naming("model", name, options):
         return AutoConfig.from_pretrained(folder, revision=revision, **options)
 
 
@@ -171,7 +173,7 @@ def load_decoder(name: str | Path, **options: Any) -> PreTrainedModel:
     def load(_: Any, **given: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, **given)
 
-    with _naming(name, place):
+    with _naming("model", name, place):
         decoder, _ = load_whole(load, name, **options, **place)
     if place:
         decoder.config._name_or_path = decoder.name_or_path = str(name)
