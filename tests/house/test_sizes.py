@@ -1,10 +1,15 @@
-"""Signatures that one can read: at most eight parameters behind the public names."""
+"""What one can read: files of at most 400 lines, functions of at most eight parameters."""
 
 import ast
+import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
-MAX_PARAMETERS = 8
+MAX_LINES, MAX_PARAMETERS = 400, 8
+FOLDERS = ("python", "quietstar_ext", "csrc", "scripts", "benchmarks", "tests", "docs")
+SOURCES = {".py", ".h", ".cpp", ".cu", ".cuh", ".cmake", ".in", ".sh", ".yaml", ".md"}
 # Public operators and a public constructor, and what transformers prescribes.
 EXEMPT = {
     "linear_cross_entropy",
@@ -15,6 +20,24 @@ EXEMPT = {
     "thought_attention",
     "QuietStarForCausalLM.forward",
 }
+
+
+def files(folder: str) -> list[Path]:
+    """The sources of a folder: what git knows, or in a copy without git all that was not made."""
+    words = ["git", "ls-files", "--cached", "--others", "--exclude-standard", folder]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    found = [ROOT / name for name in done.stdout.splitlines()] or list((ROOT / folder).rglob("*"))
+    return [path for path in found if path.suffix in SOURCES and path.is_file()]
+
+
+def test_the_files_of_folders_are_found():
+    assert ROOT / "scripts" / "compile_check.py" in files("scripts") and Path(__file__) in files("tests")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_file_is_longer(folder: str):
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files(folder)}
+    assert lines and not [f"{path}: {count}" for path, count in lines.items() if count > MAX_LINES]
 
 
 def too_wide(node: ast.AST, inside: str = "") -> list[str]:
