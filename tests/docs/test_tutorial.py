@@ -8,7 +8,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
-MAX_SECONDS = 180  # of processor time, on one thread
+# Of processor time, on one thread, which hardly depends on what else the machine does; by the clock the test
+# may take ten times as long.
+MAX_SECONDS = 180
 
 
 def printed(notebook: nbformat.NotebookNode) -> str:
@@ -42,6 +44,7 @@ def test_what_is_shown_on_the_site():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(10 * MAX_SECONDS)
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     import run_notebook

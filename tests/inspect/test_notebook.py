@@ -70,3 +70,28 @@ def test_what_is_no_text_or_no_model_with_thoughts(model, tokenizer):
         show_thoughts(model, tokenizer, torch.ones(1, 9, dtype=torch.int64))
     with pytest.raises(UserError, match="model is a LlamaForCausalLM; expected a model with thoughts"):
         show_thoughts(model.base, tokenizer, TEXT)
+
+
+def test_gains_of_one_token():
+    gains = Gains([2.0], [1.5])
+    assert repr(gains) == "Gains(1 token, mean +0.500 nats, helped 100%)"
+    assert "mean gain +0.500" in gains._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("base", "mixed", "message"),
+    [
+        (
+            [],
+            [],
+            r"shapes \[0\] and \[0\]; expected the losses of the same tokens, \[tokens\], at least one",
+        ),
+        ([1.0, 2.0], [1.0], r"shapes \[2\] and \[1\]"),
+        ([[1.0]], [[1.0]], r"shapes \[1, 1\] and \[1, 1\]"),
+        (1.0, 2.0, r"shapes \[\] and \[\]"),
+        ([1.0], [float("nan")], "mixed has losses that are not finite; expected nats"),
+    ],
+)
+def test_gains_of_nothing(base, mixed, message):
+    with pytest.raises(UserError, match=message):
+        Gains(base, mixed)

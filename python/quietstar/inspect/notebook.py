@@ -55,14 +55,29 @@ class Gains:
 
     Attributes:
         base, mixed: [tokens], losses without and with thoughts, nats.
+
+    Raises:
+        UserError: for losses of no token, or of different tokens, or that are not numbers.
     """
 
     base: Sequence[float]
     mixed: Sequence[float]
 
+    def __post_init__(self) -> None:
+        base, mixed = np.shape(self.base), np.shape(self.mixed)
+        if len(base) != 1 or base != mixed or not base[0]:
+            raise UserError(
+                f"base and mixed have shapes {list(base)} and {list(mixed)}; expected the losses of the"
+                " same tokens, [tokens], at least one"
+            )
+        for name, losses in (("base", self.base), ("mixed", self.mixed)):
+            if not np.isfinite(losses).all():
+                raise UserError(f"{name} has losses that are not finite; expected nats")
+
     def __repr__(self) -> str:
         gain = np.subtract(self.base, self.mixed)
-        return f"Gains({len(gain)} tokens, mean {gain.mean():+.3f} nats, helped {(gain > 0).mean():.0%})"
+        tokens = "1 token" if len(gain) == 1 else f"{len(gain)} tokens"
+        return f"Gains({tokens}, mean {gain.mean():+.3f} nats, helped {(gain > 0).mean():.0%})"
 
     def _repr_html_(self) -> str:
         """The figure of `quietstar inspect`: boxes of the gains in each decile of difficulty."""
