@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "docs" / "tutorial.ipynb"
-# Of processor time, on one thread, which hardly depends on what else the machine does; by the clock the test
-# may take ten times as long.
+# Of processor time, on one thread, which hardly depends on what else the machine does; by the clock the
+# test may take ten times as long.
 MAX_SECONDS = 180
 
 
