@@ -92,7 +92,8 @@ def _is_shown(highlights: tuple[str, ...] | None) -> Callable[[str], bool]:
 def _facts(machine: dict[str, Any]) -> list[str]:
     """The machine, its software and its ceilings."""
     gpu = machine.get("gpu")
-    facts = [gpu or f"{machine['processor']}, {machine['threads']} threads"]
+    threads = machine["threads"]
+    facts = [gpu or f"{machine['processor']}, {threads} thread{'s' * (threads != 1)}"]
     facts += [machine["simd"]] if machine.get("simd") and not gpu else []
     facts += [f"torch {machine['torch']}"]
     facts += [

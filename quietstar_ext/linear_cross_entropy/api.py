@@ -138,7 +138,7 @@ def linear_cross_entropy_sum(
         both float32 (float64 for float64 inputs).
 
     Raises:
-        as ``linear_cross_entropy``.
+        TypeError, ValueError, RuntimeError: as ``linear_cross_entropy``.
     """
     options = temperature, ignore_index, softcap, logit_scale
     hidden, weight = autocast_inputs(hidden, weight)

@@ -42,8 +42,10 @@ def mixing_head(
         base: [P, d] hidden states without a thought; float32, bfloat16, float16 or float64
             (reference only).
         thought: [rows, d] hidden states after a thought, dtype and device of base.
-        w1, b1: [d, 2d] (columns of the base first) and [d].
-        w2, b2: [d, d] and [d].
+        w1: [d, 2d], columns of the base first.
+        b1: [d].
+        w2: [d, d].
+        b2: [d].
         w3: [1, d], no bias. All parameters have base's dtype and device.
         activation: ``"identity"`` (w is unbounded) or ``"sigmoid"``.
         base_index: [rows] int64 in 0 .. P-1, the base row of each thought row; None is row for row

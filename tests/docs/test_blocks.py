@@ -69,7 +69,7 @@ def find(kinds: tuple[Any, ...], page: str, text: str) -> Any:
 
 def short(command: str) -> list[str]:
     """A command's words after ``quietstar``, with small models and those that make it short."""
-    words = shlex.split(command)
+    words = shlex.split(command.partition(" > ")[0])  # where the output goes is the shell's business
     if words[0] != "quietstar":
         raise ValueError(f"{command!r} is not run here; expected a stand-in for it in stand_ins.py")
     words = [NAMES.get(word, word) for word in words[1:]]
@@ -167,12 +167,20 @@ def test_an_unlisted_block_would_fail():
 
 
 def test_extras_exist():
-    """Extras that pages name are those of the package."""
+    """Extras that pages name are those of the package, and the table of the first page has all."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = {
-        extra for path in PAGES for extra in re.findall(r"quietstar\[(\w+)\]", path.read_text("utf-8"))
+        extra
+        for path in PAGES
+        for extras in re.findall(r"(?:quietstar|\"\.)\[([\w,]+)\]", path.read_text("utf-8"))
+        for extra in extras.split(",")
     }
-    assert named and named <= set(project["optional-dependencies"])
+    assert {"gguf", "completion"} <= named <= set(project["optional-dependencies"])
+    table = (
+        (ROOT / "docs" / "index.md").read_text("utf-8").partition("| extra |")[2].partition("\n\n")[0]
+    )
+    cells = " ".join(line.split(" | ")[0] for line in table.splitlines())
+    assert set(re.findall(r"`([\w]+)`", cells)) == set(project["optional-dependencies"])
 
 
 def test_ci_runs_the_line_of_the_readme():

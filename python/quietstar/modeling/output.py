@@ -20,21 +20,28 @@ class QuietStarOutput(ModelOutput):
 
     Attributes:
         loss: language_loss + thinking_loss (None without labels).
-        language_loss: nll_weight * nll_loss; thinking_loss: policy_weight * policy_loss - entropy_bonus
-            * entropy, None where neither has a weight. Both None without thoughts.
+        logits: [B, kept, V], mixed; only without labels.
+        language_loss: nll_weight * nll_loss; None without thoughts.
+        thinking_loss: policy_weight * policy_loss - entropy_bonus * entropy; None without thoughts, and
+            where neither has a weight.
         nll_loss: weighted cross entropy of the base and the mixed predictions.
-        base_losses: [B, N-1]; base_loss: their mean over tokens that count; is_target: [B, N-1] bool,
-            which those are.
-        talk_losses: [K, B, R, A], 0 where there is no target; talk_loss: [K] means.
-        reward, advantage: [B, R, A]; 0 where no thought counts.
+        base_losses: [B, N-1].
+        base_loss: their mean over tokens that count.
+        talk_losses: [K, B, R, A], 0 where there is no target.
+        talk_loss: [K], their means.
+        reward: [B, R, A], 0 where no thought counts.
+        advantage: [B, R, A], the same.
         policy_loss: mean over thought tokens of -(advantage · log-probability), unweighted.
         mixing_weight: [K, B, R, A].
-        anchors: [B, A], the positions that thought; has_target: [K, B, A] bool; rewarded: [B, A] bool,
-            whether the thoughts there count (:class:`quietstar.thinking.text_batch.TextBatch`).
-        thought_ids: [B, R, A, T]; thought_logprobs: [B, R, A, T] if sampled in this call.
-        logits: [B, kept, V], mixed; only without labels.
+        anchors: [B, A], the positions that thought.
+        has_target: [K, B, A] bool, whether a talk step has a token that counts.
+        thought_ids: [B, R, A, T].
+        thought_logprobs: [B, R, A, T], if sampled in this call.
+        is_target: [B, N-1] bool, which tokens count.
+        rewarded: [B, A] bool, whether the thoughts there count
+            (:class:`quietstar.thinking.text_batch.TextBatch`).
         thought_over: of a call that only thinks (``batch_part``), for the packed passes to come.
-        past_key_values, cache: the text's cache under both of its names, if one is kept.
+        past_key_values: the text's cache, if one is kept; ``cache`` is another name of it.
     """
 
     loss: Tensor | None = None

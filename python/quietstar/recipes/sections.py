@@ -29,7 +29,8 @@ class ModelSection:
             anew.
         init_embedding_from: the start and end embeddings begin as the mean embedding of this text's
             tokens.
-        init_start_from, init_end_from: the same for one of the two; null: ``init_embedding_from``.
+        init_start_from: the same for the start embedding alone; null: ``init_embedding_from``.
+        init_end_from: the same for the end embedding alone; null: ``init_embedding_from``.
         fused_layers: norms, rotary embeddings, gates and residual adds as fused kernels
             (:mod:`quietstar.thinking.fused_layers`): ``auto`` (compiled on CUDA), ``compile``, ``liger``
             or ``off``.
@@ -60,21 +61,23 @@ class DataSection:
     Args:
         name: a data set on the hub, ``stdlib`` (splits ``train``, ``heldout``), or ``lookup`` (a
             small language of serial look-ups, :mod:`quietstar.data.lookup`; needs ``max_train_blocks``).
-        lookup: of that language: ``language`` (its seed), ``seed`` (of the text), and the shares of
-            :class:`quietstar.data.lookup.TextMix`.
+        lookup: of the language ``lookup``: ``language`` (its seed), ``seed`` (of the text), and the
+            shares of :class:`quietstar.data.lookup.TextMix`.
         config_name: configuration of a hub data set.
         revision: branch, tag or commit of a hub data set.
         files: instead of ``name``, local files or globs: jsonl, json, csv, tsv, parquet, anything else
             as plain text (all but parquet also as .gz).
-        split, eval_split: which splits to train on and to evaluate on.
+        split: which part of the data set ``name`` to train on.
+        eval_split: which to evaluate on.
         eval_files: local files to evaluate on.
         text_column: the column that holds the text.
-        prompt, completion: instead, templates over the columns of a row
+        prompt, completion: instead of text, templates over the columns of a row
             (:mod:`quietstar.data.templates`), e.g. ``"Q: {question}"`` and ``" {answer:number}"``; the
             loss is on the completion. ``completion`` may be a list of templates, or of ``{template,
             share}``, of which each row draws one by its share and the data seed.
-        messages: instead, the column that holds a conversation, a list of ``{role, content}``; it goes
-            through the tokenizer's chat template, and the assistant's last message is the completion.
+        messages: instead of text, the column that holds a conversation, a list of ``{role, content}``;
+            it goes through the tokenizer's chat template, and the assistant's last message is the
+            completion.
         preset: a known question set (:mod:`quietstar.data.presets`): its templates, and its name on the
             hub where neither ``name`` nor ``files`` is given.
         txt_documents: what one document is in a text file: ``file``, ``paragraph`` or ``line``.

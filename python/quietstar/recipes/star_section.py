@@ -39,26 +39,26 @@ class StarSection:
         learn_from: ``rationales`` that lead to the right answer, or the data's own completions
             (``answers``), the control.
         rationalize: problems that were not solved are tried again with the answer as a hint.
-        hint: where it stands: ``choice`` ("(CORRECT)" at the right one), ``question`` (in brackets
+        hint: where the hint stands: ``choice`` ("(CORRECT)" at the right one), ``question`` (in brackets
             behind the question) or ``scratchpad`` (on a line before the prompt's last one).
         hints_left_in: share of rationalized problems whose hint stays in the prompt to learn from.
         restart: every iteration fine-tunes the original model, not that of the iteration before.
         first_steps: optimizer steps of the first iteration.
         step_growth: the steps of an iteration are those of the last one times this.
-        steps_added: or so many more than those of the last one; null: ``step_growth`` counts.
-        problems: of an iteration, drawn anew each time; null: all, and 1000 sums.
-        samples_per_problem: completions of a problem.
+        steps_added: instead, so many more than those of the last one; null: ``step_growth`` counts.
+        problems: how many an iteration has, drawn anew each time; null: all of a file, 1000 sums.
+        samples_per_problem: completions written for a problem.
         sampling_temperature: 0: greedy, the most likely token each time.
         older_rationales: an iteration learns from those kept before, too.
         max_per_problem: rationales of one problem that are learnt from; null: all.
         replay_files: prompts and completions of other training, as jsonl with these two columns.
-        replay_share: share of rows to learn from that are taken from there.
+        replay_share: share of the rows to learn from that come from ``replay_files``.
         shots: solved examples, ``{prompt, completion}`` each, put before every prompt.
-        shots_in_training: they stay there in the text to learn from.
+        shots_in_training: the shots stand before the prompts in the text to learn from, too.
         stop: text that ends a completion, beside the end-of-text token; with shots an empty line.
-        max_new_tokens: of a completion; one that has not ended then is not used.
+        max_new_tokens: tokens of a completion at most; one that has not ended by then is not used.
         generation_batch: completions written at a time.
-        test_problems: so many are tested on after every iteration.
+        test_problems: so many problems are tested on after every iteration.
         problem_class: a template for what the accuracy is broken down by, e.g. ``{Type}``.
         digits: of ``data.name: sums``, how many digits the numbers have at most.
     """
