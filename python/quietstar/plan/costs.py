@@ -351,10 +351,14 @@ def fits(config: QuietStarConfig, sizes: Sizes, step: Step, gpu_bytes: float) ->
     return peak_bytes(config, sizes, step) * GAPS + CONTEXT_BYTES <= gpu_bytes
 
 
+# Texts per device that are tried.
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+
+
 def largest_batch(config: QuietStarConfig, sizes: Sizes, step: Step, gpu_bytes: float) -> int:
-    """The largest batch per device that fits; 0 if not even one text does."""
+    """The largest of :data:`BATCHES` that fits a device; 0 if not even one text does."""
     best = 0
-    for batch in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128):
+    for batch in BATCHES:
         if not fits(config, sizes, dataclasses.replace(step, batch=batch), gpu_bytes):
             break
         best = batch

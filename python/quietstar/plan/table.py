@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError, blaming
 from quietstar.plan.costs import (
+    BATCHES,
     CONTEXT_BYTES,
     GAPS,
     Rows,
@@ -185,7 +186,7 @@ def print_plan(console: Console, recipe: Recipe, memory: float, size: str) -> No
         f" {CONTEXT_BYTES / GB:.1f} GB and {GAPS - 1:.0%} gaps it {verdict} {size}"
     )
     _print_least_work(console, recipe, (config, sizes, step, memory), size)
-    console.print(f"\nlargest batch per GPU of {size}, on so many GPUs:")
+    console.print(f"\nlargest batch per GPU of {size} (tried up to {BATCHES[-1]}), on so many GPUs:")
     runs = [(1, False), *((count, sharded) for count in (2, 4, 8) for sharded in (False, True))]
     heads = [f"{count}{' FSDP2' if sharded else ' DDP' * (count > 1)}" for count, sharded in runs]
     table = dict(ways(step))
