@@ -19,6 +19,8 @@
 #include "thought_diagonal_backward.cuh"
 #include "thought_diagonal_forward.cuh"
 #include "thought_diagonal_plain.cuh"
+#include "thought_diagonal_staged_backward.cuh"
+#include "thought_diagonal_staged_forward.cuh"
 
 namespace quietstar::cuda {
 namespace {
@@ -64,6 +66,56 @@ unsigned rows_of(const ThoughtDiagonal& call) {
   return static_cast<unsigned>(call.q_heads / call.kv_heads * call.query_slots);
 }
 
+// Whether the rows of a column and key head lie less than 2^32 bytes apart.
+bool is_near(const AttentionTensor& t, std::int64_t heads, std::int64_t slots) {
+  constexpr std::int64_t kFar = std::int64_t{1} << 30;  // elements, also of rows past the end
+  const auto reach = [](std::int64_t extent, std::int64_t stride) {
+    return stride >= 0 && stride < kFar ? extent * stride : kFar;
+  };
+  return reach(heads, t.head) + reach(slots + 64, t.slot) < kFar;
+}
+
+// Whether the slots of a column are one tile, rows are found by numbers of 32 bits, and shared
+// memory holds two blocks that need so much.
+template <class... Tensors>
+bool takes_staged(const ThoughtDiagonal& call, const Device& device, std::size_t bytes,
+                  const Tensors&... of_rows) {
+  const std::int64_t groups = call.q_heads / call.kv_heads;
+  return call.key_slots <= diagonal::kTile && call.head_size <= 128 && groups <= 56 &&
+         2 * bytes <= max_shared_memory(device) &&
+         (... && is_near(of_rows, groups, call.query_slots)) &&
+         is_near(call.k_thought, 1, call.key_slots) && is_near(call.v_thought, 1, call.key_slots);
+}
+
+diagonal::Staging staging_of(const ThoughtDiagonal& call) {
+  const auto by = [](std::int64_t n) {
+    return attention::Divider::by(std::max<std::int64_t>(n, 1));
+  };
+  const auto groups = static_cast<unsigned>(call.q_heads / call.kv_heads);
+  return {by(call.kv_heads), by(call.num_thoughts), static_cast<int>(rows_of(call)), groups,
+          (1u << 16) / std::max(groups, 1u) + 1};
+}
+int staged_warps(const ThoughtDiagonal& call) {
+  return static_cast<int>(
+      std::min<std::int64_t>(ceil_div(rows_of(call), diagonal::kTile), diagonal::kStagedWarps));
+}
+
+template <class T, int kSize>
+void forward_staged(const ThoughtDiagonal& call, const Device& device) {
+  const int warps = staged_warps(call);
+  launch("thought_diagonal (staged)", device, diagonal::diagonal_forward_staged<T, kSize>,
+         blocks(columns_of(call)), dim3(static_cast<unsigned>(32 * warps)),
+         diagonal::staged_forward_bytes<kSize>(warps), call, staging_of(call));
+}
+
+template <class T, int kSize>
+void backward_staged(const ThoughtDiagonalBackward& back, const Device& device) {
+  const int warps = staged_warps(back.forward);
+  launch("thought_diagonal_backward (staged)", device, diagonal::diagonal_backward_staged<T, kSize>,
+         blocks(columns_of(back.forward)), dim3(static_cast<unsigned>(32 * warps)),
+         diagonal::staged_backward_bytes<kSize>(warps), back, staging_of(back.forward));
+}
+
 template <class T, int kSize>
 void forward_tiles(const ThoughtDiagonal& call, const Device& device) {
   const auto tiles = static_cast<unsigned>(ceil_div(rows_of(call), diagonal::kTile));
@@ -104,9 +156,17 @@ void thought_diagonal(const ThoughtDiagonal& call, const Device& device) {
   check_on_device(call);
   const bool tiles =
       takes_matrix_units(call) && (!call.text_out.data || rows_aligned(call.text_out, call));
+  const bool narrow = call.head_size <= 64;
+  constexpr int kWarps = diagonal::kStagedWarps;
+  const std::size_t bytes = narrow ? diagonal::staged_forward_bytes<64>(kWarps)
+                                   : diagonal::staged_forward_bytes<128>(kWarps);
+  const bool staged = tiles && takes_staged(call, device, bytes, call.q, call.out, call.text_out,
+                                            call.lse, call.text_lse);
   with_type(call.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (sizeof(T) == 2) {
+      if (staged && narrow) return forward_staged<T, 64>(call, device);
+      if (staged) return forward_staged<T, 128>(call, device);
       if (tiles && call.head_size <= 64) return forward_tiles<T, 64>(call, device);
       if (tiles && call.head_size <= 128) return forward_tiles<T, 128>(call, device);
       if (tiles) return forward_tiles<T, 256>(call, device);
@@ -122,9 +182,20 @@ void thought_diagonal_backward(const ThoughtDiagonalBackward& back, const Device
                      rows_aligned(back.dq, call) &&
                      (!back.text_dq.data || rows_aligned(back.text_dq, call)) &&
                      keys_aligned(back.dk_thought, call) && keys_aligned(back.dv_thought, call);
+  const bool narrow = call.head_size <= 64;
+  constexpr int kWarps = diagonal::kStagedWarps;
+  const std::size_t bytes = narrow ? diagonal::staged_backward_bytes<64>(kWarps)
+                                   : diagonal::staged_backward_bytes<128>(kWarps);
+  const bool staged = tiles &&
+                      takes_staged(call, device, bytes, call.q, call.out, call.lse, back.dout,
+                                   back.text_dq, back.dq, back.delta) &&
+                      is_near(back.dk_thought, 1, call.key_slots) &&
+                      is_near(back.dv_thought, 1, call.key_slots);
   with_type(call.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (sizeof(T) == 2) {
+      if (staged && narrow) return backward_staged<T, 64>(back, device);
+      if (staged) return backward_staged<T, 128>(back, device);
       if (tiles && call.head_size <= 64) return backward_tiles<T, 64>(back, device);
       if (tiles && call.head_size <= 128) return backward_tiles<T, 128>(back, device);
       if (tiles) return backward_tiles<T, 256>(back, device);

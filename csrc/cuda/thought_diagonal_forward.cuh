@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(32 * kForwardWarps, kForwardBlocks)
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const DiagonalRow& row = rows.row[r];
-    const MergedRow merged = merge_row(
+    const MergedRow merged = merge_row<T>(
         top[r], total[r], text && row.there ? *number_of(call.text_lse, c, row) : -INFINITY,
         call.sinks ? call.sinks[row.head] : -INFINITY);
     factor[r] = merged.slots;

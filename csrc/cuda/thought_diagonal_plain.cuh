@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     top = row_max;
   }
   const bool text = call.text_out.data != nullptr;
-  const MergedRow merged = merge_row(
+  const MergedRow merged = merge_row<T>(
       top, total,
       text ? *row_at<float>(call.text_lse, c.batch, row.head, row.slot, c.column) : -INFINITY,
       call.sinks ? call.sinks[row.head] : -INFINITY);

@@ -51,14 +51,17 @@ struct MergedRow {
   float lse;    // natural log
 };
 // top, total: the slot part's largest x and its sum exp2(x - top), x in units of log2; -inf and 0
-// for a row without slots. lse_text: natural log.
+// for a row without slots. lse_text: natural log. As exact as the element type asks for.
+template <class T>
 __device__ __forceinline__ MergedRow merge_row(float top, float total, float text_lse, float sink) {
   const float text = text_lse * kLog2e, extra = sink * kLog2e;
   const float row_max = fmaxf(fmaxf(top, text), extra);
   if (row_max == -INFINITY) return {0, 0, -INFINITY};
-  const float slots = exp2f(top - row_max), of_text = exp2f(text - row_max);
-  const float sum = total * slots + of_text + exp2f(extra - row_max);
-  return {slots / sum, of_text / sum, (row_max + log2f(sum)) * kLn2};
+  const auto power = [](float x) { return sizeof(T) == 2 ? fast_exp2(x) : exp2f(x); };
+  const float slots = power(top - row_max), of_text = power(text - row_max);
+  const float sum = total * slots + of_text + power(extra - row_max);
+  const float factor = sizeof(T) == 2 ? __fdividef(1.0f, sum) : 1 / sum;
+  return {slots * factor, of_text * factor, (row_max + log2f(sum)) * kLn2};
 }
 
 }  // namespace quietstar::cuda

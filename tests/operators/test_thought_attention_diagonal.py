@@ -44,6 +44,9 @@ DIAGONALS = [
     (1, 2, 1, 3, 3, 4, 64, 0),
     (2, 3, 1, 2, 9, 2, 32, 0),
     (1, 8, 2, 15, 15, 1, 128, 0),
+    (1, 14, 2, 15, 15, 2, 120, 0),
+    (2, 6, 2, 9, 16, 2, 56, 0),
+    (1, 4, 1, 6, 6, 2, 256, 0),
     (1, 18, 1, 4, 17, 1, 8, 0),
     (1, 34, 1, 4, 35, 1, 136, 0),
     (1, 2, 2, 18, 20, 1, 256, 0),
@@ -59,8 +62,19 @@ DIAGONALS = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", DIAGONALS, ids=str)
 def test_diagonal_kernel(cuda_place, dtype, shape):
+    cuda_place.must_launch = shape[0] * shape[5] > 0
+    within_budget(cuda_place.device, dtype, shape)
+
+
+@pytest.mark.cuda_on_cpu
+def test_kernels_of_a_graphics_card(cuda_on_cpu):
+    """Where two blocks that lay all they read into shared memory do not fit, other kernels run."""
+    cuda_on_cpu.set_shared_memory_limit(99 * 1024)
+    within_budget("cpu", torch.bfloat16, (1, 8, 2, 15, 15, 1, 128, 0))
+
+
+def within_budget(device, dtype, shape):
     b, hq, hkv, sq, sk, m, size, shift = shape
-    device, cuda_place.must_launch = cuda_place.device, b * m > 0
     if dtype == torch.float32:
         hq = min(hq, 4 * hkv)  # it has no tiles that more rows could fill
     made, start, stop, _ = make(b, hq, hkv, sq, sk, m, 0, size, dtype=dtype)
@@ -83,13 +97,49 @@ def test_diagonal_kernel(cuda_place, dtype, shape):
     torch.testing.assert_close(delta.double(), true_delta, rtol=1e-4, atol=1e-4)
 
 
+def kernel_of(cuda_on_cpu, skip, shape, slot_stride=0):
+    """The name of the kernel that launch number ``skip`` of a call would be of."""
+    b, hq, hkv, sq, sk, m, size = shape
+    made, *_ = make(b, hq, hkv, sq, sk, m, 0, size, dtype=torch.bfloat16)
+    q, k, v = (made[i].detach() for i in (0, 3, 4))
+    if slot_stride:
+        q = q.as_strided(q.shape, (*q.stride()[:2], slot_stride, *q.stride()[3:]))
+    out, lse = torch.empty_like(made[0]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    call = ThoughtDiagonal(q, k, v, None, None, None, out, lse, 0.2)
+    cuda_on_cpu.fail_launch(skip)
+    with pytest.raises(RuntimeError, match="injected launch failure") as failed:
+        diagonal_forward(call)
+        results = (torch.empty_like(t) for t in (out, k, v, lse))
+        diagonal_backward(ThoughtDiagonalBackward(call, out, None, *results))
+    return str(failed.value).partition(":")[0]
+
+
 @pytest.mark.cuda_on_cpu
+def test_which_kernel_runs(cuda_on_cpu):
+    forward, backward = "thought_diagonal", "thought_diagonal_backward"
+    paper = (1, 8, 2, 15, 15, 1, 128)
+    for shape in (paper, (1, 2, 1, 16, 16, 2, 64), (1, 4, 4, 1, 3, 5, 8), (1, 56, 1, 1, 1, 1, 8)):
+        assert kernel_of(cuda_on_cpu, 0, shape) == f"{forward} (staged)"
+        assert kernel_of(cuda_on_cpu, 1, shape) == f"{backward} (staged)"
+    for shape in ((1, 2, 1, 2, 17, 1, 64), (1, 2, 1, 3, 3, 1, 136), (1, 57, 1, 1, 1, 1, 8)):
+        assert kernel_of(cuda_on_cpu, 0, shape) == forward
+        assert kernel_of(cuda_on_cpu, 1, shape) == backward
+    # More than 2^32 bytes from one row to the next.
+    assert kernel_of(cuda_on_cpu, 0, (1, 4, 4, 1, 3, 5, 8), slot_stride=2**30) == forward
+    cuda_on_cpu.set_shared_memory_limit(99 * 1024)
+    assert kernel_of(cuda_on_cpu, 0, paper) == f"{forward} (staged)"
+    assert kernel_of(cuda_on_cpu, 1, paper) == backward
+    assert kernel_of(cuda_on_cpu, 1, (1, 8, 2, 15, 15, 1, 64)) == f"{backward} (staged)"
+
+
+@pytest.mark.cuda_on_cpu
+@pytest.mark.parametrize("slots", [16, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_order_of_threads_changes_nothing(cuda_on_cpu, dtype):
-    made, *_ = make(1, 3, 1, 7, 20, 1, 0, 72, dtype=dtype)
+def test_order_of_threads_changes_nothing(cuda_on_cpu, dtype, slots):
+    made, *_ = make(1, 5, 1, 15, slots, 1, 0, 72, dtype=dtype)
     tensors = [made[0].detach(), made[3].detach(), made[4].detach()]
     found = []
-    for order in ("forward", "reverse", "shuffled"):
+    for order in ("forward", "reverse", "shuffled", "uneven"):
         cuda_on_cpu.set_order(order, 5)
         before = cuda_on_cpu.launches()
         torch.manual_seed(3)
