@@ -25,7 +25,7 @@ from quietstar_ext import (
     sample_tokens,
 )
 from quietstar_ext.linear_entropy import linear_entropy_sum
-from quietstar_ext.precision import compute_dtype
+from quietstar_ext.precision import autocast_inputs, compute_dtype
 
 IGNORE = -100
 # Logits of a called layer in fp32 at a time. A quantised one unpacks its whole weight for every chunk.
@@ -54,6 +54,13 @@ class OutputLayer:
         tokens but the banned ones (int64 ids)."""
         other = copy(self)
         other.temperature, other.banned = temperature, banned
+        return other
+
+    def for_draws(self) -> Self:
+        """The same layer for the samples of one rollout, without gradients: under autocast its weight is
+        cast here, once, and not in every call. For no longer than the weights stay as they are."""
+        other = copy(self)
+        (other.weight,) = autocast_inputs(self.weight.detach())
         return other
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -116,6 +123,10 @@ class CalledOutputLayer(OutputLayer):
     def __init__(self, layer: nn.Module, vocabulary: int, softcap: float | None, logit_scale: float):
         self.layer, self.vocabulary = layer, vocabulary
         self.softcap, self.logit_scale = softcap, logit_scale
+
+    def for_draws(self) -> Self:
+        """Itself: what the layer casts, autocast keeps."""
+        return self
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._shape(call_linear(self.layer, hidden))

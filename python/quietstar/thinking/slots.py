@@ -174,7 +174,10 @@ def _run_slots(decoder: PreTrainedModel, config: QuietStarConfig, run: SlotRun) 
         shape = (batch, columns, config.thought_length)
         ids = torch.empty(shape, dtype=torch.int64, device=anchors.device)
         logprobs = torch.empty(shape, dtype=torch.float32, device=anchors.device)
+    # Made here, so in a graph as well: every replay casts the weights anew, and nothing stays behind.
     output = output.at(run.temperature, banned_ids(config, anchors.device))
+    if ids is not None:
+        output = output.for_draws()
     seed = run.seed
     if not isinstance(seed, Tensor):
         seed = torch.full((1,), seed, dtype=torch.int64, device=anchors.device)
