@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quietstar_ext.thought_attention import stock
 
@@ -45,6 +46,40 @@ def test_calls_of_the_gpu_operators_fit(groups, kernel):
         assert lse.dtype == torch.float32
         dq, dk, dv = stock.stock_backward(out, q, k, k, out, lse, 0.25)
         assert dq.shape == q.shape and dk.shape == dv.shape == k.shape
+
+
+class Copies(TorchDispatchMode):
+    """Dtypes of the tensors that are copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator in (torch.ops.aten.clone.default, torch.ops.aten.contiguous.default):
+            self.dtypes.append(args[0].dtype)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_copies_take_sixteen_bytes_at_a_time(dtype):
+    bits = torch.randint(-(2**15), 2**15, (4, 6, 5, 16), dtype=torch.int16)  # NaN of any kind among them
+    made = bits.view(dtype)
+    for tensor, copied in (
+        (made, []),
+        (made.transpose(0, 1), [torch.complex128]),
+        (made[:, :, 1::2], [torch.complex128]),
+        (made[..., 8:], [torch.complex128]),
+        (made[:1].expand(3, -1, -1, -1), [torch.complex128]),
+        (made[..., 4:12], [dtype]),
+        (made[..., :12], [dtype]),
+        (made.transpose(2, 3), [dtype]),
+    ):
+        with Copies() as copies:
+            found = stock.in_order(tensor)
+        assert copies.dtypes == copied
+        assert found.is_contiguous() and found.dtype == dtype and found.shape == tensor.shape
+        assert torch.equal(found.view(torch.int16), tensor.contiguous().view(torch.int16))
 
 
 def test_what_a_stock_kernel_does_not_take():
