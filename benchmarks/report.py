@@ -300,6 +300,7 @@ def main() -> int:
         ("words", REAL, "words", render_words),
         ("words-first", REAL, "words first", render_first_words),
         ("words-tries", REAL, "words tries", render_first_words),
+        ("words-thoughts", REAL, "words thoughts", render_first_words),
         ("zero-shot", REAL, "zero-shot", render_zero_shot),
         ("trained", REAL, "trained", render_trained),
     ):

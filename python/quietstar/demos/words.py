@@ -102,7 +102,7 @@ class Sizes:
 # Other numbers for each problem, in the preparation, and for each equation alone.
 VARIANTS, DRILLS = 7, 16
 # For docs/results.md; what two cores do in twenty minutes; a look at whether it runs.
-FULL = Sizes(prepare=400, steps=80, every=20)
+FULL = Sizes(prepare=800, steps=80, every=20)
 DEMO = Sizes(prepare=100, steps=24, every=12, problems=60)
 QUICK = Sizes(prepare=20, steps=6, every=3, problems=20)
 

@@ -175,9 +175,9 @@ def _predictions(
     once = config.parse_think_at()[0] == "completion"
     if not once:
         # A row with a shorter completion has its last position repeated.
-        first, count = where.int().argmax(1)[:, None], where.sum(1, keepdim=True)
-        steps = torch.arange(int(count.max()), device=ids.device)
-        anchors = (first + steps).minimum(first + count - 1)
+        first, length = where.int().argmax(1)[:, None], where.sum(1, keepdim=True)
+        ahead = torch.arange(int(length.max()), device=ids.device)
+        anchors = (first + ahead).minimum(first + length - 1)
     ranges, part = text_ranges(mask, ids), BatchShard(seed=thoughts.seed)
     temperature, count = (thoughts.temperature, thoughts.count) if once else (0.0, 1)
     text = TextBatch(
