@@ -87,13 +87,21 @@ bool takes_staged(const ThoughtDiagonal& call, const Device& device, std::size_t
          is_near(call.k_thought, 1, call.key_slots) && is_near(call.v_thought, 1, call.key_slots);
 }
 
-diagonal::Staging staging_of(const ThoughtDiagonal& call) {
+// Of a call, in which q takes the place of what is not there: addresses are computed all the same.
+diagonal::Staging staging_of(ThoughtDiagonal& call, AttentionTensor& text) {
   const auto by = [](std::int64_t n) {
     return attention::Divider::by(std::max<std::int64_t>(n, 1));
   };
   const auto groups = static_cast<unsigned>(call.q_heads / call.kv_heads);
-  return {by(call.kv_heads), by(call.num_thoughts), static_cast<int>(rows_of(call)), groups,
-          (1u << 16) / std::max(groups, 1u) + 1};
+  const bool has_text = text.data != nullptr;
+  if (!has_text) text = call.q;
+  if (call.key_slots == 0) call.k_thought = call.v_thought = call.q;
+  return {by(call.kv_heads),
+          by(call.num_thoughts),
+          static_cast<int>(rows_of(call)),
+          groups,
+          (1u << 16) / std::max(groups, 1u) + 1,
+          has_text};
 }
 int staged_warps(const ThoughtDiagonal& call) {
   return static_cast<int>(
@@ -101,19 +109,21 @@ int staged_warps(const ThoughtDiagonal& call) {
 }
 
 template <class T, int kSize>
-void forward_staged(const ThoughtDiagonal& call, const Device& device) {
+void forward_staged(ThoughtDiagonal call, const Device& device) {
   const int warps = staged_warps(call);
+  const diagonal::Staging staging = staging_of(call, call.text_out);
   launch("thought_diagonal (staged)", device, diagonal::diagonal_forward_staged<T, kSize>,
          blocks(columns_of(call)), dim3(static_cast<unsigned>(32 * warps)),
-         diagonal::staged_forward_bytes<kSize>(warps), call, staging_of(call));
+         diagonal::staged_forward_bytes<kSize>(warps), call, staging);
 }
 
 template <class T, int kSize>
-void backward_staged(const ThoughtDiagonalBackward& back, const Device& device) {
+void backward_staged(ThoughtDiagonalBackward back, const Device& device) {
   const int warps = staged_warps(back.forward);
+  const diagonal::Staging staging = staging_of(back.forward, back.text_dq);
   launch("thought_diagonal_backward (staged)", device, diagonal::diagonal_backward_staged<T, kSize>,
          blocks(columns_of(back.forward)), dim3(static_cast<unsigned>(32 * warps)),
-         diagonal::staged_backward_bytes<kSize>(warps), back, staging_of(back.forward));
+         diagonal::staged_backward_bytes<kSize>(warps), back, staging);
 }
 
 template <class T, int kSize>

@@ -34,6 +34,7 @@ struct Staging {
   Divider by_heads, by_columns;
   int rows;  // of a column under a key head
   unsigned groups, magic;
+  bool has_text;  // otherwise the tensor of the text part is another one, which is not read
 
   __device__ __forceinline__ DiagonalColumn column() const {
     const unsigned pair = by_heads.divide(blockIdx.x), batch = by_columns.divide(pair);

@@ -105,12 +105,11 @@ __global__ void __launch_bounds__(32 * kStagedWarps, kStagedBackwardBlocks<kSize
     }
     __syncwarp();  // out has been read
     {
-      const AttentionTensor& text = back.text_dq;
-      const StagedRows<const T> from(text, s, here, from_d);
+      const StagedRows<const T> from(back.text_dq, s, here, from_d);
 #pragma unroll
       for (int i = 0; i < mover.kSteps; ++i) {
         const StagedRow row = staged_row(s, my_first + mover.row + i * mover.kRows);
-        copy16_async(mover.in(own, i), from.at(row), in_row && row.there && text.data != nullptr);
+        copy16_async(mover.in(own, i), from.at(row), in_row && row.there && s.has_text);
       }
     }
     commit_copies();
@@ -186,7 +185,7 @@ __global__ void __launch_bounds__(32 * kStagedWarps, kStagedBackwardBlocks<kSize
     constexpr int kChunks = kHalf / 8;
     const AttentionTensor& to = quarter % 2 ? back.dk_thought : back.dv_thought;
     const int d = lane % kChunks * 8, column = quarter / 2 * kHalf + d;
-    T* row = element<T>(to, c.batch, c.head, 0, c.column) + column;
+    T* row = key_slots > 0 ? element<T>(to, c.batch, c.head, 0, c.column) + column : nullptr;
 #pragma unroll
     for (int r = lane / kChunks; r < kTile; r += 32 / kChunks) {
       if (r >= key_slots || column >= size) continue;

@@ -24,7 +24,6 @@ __global__ void __launch_bounds__(32 * kStagedWarps, kStagedForwardBlocks<kSize>
   const DiagonalColumn c = s.column();
   const int size = static_cast<int>(call.head_size);
   const int key_slots = static_cast<int>(call.key_slots);
-  const bool has_text = call.text_out.data != nullptr;
   const Mover<kSize> mover;
   const bool in_row = mover.d < size;
   stage_keys<T, kSize>(k, call.k_thought, c, key_slots, size);
@@ -38,7 +37,7 @@ __global__ void __launch_bounds__(32 * kStagedWarps, kStagedForwardBlocks<kSize>
       const StagedRow row = staged_row(s, first + mover.row + i * mover.kRows);
       const bool there = in_row && row.there;
       copy16_async(mover.in(q, i), from_q.at(row), there);
-      copy16_async(mover.in(text, i), from_text.at(row), there && has_text);
+      copy16_async(mover.in(text, i), from_text.at(row), there && s.has_text);
     }
     commit_copies();
     float text_lse[2], sink[2];
@@ -47,7 +46,7 @@ __global__ void __launch_bounds__(32 * kStagedWarps, kStagedForwardBlocks<kSize>
     for (int r = 0; r < 2; ++r) {
       mine[r] = staged_row(s, first + lane_row() + 8 * r);
       const StagedRows<const float> lse(call.text_lse, s, c);
-      text_lse[r] = has_text && mine[r].there ? *lse.at(mine[r]) : -INFINITY;
+      text_lse[r] = s.has_text && mine[r].there ? *lse.at(mine[r]) : -INFINITY;
       const int head = c.head * static_cast<int>(s.groups) + static_cast<int>(mine[r].group);
       sink[r] = call.sinks ? call.sinks[head] : -INFINITY;
     }
