@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, is_deepspeed_available
+from accelerate.utils import DistributedType, is_deepspeed_available, is_peft_available
 from families import thinking_model, tiny_decoder
 from safetensors.torch import save_file
 from small_training import trainer
@@ -26,10 +26,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer
+from quietstar.checkpoints.adapters import add_adapters
 
 ROWS, LENGTH = 16, 11
 TOO_LONG = 420  # seconds; processes that wait for each other say where, before pytest's limit ends them
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+KEEP_PRODUCTS = {
+    "activation_checkpointing": True,
+    "activation_checkpointing_kwargs": {"keep": "products"},
+}
 CASES: dict[str, dict[str, Any]] = {
     # 2 processes x 2 rows; rows of different lengths, so that the counts of the parts differ.
     "ddp": {"padded": True},
@@ -70,6 +75,18 @@ CASES: dict[str, dict[str, Any]] = {
         "arguments": {**FSDP, "rows_per_backward": 1},
     },
     "fsdp-targets": {"padded": True, "without": range(2, 8), "arguments": FSDP},
+    # Hybrids, of every kind of layer one: documents and padding begin with a state of zero, what a layer
+    # keeps is computed again, and updates of low rank reach it.
+    "fsdp-lfm2": {
+        **{"family": "lfm2", "padded": True, "documents": True, "accumulate": 2},
+        "arguments": {**FSDP, "rows_per_backward": 1},
+    },
+    "fsdp-qwen3_5": {"family": "qwen3_5_text", "padded": True, "arguments": {**FSDP, **KEEP_PRODUCTS}},
+    "ddp-bamba": {
+        **{"family": "bamba", "padded": True, "adapters": True},
+        "arguments": {"rows_per_backward": 1, **KEEP_PRODUCTS},
+    },
+    "ddp-kimi": {"family": "kimi_linear", "padded": True, "documents": True, "accumulate": 2},
 }
 
 
@@ -109,9 +126,17 @@ SAVING: dict[str, Any] = {"steps": 4, "save_strategy": "steps", "save_steps": 2}
 
 
 def build(case: dict[str, Any]) -> QuietStarForCausalLM:
-    decoder = tiny_decoder("llama", vocab_size=48, tie_word_embeddings=case.get("tied", False))
+    family, tied = case.get("family", "llama"), case.get("tied", False)
+    decoder = tiny_decoder(family, vocab_size=48, tie_word_embeddings=tied)
     fields = {"thought_length": 2, "talk_length": 2, "policy_weight": 3.0, **case.get("fields", {})}
-    return thinking_model(decoder, mixing=0.3, think_at=case.get("think_at", "all"), **fields)
+    model = thinking_model(decoder, mixing=0.3, think_at=case.get("think_at", "all"), **fields)
+    if case.get("adapters"):
+        model = add_adapters(model, "nowhere", rank=2, alpha=4)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:  # an update of zero would hide the other factor
+                    parameter.normal_(0, 0.1)
+    return model
 
 
 def rows(case: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
@@ -123,6 +148,8 @@ def rows(case: dict[str, Any]) -> list[dict[str, torch.Tensor]]:
         if case.get("padded"):
             mask[LENGTH - number % 5 :] = 0
         row = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        if case.get("documents"):
+            row["document_ids"] = (torch.arange(LENGTH) > number % 5).long()
         if case.get("completions"):
             row["completion_anchors"] = torch.tensor([1, 4][: number % 3])
         if number in case.get("without", ()):
@@ -162,6 +189,8 @@ class Gradients(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         found = {}
         for name, parameter in kwargs["model"].named_parameters():
+            if not parameter.requires_grad:
+                continue  # frozen
             gradient = parameter.grad
             if gradient is None:
                 assert not found, name  # a step without a target has none at all
@@ -250,6 +279,8 @@ def main(out: Path) -> None:
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
     for name, case in CASES.items():
+        if "adapters" in case and not is_peft_available():
+            continue
         run, gradients = train(case, out / f"run-{name}", batch=2)
         if rank == 0:
             for step, found in enumerate(gradients.steps):

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from quietstar import QuietStarConfig, QuietStarForCausalLM
 from quietstar.checkpoints.adapters import target_pattern
 from quietstar.plan.costs import decoder_sizes
-from quietstar.thinking.text_part import text_body, text_config_of
+from quietstar.thinking.text_part import decoder_layers, text_body, text_config_of
 
 FIELDS = {"thought_length": 3, "talk_length": 2}
 IDS = torch.randint(3, 89, (2, 14), generator=torch.Generator().manual_seed(1))
@@ -50,6 +50,15 @@ def test_it_trains_where_text_reaches_and_opens_again(tmp_path):
     assert torch.equal(opened(IDS).logits, model.eval()(IDS).logits)
     assert text_config_of(opened.config).model_type == "gemma3_text"
     assert opened.config.get_text_config(decoder=True).num_hidden_layers == 2
+
+
+@pytest.mark.parametrize("decoder", [tiny_gemma3, lambda: tiny_decoder("qwen3_5_text")])
+def test_what_fsdp_is_to_keep_in_one_piece_is_there(decoder):
+    """It looks for every class that is named, and a text's part has no layers for images."""
+    model = thinking_model(decoder(), **FIELDS)
+    classes = {type(module).__name__ for module in model.modules()}
+    layer = type(decoder_layers(model.base)[0]).__name__
+    assert layer in model._no_split_modules <= classes
 
 
 def test_the_text_part_is_the_one_that_is_there_now():

@@ -52,7 +52,7 @@ from quietstar.thinking.noise import settle_noise
 from quietstar.thinking.self_check import check_decoder
 from quietstar.thinking.supported import check_reopens, check_supported
 from quietstar.thinking.text_batch import TextBatch, check_labels, num_rationales, target_labels
-from quietstar.thinking.text_part import text_body, text_config_of
+from quietstar.thinking.text_part import freeze_other_parts, text_body, text_config_of
 
 
 class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGenerationMixin):
@@ -85,7 +85,7 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
         check_meta_tokens(config, base.get_input_embeddings().num_embeddings)
         take_layouts(base)
         config.text_config = base.config
-        _freeze_other_parts(base)
+        freeze_other_parts(base)
         self.base = base
         tied = getattr(base, "_tied_weights_keys", None)
         if isinstance(tied, dict):
@@ -98,6 +98,9 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
         self._noise_probed = 0
         self._routers_reported = 0
         self.post_init()
+        # A class of models for several modalities names those of all parts, which may not be there: FSDP
+        # would look for them.
+        self._no_split_modules &= {type(module).__name__ for module in base.modules()}
         if base.generation_config is not None:
             self.generation_config = inherited_settings(base.generation_config)
         self.thoughts: list[SpokenThought] = []
@@ -369,15 +372,6 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
         if missing := wanted - self._checked:
             check_decoder(self.base, device, logits="logits" in missing, thoughts="thoughts" in missing)
             self._checked |= missing
-
-
-def _freeze_other_parts(base: PreTrainedModel) -> None:
-    """Freeze the parts of a model for several modalities that no text reaches: they could not learn."""
-    text = [text_body(base), base.get_input_embeddings(), base.get_output_embeddings()]
-    reached = {id(p) for module in text for p in module.parameters()}
-    for parameter in base.parameters():
-        if id(parameter) not in reached:
-            parameter.requires_grad_(False)
 
 
 def _check_base(base: Any) -> None:

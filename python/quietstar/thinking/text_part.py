@@ -45,3 +45,12 @@ def decoder_layers(decoder: PreTrainedModel) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return list(module)
     return []
+
+
+def freeze_other_parts(decoder: PreTrainedModel) -> None:
+    """Freeze the parts of a model for several modalities that no text reaches: they could not learn."""
+    text = [text_body(decoder), decoder.get_input_embeddings(), decoder.get_output_embeddings()]
+    reached = {id(p) for module in text for p in module.parameters()}
+    for parameter in decoder.parameters():
+        if id(parameter) not in reached:
+            parameter.requires_grad_(False)
