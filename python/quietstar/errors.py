@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,11 @@ def reason(error: BaseException) -> str:
     words = " ".join(str(error).split())
     if "ignore_mismatched_sizes" in words:
         words = "its weights have other shapes than its configuration says"
+    if unknown := re.match(r"Unrecognized configuration class <class '[\w.]*?(\w+)'> .*CausalLM", words):
+        # Transformers' words go on with every class that it has.
+        words = (
+            f"transformers has no causal language model for a {unknown[1]}; expected a decoder of text"
+        )
     if isinstance(error, KeyError | ZeroDivisionError | AttributeError) or not words:
         words = f"{type(error).__name__} {words}".strip()
     return words if len(words) <= LONGEST_REASON else f"{words[:LONGEST_REASON]} ..."

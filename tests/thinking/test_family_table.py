@@ -54,7 +54,7 @@ def test_a_right_family_is_exact(checker, family: str, feature: str):
     assert 0 < verdict.difference < 2e-5 and feature in verdict.features
 
 
-@pytest.mark.parametrize(("family", "words"), [("falcon", "interface"), ("mamba", "linear_attention")])
+@pytest.mark.parametrize(("family", "words"), [("falcon", "interface"), ("mamba", "with Mamba-1")])
 def test_a_refused_family_says_why(checker, family: str, words: str):
     verdict = checker.check(family)
     assert verdict.kind == checker.REFUSED and words in verdict.text

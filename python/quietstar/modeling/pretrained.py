@@ -25,7 +25,7 @@ from transformers import (
     __version__,
 )
 
-from quietstar.errors import UserError, blaming
+from quietstar.errors import UserError, blaming, reason
 from quietstar.files import is_file, is_folder
 from quietstar.hub import from_hub
 from quietstar.modeling.loading import load_whole
@@ -87,7 +87,8 @@ def _place(name: str | Path) -> tuple[str, dict[str, Any]]:
 
 @contextmanager
 def _naming(kind: str, name: str | Path, options: dict[str, Any]) -> Iterator[None]:
-    """Within, errors name what is not there, a GGUF file that cannot be read, and an unknown type."""
+    """Within, errors name what is not there, a GGUF file that cannot be read, and a model type that is
+    not known or that is no causal language model."""
     if "gguf_file" in options:
         with blaming(f"the GGUF file {name} is damaged, or of a kind that transformers cannot read"):
             yield
@@ -99,6 +100,8 @@ def _naming(kind: str, name: str | Path, options: dict[str, Any]) -> Iterator[No
         raise
     except ValueError as error:
         unknown = _unknown_type(str(name))
+        if unknown is None and "Unrecognized configuration class" in str(error):
+            raise UserError(f"{name}: {reason(error)}") from error
         if unknown is None:
             raise
         raise UserError(

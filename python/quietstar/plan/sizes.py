@@ -69,10 +69,20 @@ def _widest_outside_mixers(decoder: PreTrainedModel) -> int:
     return max(part.out_features for part in parts if isinstance(part, nn.Linear))
 
 
-def decoder_sizes(config: PretrainedConfig) -> Sizes:
-    """Count a decoder from its configuration; no weight is made."""
+def outline(config: PretrainedConfig) -> PreTrainedModel:
+    """A decoder without weights."""
     with torch.device("meta"):
-        decoder = AutoModelForCausalLM.from_config(config)
+        decoder: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return decoder
+
+
+def decoder_sizes(config: PretrainedConfig, decoder: PreTrainedModel | None = None) -> Sizes:
+    """Count a decoder from its configuration; no weight is made.
+
+    Args:
+        decoder: its :func:`outline`, if that has been made.
+    """
+    decoder = outline(config) if decoder is None else decoder
     embeddings = {id(p): p for p in decoder.get_input_embeddings().parameters()}
     embeddings |= {id(p): p for p in decoder.get_output_embeddings().parameters()}
     every = sum(p.numel() for p in {id(p): p for p in decoder.parameters()}.values())

@@ -24,8 +24,10 @@ from quietstar.plan.costs import (
     step_flops,
     step_of,
 )
+from quietstar.plan.sizes import outline
 from quietstar.recipes.decoder import decoder_config
 from quietstar.recipes.recipe import Recipe
+from quietstar.thinking.supported import check_supported
 from quietstar.thinking.text_part import text_config_of
 
 if TYPE_CHECKING:
@@ -119,13 +121,17 @@ def recipe_sizes(recipe: Recipe) -> tuple[QuietStarConfig, Sizes]:
             assert section.name is not None  # checked with the recipe
             decoder = load_config(section.name, section.revision)
         decoder = text_config_of(decoder)
+    where = "model.config" if section.config else f"cannot plan {section.name}"
+    with blaming(where):
+        made = outline(decoder)
+    check_supported(made)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if not hasattr(decoder, name):
             raise UserError(f"model type {decoder.model_type!r} has no {name}; {COUNTED}")
     if _differs(decoder):
         raise UserError(f"model type {decoder.model_type!r} has layers of several sizes; {COUNTED}")
-    with blaming("model.config" if section.config else f"cannot plan {section.name}"):
-        sizes = decoder_sizes(decoder)
+    with blaming(where):
+        sizes = decoder_sizes(decoder, made)
     if sizes.experts if sizes.hybrid is not None else sizes.linear != sizes.counted:
         raise UserError(
             f"model type {decoder.model_type!r} has other layers (experts, latent attention, an MLP"

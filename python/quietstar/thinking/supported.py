@@ -15,6 +15,21 @@ from quietstar.thinking.recurrent.mixers import (
 )
 from quietstar.thinking.text_part import decoder_layers, kind_of, text_body, text_config_of
 
+# What layers hand on, or share, in a way that passes with thoughts do not know, by their classes' names.
+_NOT_KNOWN = {
+    "MiniMaxLightningAttention": "lightning attention",
+    **dict.fromkeys(("MambaMixer", "FalconMambaMixer", "JambaMambaMixer", "ZambaMambaMixer"), "Mamba-1"),
+    "Zamba2HybridLayer": "attention that several layers share",
+    "RecurrentGemmaRecurrentBlock": "the RG-LRU recurrence",
+    "RwkvSelfAttention": "RWKV's time mixing",
+    "xLSTMLayer": "mLSTM",
+    "ZayaCCAProjection": "compressed convolutional attention",
+    **dict.fromkeys(
+        ("InklingShortConvolution", "Inkling2ShortConvolution"), "convolutions beside their attention"
+    ),
+}
+_KNOWN = f"only full and sliding softmax attention, {KNOWN_RECURRENCES} can be used with thoughts"
+
 
 def check_supported(model: PreTrainedModel) -> None:
     """Reject a decoder that cannot think, with the reason, as far as it can be known up front.
@@ -23,23 +38,25 @@ def check_supported(model: PreTrainedModel) -> None:
     :func:`quietstar.thinking.attention.check_layers`.
 
     Raises:
-        ValueError: for layers other than softmax attention, chunked or bidirectional attention,
-            or a family outside transformers' attention interface.
+        ValueError: for layers that neither attend by softmax nor hand states on in a known way, chunked
+            or bidirectional attention, or a family outside transformers' attention interface.
     """
     config = text_config_of(model.config)
     kind = kind_of(model)
     types = getattr(config, "layer_types", None) or []
     layers = decoder_layers(model)
+    for layer in layers:
+        for part in layer.modules():
+            name = type(part).__name__
+            if name in _NOT_KNOWN:
+                raise ValueError(f"{kind} has layers with {_NOT_KNOWN[name]} ({name}); {_KNOWN}")
     for index, layer_type in enumerate(types):
         if layer_type in RECURRENT + BOTH:
             known = index < len(layers) and mixer_of(layers[index]) is not None
         else:
             known = layer_type in ATTENTION + ALONE
         if not known:
-            raise ValueError(
-                f"{kind} has layers of type {layer_type!r}; only full and sliding softmax attention,"
-                f" {KNOWN_RECURRENCES} can be used with thoughts"
-            )
+            raise ValueError(f"{kind} has layers of type {layer_type!r}; {_KNOWN}")
     if types and not set(types) & set(ATTENTION + BOTH):
         raise ValueError(
             f"{kind} has no attention layer, by whose keys a cache counts its tokens; expected a decoder"
