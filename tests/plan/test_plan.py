@@ -137,7 +137,9 @@ MIXERS = {
     "falcon_h1": {"mamba_d_head": 24, "mamba_d_state": 32, "mamba_d_ssm": 192},
     "kimi_linear": {"first_k_dense_replace": 3, "linear_head_dim": 32},  # without experts
 }
-NOT_SLOW = [(family, "float32", False) for family in ("lfm2", "qwen3_5_text", "kimi_linear")]
+NOT_SLOW = [(family, "float32", False) for family in ("lfm2", "qwen3_5_text")]
+# Most of what is there is what the backward pass of a chunk works in.
+NOT_SLOW += [("kimi_linear", "autocast", True)]
 
 
 @pytest.mark.parametrize(
@@ -162,10 +164,8 @@ def test_peaks_of_hybrids(family: str, mode: str, checkpointing: bool | str):
     measured = measured_peak(model, ids, mode == "autocast")
     step = step_of(batch, length, mode, checkpointing)
     counted = plan.activation_bytes(model.config, plan.decoder_sizes(config), step)
-    # Some of these steps have so few rows that weights' gradients are much of the peak.
-    allowed = 0.15 if checkpointing else 0.1
-    if family == "kimi_linear" and checkpointing:
-        allowed = 0.2  # what the backward pass of a chunk works in is not counted: docs/scaling.md
+    # A step of a convolution has so few rows that weights' gradients and casts are much of the peak.
+    allowed = 0.15 if checkpointing and family == "lfm2" else 0.1
     assert counted / measured == pytest.approx(1, abs=allowed), thoughts
 
 

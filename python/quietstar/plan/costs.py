@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from quietstar.config import QuietStarConfig
 from quietstar.errors import UserError
@@ -158,24 +158,31 @@ def _transient_row(sizes: Sizes, step: Step) -> float:
     return 2 * sizes.inner * s + (0 if step.precision == "autocast" else s * sizes.width)
 
 
-def _layers_kept(
-    config: QuietStarConfig, sizes: Sizes, step: Step, rows: Rows
-) -> tuple[float, float, float]:
-    """Bytes that all layers keep for the backward pass, and the one that keeps most; and what of these
-    checkpointing has kept already."""
+class _Kept(NamedTuple):
+    """Bytes of the decoder's layers: what ``all`` of them keep for the backward pass, and of the one
+    that needs most what it keeps, what of that checkpointing has kept already, and what its backward
+    pass has in hand besides."""
+
+    all: float
+    layer: float
+    shared: float
+    in_hand: float
+
+
+def _layers_kept(config: QuietStarConfig, sizes: Sizes, step: Step, rows: Rows) -> _Kept:
     if sizes.hybrid is None:
-        layer = rows.packed * _layer_row(sizes, step)
-        return sizes.layers * layer, layer, rows.packed * _shared_row(sizes, step)
+        layer, in_hand = rows.packed * _layer_row(sizes, step), rows.packed * _transient_row(sizes, step)
+        return _Kept(sizes.layers * layer, layer, rows.packed * _shared_row(sizes, step), in_hand)
     kinds = _kinds(config, sizes.hybrid, step)
     adapters = 0.0
     if step.rank is not None:
         s = 4 if step.precision == "float32" else 2
         adapters = rows.packed * step.rank * s * sizes.linears / sizes.layers
-    most = max(kinds, key=lambda kind: kind.kept)
+    most = max(kinds, key=lambda kind: kind.kept + kind.in_hand)
     # An adapter's update makes another tensor of what a linear layer gave.
     shared = step.batch * most.shared if step.keep_products and step.rank is None else 0.0
     whole = sum(kind.count * (step.batch * kind.kept + adapters) for kind in kinds)
-    return whole, step.batch * most.kept + adapters, shared
+    return _Kept(whole, step.batch * most.kept + adapters, shared, step.batch * most.in_hand)
 
 
 def _kinds(config: QuietStarConfig, hybrid: Hybrid, step: Step) -> tuple[LayerKind, ...]:
@@ -196,7 +203,7 @@ def activation_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float
     gradient = wide if step.rank is None else 4
     share = step.processes if step.sharded else 1
     positions = rows.packed * 2 * sizes.head_dim * wide
-    whole, layer, shared = _layers_kept(config, sizes, step, rows)
+    whole, layer, shared, inside = _layers_kept(config, sizes, step, rows)
     if step.checkpointing:
         whole = sizes.layers * rows.packed * (d * wide + _products_row(sizes, step))
     # Autocast keeps a cast of every weight for the backward pass.
@@ -214,7 +221,6 @@ def activation_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float
     loss = stack + final + heads + max(talking, scoring)
 
     # 2. The backward pass, at its beginning (all layers kept) and at its end (all gradients there).
-    inside: float = rows.packed * _transient_row(sizes, step)
     inside += layer + cast - shared if step.checkpointing else 0
     first = sizes.mixing + (v * d + d * sizes.inner if step.rank is None else 0)
     start = stack + inside + gradient * first

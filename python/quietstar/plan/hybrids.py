@@ -2,7 +2,8 @@
 
 Layers that hand states on come in several kinds, and those that attend between them have gates and norms
 of their own. So nothing of them is written down as a formula: one layer of each kind runs a packed pass
-over one text on fake tensors, which have shapes and no numbers, and what autograd keeps is added up.
+over one text on fake tensors, which have shapes and no numbers, and back. What autograd keeps is added
+up, and what the backward pass has in hand besides is read from its allocations.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import copy
 import functools
 import math
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from quietstar.thinking.attention import take_layouts
@@ -38,6 +41,8 @@ class LayerKind:
     Attributes:
         count: how many there are.
         kept: bytes that it keeps for the backward pass; shared: those of them that linear layers gave.
+        in_hand: bytes that are there besides at the peak of its backward pass, or of the forward pass
+            that checkpointing runs before it; weights' gradients are not counted.
         products: operations of its products without weights, forward.
         remembered: bytes that it keeps during a rollout.
     """
@@ -45,6 +50,7 @@ class LayerKind:
     count: int
     kept: float
     shared: float
+    in_hand: float
     products: float
     remembered: float
 
@@ -93,16 +99,16 @@ class Hybrid:
             layers = _one_of_each(decoder, list(types))
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 watch = _Watch(decoder, layers)
-                made = _run(decoder, packed, watch)
+                watch.run_back(_run(decoder, packed, watch))
                 _run(decoder, text)
-            del made
         columns = shape.anchors * shape.rationales
         for kind, layer in layers.items():
             # The casts of its weights are counted with the other layers'.
             casts = 2 * _weights(layer) if autocast else 0
             remembered = _remembered(text, layer, columns, shape.slots)
             kept, shared, products = (each[kind] for each in (watch.kept, watch.shared, watch.products))
-            yield LayerKind(types[kind], kept - casts, shared, products, remembered)
+            in_hand = watch.allocations.in_hand(kind, decoder)
+            yield LayerKind(types[kind], kept - casts, shared, in_hand, products, remembered)
 
 
 def _layouts(shape: Shape) -> tuple[ThoughtLayout, ThoughtLayout]:
@@ -155,38 +161,54 @@ class _Watch(contextlib.ExitStack):
         self.kept: Counter[str] = Counter()
         self.shared: Counter[str] = Counter()
         self.products: Counter[str] = Counter()
+        self.allocations = _Allocations()
         self._given: dict[int, Tensor] = {}
         self._now: str | None = None
-        self._seen = {p.untyped_storage()._cdata for p in decoder.parameters()}
+        self._seen = {self.allocations.key(p.untyped_storage()) for p in decoder.parameters()}
         for kind, layer in layers.items():
             layer.register_forward_pre_hook(functools.partial(self._enter, kind))
-            layer.register_forward_hook(self._leave)
+            layer.register_forward_hook(functools.partial(self._leave, kind))
             for part in layer.modules():
                 if isinstance(part, nn.Linear):
                     part.register_forward_hook(self._note)
         self.enter_context(torch.autograd.graph.saved_tensors_hooks(self._keep, lambda kept: kept))
-        self.enter_context(_Products(self))
+        self.enter_context(_Operators(self))
+
+    def run_back(self, hidden: Tensor) -> None:
+        """The backward pass of what was watched."""
+        self._given.clear()
+        with _Operators(self):
+            hidden.backward(torch.ones_like(hidden))
 
     def _enter(self, kind: str, *_: Any) -> None:
         self._now = kind
+        self.allocations.mark(kind, "in")
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, kind: str, _: Any, __: Any, output: Any) -> None:
         self._now = None
+        given = output[0] if isinstance(output, tuple) else output
+        if given.requires_grad:
+            self.allocations.mark(kind, "out")
+            given.register_hook(lambda _: self.allocations.mark(kind, "back"))
 
     def _note(self, _: Any, __: Any, output: Tensor) -> None:
         self._given[output.untyped_storage()._cdata] = output  # held, so that no other takes its place
 
     def _keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if self._now is not None and storage._cdata not in self._seen:
-            self._seen.add(storage._cdata)
+        key = self.allocations.key(storage)
+        if self._now is not None and key not in self._seen:
+            self._seen.add(key)
             self.kept[self._now] += storage.nbytes()
             if storage._cdata in self._given:
                 self.shared[self._now] += storage.nbytes()
         return tensor
 
-    def count(self, operator: Any, arguments: Any) -> None:
-        """Add the operations of one call, if it is a product without a weight."""
+    def note(self, operator: Any, arguments: Any, output: Any) -> None:
+        """Add one call's output, and its operations, if it is a layer's product without a weight."""
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                self.allocations.add(tensor)
         if self._now is None:
             return
         if operator is torch.ops.aten.bmm.default:
@@ -197,14 +219,68 @@ class _Watch(contextlib.ExitStack):
             self.products[self._now] += left.shape[-1] * right.numel()
 
 
-class _Products(TorchDispatchMode):
+class _Operators(TorchDispatchMode):
     def __init__(self, watch: _Watch):
         super().__init__()
         self._watch = watch
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._watch.count(operator, args)
-        return operator(*args, **(kwargs or {}))
+        output = operator(*args, **(kwargs or {}))
+        self._watch.note(operator, args, output)
+        return output
+
+
+class _Allocations:
+    """When memory was taken and given back, and where among it each layer's passes were."""
+
+    def __init__(self) -> None:
+        self._changes: list[tuple[int, int]] = []  # the storage's number, bytes
+        self._alive: dict[int, int] = {}
+        self._count = 0
+        self._marks: dict[tuple[str, str], int] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """Note a tensor's storage, if it is new."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        self._count += 1
+        self._alive[key] = self._count
+        self._changes.append((self._count, size))
+        weakref.finalize(storage, self._free, key, size)
+
+    def key(self, storage: torch.UntypedStorage) -> int:
+        """A number that no other storage ever has; an address may be another's later."""
+        return self._alive.get(storage._cdata, -storage._cdata)
+
+    def _free(self, key: int, size: int) -> None:
+        self._changes.append((self._alive.pop(key), -size))
+
+    def mark(self, kind: str, place: str) -> None:
+        """A layer is entered (``in``) or left (``out``), or its backward pass begins (``back``), where
+        that of the layer behind it ends."""
+        self._marks.setdefault((kind, place), len(self._changes))
+
+    def in_hand(self, kind: str, decoder: PreTrainedModel) -> float:
+        """Bytes at a layer's peak besides what is there between its forward and its backward pass."""
+        grads = (p.grad for p in decoder.parameters() if p.grad is not None)
+        left_out = {self._alive.get(g.untyped_storage()._cdata) for g in grads}
+        begin = self._marks[kind, "back"]
+        later = (at for (_, place), at in self._marks.items() if place == "back" and at > begin)
+        forward = self._changes[self._marks[kind, "in"] : self._marks[kind, "out"]]
+        back = self._changes[begin : min(later, default=len(self._changes))]
+        changes = [(number, -change) for number, change in reversed(forward)]
+        return max(_highest(part, left_out) for part in (changes, back))
+
+
+def _highest(changes: list[tuple[int, int]], left_out: set[int | None]) -> float:
+    level = highest = 0
+    for number, change in changes:
+        if number not in left_out:
+            level += change
+            highest = max(highest, level)
+    return highest
 
 
 def _weights(layer: nn.Module) -> int:
