@@ -19,21 +19,35 @@ HOLDS = 60.0
 _answers: dict[str, tuple[float, str | None]] = {}  # by endpoint: when, and why it cannot be reached
 
 
+class NotOnHub(UserError, OSError):
+    """A name that stands for nothing; an OSError as well, which is what transformers raises for one."""
+
+
 @contextmanager
 def from_hub(kind: str, name: str, instead: str = "") -> Iterator[None]:
     """Within, a name on the hub is read from the local cache alone where the hub cannot be reached.
 
     Args:
-        kind: what the name stands for in a sentence: ``model``, ``tokenizer``, ``data set``.
+        kind: what the name stands for in a sentence, ``model`` or ``data set``; empty where that is not
+            known, as of a tokenizer, which may be the model's.
         name: nothing is asked about files and folders.
         instead: what could be given instead, for the end of the sentence.
 
     Raises:
-        UserError: for a name that is neither in the cache nor, as far as can be seen, on the hub.
+        NotOnHub: for a name that is neither in the cache nor, as far as can be seen, on the hub.
     """
     if is_folder(name) or is_file(name):
         yield
         return
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    what = f"{kind} {name}".strip()
+    nowhere = f"{what} is neither a folder nor a name on the Hugging Face Hub"
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise NotOnHub(f"{nowhere}{instead}") from None
     why_not = unreachable()
     try:
         with _offline(why_not is not None):
@@ -41,19 +55,14 @@ def from_hub(kind: str, name: str, instead: str = "") -> Iterator[None]:
     except UserError:
         raise
     except OSError as error:
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
         if why_not is not None:
-            raise UserError(
-                f"{kind} {name} is neither a folder nor in the local cache of the Hugging Face Hub,"
+            raise NotOnHub(
+                f"{what} is neither a folder nor in the local cache of the Hugging Face Hub,"
                 f" which cannot be reached ({why_not}){instead}"
             ) from error
         found = error if error.__cause__ is None else error.__cause__
         if isinstance(found, RepositoryNotFoundError) and not isinstance(found, GatedRepoError):
-            raise UserError(
-                f"{kind} {name} is neither a folder nor a name on the Hugging Face Hub (a private one"
-                f" needs `hf auth login`){instead}"
-            ) from error
+            raise NotOnHub(f"{nowhere} (a private one needs `hf auth login`){instead}") from error
         raise
 
 

@@ -121,7 +121,7 @@ def test_damaged_checkpoints_are_refused(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=words):
             QuietStarForCausalLM.from_reference(folder, **{"n_ahead": 6, **options})
 
-    refused(tmp_path / "none", "is neither a folder nor a repository that can be read")
+    refused(tmp_path / "none", "is neither a folder nor a name on the Hugging Face Hub")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", r"config.json does not exist")
     no_head = write_checkpoint(tmp_path / "head", drop=("talk_head.0.2.weight",))

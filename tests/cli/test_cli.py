@@ -82,7 +82,7 @@ class TestErrors:
                 ["train", "tiny", "model.config.model_type=lama"],
                 "which the installed transformers does not know",
             ),
-            (["train", "tiny", "model.config=", "model.name=./no"], "cannot load the tokenizer of"),
+            (["train", "tiny", "model.config=", "model.name=./no"], "./no is neither a folder nor"),
         ],
     )
     def test_one_line(self, words: list[str], message: str, tmp_path, monkeypatch, capsys):

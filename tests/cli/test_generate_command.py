@@ -140,7 +140,10 @@ def test_a_checkpoint_of_the_reference_code(tmp_path, capsys):
         (["--thinking-budget", "-2"], "thinking_budget is -2"),
         (["--file", "x.txt"], "PROMPT and --file cannot be combined"),
         (["--device", "abacus"], "--device abacus cannot be used"),
-        (["--tokenizer", "/nowhere"], "cannot load the tokenizer of /nowhere"),
+        (
+            ["--tokenizer", "/nowhere"],
+            "/nowhere is neither a folder nor a name on the",
+        ),
     ],
 )
 def test_refused(words: list[str], message: str, folder: str, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -78,7 +79,7 @@ def online(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
         (["plan", "qwen2.5-0.5b"], "model Qwen/Qwen2.5-0.5B"),
         (["generate", "no/such", "text"], "model no/such"),
         (["train", "tiny", "data.name=no/such"], "data set no/such"),
-        (["train", "tiny", "model.tokenizer=no/such"], "tokenizer no/such"),
+        (["train", "tiny", "model.tokenizer=no/such"], "no/such"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -103,6 +104,14 @@ def test_a_name_that_the_hub_has_not(endpoint, capsys):
     assert endpoint.asked[0] == "HEAD /" and len(endpoint.asked) > 1
 
 
+@pytest.mark.parametrize("name", ["/no/such/folder", "./none", "../none", "a/b/c", "~/none", "a b"])
+def test_nothing_is_asked_about_what_is_no_name(name, endpoint):
+    words = f"model {name} is neither a folder nor a name on the Hugging Face Hub"
+    with pytest.raises(UserError, match=rf"^{re.escape(words)}$"):
+        load_config(name)
+    assert endpoint.asked == []
+
+
 def test_what_can_be_given_instead(nowhere):
     from quietstar.evaluation.items import load_rows
 
@@ -125,6 +134,11 @@ def test_an_answer_holds_for_a_while(endpoint, monkeypatch):
     assert [hub.unreachable(), hub.unreachable()] == [None, None] and endpoint.asked == ["HEAD /"]
     now[0] += hub.HOLDS + 1
     assert hub.unreachable() is None and len(endpoint.asked) == 2
+
+
+def test_it_is_the_error_of_transformers_as_well(nowhere):
+    with pytest.raises(OSError, match="no/such is neither a folder nor in the local cache"):
+        load_config("no/such")
 
 
 def test_the_setting_is_named(monkeypatch):

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from quietstar.config import END_TOKEN, START_TOKEN, QuietStarConfig, check_fields
-from quietstar.errors import reason
+from quietstar.errors import UserError, reason
 from quietstar.files import read_json
 from quietstar.hub import from_hub
 from quietstar.modeling.model import QuietStarForCausalLM
@@ -276,6 +276,8 @@ def _local_folder(name: str, revision: str | None) -> Path:
             )
             if not any(folder.glob("*.safetensors")):
                 snapshot_download(name, revision=revision, allow_patterns=["pytorch_model*.bin"])
+    except UserError:
+        raise
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"{name} is neither a folder nor a repository that can be read: {reason(error)}"

@@ -122,7 +122,7 @@ def _unknown_type(name: str) -> str | None:
 def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, a GGUF file or a name on the hub."""
     folder, options = _place(name)
-    with _naming("tokenizer", name, options):
+    with _naming("", name, options):
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, **options)
         if options:
             _set_special_tokens(tokenizer)
@@ -160,7 +160,7 @@ def load_decoder(name: str | Path, **options: Any) -> PreTrainedModel:
 
     Raises:
         UserError: for a checkpoint that lacks weights, or a file that cannot be read.
-        OSError: if there is no checkpoint.
+        OSError: if there is no checkpoint; as a UserError, too, for a name that the hub does not have.
     """
     folder, place = _place(name)
     if place:
