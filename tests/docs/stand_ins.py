@@ -52,6 +52,11 @@ OTHER = (
     Other(
         "star.md", "quietstar train smollm2", (("data.name=null", "model.name=plain data.name=null"),)
     ),
+    Other(
+        "results.md",
+        "quietstar train smollm2",
+        (("data.name=null", "model.name=plain data.name=null"), ("train.txt", "notes.txt")),
+    ),
     Other("scaling.md", "quietstar plan mistral-7b-lora", (LOCAL,)),
     Other("troubleshooting.md", "quietstar plan mistral-7b-lora", (LOCAL,)),
     # The test's folder has a run of this name already.
