@@ -124,3 +124,15 @@ def test_the_sentence_on_a_real_model_is_of_the_results():
     right = {row["what"]: f"{row['correct']:.3f}" for row in results["rows"]}
     said = f"from {right['no thoughts, at its best']} to {right['full Quiet-STaR']}"
     assert f"thoughts raise greedy accuracy {said}" in README.read_text()
+
+
+def test_the_sentence_on_sums_is_of_the_results():
+    arms = json.loads((README.parent / "benchmarks/results/star-sums.json").read_text())["arms"]
+
+    def ends(arm: str) -> str:
+        """At 3 digits after ten iterations, by seed."""
+        rows = [run["rows"][10]["accuracy_by_class"]["3 digits"] for run in arms[arm]["seeds"].values()]
+        return ", ".join(f"{100 * share:.0f}" for share in rows)
+
+    said = f"end at {ends('with')} % (three seeds) with rationalization, at {ends('without')} % without"
+    assert said in README.read_text()
