@@ -2,12 +2,16 @@
 // quietstar/thought_diagonal.h): the half that a stock attention kernel cannot do.
 //
 // Work: a column is a small dense triangle, (Sq x Hq / Hkv) rows x Sk keys. bf16 and fp16 run on
-// the matrix units, a warp per 16 rows forward, a block per column and key head backward
-// (..._forward.cuh, ..._backward.cuh); fp32 and what is not aligned run a warp per row
-// (..._plain.cuh).
+// the matrix units: up to 16 slots, heads up to 128 wide and 56 of them to a key head a block per
+// column and key head, by way of shared memory (..._staged*.cuh); others a warp per 16 rows
+// forward, a block per column and key head backward (..._forward.cuh, ..._backward.cuh). fp32 and
+// what is not aligned run a warp per row (..._plain.cuh).
+//
 // Bytes: per row of D numbers, forward reads q and the text part and writes out; backward reads q,
 // dout, out and the text's dq and writes dq. Per slot and key head k and v, backward dk and dv
-// besides. What neighbouring warps read again comes from the cache.
+// besides. The staged kernels read each once; of the others, what neighbouring warps read again
+// comes from the cache.
+//
 // Operations, per row: 4 D Sk forward, 10 D Sk backward. With Sk = 15 and bf16 that is some 10 per
 // byte: the kernels wait for memory.
 #include <algorithm>
@@ -75,6 +79,13 @@ bool is_near(const AttentionTensor& t, std::int64_t heads, std::int64_t slots) {
   return reach(heads, t.head) + reach(slots + 64, t.slot) < kFar;
 }
 
+// Whether the place of a slot that is not there is aligned, too: its address is computed all the
+// same, and the stride of a single slot may be anything.
+template <class... Tensors>
+bool packs_apart(const Tensors&... of_heads) {
+  return (... && (of_heads.slot % 8 == 0));
+}
+
 // Whether the slots of a column are one tile, rows are found by numbers of 32 bits, and shared
 // memory holds two blocks that need so much.
 template <class... Tensors>
@@ -84,7 +95,8 @@ bool takes_staged(const ThoughtDiagonal& call, const Device& device, std::size_t
   return call.key_slots <= diagonal::kTile && call.head_size <= 128 && groups <= 56 &&
          2 * bytes <= max_shared_memory(device) &&
          (... && is_near(of_rows, groups, call.query_slots)) &&
-         is_near(call.k_thought, 1, call.key_slots) && is_near(call.v_thought, 1, call.key_slots);
+         is_near(call.k_thought, 1, call.key_slots) && is_near(call.v_thought, 1, call.key_slots) &&
+         packs_apart(call.q, call.out, call.text_out, call.k_thought, call.v_thought);
 }
 
 // Of a call, in which q takes the place of what is not there: addresses are computed all the same.
@@ -199,6 +211,7 @@ void thought_diagonal_backward(const ThoughtDiagonalBackward& back, const Device
   const bool staged = tiles &&
                       takes_staged(call, device, bytes, call.q, call.out, call.lse, back.dout,
                                    back.text_dq, back.dq, back.delta) &&
+                      packs_apart(back.dout, back.text_dq, back.dq) &&
                       is_near(back.dk_thought, 1, call.key_slots) &&
                       is_near(back.dv_thought, 1, call.key_slots);
   with_type(call.dtype, [&](auto type) {

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from quietstar.errors import UserError, reason
 from quietstar.files import is_file, is_folder
@@ -55,6 +56,13 @@ def from_hub(kind: str, name: str, instead: str = "") -> Iterator[None]:
     except UserError:
         raise
     except OSError as error:
+        if error.errno is not None and not isinstance(error, FileNotFoundError):
+            raise  # a full disk, a file that may not be read
+        if why_not is not None and _has_part(name):
+            raise NotOnHub(
+                f"{what} is not wholly in the local cache of the Hugging Face Hub, which cannot be"
+                f" reached ({why_not}): {reason(error)}{instead}"
+            ) from error
         if why_not is not None:
             raise NotOnHub(
                 f"{what} is neither a folder nor in the local cache of the Hugging Face Hub,"
@@ -64,6 +72,15 @@ def from_hub(kind: str, name: str, instead: str = "") -> Iterator[None]:
         if isinstance(found, RepositoryNotFoundError) and not isinstance(found, GatedRepoError):
             raise NotOnHub(f"{nowhere} (a private one needs `hf auth login`){instead}") from error
         raise
+
+
+def _has_part(name: str) -> bool:
+    """Whether the cache holds anything under a name."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    kinds = (repo_folder_name(repo_id=name, repo_type=kind) for kind in ("model", "dataset"))
+    return any(is_folder(Path(constants.HF_HUB_CACHE) / folder) for folder in kinds)
 
 
 def unreachable() -> str | None:

@@ -147,6 +147,15 @@ def test_drawn_thoughts(folder: str, gsm_file: Path, tmp_path, capsys):
     nll = [each["nll"]["mixed"]["mean"] for each in found]
     assert len(set(nll)) == 3 and found[1] == found[2] and found[1]["thoughts"] == 3
     assert found[0]["nll"]["base"] == found[1]["nll"]["base"]
+    (once / "config.json").write_text(
+        json.dumps({**config, "think_at": "completion", "thought_temperature": 0.0})
+    )
+    said = (
+        "--thoughts is 3, of a model whose thought_temperature is 0; its thoughts would all be the same"
+    )
+    rejected(
+        capsys, ["eval", *words, "--thoughts", 3, "--output", tmp_path / "x.json"], said, alone=False
+    )
 
 
 @pytest.mark.parametrize(

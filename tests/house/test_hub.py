@@ -1,5 +1,6 @@
-"""quietstar.hub: without a network one attempt and one sentence; a hub that answers is a hub."""
+"""quietstar.hub: without a network two attempts and one sentence; a hub that answers is a hub."""
 
+import errno
 import json
 import logging
 import re
@@ -134,6 +135,36 @@ def test_an_answer_holds_for_a_while(endpoint, monkeypatch):
     assert [hub.unreachable(), hub.unreachable()] == [None, None] and endpoint.asked == ["HEAD /"]
     now[0] += hub.HOLDS + 1
     assert hub.unreachable() is None and len(endpoint.asked) == 2
+
+
+def test_two_attempts(nowhere, monkeypatch):
+    waited = []
+    monkeypatch.setattr(hub.time, "sleep", waited.append)
+    assert hub.unreachable() is not None and hub.unreachable() is not None
+    assert waited == [1.0, 0.0]
+
+
+def test_what_the_cache_has_in_part(nowhere, tmp_path, monkeypatch):
+    """It is there, so the sentence says what is missing of it."""
+    folder = tmp_path / "models--me--x"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    tiny_decoder("llama").config.save_pretrained(folder / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with (
+        pytest.raises(UserError, match=r"^model me/x is not wholly in the local .*refused.*safetens"),
+        hub.from_hub("model", "me/x"),
+    ):
+        raise OSError("me/x has no file named model.safetensors")
+    with pytest.raises(UserError, match="is neither a folder nor in"), hub.from_hub("model", "me/y"):
+        raise OSError("me/y has no file named model.safetensors")
+
+
+def test_a_full_disk_is_no_matter_of_the_hub(nowhere):
+    with pytest.raises(OSError, match="No space left") as error, hub.from_hub("data set", "a/b"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not isinstance(error.value, UserError)
 
 
 def test_it_is_the_error_of_transformers_as_well(nowhere):

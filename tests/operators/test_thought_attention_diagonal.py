@@ -126,6 +126,9 @@ def test_which_kernel_runs(cuda_on_cpu):
         assert kernel_of(cuda_on_cpu, 1, shape) == backward
     # More than 2^32 bytes from one row to the next.
     assert kernel_of(cuda_on_cpu, 0, (1, 4, 4, 1, 3, 5, 8), slot_stride=2**30) == forward
+    # The stride of a single slot may be anything; those past it have an address as well.
+    assert kernel_of(cuda_on_cpu, 0, (1, 4, 1, 1, 1, 2, 8), slot_stride=3) == forward
+    assert kernel_of(cuda_on_cpu, 0, (1, 4, 1, 1, 1, 2, 8), slot_stride=24) == f"{forward} (staged)"
     cuda_on_cpu.set_shared_memory_limit(99 * 1024)
     assert kernel_of(cuda_on_cpu, 0, paper) == f"{forward} (staged)"
     assert kernel_of(cuda_on_cpu, 1, paper) == backward

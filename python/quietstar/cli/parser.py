@@ -29,7 +29,11 @@ class Parser(argparse.ArgumentParser):
         if option in self._options():
             self.error(f"{option} belongs behind the command, as in {self.prog} {first}")
         near = did_you_mean(option.lstrip("-"), {name.lstrip("-"): name for name in self._options()})
-        if not near and any(action.dest == "settings" for action in self._actions):
+        if (
+            not near
+            and option.startswith("--")
+            and any(action.dest == "settings" for action in self._actions)
+        ):
             given = value if equals else next((w for w in after if not w.startswith("-")), "VALUE")
             key = option.lstrip("-").replace("-", "_")
             near = f"; what a recipe sets is changed without dashes: {key}={given}"

@@ -12,7 +12,7 @@ others without. Any other model thinks before every token of the completion.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,7 +159,7 @@ def _predictions(
     anchors: Tensor,
     where: Tensor,
     thoughts: CompletionThoughts,
-) -> Iterator[tuple[str, list[Tensor]]]:
+) -> Iterator[tuple[str, Iterable[Tensor]]]:
     """Names of predictions, and for each row the logits [R, n, V] of its completion, R thoughts apart.
 
     Args:
@@ -192,18 +192,20 @@ def _predictions(
             thoughts.ids = made.ids.cpu()
     mixed, _ = td.mix(text, base, slots, steps=None if once else 1)
     rows = zip(base[:, :-1], where, strict=True)
-    yield "base", [td.output.logits(row[places])[None] for row, places in rows]
-    steps = torch.arange(len(mixed), device=ids.device)[:, None]
-    found = []
-    for row, states, places in zip(range(len(ids)), base, where, strict=True):
-        hidden = states.expand(count, -1, -1).clone()
+    yield "base", (td.output.logits(row[places])[None] for row, places in rows)
+    ahead = torch.arange(len(mixed), device=ids.device)[:, None]
+
+    def with_thoughts(row: int) -> Tensor:
+        hidden = base[row].expand(count, -1, -1).clone()
+        speaks_for = anchors[row] + ahead  # [K, A]
+        inside = speaks_for < ids.shape[1]
         for number in range(count):
-            speaks_for = anchors[row] + steps  # [K, A]
-            inside = speaks_for < ids.shape[1]
             spoken = mixed[:, row, number::count]
             hidden[number, speaks_for[inside]] = spoken[inside].to(hidden.dtype)
-        found.append(td.output.logits(hidden[:, :-1][:, places]))
-    yield "mixed", found
+        return td.output.logits(hidden[:, :-1][:, where[row]])
+
+    # A row at a time: R logits for every token of a vocabulary.
+    yield "mixed", map(with_thoughts, range(len(ids)))
 
 
 def _scores(config: Any, logits: Tensor, true: Tensor) -> dict[str, Any]:

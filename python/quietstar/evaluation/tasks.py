@@ -158,7 +158,7 @@ class CompletionTask(Task):
         return completions.score_completions(model, tokenizer, items, self._drawn(model, items))
 
     def _drawn(self, model: Any, items: Sequence[Item]) -> completions.CompletionThoughts | None:
-        """What is drawn before these items, which a resumed run draws again."""
+        """What is drawn before these items, and again before the same ones together."""
         count = self.settings.thoughts
         if count is None:
             return None
@@ -167,8 +167,14 @@ class CompletionTask(Task):
                 f"--thoughts is {count}, of a model that does not think at completions alone; expected"
                 " one that was trained with think_at: completion"
             )
+        temperature = model.config.thought_temperature
+        if temperature == 0 and count > 1:
+            raise UserError(
+                f"--thoughts is {count}, of a model whose thought_temperature is 0; its thoughts would"
+                " all be the same"
+            )
         seed = int(digest([self.settings.seed, *items])[:12], 16)
-        return completions.CompletionThoughts(model.config.thought_temperature, seed, count=count)
+        return completions.CompletionThoughts(temperature, seed, count=count)
 
     def summarize(self, records: Sequence[Record]) -> dict[str, Any]:
         measures = {"probability": "probability", "exact_match": "correct", "nll": "nll"}

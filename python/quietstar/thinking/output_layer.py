@@ -125,7 +125,7 @@ class CalledOutputLayer(OutputLayer):
         self.softcap, self.logit_scale = softcap, logit_scale
 
     def for_draws(self) -> Self:
-        """Itself: what the layer casts, autocast keeps."""
+        """Itself: the layer casts by itself, and autocast keeps what it cast of weights that learn."""
         return self
 
     def logits(self, hidden: Tensor) -> Tensor:
