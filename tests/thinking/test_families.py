@@ -182,7 +182,7 @@ _PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96
         ("stablelm", {}, "silently run without thoughts|interface"),
         ("llama4_text", {}, "chunk"),
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 4}, "window"),
-        ("minimax", {"layer_types": ["linear_attention", "full_attention"]}, "layers of type"),
+        ("minimax", {"layer_types": ["linear_attention", "full_attention"]}, "lightning attention"),
         ("mamba", {}, "silently run without thoughts|interface|attention"),
         ("bart", _ENCODER_DECODER, "'bart' computes a thought .* differently"),
         ("marian", _ENCODER_DECODER, "'marian' computes a thought .* differently"),
