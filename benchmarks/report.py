@@ -198,6 +198,21 @@ def _arms(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def render_star(results: dict[str, Any]) -> str:
+    """What every iteration of STaR kept, and held-out accuracy after it."""
+    lines = ["| iteration | steps | solved | rationalized | kept | held-out accuracy |"]
+    lines += ["|--:|--:|--:|--:|--:|--:|"]
+    for row in results["rows"]:
+        shares = [f"{row[name]:.1%}" if name in row else "" for name in ("solved", "rationalized")]
+        cells = [str(row.get("steps", "")), *shares, str(row.get("kept", "")), f"{row['accuracy']:.1%}"]
+        lines.append(f"| {row['iteration']} | {' | '.join(cells)} |")
+    problems = results["rows"][-1]["problems"]
+    facts = ", ".join([*_facts(results["machine"]), results["date"]])
+    return "\n".join(
+        [*lines, "", f"{problems} problems, {results['held_out']} held out, one seed. {facts}."]
+    )
+
+
 def render_trained(results: dict[str, Any]) -> str:
     """A model before and after training: perplexity by difficulty, and tasks."""
     models = results["models"]
@@ -301,6 +316,7 @@ def main() -> int:
         ("words-first", REAL, "words first", render_first_words),
         ("words-tries", REAL, "words tries", render_first_words),
         ("words-thoughts", REAL, "words thoughts", render_first_words),
+        ("star-svamp", REAL, "star svamp", render_star),
         ("zero-shot", REAL, "zero-shot", render_zero_shot),
         ("trained", REAL, "trained", render_trained),
     ):
