@@ -10,9 +10,9 @@ import torch
 
 from quietstar.checkpoints.adapters import is_adapter, load_adapter, merge
 from quietstar.config import QuietStarConfig
+from quietstar.data.hub import from_hub
 from quietstar.errors import UserError, blaming, reason
 from quietstar.files import RUN_FILE, is_folder, last_checkpoint
-from quietstar.hub import from_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from quietstar.config import END_TOKEN, START_TOKEN, QuietStarConfig, check_fields
+from quietstar.data.hub import from_hub
 from quietstar.errors import UserError, reason
 from quietstar.files import read_json
-from quietstar.hub import from_hub
 from quietstar.modeling.model import QuietStarForCausalLM
 from quietstar.thinking.text_part import text_config_of
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from quietstar.data import lookup, sums
 from quietstar.data.blocks import TokenBlocks
+from quietstar.data.hub import from_hub
 from quietstar.data.left_out import LeftOut, is_utf8
 from quietstar.data.readers import RowReader, row_reader
 from quietstar.data.stdlib import Document, load_stdlib, stdlib_tokenizer
@@ -31,7 +32,6 @@ from quietstar.data.tables import (
     unsupported_reason,
 )
 from quietstar.errors import UserError, blaming
-from quietstar.hub import from_hub
 
 # What these names stand for; another name is a data set, or a tokenizer, of the hub.
 # Texts: a split to its documents.

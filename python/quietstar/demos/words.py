@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from quietstar.data.hub import from_hub
 from quietstar.data.presets import PRESETS
 from quietstar.demos.words_problems import read_problems, write_drills, write_varied
 from quietstar.demos.words_scores import (
@@ -49,7 +50,6 @@ from quietstar.demos.words_scores import (
 )
 from quietstar.errors import UserError, blaming
 from quietstar.files import METRICS_FILE, write_json, write_whole
-from quietstar.hub import from_hub
 from quietstar.recipes.recipe import Recipe, load_recipe
 from quietstar.recipes.run_folder import RUN_FILE
 from quietstar.training.options import computes_bf16

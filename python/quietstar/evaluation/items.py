@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from quietstar.data.hub import from_hub
 from quietstar.data.left_out import LeftOut, is_utf8
 from quietstar.data.tables import check_columns, missing_column, table_rows, unsupported_reason
 from quietstar.errors import UserError
-from quietstar.hub import from_hub
 
 Row = dict[str, Any]
 

@@ -25,9 +25,9 @@ from transformers import (
     __version__,
 )
 
+from quietstar.data.hub import from_hub
 from quietstar.errors import UserError, blaming, reason
 from quietstar.files import is_file, is_folder
-from quietstar.hub import from_hub
 from quietstar.modeling.loading import load_whole
 
 GGUF_SUFFIX = ".gguf"

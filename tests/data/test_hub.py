@@ -1,4 +1,4 @@
-"""quietstar.hub: without a network two attempts and one sentence; a hub that answers is a hub."""
+"""quietstar.data.hub: without a network two attempts and one sentence; a hub that answers is a hub."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ from families import tiny_decoder
 from huggingface_hub import constants
 from small_recipes import rejected
 
-from quietstar import hub
+from quietstar.data import hub
 from quietstar.errors import UserError
 from quietstar.modeling.pretrained import load_config
 
