@@ -118,13 +118,21 @@ __device__ __forceinline__ void unstage_rows(const AttentionTensor& to, const St
   }
 }
 
-// Two neighbours of a tile's row become sums + weight times themselves, or sums where the weight is
-// 0: then they may hold anything.
-template <class T>
-__device__ __forceinline__ void add_two(T* at, float first, float second, float weight) {
-  auto* word = reinterpret_cast<unsigned*>(at);
-  const float2 two = floats<T>(weight == 0 ? 0u : *word);
-  *word = pack2<T>(first + two.x * weight, second + two.y * weight);
+// Columns n to n + 15 of a tile become factor times the sums of a product + weight times
+// themselves, or the former alone where the weight is 0: then they may hold anything. A lane has
+// the rows `row` and `row` + 8, with a factor and a weight each.
+template <class T, int kSize>
+__device__ __forceinline__ void add_sums(T* tile, int row, int n, const float (&sum)[2][4],
+                                         const float (&factor)[2], const float (&weight)[2]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int r = i % 2, half = i / 2;
+    auto* word = reinterpret_cast<unsigned*>(
+        in_tile_beside<T, kSize>(tile, row + 8 * r, 8 * half + 2 * lane_pair(), 0, n));
+    const float2 two = floats<T>(weight[r] == 0 ? 0u : *word);
+    *word = pack2<T>(sum[half][2 * r] * factor[r] + two.x * weight[r],
+                     sum[half][2 * r + 1] * factor[r] + two.y * weight[r]);
+  }
 }
 
 }  // namespace quietstar::cuda::diagonal

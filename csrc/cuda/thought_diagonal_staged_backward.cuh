@@ -153,12 +153,7 @@ __global__ void __launch_bounds__(32 * kStagedWarps, kStagedBackwardBlocks<kSize
     for (int n = 0; n < kSize; n += 16) {
       float sum[2][4] = {};
       multiply(sum, of_ds, right_of_columns<kSize>(k, 0, n), false);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int r = i % 2, half = i / 2;
-        add_two(in_tile_beside<T, kSize>(own, lane_at + 8 * r, 8 * half + 2 * lane_pair(), 0, n),
-                sum[half][2 * r], sum[half][2 * r + 1], 1.0f);
-      }
+      add_sums<T, kSize>(own, lane_at, n, sum, {1.0f, 1.0f}, {1.0f, 1.0f});
     }
     __syncwarp();
     unstage_rows<T, kSize>(back.dq, s, here, my_first, own, size);

@@ -97,13 +97,7 @@ __global__ void __launch_bounds__(32 * kStagedWarps, kStagedForwardBlocks<kSize>
     for (int n = 0; n < kSize; n += 16) {
       float sum[2][4] = {};
       multiply(sum, weights, right_of_columns<kSize>(v, 0, n), false);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int r = i % 2, half = i / 2;
-        add_two(
-            in_tile_beside<T, kSize>(text, lane_row() + 8 * r, 8 * half + 2 * lane_pair(), 0, n),
-            sum[half][2 * r] * factor[r], sum[half][2 * r + 1] * factor[r], weight[r]);
-      }
+      add_sums<T, kSize>(text, lane_row(), n, sum, factor, weight);
     }
     __syncwarp();
     unstage_rows<T, kSize>(call.out, s, c, first, text, size);
