@@ -205,6 +205,7 @@ EXTRA: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "minimax_m3_sparse"],
         "index_block_size": 4,
     },
+    "lara_mini": _LINEAR,
     "minimax": {"layer_types": ["linear_attention", "full_attention"], "block_size": 8},
     "mllama": {"vision_config": {**_IMAGES, "num_global_layers": 1, "attention_heads": 2}},
     "mllama_text_model": {"cross_attention_layers": []},

@@ -247,6 +247,16 @@ class QuietStarConfig(PretrainedConfig):
         decoder: Any = vars(self).get("text_config")  # the base class asks before it is set
         return self if decoder is None else decoder.get_text_config(*args, **kwargs)
 
+    def validate(self) -> None:
+        """Have the decoder's configuration check itself, as before it is saved.
+
+        By its own class: transformers 5.17 renames the types of layers in one that it does not know,
+        and LFM2's code then has no mask for them.
+        """
+        decoder: Any = vars(self).get("text_config")
+        if decoder is not None:
+            decoder.validate()
+
     @property
     def num_slots(self) -> int:
         """S, slots in a column: start, T sampled, end, and K - 1 talk tokens."""

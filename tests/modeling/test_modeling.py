@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, thinking_model, tiny_decoder
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaPreTrainedModel
 
 from quietstar import (
     END_TOKEN,
@@ -46,6 +46,26 @@ def test_saved_and_loaded_it_is_the_same(family: str, tmp_path):
     assert theirs.keys() == model.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(value, theirs[name]), name
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, loaded(IDS).logits, atol=1e-6)
+
+
+def test_a_row_that_the_decoder_would_set_anew_is_kept(tmp_path, monkeypatch):
+    """Some decoders' rules for new weights write over the padding token's row when it was read, too."""
+    model = thinking_model(tiny_decoder("llama", pad_token_id=0, tie_word_embeddings=True))
+    wanted = model.base.get_input_embeddings().weight[0].detach().clone()
+    assert wanted.abs().max() > 0.1
+    model.save_pretrained(tmp_path)
+    theirs = LlamaPreTrainedModel._init_weights
+
+    def and_its_padding(self, module: torch.nn.Module) -> None:
+        theirs(self, module)
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            torch.nn.init.zeros_(module.weight.data[module.padding_idx])
+
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", and_its_padding)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded.base.get_input_embeddings().weight[0], wanted)
     with torch.no_grad():
         assert torch.allclose(model(IDS).logits, loaded(IDS).logits, atol=1e-6)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from families import thinking_model
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import model_type_to_module_name
 
@@ -26,8 +27,8 @@ SIGNS = re.compile(
     "|linear_attention_cpu|mlstm|rg_lru|recurrent_state|ShortConv"
 )
 THINK = {
-    *("bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "kimi_linear", "lfm2", "lfm2_moe"),
-    *("lfm3", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_text", "qwen3_5_moe"),
+    *("bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "kimi_linear", "lara_mini", "lfm2"),
+    *("lfm2_moe", "lfm3", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_text", "qwen3_5_moe"),
     *("qwen3_5_moe_text", "qwen3_next"),
 }
 REFUSED = {
@@ -44,6 +45,7 @@ REFUSED = {
     "zaya": "layers with compressed convolutional attention (ZayaCCAProjection)",
     "inkling_text": "layers with convolutions beside their attention (InklingShortConvolution)",
     "inkling2_text": "layers with convolutions beside their attention (Inkling2ShortConvolution)",
+    "inkling2_loop_text": "layers with convolutions beside their attention (Inkling2LoopShort",
     "qwen4_exp": "layers of type 'indexed_attention'",
     "qwen4_exp_text": "layers of type 'indexed_attention'",
 }
@@ -69,13 +71,16 @@ def test_none_is_missing_from_the_lists():
     """A family that a later transformers brings has to think or to say why not, like these."""
     found = set(of_the_kind())
     assert found <= THINK | REFUSED.keys()
-    if transformers.__version__.startswith("5.23."):
+    if transformers.__version__.startswith("5.24."):
         assert found == THINK | REFUSED.keys()
 
 
 @pytest.mark.parametrize("family", of_the_kind())
 def test_layers_think_or_are_refused_by_name(family: str):
-    decoder = outline(family)
+    try:
+        decoder = outline(family)
+    except (ValueError, StrictDataclassError) as error:  # 5.17 has configurations without their layers
+        pytest.skip(f"this transformers does not build it: {error}")
     if family in THINK:
         check_supported(decoder)
         return

@@ -194,7 +194,12 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
     def initialize_weights(self) -> None:
         """What no checkpoint holds."""
         # By the decoder's own rules: here transformers would pass over modules that have no weights, and
-        # falcon_h1's body fills buffers of its layers.
+        # falcon_h1's body fills buffers of its layers. Modules whose every weight was read are passed
+        # over: youtu's rule sets the padding token's row to 0 whether it was read or not.
+        for module in self.base.modules():
+            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+            if own and all(getattr(tensor, "_is_hf_initialized", False) for tensor in own):
+                module._is_hf_initialized = True
         self.base.initialize_weights()
         super().initialize_weights()
 

@@ -25,7 +25,8 @@ _NOT_KNOWN = {
     "xLSTMLayer": "mLSTM",
     "ZayaCCAProjection": "compressed convolutional attention",
     **dict.fromkeys(
-        ("InklingShortConvolution", "Inkling2ShortConvolution"), "convolutions beside their attention"
+        (f"Inkling{version}ShortConvolution" for version in ("", "2", "2Loop")),
+        "convolutions beside their attention",
     ),
 }
 _KNOWN = f"only full and sliding softmax attention, {KNOWN_RECURRENCES} can be used with thoughts"
