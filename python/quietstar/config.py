@@ -290,6 +290,23 @@ class QuietStarConfig(PretrainedConfig):
         self.parse_think_at()
 
 
+def check_mixing_weight(weight: float | None, activation: str) -> None:
+    """Require a first mixing weight that an activation can give, or none.
+
+    Raises:
+        ValueError: for no finite number, or with ``"sigmoid"`` one that is not between 0 and 1.
+    """
+    if weight is None:
+        return
+    number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
+    if not number or (activation == "sigmoid" and not 0 < weight < 1):
+        expected = "a number between 0 and 1" if activation == "sigmoid" else "a finite number"
+        raise ValueError(
+            f"init_mixing_weight is {weight!r} with mixing_activation {activation!r}; expected"
+            f" {expected}"
+        )
+
+
 # Names of configurations in general, beside those that PretrainedConfig declares, those for generation
 # and those that begin with an underscore.
 _GENERAL = {

@@ -122,6 +122,30 @@ def test_start_and_end_may_begin_as_texts_of_their_own():
         )
 
 
+@pytest.mark.parametrize("activation", ["identity", "sigmoid"])
+def test_the_mixing_weight_may_begin_where_it_is_asked_to(activation: str):
+    settings = {"start_token_id": 1, "end_token_id": 2, "mixing_activation": activation}
+
+    def begun(weight: float | None) -> QuietStarForCausalLM:
+        torch.manual_seed(0)
+        decoder = tiny_decoder("llama")
+        return QuietStarForCausalLM.from_base(decoder, init_mixing_weight=weight, **settings)
+
+    for given, wanted in ((0.03, 0.03), (0.9, 0.9), (None, 0.5 if activation == "sigmoid" else 0.0)):
+        model = begun(given).train()
+        found = model(IDS, labels=IDS)
+        weights = found.mixing_weight[found.has_target[:, :, None].expand_as(found.mixing_weight)]
+        torch.testing.assert_close(weights, torch.full_like(weights, wanted))
+        # All of the head learns from there, not only the unit that says so.
+        found.loss.backward()
+        learns = model.mixing_head.fc3.weight.grad.abs()[0] > 0
+        assert learns.sum() > 5 and (given is None or learns[-1])
+    bound = "a number between 0 and 1" if activation == "sigmoid" else "a finite number"
+    for wrong in (float("nan"), True, "x", *((0, 1, 1.5) if activation == "sigmoid" else ())):
+        with pytest.raises(ValueError, match=f"init_mixing_weight is {wrong!r} .*expected {bound}"):
+            begun(wrong)
+
+
 def test_tied_embeddings_stay_tied(tmp_path):
     decoder = tiny_decoder("llama", tie_word_embeddings=True)
     model = QuietStarForCausalLM.from_base(decoder, small_tokenizer(with_meta=True))

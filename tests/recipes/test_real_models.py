@@ -8,6 +8,7 @@ import pytest
 from real_data import real_data
 
 from quietstar.cli import app as cli
+from quietstar.errors import UserError
 from quietstar.modeling.pretrained import load_decoder
 from quietstar.recipes.recipe import load_recipe, parse_recipe
 
@@ -63,7 +64,14 @@ def test_a_run_of_before_there_were_the_keys_goes_on():
     recipe = load_recipe("smollm2-135m")
     plain = recipe.changed(model={"init_start_from": None})
     old = plain.to_dict()
-    del old["model"]["init_start_from"], old["model"]["init_end_from"]
+    added = ("init_start_from", "init_end_from", "init_mixing_weight")
+    for key in added:
+        del old["model"][key]
     assert parse_recipe(old).fingerprint() == plain.fingerprint() != recipe.fingerprint()
     # Nor is there anything of them in what such a run has noted.
-    assert not {"init_start_from", "init_end_from"} & plain.relevant_settings()["model"].keys()
+    assert not set(added) & plain.relevant_settings()["model"].keys()
+
+
+def test_a_first_mixing_weight_that_cannot_be_is_told_with_the_recipe():
+    with pytest.raises(UserError, match=r"init_mixing_weight is 2.0 with .* expected a number between"):
+        load_recipe("stories-260k", ["model.init_mixing_weight=2"])

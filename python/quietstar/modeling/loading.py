@@ -84,3 +84,25 @@ def keep_4bit_differentiable(decoder: nn.Module) -> None:
     for module in decoder.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+
+def keep_weights(model: nn.Module) -> None:
+    """Mark all modules, so that transformers does not initialise them again under a wrapper."""
+    for module in model.modules():
+        _mark(module)
+
+
+def keep_read_weights(model: nn.Module) -> None:
+    """Mark the modules whose every weight was read, so that rules for new weights pass them over.
+
+    Most of transformers' rules respect what was read, one weight at a time. Youtu's sets the padding
+    token's row to 0 whether it was read or not.
+    """
+    for module in model.modules():
+        own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if own and all(getattr(tensor, "_is_hf_initialized", False) for tensor in own):
+            _mark(module)
+
+
+def _mark(module: Any) -> None:
+    module._is_hf_initialized = True

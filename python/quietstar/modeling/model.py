@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from quietstar.config import QuietStarConfig, check_fields
+from quietstar.config import QuietStarConfig, check_fields, check_mixing_weight
 from quietstar.modeling.forward import (
     given_thoughts,
     plain_forward,
@@ -35,7 +35,13 @@ from quietstar.modeling.input_checks import (
     check_text,
     check_tokens,
 )
-from quietstar.modeling.loading import check_folder, keep_4bit_differentiable, load_whole
+from quietstar.modeling.loading import (
+    check_folder,
+    keep_4bit_differentiable,
+    keep_read_weights,
+    keep_weights,
+    load_whole,
+)
 from quietstar.modeling.meta_tokens import add_meta_tokens, init_tokens, meta_token_ids
 from quietstar.modeling.output import QuietStarOutput
 from quietstar.modeling.pretrained import load_decoder
@@ -108,6 +114,7 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
     # ---- building -------------------------------------------------------------------------------
 
     @classmethod
+    @torch.no_grad()
     def from_base(
         cls,
         base: PreTrainedModel | str | Path,
@@ -116,6 +123,7 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
         init_embedding_from: str = "---",
         init_start_from: str | None = None,
         init_end_from: str | None = None,
+        init_mixing_weight: float | None = None,
         **fields: Any,
     ) -> QuietStarForCausalLM:
         """Give a decoder thoughts.
@@ -127,6 +135,7 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
             init_embedding_from: the start and end embeddings begin as the mean embedding of this
                 text's tokens (as in the paper); needs a tokenizer.
             init_start_from, init_end_from: the same for one of them; None: ``init_embedding_from``.
+            init_mixing_weight: the first mixing weight of every thought (:meth:`MixingHead.start_at`).
             fields: of :class:`QuietStarConfig`.
 
         Raises:
@@ -135,6 +144,7 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
             TypeError: if base is no model of transformers.
         """
         check_fields(fields)
+        check_mixing_weight(init_mixing_weight, fields.get("mixing_activation", "identity"))
         if isinstance(base, str | Path):
             base = load_decoder(base)
         _check_base(base)
@@ -151,21 +161,18 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
         for name in ("start_token_id", "end_token_id"):
             if fields.get(name) is None:
                 raise ValueError(f"{name} is missing; give it, or a tokenizer to add the meta tokens to")
-        for module in base.modules():
-            # Its weights are set: transformers must not initialise them again under the wrapper.
-            module._is_hf_initialized = True
+        keep_weights(base)
         # The layer is asked, not its weight, which a wrapper or a quantiser may have put elsewhere.
         embed, device = base.get_input_embeddings(), input_device(base)
-        with torch.no_grad():
-            like = embed(torch.zeros(1, 1, dtype=torch.int64, device=device))
+        like = embed(torch.zeros(1, 1, dtype=torch.int64, device=device))
         with torch.device(like.device):  # whatever device a block around this call names
             model = cls(QuietStarConfig(text_config=base.config, **fields), base=base)
         model.thought_embedding.to(like.dtype)
         model.mixing_head.to(like.dtype)
-        with torch.no_grad():
-            for part, ids in first.items():
-                mean = embed(torch.tensor([ids], device=device))[0].mean(0)
-                getattr(model.thought_embedding, part).copy_(mean / model.config.embedding_scale)
+        model.mixing_head.start_at(init_mixing_weight, model.config.mixing_activation)
+        for part, ids in first.items():
+            mean = embed(torch.tensor([ids], device=device))[0].mean(0)
+            getattr(model.thought_embedding, part).copy_(mean / model.config.embedding_scale)
         return model
 
     @classmethod
@@ -194,12 +201,8 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
     def initialize_weights(self) -> None:
         """What no checkpoint holds."""
         # By the decoder's own rules: here transformers would pass over modules that have no weights, and
-        # falcon_h1's body fills buffers of its layers. Modules whose every weight was read are passed
-        # over: youtu's rule sets the padding token's row to 0 whether it was read or not.
-        for module in self.base.modules():
-            own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-            if own and all(getattr(tensor, "_is_hf_initialized", False) for tensor in own):
-                module._is_hf_initialized = True
+        # falcon_h1's body fills buffers of its layers.
+        keep_read_weights(self.base)
         self.base.initialize_weights()
         super().initialize_weights()
 
@@ -208,8 +211,7 @@ class QuietStarForCausalLM(SpeedOptionsMixin, PreTrainedModel, ThinkingGeneratio
             module.reset_parameters()
         elif isinstance(module, ThoughtEmbedding):
             std = getattr(text_config_of(self.config), "initializer_range", 0.02)
-            for parameter in (module.start, module.end):
-                nn.init.normal_(parameter, std=std / self.config.embedding_scale)
+            module.reset_parameters(std / self.config.embedding_scale)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()

@@ -20,8 +20,8 @@ from quietstar.recipes.decoder import decoder_config, random_decoder
 from quietstar.recipes.prompt_data import row_reader
 from quietstar.recipes.recipe import DataSection, ModelSection, Recipe, longest_talk
 
-# What the start and end embeddings begin as: keys of the model section, and keywords of ``from_base``.
-INIT_TEXTS = ("init_embedding_from", "init_start_from", "init_end_from")
+# What the thought parts begin as: keys of the model section, and keywords of ``from_base``.
+INITIAL = ("init_embedding_from", "init_start_from", "init_end_from", "init_mixing_weight")
 
 
 def build_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
@@ -85,8 +85,8 @@ def _model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> QuietStarForCa
     if recipe.adapter.rank is not None:
         add_meta_tokens(tokenizer)
         grow_embeddings(decoder, tokenizer)
-    texts = {key: getattr(section, key) for key in INIT_TEXTS}
-    return QuietStarForCausalLM.from_base(decoder, tokenizer, **texts, **recipe.thoughts)
+    initial = {key: getattr(section, key) for key in INITIAL}
+    return QuietStarForCausalLM.from_base(decoder, tokenizer, **initial, **recipe.thoughts)
 
 
 def _check_pause_token(tokenizer: PreTrainedTokenizerBase, section: ModelSection) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 
 import yaml
 
-from quietstar.config import QuietStarConfig, settings
+from quietstar.config import QuietStarConfig, check_mixing_weight, settings
 from quietstar.data.sources import GENERATORS
 from quietstar.errors import UserError, did_you_mean
 from quietstar.files import RECIPE_FILE, is_file, is_folder, read_text
@@ -78,7 +78,7 @@ class Recipe:
         content = self.to_dict()
         del content["name"], content["description"]
         del content["model"]["fused_layers"], content["model"]["reuse_rollout"]
-        for key in ("init_start_from", "init_end_from", "special_tokens"):
+        for key in ("init_start_from", "init_end_from", "init_mixing_weight", "special_tokens"):
             if content["model"][key] is None:  # as in runs from before there were these keys
                 del content["model"][key]
         if self.adapter == AdapterSection():
@@ -311,6 +311,11 @@ def check_together(recipe: Recipe) -> None:
         raise UserError("model.config has no model_type, e.g. model_type: llama")
     if model.config is not None and model.tokenizer is None:
         raise UserError("a model from model.config needs model.tokenizer (a name, path or stdlib)")
+    activation = recipe.thoughts.get("mixing_activation", "identity")
+    try:
+        check_mixing_weight(model.init_mixing_weight, activation)
+    except ValueError as error:
+        raise UserError(f"model.{error}") from error
     if rank is not None and rank < 1:
         raise UserError(f"adapter.rank is {rank}; expected 1 or more, or null")
     if rank is None and recipe.adapter != AdapterSection():

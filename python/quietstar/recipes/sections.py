@@ -31,6 +31,8 @@ class ModelSection:
             tokens.
         init_start_from: the same for the start embedding alone; null: ``init_embedding_from``.
         init_end_from: the same for the end embedding alone; null: ``init_embedding_from``.
+        init_mixing_weight: the weight that the mixing head gives every thought at first; null: 0, or 0.5
+            with ``thoughts.mixing_activation: sigmoid``.
         fused_layers: norms, rotary embeddings, gates and residual adds as fused kernels
             (:mod:`quietstar.thinking.fused_layers`): ``auto`` (compiled on CUDA), ``compile``, ``liger``
             or ``off``.
@@ -50,6 +52,7 @@ class ModelSection:
     init_embedding_from: str = "---"
     init_start_from: str | None = None
     init_end_from: str | None = None
+    init_mixing_weight: float | None = None
     fused_layers: Literal["auto", "compile", "liger", "off"] = "auto"
     reuse_rollout: bool = False
 

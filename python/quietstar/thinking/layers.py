@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from quietstar.config import check_mixing_weight
 from quietstar.thinking.linear_layers import call_linear, input_dtype, is_plain_linear
 from quietstar_ext import mixing_head
 
@@ -20,6 +23,11 @@ class ThoughtEmbedding(nn.Module):
         super().__init__()
         self.start = nn.Parameter(torch.zeros(hidden_size))
         self.end = nn.Parameter(torch.zeros(hidden_size))
+
+    def reset_parameters(self, std: float) -> None:
+        """Draw both with a standard deviation."""
+        nn.init.normal_(self.start, std=std)
+        nn.init.normal_(self.end, std=std)
 
     def forward(self, scale: float) -> tuple[Tensor, Tensor]:
         """Both embeddings at the size in which they are used."""
@@ -46,6 +54,23 @@ class MixingHead(nn.Module):
         self.fc1.reset_parameters()
         self.fc2.reset_parameters()
         nn.init.zeros_(self.fc3.weight)
+
+    @torch.no_grad()
+    def start_at(self, weight: float | None, activation: str) -> None:
+        """Let an untrained head give every thought this weight (before a floor); None changes nothing.
+
+        A hidden unit that is 1 whatever comes in stands for the bias that the last layer lacks, as the
+        paper's does: checkpoints and operators stay as they are. It is trained like any other unit.
+
+        Raises:
+            ValueError: see :func:`quietstar.config.check_mixing_weight`.
+        """
+        check_mixing_weight(weight, activation)
+        if weight is None:
+            return
+        self.fc2.weight[-1] = 0.0
+        self.fc2.bias[-1] = 1.0
+        self.fc3.weight[0, -1] = math.log(weight / (1 - weight)) if activation == "sigmoid" else weight
 
     def forward(
         self,
