@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,10 +82,10 @@ def _is_ours(traceback: TracebackType | None) -> bool:
     # The first two frames are this context manager's own and that of the block.
     below = traceback.tb_next.tb_next if traceback and traceback.tb_next else None
     while below is not None:
-        file = Path(below.tb_frame.f_code.co_filename)
-        if here in file.parents:
+        package = below.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+        if here in Path(below.tb_frame.f_code.co_filename).parents:
             ours = True
-        elif "site-packages" in file.parts and "torch" not in file.parts:
+        elif package != "torch" and package not in sys.stdlib_module_names:
             ours = False
         below = below.tb_next
     return ours

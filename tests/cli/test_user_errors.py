@@ -1,5 +1,6 @@
 """What users get wrong: one sentence and exit status 2, from every command and without a traceback."""
 
+import importlib
 import io
 import json
 import logging
@@ -286,6 +287,18 @@ def test_a_fault_of_ours_is_not_put_down_to_the_user():
 
     with pytest.raises(AttributeError), blaming("model.config"):
         text_ranges(None, "no tensor")  # type: ignore[arg-type]
+
+
+def test_packages_are_others_wherever_they_are_installed(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere.py").write_text(
+        "def read(*_, **options):\n    raise IndexError('cut short')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    from quietstar.modeling.loading import load_whole
+
+    elsewhere = importlib.import_module("elsewhere")
+    with pytest.raises(UserError, match="the file x: cut short"), blaming("the file x"):
+        load_whole(elsewhere.read, "x")
 
 
 def test_bitsandbytes_does_not_ask_for_kernels(monkeypatch, capsys):
