@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from quietstar.data import lookup
 from quietstar.data.lookup import LookupLanguage, TextMix
+from quietstar.demos.side_by_side import one_thread, side_by_side
 from quietstar.errors import UserError
 from quietstar.evaluation.perplexity import estimate
 from quietstar.evaluation.scores import Thoughts, TokenScores, token_scores
@@ -41,6 +43,7 @@ logger = logging.getLogger("quietstar")
 # A derivation step's loss on held-out problems that shows that the skill is there; chance is 1.79.
 SKILL_NLL = 0.05
 SWEEP = (1, 2, 3, 5, 6)
+CURVE_FILE = "curve.json"
 # Evaluation text: held-out problems, without asides.
 EVAL_MIX, EVAL_SEED, EVAL_ROWS, EVAL_LENGTH = TextMix(held_out=True), 10_000, 96, 48
 
@@ -132,9 +135,14 @@ def derivation_nll(model: QuietStarForCausalLM, rows: torch.Tensor | lookup.Ints
 class Progress(TrainerCallback):
     """Accuracy on a few held-out problems while training, for the figure."""
 
-    def __init__(self, language: LookupLanguage, every: int = 10) -> None:
+    def __init__(
+        self,
+        language: LookupLanguage,
+        every: int = 10,
+        report: Callable[[int], None] | None = None,
+    ) -> None:
         self.rows = heldout_rows(language, 32, draw=1)
-        self.every = every
+        self.every, self.report = every, report
         self.curve: list[tuple[int, float]] = []
 
     def _look(self, step: int, model: QuietStarForCausalLM) -> None:
@@ -147,6 +155,8 @@ class Progress(TrainerCallback):
             self._look(0, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.report is not None:
+            self.report(state.global_step)
         if state.global_step % self.every == 0:
             self._look(state.global_step, kwargs["model"])
 
@@ -195,42 +205,20 @@ def run_arms(
 ) -> dict[str, Any]:
     """Run and evaluate what is not done yet; returns the content of ``metrics.json``.
 
+    The arms run side by side where there are several processors.
+
     Args:
         show: called with the metrics so far whenever a row of the table is there.
     """
     from quietstar.modeling.model import QuietStarForCausalLM
-    from quietstar.recipes.run import run_recipe
 
     recipes = stage_recipes(output, seed)
     language = LookupLanguage(seed)
-    curves: dict[str, list[tuple[int, float]]] = {}
-
-    @functools.cache
-    def run(name: str) -> Path:
-        folder = output / name
-        watch = Progress(language)
-        before = {"skill": [SkillCheck(language)], "base": []}
-        if (folder / METRICS_FILE).is_file() and not fresh:
-            logger.info("%s: done before", name)
-        else:
-            logger.info("%s: training, %d steps at most", name, recipes[name].training["max_steps"])
-        result = run_recipe(
-            recipes[name],
-            folder,
-            overwrite=fresh and folder.is_dir(),
-            progress=progress,
-            log_lines=False,
-            callbacks=before.get(name, [watch]),
-        )
-        kept = folder / "curve.json"
-        if watch.curve and not result.continued:
-            write_json(kept, {"accuracy_by_step": watch.curve})
-        if kept.is_file():
-            curves[name] = read_json(kept)["accuracy_by_step"]
-        return folder
-
-    run("skill")
-    start = QuietStarForCausalLM.from_pretrained(run("base"))
+    with one_thread():
+        for name in ("skill", "base"):
+            _announce(name, recipes[name], output, fresh)
+            train(name, output, seed, fresh, progress)
+    start = QuietStarForCausalLM.from_pretrained(output / "base")
     skill_nll = derivation_nll(start, language.derivations(256, EVAL_SEED))
     metrics: dict[str, Any] = {"seed": seed, "arms": {}, "by_thought_length": {}, "skill_nll": skill_nll}
     if skill_nll > 4 * SKILL_NLL:
@@ -238,22 +226,71 @@ def run_arms(
             f"the base model did not learn the derivations (loss {skill_nll:.2f} per step on held-out"
             f" problems, expected below {4 * SKILL_NLL}); try another --seed"
         )
-    for arm in ARMS:
-        if quick and not arm.quick:
-            continue
-        model = QuietStarForCausalLM.from_pretrained(run(arm.run))
-        metrics["arms"][arm.label] = evaluate(model, language, arm.thoughts)
-        if arm.run == "full" and "thoughts" not in metrics:
-            metrics["thoughts"] = some_thoughts(model, language)
-        if show is not None:
-            show(metrics)
-    for length in SWEEP if sweep else ():
-        name = f"length-{length}" if f"length-{length}" in recipes else "full"
-        model = QuietStarForCausalLM.from_pretrained(run(name))
-        metrics["by_thought_length"][length] = evaluate(model, language)
-    metrics |= {"accuracy_by_step": curves, "versions": package_versions()}
+    arms = [arm for arm in ARMS if arm.quick or not quick]
+    swept = {f"length-{length}" if f"length-{length}" in recipes else "full": length for length in SWEEP}
+    names = [*dict.fromkeys([*(arm.run for arm in arms), *(swept if sweep else ())])]
+    for name in names:
+        _announce(name, recipes[name], output, fresh)
+    steps = {name: recipes[name].training["max_steps"] for name in names}
+    with side_by_side(train, steps, output, seed, fresh, progress, progress=progress) as wait_for:
+        for arm in arms:
+            wait_for(arm.run)
+            model = QuietStarForCausalLM.from_pretrained(output / arm.run)
+            metrics["arms"][arm.label] = evaluate(model, language, arm.thoughts)
+            if arm.run == "full" and "thoughts" not in metrics:
+                metrics["thoughts"] = some_thoughts(model, language)
+            if show is not None:
+                show(metrics)
+        for name, length in swept.items() if sweep else ():
+            wait_for(name)
+            model = QuietStarForCausalLM.from_pretrained(output / name)
+            metrics["by_thought_length"][length] = evaluate(model, language)
+    files = {name: output / name / CURVE_FILE for name in names}
+    metrics["accuracy_by_step"] = {
+        name: read_json(file)["accuracy_by_step"] for name, file in files.items() if file.is_file()
+    }
+    metrics["versions"] = package_versions()
     write_json(output / METRICS_FILE, metrics)
     return metrics
+
+
+def _announce(name: str, recipe: Recipe, output: Path, fresh: bool) -> None:
+    if (output / name / METRICS_FILE).is_file() and not fresh:
+        logger.info("%s: done before", name)
+    else:
+        logger.info("%s: training, %d steps at most", name, recipe.training["max_steps"])
+
+
+def train(
+    name: str,
+    output: Path,
+    seed: int,
+    fresh: bool,
+    progress: bool,
+    report: Callable[[int], None] | None = None,
+) -> None:
+    """One run of :func:`stage_recipes`, and for an arm its accuracy by step.
+
+    Args:
+        progress: whether to show a bar.
+        report: is told of every step that is done, instead of a bar.
+    """
+    from quietstar.recipes.run import run_recipe
+
+    transformers_logging.disable_progress_bar()  # its bars for loading files; the Trainer's stays
+    folder, language = output / name, LookupLanguage(seed)
+    watch = Progress(language, report=report)
+    before = {"skill": [SkillCheck(language)], "base": []}
+    result = run_recipe(
+        stage_recipes(output, seed)[name],
+        folder,
+        overwrite=fresh and folder.is_dir(),
+        progress=progress and report is None,
+        log_lines=False,
+        callbacks=before.get(name, [watch]),
+    )
+    if watch.curve and not result.continued:
+        write_json(folder / CURVE_FILE, {"accuracy_by_step": watch.curve})
 
 
 def some_thoughts(
@@ -303,7 +340,6 @@ def run_demo(
 
     from quietstar.demos.lookup_report import print_row, print_summary, save_figure
 
-    transformers_logging.disable_progress_bar()  # its bars for loading files; the Trainer's stays
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         "Problems like [b]A u x w z ?[/b] need four look-ups in a row; a model of two layers cannot do"

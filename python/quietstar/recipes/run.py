@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ProgressCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
 from quietstar.checkpoints.adapters import add_adapters
 from quietstar.data.collator import collator_for
@@ -110,9 +110,10 @@ def run_recipe(
         data_collator=collator_for(tokenizer, recipe.data.padding_side),
         callbacks=callbacks,
     )
-    if progress and not log_lines:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(_BarOnly())
+    if not log_lines:
+        trainer.remove_callback(ProgressCallback if progress else PrinterCallback)
+        if progress:
+            trainer.add_callback(_BarOnly())
     if folder.checkpoint is not None:
         logger.info("continuing from %s", folder.checkpoint)
     started = time.monotonic()
