@@ -62,7 +62,7 @@ def test_the_recipe_for_smollm2():
 
 def test_a_run_of_before_there_were_the_keys_goes_on():
     recipe = load_recipe("smollm2-135m")
-    plain = recipe.changed(model={"init_start_from": None})
+    plain = recipe.changed(model={"init_start_from": None, "init_mixing_weight": None})
     old = plain.to_dict()
     added = ("init_start_from", "init_end_from", "init_mixing_weight")
     for key in added:

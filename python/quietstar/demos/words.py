@@ -168,7 +168,7 @@ def stage_recipes(
     packed |= {"packing": "packed", "block_size": 4 * TOKENS, "eval_blocks": 0}
     prepared = plain.changed(
         name="words-prepared",
-        model={"name": model, "init_start_from": None},
+        model={"name": model, "init_start_from": None, "init_mixing_weight": None},
         data={
             **packed,
             "files": [str(texts[0])],
@@ -192,6 +192,7 @@ def stage_recipes(
             "base_only": True,
             "init_start_from": OPENS,
             "init_end_from": CLOSES,
+            "init_mixing_weight": None,  # the floor is 1: a thought predicts alone
         },
         # Some eight problems a row, one row a step.
         data={**packed, "files": [str(texts[1])], "preset": "svamp", "prompt": PROMPT},
