@@ -1,6 +1,7 @@
 """Trainings side by side: at once, in their order, and their ends."""
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -28,7 +29,9 @@ def steps(*names: str) -> dict[str, int]:
 
 def test_two_run_at_once_with_a_thread_each(tmp_path, two_threads, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    with side_by_side(work, steps("first", "second", "third"), tmp_path, progress=False) as wait_for:
+    with side_by_side(
+        work, steps("first", "second", "third"), tmp_path, logs=tmp_path / "logs", progress=False
+    ) as wait_for:
         wait_for("first")  # which ends only when the second has
         assert (tmp_path / "second").is_file()
         wait_for("second")
@@ -43,7 +46,7 @@ def test_two_run_at_once_with_a_thread_each(tmp_path, two_threads, monkeypatch):
 
 def test_alone_they_run_here_when_they_are_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
-    with side_by_side(work, steps("second", "third"), tmp_path) as wait_for:
+    with side_by_side(work, steps("second", "third"), tmp_path, logs=tmp_path) as wait_for:
         wait_for("third")
         assert left(tmp_path, "third")[0] == str(os.getpid()) and not (tmp_path / "second").exists()
 
@@ -52,11 +55,11 @@ def test_alone_they_run_here_when_they_are_waited_for(tmp_path, monkeypatch):
     ("name", "said"),
     [
         ("fails", "there is no such corpus"),
-        ("dies", "the process that trains dies ended with status 9 and left no word"),
+        ("lacks", r"ended with status 1 \(.*lacks.log\): AttributeError: .* 'rows'"),
     ],
 )
 def test_a_failure_is_a_sentence_and_ends_the_others(name: str, said: str, tmp_path, two_threads):
-    runs = side_by_side(work, steps("hangs", name), tmp_path, progress=False)
+    runs = side_by_side(work, steps("hangs", name), tmp_path, logs=tmp_path / "logs", progress=False)
     with pytest.raises(UserError, match=said), runs as wait_for:
         wait_for("hangs")
     for _ in range(100):
@@ -75,11 +78,15 @@ def lives(pid: int) -> bool:
 
 
 def test_an_interruption_ends_them(tmp_path, two_threads):
-    runs = side_by_side(work, steps("hangs", "second"), tmp_path, progress=False)
+    runs = side_by_side(work, steps("hangs", "second"), tmp_path, logs=tmp_path / "logs", progress=False)
     with pytest.raises(KeyboardInterrupt), runs as wait_for:
         wait_for("second")
         while not (tmp_path / "hangs").is_file():
             time.sleep(0.01)
+        # As from the keyboard, which tells all of them.
+        os.kill(int(left(tmp_path, "hangs")[0]), signal.SIGINT)
+        time.sleep(0.3)
+        assert lives(int(left(tmp_path, "hangs")[0]))
         raise KeyboardInterrupt
     assert not lives(int(left(tmp_path, "hangs")[0]))
 

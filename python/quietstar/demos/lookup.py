@@ -232,7 +232,9 @@ def run_arms(
     for name in names:
         _announce(name, recipes[name], output, fresh)
     steps = {name: recipes[name].training["max_steps"] for name in names}
-    with side_by_side(train, steps, output, seed, fresh, progress, progress=progress) as wait_for:
+    with side_by_side(
+        train, steps, output, seed, fresh, progress, logs=output, progress=progress
+    ) as wait_for:
         for arm in arms:
             wait_for(arm.run)
             model = QuietStarForCausalLM.from_pretrained(output / arm.run)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from quietstar.errors import UserError
@@ -24,11 +26,15 @@ from quietstar.errors import UserError
 Work = Callable[..., None]
 # Seconds between looks at whether a process still lives.
 LOOK = 0.5
+# Standard output and errors.
+STREAMS = (1, 2)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Let torch and the operators use one thread within the block."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -39,7 +45,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def side_by_side(
-    work: Work, steps: Mapping[str, int], *args: Any, progress: bool = True
+    work: Work, steps: Mapping[str, int], *args: Any, logs: Path, progress: bool = True
 ) -> Iterator[Callable[[str], None]]:
     """Give a function that waits until a run is done; the runs are started in their order.
 
@@ -50,16 +56,20 @@ def side_by_side(
         work: trains a run of a name.
         steps: the runs' names, and how many steps each will report.
         args: for every call of ``work``.
+        logs: the folder in which each process leaves what it says, as ``NAME.log``.
         progress: whether to show one bar for all.
 
     Raises:
         UserError: when waiting, for what a run's own UserError says, or if its process ends otherwise.
     """
+    import torch
+
     at_once = min(torch.get_num_threads(), len(steps))
     if at_once == 1 or torch.accelerator.is_available():
         yield lambda name: work(name, *args)
         return
-    runs = _Runs(work, steps, args, at_once, progress)
+    logs.mkdir(parents=True, exist_ok=True)
+    runs = _Runs(work, steps, args, at_once, logs, progress)
     try:
         yield runs.wait_for
     finally:
@@ -68,12 +78,18 @@ def side_by_side(
 
 class _Runs:
     def __init__(
-        self, work: Work, steps: Mapping[str, int], args: tuple[Any, ...], at_once: int, progress: bool
+        self,
+        work: Work,
+        steps: Mapping[str, int],
+        args: tuple[Any, ...],
+        at_once: int,
+        logs: Path,
+        progress: bool,
     ):
         # A fork would take locks of torch's threads along.
         self.context = multiprocessing.get_context("spawn")
         self.messages: Any = self.context.Queue()
-        self.work, self.args, self.at_once = work, args, at_once
+        self.work, self.args, self.at_once, self.logs = work, args, at_once, logs
         self.waiting, self.running, self.done = list(steps), {}, set[str]()  # type: ignore[var-annotated]
         self.steps, self.reached = steps, dict.fromkeys(steps, 0)
         self.bar = tqdm(total=sum(steps.values()), unit="step", disable=not progress, leave=False)
@@ -95,18 +111,15 @@ class _Runs:
             process.join()
         self.bar.close()
 
+    def _log(self, name: str) -> Path:
+        return self.logs / f"{name}.log"
+
     def _start(self, name: str) -> None:
         process = self.context.Process(
             target=_run, args=(self.work, name, self.args, self.messages), daemon=True
         )
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"  # read when its torch is imported
-        try:
+        with _inherited(self._log(name)):
             process.start()
-        finally:
-            del os.environ["OMP_NUM_THREADS"]
-            if before is not None:
-                os.environ["OMP_NUM_THREADS"] = before
         self.running[name] = process
 
     def _hear(self, name: str, message: int | str | None) -> None:
@@ -122,20 +135,46 @@ class _Runs:
     def _look(self) -> None:
         for name, process in self.running.items():
             if not process.is_alive() and self.messages.empty():
-                raise UserError(
-                    f"the process that trains {name} ended with status {process.exitcode} and left no"
-                    " word; expected it to live (is there enough memory?)"
-                )
+                log = self._log(name)
+                text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+                last = (text.strip() or "no word").splitlines()[-1]
+                status = f"ended with status {process.exitcode}"
+                raise UserError(f"the process that trains {name} {status} ({log}): {last}")
+
+
+@contextmanager
+def _inherited(log: Path) -> Iterator[None]:
+    """What a process that starts within the block finds.
+
+    One thread; a file for all that it and its imports say; and no interruptions from the keyboard, which
+    are for the process that waits, and ends the others.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when its torch is imported
+    main = threading.current_thread() is threading.main_thread()  # no other may set it
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
+    ours = [os.dup(stream) for stream in STREAMS]
+    try:
+        with log.open("wb") as file:
+            for stream in STREAMS:
+                os.dup2(file.fileno(), stream)
+        yield
+    finally:
+        for stream, own in zip(STREAMS, ours, strict=True):
+            os.dup2(own, stream)
+            os.close(own)
+        if interrupted is not None:
+            signal.signal(signal.SIGINT, interrupted)
+        del os.environ["OMP_NUM_THREADS"]
+        if threads is not None:
+            os.environ["OMP_NUM_THREADS"] = threads
 
 
 def _run(work: Work, name: str, args: tuple[Any, ...], messages: Any) -> None:
     """In the process: train, and tell how it ends."""
     try:
-        with one_thread():
-            work(name, *args, report=lambda step: messages.put((name, step)))
+        work(name, *args, report=lambda step: messages.put((name, step)))
     except UserError as error:
         messages.put((name, str(error)))
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
     messages.put((name, None))
