@@ -51,7 +51,8 @@ def of_words(metrics: dict[str, Any]) -> dict[str, Any]:
 TRAINED = {
     "before": "before any training",
     "none": "trained without thoughts",
-    "thoughts": "trained with thoughts",
+    "half": "trained with thoughts, weight 0.5 at first",
+    "thoughts": "trained with thoughts, weight 0.05 at first",
 }
 
 
@@ -65,6 +66,7 @@ def of_trained(folder: Path) -> dict[str, Any]:
                 for task, means in json.loads(file.read_text())["tasks"].items()
             }
             for name, label in TRAINED.items()
+            if any(folder.glob(f"{name}-*.json"))
         }
     }
 

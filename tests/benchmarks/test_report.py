@@ -32,10 +32,13 @@ def test_a_model_before_and_after(tmp_path):
         for kind, tasks in (("perplexity", {"perplexity": text}), ("tasks", {"csqa": task})):
             (tmp_path / f"{name}-{kind}.json").write_text(json.dumps({"tasks": tasks}))
     said = render_trained({"machine": MACHINE, "date": "today", **of_trained(tmp_path)})
+    label = "trained with thoughts, weight 0.05 at first"
+    with_thoughts = f"{label}, with its thoughts"
     assert "| before any training | 3.000 ± 0.125 | 6.000 |" in said
-    assert "| trained with thoughts, thoughts off | 2.750 ± 0.125 | 5.500 |" in said
-    assert "| trained with thoughts, with its thoughts | 2.250 ± 0.125 | 4.500 |" in said
+    assert f"| {label}, thoughts off | 2.750 ± 0.125 | 5.500 |" in said
+    assert f"| {with_thoughts} | 2.250 ± 0.125 | 4.500 |" in said
     assert "9.000" not in said  # the thought alone is no row
     assert "from the easiest on: +0.500, " in said and said.count("+0.500") == 9 and "+1.000" in said
-    row = "| csqa, 7 items | trained with thoughts, with its thoughts | 0.5000 [-0.5000, 1.5000] |"
+
+    row = f"| csqa, 7 items | {with_thoughts} | 0.5000 [-0.5000, 1.5000] |"
     assert row in said
