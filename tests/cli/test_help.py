@@ -13,7 +13,7 @@ import pytest
 from quietstar.cli import app, completion
 from quietstar.recipes.recipe import shipped_recipes
 
-WIDTH, LINES = 80, 50
+WIDTH, LINES = 80, 40
 MODULES = {command.__name__.rpartition(".")[2]: command for command in app.COMMANDS}
 (SUBPARSERS,) = (
     action for action in app.build_parser()._actions if isinstance(action, argparse._SubParsersAction)

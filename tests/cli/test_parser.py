@@ -32,6 +32,31 @@ def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         ("generate m --seed x", "--seed is 'x'; expected a whole number (quietstar generate"),
         ("generate m --temperature x", "--temperature is 'x'; expected a number (quietstar generate"),
         ("--json info", "--json belongs behind the command, as in quietstar info --json (quietstar"),
+        (
+            "--output x train tiny a=1",
+            "--output belongs behind the command, as in quietstar train tiny a=1 --output x (quietstar",
+        ),
+        (
+            "--quiet --output=x star tiny",
+            "--quiet belongs behind the command, as in quietstar star tiny --quiet --output=x (",
+        ),
+        # The value is a command's name, too.
+        ("--output plan train tiny", "as in quietstar train tiny --output plan (quietstar train"),
+        (
+            "--seed 3 generate m",
+            "--seed belongs behind the command, as in quietstar generate m --seed 3",
+        ),
+        (
+            "--max-steps 50 train tiny",
+            "quietstar train has no option --max-steps; what a recipe sets is",
+        ),
+        ("--foo bar", "quietstar has no option --foo (quietstar"),
+        ("-q train tiny", "quietstar train has no option -q (quietstar train"),
+        ("help", "no command 'help'; did you mean --help? (quietstar"),
+        ("version", "no command 'version'; did you mean --version? (quietstar"),
+        ("train tiny --output", "--output needs a value (quietstar train"),
+        ("train tiny --output --quiet", "--output needs a value (quietstar train"),
+        ("train tiny --resume --overwrite", "--resume and --overwrite cannot be combined (quietstar"),
         # As transformers' scripts are called.
         ("train tiny --max-steps 50", "; what a recipe sets is changed without dashes: max_steps=50 ("),
         ("train tiny a=1 --learning_rate=1e-4", " without dashes: learning_rate=1e-4 (quietstar train"),
@@ -44,6 +69,13 @@ def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 )
 def test_one_sentence(words: str, sentence: str, capsys):
     assert sentence in said(words.split(), capsys)
+
+
+@pytest.mark.parametrize("words", ["--version", "--vers", "--help", "-h", "--help train"])
+def test_what_stands_before_a_command(words: str, capsys):
+    with pytest.raises(SystemExit) as stop:
+        app.main(words.split())
+    assert stop.value.code == 0 and capsys.readouterr().out
 
 
 def test_without_a_near_word_all_are_named(capsys):

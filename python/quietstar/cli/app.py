@@ -49,7 +49,9 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for a user's error, 130 when interrupted."""
     parser = build_parser()
-    args, rest = parser.parse_known_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parser.check_first(words)
+    args, rest = parser.parse_known_args(words)
     if args.command is None and not rest:
         parser.print_help(sys.stderr)
         return USER_ERROR

@@ -19,7 +19,7 @@ def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "model",
         metavar="MODEL",
-        help="folder of a run or checkpoint, a GGUF file, or a name on the hub",
+        help="folder of a run or checkpoint, GGUF file, or hub name",
     )
     command.add_argument("--tokenizer", metavar="T", help="another tokenizer than the model's own")
     command.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: cuda if it is there)")

@@ -19,10 +19,11 @@ def add_parser(commands: Commands) -> None:
     """The command and its arguments."""
     evaluate = commands.add_parser(
         "eval",
+        usage="%(prog)s MODEL [options]",
         help="measure a model, with its thoughts and without",
         description="Measure a model, with its thoughts and without (a plain decoder: without): a table,"
-        " and a json file. A command that was interrupted continues when it is given again. For several"
-        " processes: torchrun --nproc-per-node N -m quietstar eval ...",
+        " and a json file. The same command goes on where it was interrupted. Several processes:"
+        " torchrun --nproc-per-node N -m quietstar eval ...",
         epilog="example: quietstar eval quietstar-runs/tiny --tasks perplexity",
     )
     add_model(evaluate)
@@ -31,37 +32,34 @@ def add_parser(commands: Commands) -> None:
         "--tasks",
         metavar="T,...",
         default="gsm8k,csqa,perplexity",
-        help="gsm8k, csqa, svamp, gsm8k-cot, completions, perplexity, and tasks of lm-evaluation-harness"
-        " (default: gsm8k,csqa,perplexity)",
+        help="gsm8k, csqa, perplexity (these by default), svamp, gsm8k-cot, completions, and"
+        " lm-evaluation-harness's",
     )
     add(
         "--data",
         metavar="[TASK=]FILE",
         action="append",
-        help="a local file instead of the data set: jsonl, json, csv, tsv or parquet of the same"
-        " columns; for perplexity any text (default there: the standard library's held-out files)",
+        help="a local file with the data set's columns: jsonl, json, csv, tsv or parquet; perplexity:"
+        " any text (default: the standard library's held-out files)",
     )
     add("--limit", metavar="N", type=int, help="the first N items of each task")
     add("--output", metavar="FILE", type=Path, help="default: quietstar-runs/eval/MODEL-....json")
     add("--batch-size", metavar="N", type=int, default=8, help="items at once (default: 8)")
     add("--max-length", metavar="N", type=int, default=256, help="tokens of an item (default: 256)")
     add("--block-size", metavar="N", type=int, default=256, help="perplexity: tokens (default: 256)")
-    add("--votes", metavar="K", type=int, default=8, help="gsm8k-cot: chains per item (default: 8)")
-    add("--temperature", metavar="X", type=float, default=0.9, help="gsm8k-cot (default: 0.9)")
-    add("--max-new-tokens", metavar="N", type=int, default=384, help="gsm8k-cot: of a chain")
-    add(
-        "--thinking",
-        metavar="RULE",
-        default="always",
-        help="gsm8k-cot: always (the default), never, every:K or entropy-nats:X, as in generate",
-    )
-    add("--preset", metavar="NAME", help="completions: a known question set, as data.preset of a recipe")
-    for part in ("prompt", "completion"):
-        add(f"--{part}", metavar="T", help=f"completions: as data.{part} of a recipe")
-    add("--thoughts", metavar="K", type=int, help="completions: the mean over K drawn thoughts")
     add("--include-path", metavar="DIR", type=Path, help="task files for lm-evaluation-harness")
     add("--seed", metavar="N", type=int, default=0, help="default: 0")
     add("--quiet", action="store_true", help="no progress bars")
+    add = evaluate.add_argument_group("task gsm8k-cot").add_argument
+    add("--votes", metavar="K", type=int, default=8, help="chains per item (default: 8)")
+    add("--temperature", metavar="X", type=float, default=0.9, help="default: 0.9")
+    add("--max-new-tokens", metavar="N", type=int, default=384, help="of a chain (default: 384)")
+    add("--thinking", metavar="RULE", default="always", help="as in generate (default: always)")
+    add = evaluate.add_argument_group("task completions").add_argument
+    add("--preset", metavar="NAME", help="a known question set, as data.preset of a recipe")
+    for part in ("prompt", "completion"):
+        add(f"--{part}", metavar="T", help=f"template, as data.{part} of a recipe")
+    add("--thoughts", metavar="K", type=int, help="the mean over K drawn thoughts")
     evaluate.set_defaults(run=run)
 
 

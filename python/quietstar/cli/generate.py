@@ -17,6 +17,7 @@ def add_parser(commands: Commands) -> None:
     """The command and its arguments."""
     generate = commands.add_parser(
         "generate",
+        usage="%(prog)s MODEL [PROMPT] [options]",
         help="continue a text, thinking before its tokens",
         description="Continue a text, thinking before its tokens where the model has thoughts. The new"
         " text alone is printed, as it comes. The most likely tokens are taken unless a sampling option"
