@@ -94,6 +94,20 @@ def test_without_a_network(words, kind, nowhere, capsys, tmp_path, monkeypatch, 
     assert list(hub._answers) == [nowhere]
 
 
+@pytest.mark.slow  # lists the tasks of lm-evaluation-harness
+def test_a_task_of_the_harness_without_a_network(nowhere, capsys, tmp_path, caplog):
+    """Its data are looked for before a model is, and once."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra: eval)")
+    (tmp_path / "task.yaml").write_text(
+        "task: quietstar_of_no_hub\ndataset_path: no/such\noutput_type: loglikelihood\n"
+    )
+    words = ["eval", "no/model", "--tasks", "quietstar_of_no_hub", "--include-path", tmp_path]
+    with caplog.at_level(logging.INFO, "huggingface_hub"):
+        rejected(capsys, words, f"; the Hugging Face Hub cannot be reached ({nowhere}: ", alone=False)
+    assert "Retrying" not in caplog.text
+    assert constants.HF_HUB_OFFLINE is False
+
+
 def test_the_sentence_says_what_failed(nowhere):
     with pytest.raises(UserError, match=rf"which cannot be reached \({nowhere}: .*refused.*\)$"):
         load_config("no/such")

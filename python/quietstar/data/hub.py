@@ -49,9 +49,9 @@ def from_hub(kind: str, name: str, instead: str = "") -> Iterator[None]:
         validate_repo_id(name)
     except HFValidationError:
         raise NotOnHub(f"{nowhere}{instead}") from None
-    why_not = unreachable()
+    why_not = None
     try:
-        with _offline(why_not is not None):
+        with cached_if_unreachable() as why_not:
             yield
     except UserError:
         raise
@@ -72,6 +72,14 @@ def from_hub(kind: str, name: str, instead: str = "") -> Iterator[None]:
         if isinstance(found, RepositoryNotFoundError) and not isinstance(found, GatedRepoError):
             raise NotOnHub(f"{nowhere} (a private one needs `hf auth login`){instead}") from error
         raise
+
+
+@contextmanager
+def cached_if_unreachable() -> Iterator[str | None]:
+    """Within, the local cache alone is read where the hub cannot be reached; gives why it cannot."""
+    why_not = unreachable()
+    with _offline(why_not is not None):
+        yield why_not
 
 
 def _has_part(name: str) -> bool:

@@ -8,12 +8,17 @@ so its command line is reached through this module:
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 
+from quietstar.data.hub import NotOnHub, cached_if_unreachable
+from quietstar.errors import blaming, reason
 from quietstar.evaluation.perplexity import spread
 from quietstar.evaluation.table import grid
 
@@ -50,18 +55,42 @@ class QuietStarLM(HFLM):  # type: ignore[misc, unused-ignore]
         return int(super().max_length) - (depth_of_end(config) if config.thinks else 0)
 
 
-def known_tasks(include: Path | None) -> Any:
-    """The harness's task manager, with the task files of a folder if one is given."""
-    from lm_eval.tasks import TaskManager
+class Tasks(TaskManager):  # type: ignore[misc, unused-ignore]
+    """The harness's tasks, with the task files of a folder if one is given.
 
-    return TaskManager(include_path=None if include is None else str(include))
+    Their data are read once, so that what is missing can be said before a model is opened.
+    """
+
+    def __init__(self, include: Path | None = None):
+        super().__init__(include_path=None if include is None else str(include))
+        self._loaded: dict[tuple[str, ...], Any] = {}
+
+    def load(self, task_list: Sequence[str]) -> Any:
+        """The tasks of these names, with their data.
+
+        Raises:
+            UserError: for a task that cannot be read, and data that are not to be had.
+        """
+        names = tuple(task_list)
+        if names not in self._loaded:
+            what = f"cannot load {'task' if len(names) == 1 else 'tasks'} {', '.join(names)}"
+            with blaming(what), cached_if_unreachable() as why_not:
+                try:
+                    self._loaded[names] = super().load(list(names))
+                except ConnectionError as error:
+                    raise NotOnHub(
+                        f"{what}: {reason(error)}; the Hugging Face Hub cannot be reached ({why_not})"
+                        if why_not
+                        else f"{what}: {reason(error)}"
+                    ) from error
+        return self._loaded[names]
 
 
 def run_tasks(
     model: QuietStarForCausalLM | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: list[str],
-    manager: Any,
+    manager: Tasks,
     *,
     limit: int | None,
     batch_size: int,
@@ -71,7 +100,13 @@ def run_tasks(
     import lm_eval
 
     kind = QuietStarLM if isinstance(model, QuietStarForCausalLM) else HFLM
-    lm = kind(model, tokenizer=tokenizer, batch_size=batch_size)
+    logger = logging.getLogger(HFLM.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of arguments that it would read from a model's name
+    try:
+        lm = kind(model, tokenizer=tokenizer, batch_size=batch_size)
+    finally:
+        logger.setLevel(level)
     found = lm_eval.simple_evaluate(
         model=lm,
         tasks=tasks,

@@ -32,14 +32,14 @@ def split_names(words: str) -> list[str]:
 
 
 def check_foreign(names: Sequence[str], include: Path | None) -> Any:
-    """The harness's task manager, if a task needs it; each name has to be one of its tasks."""
+    """The harness's tasks, read, if one is asked for; each name has to be one of them."""
     if include is not None and not include.is_dir():
         raise UserError(f"--include-path {include} is not a folder")
     if not names:
         return None
     own = ", ".join(OWN)
     try:
-        from quietstar.evaluation.harness import known_tasks
+        from quietstar.evaluation.harness import Tasks
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("lm_eval"):
             raise
@@ -47,13 +47,14 @@ def check_foreign(names: Sequence[str], include: Path | None) -> Any:
             f"unknown task {names[0]!r}{_nearest(names[0], OWN)}; tasks of this package: {own} (those of"
             f" lm-evaluation-harness need {INSTALL})"
         ) from None
-    manager = known_tasks(include)
+    manager = Tasks(include)
     for name in names:
         if not manager.match_tasks([name]):
             raise UserError(
                 f"unknown task {name!r}{_nearest(name, [*OWN, *manager.all_tasks])}; tasks of this"
                 f" package: {own}; the others are lm-evaluation-harness's"
             )
+    manager.load(list(names))
     return manager
 
 
