@@ -101,7 +101,7 @@ def _removing_what_is_made(folder: Path, what: str, advice: str) -> Iterator[Non
     """Within, ``folder`` exists; errors name ``what``."""
     made: list[Path] = []
     try:
-        made = [p for p in (folder, *folder.parents) if not p.exists()]
+        made = [p for p in (folder, *folder.parents) if p.name != ".." and not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except (OSError, ValueError) as error:

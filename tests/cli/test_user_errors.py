@@ -25,6 +25,7 @@ from quietstar.files import RUN_FILE
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 40
 CONFIG, TRAINING = "model.config.", "training."
+NAMED = ("small.yaml", "model.config=", "model.tokenizer=")
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,11 @@ def test_output_folders(output: str, message: str, capsys):
     refused(["eval", "model", "--tasks", "perplexity", "--output", output + "/x"], "--output", capsys)
 
 
+def test_an_output_folder_beside_one_that_is_not_there(tmp_path):
+    words = ["train", "small.yaml", "--output", str(tmp_path / "new" / ".." / "out"), "--quiet"]
+    assert cli.main(words) == 0 and (tmp_path / "out" / RUN_FILE).is_file()
+
+
 def test_overwriting_spares_the_old_run_until_the_new_one_starts(capsys, tmp_path):
     words = ["train", "small.yaml", "--output", str(tmp_path / "run"), "--quiet", "--overwrite"]
     assert cli.main(words) == 0
@@ -224,7 +230,10 @@ def test_a_model_without_thoughts(capsys):
         (["plan", "small.yaml", "--gpu-memory", "24M"], "--gpu-memory is '24M', 0.024 GB; expected"),
         (["plan", "small.yaml", "model.config.hidden_size=33"], "model.config: The hidden size (33)"),
         (["plan", "small.yaml", "model.config.hiden_size=32"], "did you mean hidden_size?"),
-        (["plan", "small.yaml", "model.config=", "model.name=folder"], "cannot load the configuration"),
+        (["plan", "small.yaml", "model.config=", "model.name=folder"], "folder holds no model (no"),
+        # Named as the model, though its tokenizer is read first.
+        (["train", *NAMED, "model.name=folder"], "folder holds no model (no config.json)"),
+        (["train", *NAMED, "model.name=nowhere"], "error: model nowhere is neither a folder nor in"),
         (["eval", "model", "--tasks", "perplexity", "--data", "binary"], "binary is not UTF-8 text"),
         (["eval", "model", "--tasks", "gsm8k", "--data", "text.txt"], "line 1 is not JSON"),
         (

@@ -70,7 +70,7 @@ class TestLocalFiles:
         ("name", "content", "words"),
         [
             ("no.txt", None, "no.txt does not exist"),
-            ("*.nothing", None, "pattern matches no file"),
+            ("*.nothing", None, "no data file matches"),
             ("empty.txt", b"", "empty.txt is empty; expected text"),
             ("blank.txt", b" \n\n", "holds nothing but white space"),
             ("latin.txt", b"caf\xe9", "latin.txt is not UTF-8 text"),

@@ -165,12 +165,15 @@ def test_adapters_in_compiled_layers(traced_only):
     same(found[1], found[0])
 
 
-def test_quantized_layers_are_left_alone_unless_asked(caplog):
+@pytest.mark.parametrize("cuda", [True, False])
+def test_quantized_layers_are_left_alone_unless_asked(cuda: bool, caplog, monkeypatch):
+    """Which is worth a line where others would be fused."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     model = build()
     model.base.hf_quantizer = object()
     with caplog.at_level("INFO", logger="quietstar"):
         model.fuse_layers("auto")
-    assert "not fused: its weights are quantized" in caplog.text
+    assert ("not fused: its weights are quantized" in caplog.text) == cuda
     assert not any("forward" in vars(layer) for layer in decoder_layers(model.base))
 
 

@@ -112,8 +112,10 @@ def expand_files(patterns: str | Iterable[str], left_out: LeftOut | None = None)
         names = [expanded] if path.exists() else sorted(glob.glob(expanded, recursive=True))
         matches = [Path(name) for name in names if path.exists() or Path(name).is_file()]
         if not matches:
-            kind = "pattern matches no file" if glob.has_magic(pattern) else "does not exist"
-            raise UserError(f"data file {pattern} {kind} (looked from {Path.cwd()})")
+            missing = f"data file {pattern} does not exist"
+            if glob.has_magic(pattern):
+                missing = f"no data file matches {pattern}"
+            raise UserError(f"{missing} (looked from {Path.cwd()})")
         reasons = {match: unsupported_reason(match) for match in matches}
         if all(reasons.values()):
             raise UserError(f"data file {matches[0]} {reasons[matches[0]]}")

@@ -85,6 +85,13 @@ def _place(name: str | Path) -> tuple[str, dict[str, Any]]:
     return str(path.parent), {"gguf_file": path.name}
 
 
+def check_holds_model(name: str | Path) -> None:
+    """Raise :class:`UserError` for a folder with neither a model's configuration nor an adapter's."""
+    files = (Path(name) / file for file in ("config.json", "adapter_config.json"))
+    if is_folder(name) and not any(map(is_file, files)):
+        raise UserError(f"{name} holds no model (no config.json)")
+
+
 @contextmanager
 def _naming(kind: str, name: str | Path, options: dict[str, Any]) -> Iterator[None]:
     """Within, errors name what is not there, a GGUF file that cannot be read, and a model type that is
@@ -93,6 +100,8 @@ def _naming(kind: str, name: str | Path, options: dict[str, Any]) -> Iterator[No
         with blaming(f"the GGUF file {name} is damaged, or of a kind that transformers cannot read"):
             yield
         return
+    if kind == "model":
+        check_holds_model(name)
     try:
         with from_hub(kind, str(name)):
             yield
@@ -119,10 +128,16 @@ def _unknown_type(name: str) -> str | None:
     return kind if isinstance(kind, str) and kind not in CONFIG_MAPPING else None
 
 
-def load_tokenizer(name: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, a GGUF file or a name on the hub."""
+def load_tokenizer(
+    name: str | Path, revision: str | None = None, of_model: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, a GGUF file or a name on the hub.
+
+    Args:
+        of_model: it is the model's own: an error is about the model.
+    """
     folder, options = _place(name)
-    with _naming("", name, options):
+    with _naming("model" if of_model else "", name, options):
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision, **options)
         if options:
             _set_special_tokens(tokenizer)

@@ -33,7 +33,7 @@ def build_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         assert source is not None  # checked with the recipe
         revision = section.revision if section.tokenizer is None else None
         with blaming(f"cannot load the tokenizer of {source}"):
-            tokenizer = load_tokenizer(source, revision)
+            tokenizer = load_tokenizer(source, revision, of_model=section.tokenizer is None)
     if section.special_tokens is not None:
         read_special_tokens(tokenizer, section.special_tokens == "control")
     return tokenizer

@@ -99,7 +99,7 @@ def fuse_layers(decoder: PreTrainedModel, way: str = "auto") -> None:
             _compile(decoder, cuda_only=way == "auto")
         elif way == "compile":
             raise ValueError(f"fused_layers is 'compile', but {reason}")
-        else:
+        elif torch.cuda.is_available():  # elsewhere nothing would be fused
             logger.info("the layers are not fused: %s", reason)
 
 
