@@ -165,6 +165,10 @@ def test_models_and_prompts_that_are_none(folder: str, tmp_path, capsys, monkeyp
     refused("is not UTF-8 text", folder, "--file", tmp_path / "binary")
     refused("the prompt is empty", folder, "")
     refused("the prompt has no tokens", folder, " ")
+    (tmp_path / "long").write_text("u " * 500)
+    refused(
+        "positions (max_position_embeddings); expected a shorter", folder, "--file", tmp_path / "long"
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     refused("the prompt is empty", folder)
     other = dash_tokenizer(200)

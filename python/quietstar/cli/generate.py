@@ -73,6 +73,12 @@ def run(args: argparse.Namespace) -> int:
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     if ids.shape[1] == 0:
         raise UserError("the prompt has no tokens; give a text to continue")
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(context, int) and ids.shape[1] >= context:
+        raise UserError(
+            f"the prompt has {ids.shape[1]} tokens and {args.model} has {context} positions"
+            " (max_position_embeddings); expected a shorter prompt"
+        )
     ids = torch.cat([ids, torch.tensor([pause_ids(tokenizer)], dtype=ids.dtype)], dim=1)
     known = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if known is None else known
