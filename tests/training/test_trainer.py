@@ -6,8 +6,10 @@ import pytest
 import small_training
 import torch
 from families import thinking_model, tiny_decoder
+from safetensors.torch import load_file, save_file
 from small_training import Interrupt, small_model
 from transformers import TrainerCallback, TrainingArguments
+from transformers import trainer as theirs
 
 from quietstar import QuietStarForCausalLM, QuietStarTrainer
 from quietstar.data.lookup import build_tokenizer
@@ -84,6 +86,27 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path, kind: str)
     resumed = second.model.state_dict()
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed[name]), name
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_tied_weight_is_not_missed_in_a_checkpoint(tied: bool, tmp_path, monkeypatch):
+    """It is there under its other name; one that is not there is missed."""
+
+    def build() -> QuietStarForCausalLM:
+        decoder = tiny_decoder("llama", vocab_size=48, tie_word_embeddings=tied)
+        return thinking_model(decoder, thought_length=2)
+
+    trainer(tmp_path, build(), steps=4).train()
+    checkpoint = tmp_path / "checkpoint-4"
+    if not tied:
+        state = load_file(checkpoint / "model.safetensors")
+        del state["base.lm_head.weight"]
+        save_file(state, checkpoint / "model.safetensors", {"format": "pt"})
+    said: list[str] = []
+    monkeypatch.setattr(theirs.logger, "warning", said.append)
+    trainer(tmp_path, build())._load_from_checkpoint(str(checkpoint))
+    assert [words for words in said if "base.lm_head.weight" in words] == said
+    assert len(said) == (0 if tied else 1)
 
 
 def test_it_stops_at_a_loss_that_is_not_finite(tmp_path):

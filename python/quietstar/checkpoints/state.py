@@ -252,3 +252,15 @@ def check_plain(value: Any, what: str) -> None:
         json.dumps(value)
     except TypeError as error:
         raise ValueError(f"{what} keeps a state that is no plain data ({error})") from error
+
+
+def without_tied(model: nn.Module, loaded: Any) -> Any:
+    """What ``load_state_dict`` says, without weights as missing that were read under another name.
+
+    A file has tied weights once.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = set(loaded.missing_keys)
+    read = {id(parameter) for name, parameter in parameters.items() if name not in missing}
+    left = [name for name in loaded.missing_keys if id(parameters.get(name)) not in read]
+    return loaded._replace(missing_keys=left)

@@ -76,8 +76,7 @@ class QuietStarTrainer(Trainer):
         self.missing_targets = MissingTargets(speaks=self.is_world_process_zero())
         self.without_targets = self.missing_targets.counts
         self.metrics = ThoughtMetrics(self.add_up_over_processes)
-        self._evaluates = True
-        self._watch = Watch()
+        self._evaluates, self._watch = True, Watch()
         self.warnings_given: list[str] = []
         self._random_state_from: str | None = None
         if given.get("data_collator") is None:
@@ -133,9 +132,8 @@ class QuietStarTrainer(Trainer):
 
     def build_copy(self) -> EmaCopy | None:
         """The averaged copy, if any step of the training asks for it."""
-        if not asks_for_copy(self.thought_config, self.schedule):
-            return None
-        return EmaCopy(self.own_model, argument(self.args, "ema_decay"))
+        asked = asks_for_copy(self.thought_config, self.schedule)
+        return EmaCopy(self.own_model, argument(self.args, "ema_decay")) if asked else None
 
     # ---- the training and its steps -----------------------------------------------------------------
 
@@ -169,8 +167,7 @@ class QuietStarTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         batches, count = super().get_batch_samples(*args, **kwargs)
-        if self._random_state_from is not None:
-            # Opening the loader has drawn a random number.
+        if self._random_state_from is not None:  # opening the loader has drawn a random number
             self._load_rng_state(self._random_state_from)
             self._random_state_from = None
         self.global_batch.start(batches, self.state.global_step)
@@ -348,6 +345,9 @@ class QuietStarTrainer(Trainer):
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        super()._issue_warnings_after_load(training_state.without_tied(self.model, load_result))
+
     def _optimizer_parts(self) -> tuple[Any, Any, dict[nn.Parameter, str]]:
         """The optimiser itself, its schedule, and the names of the model's parameters."""
         put_shards_back(model := self.own_model)
@@ -355,13 +355,13 @@ class QuietStarTrainer(Trainer):
         return optimizer, self.lr_scheduler, training_state.parameter_names(model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        writes = self.args.should_save
         if self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
         else:
-            training_state.save_optimizer(Path(output_dir), *self._optimizer_parts(), writes)
+            own = (*self._optimizer_parts(), self.args.should_save)
+            training_state.save_optimizer(Path(output_dir), *own)
         if self.ema is not None:
-            self.ema.save(output_dir, write=writes)
+            self.ema.save(output_dir, write=self.args.should_save)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_deepspeed_enabled:
