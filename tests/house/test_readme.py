@@ -134,5 +134,6 @@ def test_the_sentence_on_sums_is_of_the_results():
         rows = [run["rows"][10]["accuracy_by_class"]["3 digits"] for run in arms[arm]["seeds"].values()]
         return ", ".join(f"{100 * share:.0f}" for share in rows)
 
-    said = f"end at {ends('with')} % (three seeds) with rationalization, at {ends('without')} % without"
+    hinted, alone = ends("with"), ends("without")
+    said = f"end at {hinted} % (three seeds) with hints where it fails, at {alone} % without"
     assert said in README.read_text()
