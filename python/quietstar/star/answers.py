@@ -11,10 +11,17 @@ from quietstar.recipes.star_section import EXTRACTORS, REGEX
 
 Extractor = Callable[[str], str | None]
 
-_NUMBER = re.compile(r"-?(?:\d[\d,]*)?\.?\d+")
+# A minus behind a number, a word or a bracket takes away, as in 10-7.
+_NUMBER = re.compile(r"(?:(?<![\w.)\]])-[$€£]?)?(?:\d[\d,]*)?\.?\d+(?:[eE][-+]?\d+(?!\w))?")
+# A number alone but for currency, percent, a unit of one or two words, a mark at the end.
+_UNIT = r"\s*[%$€£]|\s+(?!.*(?:hundred|thousand|illion|dozen))[A-Za-z]+(?: [A-Za-z]+)?"
+_FIGURE = re.compile(rf"(-?)[$€£]?\s*(-?[\d.,]*\d)(?:{_UNIT})?[.!]?")
+# Between thousands, beside the comma.
+_GAP = re.compile(r"(?<=\d)[\u00a0\u2009\u202f'\u2019](?=\d{3}(?!\d))")
+_MINUS = "\u2212"
 _IN_BRACKETS = re.compile(r"\(([A-Ea-e])\)")
 # "A dog": an article.
-_ALONE = re.compile(r"(?<![\w'])(A(?! +[a-z])|[B-E])(?![\w'])")
+_ALONE = re.compile(r"(?<!\w)(?<!\w')(A(?! +[a-z])|[B-E])(?!\w|'\w)")
 # The letter itself, or the first in brackets of the same sentence: "the answer is wood (B)".
 _SAID = re.compile(
     r"\b[Aa]nswer(?:\s+is(?!\s+not\b)\s*:?|\s*:)(?:\s*([A-E])(?![\w'])|[^.\n()]*\(([A-Ea-e])\))"
@@ -22,13 +29,13 @@ _SAID = re.compile(
 
 
 def last_number(text: str) -> str | None:
-    """The last number, in digits: ``70,000`` is 70000 and ``51.0`` is 51."""
-    found = _NUMBER.findall(text)
+    """The last number, in digits: ``70,000`` is 70000 and ``51.0`` is 51; the 7 of ``10-7`` is one."""
+    found = _NUMBER.findall(_even(text))
     return _plain(found[-1]) if found else None
 
 
 def behind_mark(text: str) -> str | None:
-    """What stands on the line behind the last ``####``; a number in digits."""
+    """What stands on the line behind the last ``####``; a number in digits, without its unit."""
     _, mark, rest = text.rpartition("####")
     answer = rest.strip().partition("\n")[0].strip()
     return _plain(answer) if mark and answer else None
@@ -70,8 +77,15 @@ def extractor(name: str) -> Extractor:
     return last_match
 
 
+def _even(text: str) -> str:
+    """With one minus, and without gaps between thousands."""
+    return _GAP.sub("", text.replace(_MINUS, "-"))
+
+
 def _plain(text: str) -> str:
+    bare = _even(text.strip("*_` "))  # Markdown's marks
+    found = _FIGURE.fullmatch(bare)
     try:
-        return number(text.replace("$", ""))
+        return number(f"{found[1]}{found[2]}" if found else bare.replace("$", ""))
     except Unfit:
         return text

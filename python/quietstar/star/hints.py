@@ -11,6 +11,8 @@ from quietstar.errors import UserError
 from quietstar.recipes.star_section import Hint
 
 MARK = "(CORRECT)"
+# Between a question and the line that asks for the answer.
+_BLANK_LINES = re.compile(r"(?:\s*\n\s*|\r)\Z")
 
 
 def hinted(kind: Hint, prompt: str, answer: str) -> str:
@@ -21,20 +23,27 @@ def hinted(kind: Hint, prompt: str, answer: str) -> str:
     """
     if kind == "choice":
         return _mark_choice(prompt, answer)
-    body = prompt.rstrip("\n")
-    before, line_break, asks = body.rpartition("\n")
+    body = prompt.rstrip()
+    before, _, asks = body.rpartition("\n")
+    before = _BLANK_LINES.sub("", before)
     if not before.strip():
         raise UserError(
             f"star.hint is {kind!r} and the prompt {prompt!r:.80} has one line; expected a last line of"
             " its own that asks for the answer, before which the hint has its place"
         )
-    hint = f" ({answer})" if kind == "question" else f"\n{answer}"
-    return f"{before}{hint}{line_break}{asks}{prompt[len(body) :]}"
+    if kind == "question":
+        return f"{before} ({answer}){prompt[len(before) :]}"
+    place = len(body) - len(asks)
+    return f"{prompt[:place]}{answer}\n{prompt[place:]}"
 
 
 def _mark_choice(prompt: str, answer: str) -> str:
-    choice = re.compile(rf"^(\({re.escape(answer)}\) .*)$", re.MULTILINE)
-    found = list(choice.finditer(prompt))
+    # "(B) wood"; else "B) wood" or "B. wood". Letters may be small, as in STaR's own prompts.
+    letter = re.escape(answer)
+    found: list[re.Match[str]] = []
+    for label in (rf"\({letter}\)", rf"{letter}[).]"):
+        choice = re.compile(rf"^[ \t]*{label}[ \t]+\S.*$", re.MULTILINE | re.IGNORECASE)
+        found = found or list(choice.finditer(prompt))
     if not found:
         raise UserError(
             f"star.hint is 'choice' and the prompt {prompt!r:.80} has no line that begins with"
