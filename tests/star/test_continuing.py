@@ -163,10 +163,64 @@ def test_a_section_of_defaults_is_one(base, tmp_path):
         run_star(parse_recipe(content), tmp_path / "run", progress=False)
 
 
-def test_overwritten_a_run_is_no_longer_done_before_it_loses_anything(base, tmp_path, monkeypatch):
-    def dies(path):
-        raise Killed
+def test_a_run_goes_on_with_its_own_data_alone(base, tmp_path, monkeypatch):
+    """What is written already belongs to the problems of then."""
+    scripted(monkeypatch, lambda prompt: (f" {2 * int(prompt.split()[1])}", True))
+    content = recipe_content(base, answer="number", rationalize=False, iterations=1, test_problems=2)
+    del content["star"]["digits"], content["star"]["problems"]
+    file = tmp_path / "numbers.jsonl"
+    content["data"] = {"files": [str(file)], "prompt": "Twice {n}\nA:", "completion": " {m}"}
+    content["data"] |= {"packing": "packed", "block_size": 64}
 
+    def saved(*numbers: int) -> None:
+        file.write_text("".join(json.dumps({"n": n, "m": 2 * n}) + "\n" for n in numbers))
+
+    saved(1, 2, 3, 4, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "keep", dies)
+        with pytest.raises(Killed):
+            run_star(parse_recipe(content), tmp_path / "run", progress=False)
+    written = (tmp_path / "run" / "iteration-01" / "written.jsonl").read_bytes()
+    for numbers, counts in (((1, 2, 4, 3, 5), "3 problems"), ((1, 2, 3, 4, 5, 6), "4 problems")):
+        saved(*numbers)
+        said = f"not those that the run in .* began with .3 problems, 2 held out, .* then, {counts}"
+        with pytest.raises(UserError, match=said):
+            run_star(parse_recipe(content), tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "iteration-01" / "written.jsonl").read_bytes() == written
+    saved(1, 2, 3, 4, 5)
+    rows = run_star(parse_recipe(content), tmp_path / "run", progress=False).metrics["rows"]
+    assert rows[1]["kept"] == 3
+    saved(1, 2, 3, 4, 5, 6)
+    again = run_star(parse_recipe(content), tmp_path / "run", overwrite=True, progress=False)
+    assert again.metrics["rows"][1]["kept"] == 4
+
+
+def dies(*args, **kwargs):
+    raise Killed
+
+
+def test_killed_while_it_is_overwritten_a_run_ends_the_same(base, tmp_path, monkeypatch):
+    """Nothing half removed is taken for what is left of it."""
+    scripted(monkeypatch, solves_even_sums)
+    recipe = parse_recipe(recipe_content(base))
+    metrics = run_star(recipe, tmp_path / "run", progress=False).metrics
+    before = sorted((tmp_path / "run").rglob("*"))
+    rmtree = loop.shutil.rmtree
+
+    def dies_within(path):
+        for inner in Path(path).glob("model"):
+            rmtree(inner)
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.shutil, "rmtree", dies_within)
+        with pytest.raises(Killed):
+            run_star(recipe, tmp_path / "run", overwrite=True, progress=False)
+    assert run_star(recipe, tmp_path / "run", progress=False).metrics["rows"] == metrics["rows"]
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
+def test_overwritten_a_run_is_no_longer_done_before_it_loses_anything(base, tmp_path, monkeypatch):
     scripted(monkeypatch, solves_even_sums)
     recipe = parse_recipe(recipe_content(base, iterations=1))
     run_star(recipe, tmp_path / "run", progress=False)

@@ -19,6 +19,7 @@ QUESTIONS = [
         "A": f"adding\n#### {2 * n}",
         "C": "(A) one\n(B) two",
         "K": "xy"[n % 2],
+        "E": "\n" * (n % 2),
     }
     for n in range(1, 9)
 ]
@@ -137,6 +138,13 @@ def test_sections_at_odds(base, section: str, values: dict[str, Any] | None, sai
             r"star.shots has \d+ tokens, the longest problem \d+ and star.max_new_tokens is 60; expected"
             " at most 256 together, the model's context",
         ),
+        (
+            {},
+            {"problem_class": "{T}"},
+            "has no column 'T' for star.problem_class '{T}'; its columns are",
+        ),
+        ({}, {"problem_class": "{"}, "star.problem_class is '{', which is no template"),
+        ({"prompt": "{E}"}, {"rationalize": False}, "questions.jsonl:1 has an empty prompt; expected a"),
         ({"block_size": 8}, {}, "data.block_size is 8 and the shortest prompt to learn from has"),
         (
             {},
@@ -174,6 +182,39 @@ def test_nothing_is_solved(base, tmp_path, monkeypatch, text, said):
     monkeypatch.setattr("quietstar.star.writing.Writer._texts", None)
     with pytest.raises(UserError, match="no problem was solved in iteration 1"):
         run_star(recipe, tmp_path / "run", progress=False)
+
+
+def test_right_answers_that_did_not_end_are_not_called_wrong(base, tmp_path, monkeypatch):
+    def answers(prompt: str) -> tuple[str, bool]:
+        number = int(prompt.rpartition("What is ")[2].split()[0])
+        return f"#### {2 * number if number > 4 else 1}", number <= 4
+
+    scripted(monkeypatch, answers)
+    said = r"none of 2 answers is right, e.g. '1'; .* \(8 more did not end within star.max_new_tokens\)"
+    with pytest.raises(UserError, match=said):
+        run_star(parse_recipe(on_questions(base, tmp_path)), tmp_path / "run", progress=False)
+
+
+def test_a_problem_without_a_question_is_left_out(base, tmp_path, caplog):
+    content = on_questions(base, tmp_path, {"prompt": "{P}"}, rationalize=False)
+    file = Path(content["data"]["files"][0])
+    rows = [{**row, "P": " " if n == 4 else row["Q"]} for n, row in enumerate(QUESTIONS)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = build_task(parse_recipe(content))
+    assert len(task.test) + len(task.problems(1)) == 7
+    assert "questions.jsonl:5 has an empty prompt" in caplog.text
+
+
+def test_a_completion_must_be_able_to_end(base, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    content = on_questions(base, tmp_path)
+    content["model"]["tokenizer"] = str(tmp_path / "tokenizer")
+    with pytest.raises(UserError, match="star.stop is null and the tokenizer has no end-of-text token"):
+        run_star(parse_recipe(content), tmp_path / "run", progress=False)
 
 
 def test_a_folder_of_something_else(base, tmp_path, capsys):
@@ -214,6 +255,8 @@ def test_problems_of_data(base, tmp_path, monkeypatch):
         assert each["prompt"].startswith("Q: What is 0 and 0?\nA: none\n#### 0\n\nQ: What is ")
         assert "(" not in each["prompt"] and each["completion"].startswith(" thinking\n#### ")
     assert len(asked) == 2 * 3 + 5 + 2
+    assert r"hint question, " in (report := (tmp_path / "run" / "report.md").read_text())
+    assert r"stop \n\n, " in report
 
 
 def test_a_class_may_be_empty(base, tmp_path):

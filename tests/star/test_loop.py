@@ -1,5 +1,6 @@
 """The loop: what is kept and learnt from, its folders, continuing after a kill, its switches."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,11 +9,14 @@ import pytest
 from small_recipes import rejected
 from star_cases import recipe_content, save_base, scripted, solves_even_sums, sum_of
 
+from quietstar.cli import app as cli
 from quietstar.data import sums
 from quietstar.files import read_json
 from quietstar.recipes.recipe import Recipe, parse_recipe
+from quietstar.recipes.star_section import StarSection
 from quietstar.star import loop, writing
 from quietstar.star.loop import run_star
+from quietstar.star.problems import build_task
 from quietstar.star.writing import read_lines
 
 
@@ -55,6 +59,8 @@ def test_what_is_kept(base, tmp_path, monkeypatch):
     assert any(sum_of(prompt)[1] for prompt in asked)
     report = (tmp_path / "run" / "report.md").read_text()
     assert "rationalize True" in report and "restart True" in report and "| 2 | 2 |" in report
+    # What the recipe leaves open is in it, too.
+    assert "answer scratch, " in report and "hint scratchpad, " in report and "stop None" in report
     assert (tmp_path / "run" / "accuracy.png").stat().st_size > 1000
     # Held-out sums are never learnt from.
     tested = {each["problem"] for each in read_lines(first / "tested.jsonl") if len(each["problem"]) > 3}
@@ -166,6 +172,39 @@ def test_a_real_model_writes_the_same_after_a_kill(base, tmp_path, monkeypatch):
     assert written() == whole
 
 
+def test_a_text_ends_what_a_real_model_writes(base, tmp_path, monkeypatch):
+    """Whatever its tokenizer's pieces are: the sums' are whole words."""
+    plain = parse_recipe(recipe_content(base, generation_batch=50, max_new_tokens=12))
+    task = build_task(plain)
+    problems = task.problems(1)
+
+    def texts(star: StarSection, name: str) -> list[tuple[str, bool]]:
+        each = loop._Loop(plain, base, task, "cpu", 7, False)
+        each.star = star
+        found = each._writer_of(0).write(problems, tmp_path / name)
+        return [(written.completion, written.ended) for (written,) in found]
+
+    whole = texts(plain.star, "whole.jsonl")
+    stop = next(text for text, _ in whole)[4:7]
+    stopped = texts(dataclasses.replace(plain.star, stop=stop), "stopped.jsonl")
+    assert sum(stop in text for text, _ in whole) > 1 and not all(stop in text for text, _ in whole)
+    for (text, ended), found in zip(whole, stopped, strict=True):
+        assert found == ((text[: text.index(stop)], True) if stop in text else (text, ended))
+
+
+def test_what_takes_long_shows_how_far_it_is(base, tmp_path, monkeypatch, capsys):
+    """Writing is most of the time."""
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps(recipe_content(base, iterations=1, max_new_tokens=3)))
+    assert cli.main(["star", str(path), "--output", str(tmp_path / "run")]) == cli.USER_ERROR
+    shown = capsys.readouterr().err
+    for what in ("00: testing", "01: solving", "01: rationalizing"):
+        assert f"iteration {what}: 100%" in shown
+    scripted(monkeypatch, solves_even_sums)
+    words = ["star", str(path), "--output", str(tmp_path / "other"), "--quiet"]
+    assert cli.main(words) == 0 and "100%" not in capsys.readouterr().err
+
+
 def no_answer_is_right(judged):
     def judge(self, problem, text, ended):
         return writing.Written(**{**vars(judged(self, problem, text, ended)), "right": False})
@@ -227,8 +266,6 @@ def test_replayed_text_is_the_share_that_is_asked_for(base, tmp_path, monkeypatc
 
 
 def test_the_command(base, tmp_path, monkeypatch, capsys):
-    from quietstar.cli import app as cli
-
     scripted(monkeypatch, solves_even_sums)
     path = tmp_path / "small.yaml"
     path.write_text(json.dumps(recipe_content(base)))

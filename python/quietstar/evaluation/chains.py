@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from quietstar.data.collator import PaddingCollator
 from quietstar.data.pause_tokens import pause_ids
 from quietstar.errors import UserError
 from quietstar.evaluation.reasoning import token_ids
+from quietstar.modeling.stopping import StopAtText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,20 +72,6 @@ def cut_chain(text: str) -> str:
     return text.rstrip()
 
 
-class _StopAtMark(StoppingCriteria):  # type: ignore[misc, unused-ignore]
-    """Rows whose new text holds an end mark are done."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int):
-        self.tokenizer, self.start = tokenizer, prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        # A mark has at most a few tokens; what came before was looked at in earlier steps.
-        tail = input_ids[:, max(self.start, input_ids.shape[1] - 8) :]
-        texts = self.tokenizer.batch_decode(tail)
-        done = [any(mark in text for mark in END_MARKS) for text in texts]
-        return torch.tensor(done, device=input_ids.device)
-
-
 def _generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -109,7 +95,7 @@ def _generate(
         attention_mask=batch["attention_mask"].to(model.device),
         max_new_tokens=max_new_tokens,
         pad_token_id=pad,
-        stopping_criteria=StoppingCriteriaList([_StopAtMark(tokenizer, longest)]),
+        stopping_criteria=StoppingCriteriaList([StopAtText(tokenizer, END_MARKS, longest)]),
         **sampling,
     )[:, longest:]
     return list(tokenizer.batch_decode(new, skip_special_tokens=True))

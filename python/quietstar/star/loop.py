@@ -15,7 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from quietstar.checkpoints.load import load_checkpoint
 from quietstar.data.sources import expand_files
 from quietstar.data.tables import table_rows
 from quietstar.errors import UserError
+from quietstar.evaluation.tasks import digest
 from quietstar.files import (
+    INCOMPLETE,
     METRICS_FILE,
     RECIPE_FILE,
     RUN_FILE,
@@ -43,13 +45,21 @@ from quietstar.recipes.star_section import StarSection
 from quietstar.star.keeping import Kept, keep, keep_data, keep_rationalized, rows_to_learn
 from quietstar.star.problems import Problem, Task, build_task
 from quietstar.star.report import Row, accuracy_row, kept_row, save_report
-from quietstar.star.writing import Writer, Written, read_lines, shots_text, write_lines
+from quietstar.star.writing import (
+    Writer,
+    Written,
+    read_lines,
+    shots_text,
+    stop_text,
+    write_lines,
+)
 from quietstar.training.options import check_options
 
 logger = logging.getLogger("quietstar")
 
 NO_EVALUATION = {"eval_strategy": "no"}
 ROW_FILE, KEPT_FILE, TRAIN_FILE, MODEL_FOLDER = "row.json", "kept.jsonl", "train.jsonl", "model"
+DATA_FILE = "data.json"
 
 
 def run_star(
@@ -98,15 +108,15 @@ def run_star(
     loop.check()
     continued = not folder.replaced and (path / RUN_FILE).is_file()
     if folder.replaced:
-        # First what says that the run is done.
-        (path / METRICS_FILE).unlink(missing_ok=True)
-        for old in path.glob("iteration-*"):
-            shutil.rmtree(old)
+        _clear(path)
+    _remove_scratch(path)
+    loop.check_same_data()
     start_run(folder, recipe)
+    write_json(path / DATA_FILE, loop.data())
     rows = []
     for iteration in range(recipe.star.iterations + 1):
         rows.append(loop.iteration(iteration))
-        save_report(path, recipe.star, rows)
+        save_report(path, loop.settings(), rows)
         if show is not None:
             show(rows[-1])
     metrics = {**identity(recipe), "star": asdict(recipe.star), "rows": rows}
@@ -130,6 +140,33 @@ class _Loop:
         first = self.folder(1) / MODEL_FOLDER
         check_options(training_arguments(self.training_recipe(1), first, progress=False), {})
         self._writer_of(0).check_lengths(self.recipe.data.block_size)
+
+    def data(self) -> dict[str, Any]:
+        """What tells whether the data are still those that a run began with."""
+        problems = self.task.every_problem()
+        content = [[asdict(problem) for problem in each] for each in (problems, self.task.test)]
+        counts = (len(problems), len(self.task.test), len(self.replay))
+        named = dict(zip(("problems", "held_out", "replayed"), counts, strict=True))
+        return {**named, "digest": digest([content, self.replay])}
+
+    def check_same_data(self) -> None:
+        """Raise :class:`UserError` where a run that was begun would go on with other data: completions
+        that are there already would be taken for those of other problems."""
+        file, now = self.output / DATA_FILE, self.data()
+        before = read_json(file) if file.is_file() else now
+        if before != now:
+            counts = "{problems} problems, {held_out} held out, {replayed} replayed rows"
+            raise UserError(
+                f"the data are not those that the run in {self.output} began with"
+                f" ({counts.format_map(before)} then, {counts.format_map(now)} now); expected the same,"
+                " another folder, or --overwrite"
+            )
+
+    def settings(self) -> StarSection:
+        """The section as it is meant, for what its recipe leaves open."""
+        star = self.star
+        hint = self.task.hint if star.rationalize and star.learn_from == "rationales" else None
+        return replace(star, answer=self.task.answer, hint=hint, stop=stop_text(star))
 
     def folder(self, iteration: int) -> Path:
         """Where an iteration leaves everything."""
@@ -180,7 +217,7 @@ class _Loop:
     def _nothing_kept(self, number: int, written: Sequence[Sequence[Written]]) -> str:
         every = [each for samples in written for each in samples]
         ended = [each for each in every if each.ended]
-        found = [each for each in every if each.answer is not None]
+        found = [each for each in ended if each.answer is not None]
         start = f"no problem was solved in iteration {number}: "
         if not ended:
             return (
@@ -188,15 +225,17 @@ class _Loop:
                 f" {self.star.max_new_tokens}, e.g. {every[0].completion!r:.80}; set it higher, or set"
                 " star.stop"
             )
+        cut = f" ({len(every) - len(ended)} more did not end within star.max_new_tokens)"
+        cut = cut if len(ended) < len(every) else ""
         if not found:
             return (
-                f"{start}star.answer finds no answer in any of {len(every)} completions, e.g."
-                f" {every[0].completion!r:.80}; expected another star.answer, or star.shots that show"
-                " how to answer"
+                f"{start}star.answer finds no answer in any of {len(ended)} completions, e.g."
+                f" {ended[0].completion!r:.80}; expected another star.answer, or star.shots that show"
+                f" how to answer{cut}"
             )
         return (
             f"{start}none of {len(found)} answers is right, e.g. {found[0].answer!r:.80}; expected a"
-            " model that solves some, easier problems, or star.shots"
+            f" model that solves some, easier problems, or star.shots{cut}"
         )
 
     def _fine_tune(self, number: int, kept: Sequence[Kept]) -> Row:
@@ -286,6 +325,23 @@ class _Loop:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _clear(path: Path) -> None:
+    """Remove what a run holds, so that at any time what is left of it is whole."""
+    # First what says that it is done; then the last iteration, on which no other rests.
+    (path / METRICS_FILE).unlink(missing_ok=True)
+    (path / DATA_FILE).unlink(missing_ok=True)
+    _remove_scratch(path)
+    for old in sorted(path.glob("iteration-*"), reverse=True):
+        os.replace(old, path / f"{INCOMPLETE}{old.name}")
+        _remove_scratch(path)
+
+
+def _remove_scratch(path: Path) -> None:
+    """Remove iterations that were being removed."""
+    for old in path.glob(f"{INCOMPLETE}iteration-*"):
+        shutil.rmtree(old)
 
 
 def _claim_moved(path: Path, recipe: Recipe) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 
 from quietstar.data import sums
 from quietstar.data.left_out import LeftOut
-from quietstar.data.readers import TemplateReader
+from quietstar.data.readers import Fields, PairReader, TemplateReader
 from quietstar.data.sources import open_documents
 from quietstar.data.stdlib import Document
+from quietstar.data.templates import Template
 from quietstar.errors import UserError
 from quietstar.recipes.recipe import Recipe
 from quietstar.recipes.star_section import SUMS, Hint, StarSection
@@ -46,10 +47,11 @@ class Task(ABC):
     """Problems to learn from and held-out ones.
 
     Attributes:
-        find_answer: finds the answer in a completion; hint: where the answer goes in a prompt; test: the
-            held-out problems.
+        answer: what finds the answer in a completion, as the recipe names it; find_answer: the function;
+            hint: where the answer goes in a prompt; test: the held-out problems.
     """
 
+    answer: str
     find_answer: Extractor
     hint: Hint
     test: list[Problem]
@@ -88,7 +90,8 @@ class Sums(Task):
     def __init__(self, star: StarSection, seed: int):
         self._direct, self._digits, self._seed = star.learn_from == "answers", star.digits, seed
         self.hint = star.hint or "scratchpad"
-        self.find_answer = extractor(star.answer or ("line" if self._direct else "scratch"))
+        self.answer = star.answer or ("line" if self._direct else "scratch")
+        self.find_answer = extractor(self.answer)
         self._each = -(-(star.problems or NUM_SUMS) // star.digits)
         each = -(-star.test_problems // star.digits)
         rng = np.random.default_rng([seed, 4])
@@ -124,6 +127,17 @@ class Sums(Task):
         return sums.wrong_line(problem.sum, completion) is not None
 
 
+class _ClassReader(PairReader):
+    """Reads a row's class as a completion, which may not be empty; a class may."""
+
+    def __init__(self, template: str):
+        super().__init__()
+        self._template = Template(template, "star.problem_class")
+
+    def fields(self, row: Mapping[str, Any], where: object) -> Fields:
+        return KIND + self._template.fill(row), "", False
+
+
 class OfData(Task):
     """The problems that the section ``data`` holds."""
 
@@ -131,7 +145,7 @@ class OfData(Task):
         star, data = recipe.star, recipe.data
         assert star.answer is not None  # checked with the recipe
         self.hint = star.hint or ("choice" if star.answer == "letter" else "question")
-        self.find_answer = extractor(star.answer)
+        self.answer, self.find_answer = star.answer, extractor(star.answer)
         self._seed, self._count = seed, star.problems
         separate = data.eval_files is not None or data.eval_split is not None
         if data.eval_split is not None and data.eval_files is None and data.name is None:
@@ -172,22 +186,25 @@ class OfData(Task):
         name = None if files else data.name
         files = files or (data.files if name is None else None)
 
-        def rows(completion: Any) -> Iterator[Document]:
-            reader = TemplateReader(data.prompt, completion, preset=data.preset, seed=seed)
+        def rows(reader: PairReader) -> Iterator[Document]:
             return open_documents(name=name, files=files, split=split, text_column=reader, **options)()
 
-        # Read as completions are, which may not be empty; a class may.
-        kinds = rows(KIND + star.problem_class) if star.problem_class else None
+        kinds = rows(_ClassReader(star.problem_class)) if star.problem_class else None
         left_out = LeftOut()
-        for document in rows(data.completion):
+        for document in rows(
+            TemplateReader(data.prompt, data.completion, preset=data.preset, seed=seed)
+        ):
             kind = "all" if kinds is None else next(kinds).text.removeprefix(KIND).strip() or "none"
+            assert document.prompt is not None
+            if not document.prompt.strip():
+                left_out.add(f"problem {document.name}", "has an empty prompt; expected a question")
+                continue
             answer = self.find_answer(document.text)
             if answer is None:
                 why = f"has no answer that star.answer {star.answer!r} finds in {document.text!r:.80}"
                 left_out.add(f"problem {document.name}", why)
                 continue
             left_out.used()
-            assert document.prompt is not None
             yield Problem(document.name, document.prompt, document.text, answer, kind)
         left_out.check(f"data {name or files}")
 

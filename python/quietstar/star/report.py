@@ -104,7 +104,10 @@ def print_row(console: Console, row: Mapping[str, Any]) -> None:
 
 def save_report(output: Path, star: StarSection, rows: Sequence[Row]) -> None:
     """``report.md`` with all settings and the table, and the figure ``accuracy.png``."""
-    settings = ", ".join(f"{key} {value}" for key, value in asdict(star).items() if key != "shots")
+    values = {key: value for key, value in asdict(star).items() if key != "shots"}
+    # A line break as \\n.
+    texts = {key: repr(v)[1:-1] if isinstance(v, str) else v for key, v in values.items()}
+    settings = ", ".join(f"{key} {value}" for key, value in texts.items())
     shots = f"{len(star.shots)} shots" if star.shots else "no shots"
     names = head(rows[0])
     table = [f"| {' | '.join(names)} |", f"|{'--:|' * len(names)}"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import StoppingCriteriaList
 
 from quietstar.data.collator import PaddingCollator
 from quietstar.data.pairs import encode_pairs
@@ -17,6 +18,7 @@ from quietstar.data.plain_text import plain_ids
 from quietstar.data.stdlib import Document
 from quietstar.errors import UserError
 from quietstar.files import write_whole
+from quietstar.modeling.stopping import StopAtText
 from quietstar.recipes.star_section import StarSection
 from quietstar.star.problems import Problem, Task
 
@@ -55,6 +57,11 @@ def shots_text(star: StarSection, hinted: Task | None = None) -> str:
     return "".join(shot + BETWEEN_SHOTS for shot in shots)
 
 
+def stop_text(star: StarSection) -> str | None:
+    """What ends a completion beside the end-of-text token."""
+    return star.stop or (BETWEEN_SHOTS if star.shots else None)
+
+
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """A prompt's tokens, as they are when it is learnt from."""
     ids = list(plain_ids(tokenizer, prompt))
@@ -90,7 +97,7 @@ class Writer:
         self._seed, self._shots = seed, shots_text(star)
         self._rationalizes = star.rationalize and star.learn_from == "rationales"
         self._hinted_shots = shots_text(star, task) if self._rationalizes else ""
-        self._stop = star.stop or (BETWEEN_SHOTS if star.shots else None)
+        self._stop = stop_text(star)
 
     def check_lengths(self, block_size: int) -> None:
         """Raise :class:`UserError` for prompts that leave no room in the model's context, or in a row.
@@ -99,6 +106,11 @@ class Writer:
             block_size: tokens of a row to learn from.
         """
         star, config = self._star, self._model.config.get_text_config()
+        if self._stop is None and self._tokenizer.eos_token_id is None:
+            raise UserError(
+                "star.stop is null and the tokenizer has no end-of-text token; expected a text that ends"
+                " a completion"
+            )
         context = getattr(config, "max_position_embeddings", None)
         problems = self._task.every_problem()
         plain = [p.prompt for p in (*problems, *self._task.test)]
@@ -147,7 +159,8 @@ class Writer:
             hinted: the answers stand in the prompts; samples: of each problem, 0: one, greedily.
             bar: what a progress bar says; empty: none.
         """
-        from transformers.utils.logging import tqdm
+        # Not transformers', whose bars for loading files are switched off.
+        from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
         temperature = self._star.sampling_temperature if samples else 0.0
         prompts = [
@@ -194,7 +207,8 @@ class Writer:
         if temperature:
             how |= {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         if self._stop:
-            how |= {"stop_strings": [self._stop], "tokenizer": tokenizer}
+            stop = StopAtText(tokenizer, [self._stop], longest)
+            how["stopping_criteria"] = StoppingCriteriaList([stop])
         if self._meta:
             how["suppress_tokens"] = self._meta
         end = tokenizer.eos_token_id
