@@ -220,6 +220,20 @@ def test_killed_while_it_is_overwritten_a_run_ends_the_same(base, tmp_path, monk
     assert sorted((tmp_path / "run").rglob("*")) == before
 
 
+def test_a_run_does_not_take_the_folder_of_the_other_command(base, tmp_path, monkeypatch, capsys):
+    scripted(monkeypatch, solves_even_sums)
+    path, run = tmp_path / "small.yaml", tmp_path / "run"
+    path.write_text(json.dumps(recipe_content(base, iterations=1)))
+    words = ["star", path, "--quiet", "--overwrite", "--output"]
+    assert cli.main([str(word) for word in (*words, run)]) == 0
+    model = run / "iteration-01" / "model"
+    rejected(capsys, [*words, model], "belongs to a run of `quietstar train`, whose files would stay")
+    inner = model / "recipe.yaml"
+    train = ["train", inner, "--quiet", "--overwrite", "--output", run]
+    rejected(capsys, train, "belongs to a run of `quietstar star`, whose files would stay beside")
+    rejected(capsys, ["generate", run, "1"], f"holds no model (no config.json); there is one in {model}")
+
+
 def test_overwritten_a_run_is_no_longer_done_before_it_loses_anything(base, tmp_path, monkeypatch):
     scripted(monkeypatch, solves_even_sums)
     recipe = parse_recipe(recipe_content(base, iterations=1))

@@ -102,7 +102,10 @@ def folder_of_run(name: str) -> str:
         return name
     checkpoint = last_checkpoint(folder) if (folder / RUN_FILE).is_file() else None
     if checkpoint is None:
-        raise UserError(f"{name} holds no model (no config.json)")
+        # As of `quietstar star`, which leaves one in every iteration.
+        inside = sorted(folder.glob("*/model/config.json"))
+        there = f"; there is one in {inside[-1].parent}" if inside else ""
+        raise UserError(f"{name} holds no model (no config.json){there}")
     return str(checkpoint)
 
 

@@ -64,6 +64,7 @@ def open_run(path: Path, recipe: Recipe, *, resume: bool = False, overwrite: boo
             "choose another folder"
         )
     if has_files and overwrite:
+        _check_kind(path, recipe)
         return RunFolder(path, replaced=True)
     if not has_files:
         if resume:
@@ -105,6 +106,21 @@ def _clear(path: Path) -> None:
             shutil.rmtree(entry)
         elif entry.name in (RECIPE_FILE, METRICS_FILE):
             entry.unlink()
+
+
+def _check_kind(path: Path, recipe: Recipe) -> None:
+    """Raise :class:`UserError` for a folder of the other command, whose files none of this run's would
+    take the place of."""
+    kinds = ("`quietstar train`", "`quietstar star`")
+    try:
+        there = load_recipe(str(path / RECIPE_FILE)).star.is_given()
+    except UserError:  # of another version, or damaged
+        return
+    if there != recipe.star.is_given():
+        raise UserError(
+            f"output folder {path} belongs to a run of {kinds[there]}, whose files would stay beside"
+            f" those of {kinds[not there]}; choose another folder"
+        )
 
 
 def _difference(path: Path, recipe: Recipe) -> str:
