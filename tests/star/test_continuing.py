@@ -68,6 +68,14 @@ def test_what_fine_tuning_refuses_is_found_first(base, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_last_fine_tuning_is_checked_as_the_first(base, tmp_path):
+    content = recipe_content(base, iterations=3)
+    content["training"]["seed"] = 2**32 - 3
+    with pytest.raises(UserError, match="training.seed is 4294967296; expected a number of at least 0"):
+        run_star(parse_recipe(content), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_evaluation_and_limits_are_not_the_fine_tuning_s(base, tmp_path, monkeypatch):
     scripted(monkeypatch, solves_even_sums)
     content = recipe_content(base, iterations=1)

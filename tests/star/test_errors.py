@@ -55,6 +55,10 @@ def on_questions(base: Path, folder: Path, data: dict[str, Any] | None = None, *
         ({"samples_per_problem": 4}, "expected 1, or a temperature above 0"),
         ({"step_growth": "-20"}, "star.step_growth is -20.0; expected a factor above 0 and at most 5"),
         ({"step_growth": "fast"}, "star.step_growth is 'fast'"),
+        (
+            {"step_growth": 5, "iterations": 1000},
+            "expected a last iteration of at most 1000000000 steps",
+        ),
         ({"steps_added": -1}, "star.steps_added is -1; expected a whole number >= 0, or null"),
         (
             {"steps_added": 20, "step_growth": 1.5},

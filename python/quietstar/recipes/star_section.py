@@ -18,6 +18,8 @@ SUMS = "sums"
 EXTRACTORS = ("final", "letter", "number", "line", "scratch")
 REGEX = "regex:"
 STEP_GROWTH, MAX_GROWTH = 1.2, 5
+# Optimizer steps of an iteration; more would be a slip.
+MAX_STEPS = 10**9
 # Numbers that 64 bits hold.
 MAX_DIGITS = 18
 SHOT_KEYS = ("prompt", "completion")
@@ -172,6 +174,13 @@ def _check_numbers(star: StarSection) -> None:
         raise UserError(
             f"star.step_growth is {star.step_growth}; expected a factor above 0 and at most"
             f" {MAX_GROWTH}; star.steps_added adds a number of steps"
+        )
+    # In logarithms, as a number may not hold it.
+    growth = 1.0 if star.steps_added is not None else star.step_growth
+    if math.log(star.first_steps) + math.log(growth) * (star.iterations - 1) > math.log(MAX_STEPS):
+        raise UserError(
+            f"star.first_steps is {star.first_steps}, star.step_growth {star.step_growth} and"
+            f" star.iterations {star.iterations}; expected a last iteration of at most {MAX_STEPS} steps"
         )
     if star.steps_added is not None and star.steps_added < 0:
         raise UserError(f"star.steps_added is {star.steps_added}; expected a whole number >= 0, or null")

@@ -137,8 +137,9 @@ class _Loop:
 
     def check(self) -> None:
         """Raise :class:`UserError` for settings, a model, or prompts that do not go together."""
-        first = self.folder(1) / MODEL_FOLDER
-        check_options(training_arguments(self.training_recipe(1), first, progress=False), {})
+        for number in {1, self.star.iterations}:
+            model = self.folder(number) / MODEL_FOLDER
+            check_options(training_arguments(self.training_recipe(number), model, progress=False), {})
         self._writer_of(0).check_lengths(self.recipe.data.block_size)
 
     def data(self) -> dict[str, Any]:
