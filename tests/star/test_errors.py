@@ -10,6 +10,7 @@ from star_cases import recipe_content, save_base, scripted, sum_of
 
 from quietstar.errors import UserError
 from quietstar.recipes.recipe import parse_recipe
+from quietstar.star import loop
 from quietstar.star.loop import run_star
 from quietstar.star.problems import build_task
 
@@ -96,6 +97,16 @@ def test_settings_out_of_range(base, star: dict[str, Any], said: str):
             "model",
             {"name": None, "config": {"model_type": "llama"}},
             "model.name is null with a section",
+        ),
+        (
+            "data",
+            {"prompt": "{Q}", "completion": "{A}"},
+            "data.prompt is given and data.name is sums, which",
+        ),
+        (
+            "training",
+            {"dataloader_drop_last": True},
+            "training.dataloader_drop_last is true with a section star; expected false",
         ),
         (
             "star",
@@ -227,6 +238,30 @@ def test_a_folder_of_something_else(base, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("mine")
     rejected(capsys, ["star", path, "--output", tmp_path / "run"], "holds files but no run.json")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            lambda text: text[:-20],
+            "kept.jsonl, line 110 is not as it was written; remove the file: Unterm",
+        ),
+        (lambda text: text.replace('"kind"', '"sort"'), "kept.jsonl is not as it was written.*'sort'"),
+        (lambda text: "[1]\n" + text, "kept.jsonl, line 1 is not as it was written; remove the file: "),
+    ],
+)
+def test_files_that_somebody_else_wrote(base, tmp_path, monkeypatch, damage, said):
+    scripted(monkeypatch, lambda prompt: ("x", True))
+    recipe = parse_recipe(recipe_content(base, learn_from="answers", iterations=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "rows_to_learn", None)
+        with pytest.raises(TypeError):
+            run_star(recipe, tmp_path / "run", progress=False)
+    kept = tmp_path / "run" / "iteration-01" / "kept.jsonl"
+    kept.write_text(damage(kept.read_text()))
+    with pytest.raises(UserError, match=said):
+        run_star(recipe, tmp_path / "run", progress=False)
 
 
 def test_one_process_alone(base, tmp_path, monkeypatch):

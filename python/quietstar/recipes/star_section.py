@@ -126,6 +126,16 @@ def check_star(recipe: Recipe) -> None:
             "data.packing is 'concat' with a section star; expected 'document' or 'packed', which keep"
             " prompts and completions whole"
         )
+    own = [k for k in ("files", "eval_files", "prompt", "completion", "preset") if getattr(data, k)]
+    if data.name == SUMS and own:
+        raise UserError(
+            f"data.{own[0]} is given and data.name is sums, which are made up; expected null"
+        )
+    if recipe.training.get("dataloader_drop_last"):
+        raise UserError(
+            "training.dataloader_drop_last is true with a section star; expected false, as what is kept"
+            " may be less than a batch"
+        )
     _check_numbers(star)
     _check_answer(star, sums=data.name == SUMS)
     if data.name == SUMS and star.hint not in (None, "scratchpad"):

@@ -49,6 +49,7 @@ from quietstar.star.writing import (
     Writer,
     Written,
     read_lines,
+    records,
     shots_text,
     stop_text,
     write_lines,
@@ -193,7 +194,7 @@ class _Loop:
         """What there is to learn from in an iteration; written by the model of the one before."""
         folder, star = self.folder(number), self.star
         if (folder / KEPT_FILE).is_file():
-            return [Kept(**each) for each in read_lines(folder / KEPT_FILE)]
+            return records(folder / KEPT_FILE, Kept)
         if star.learn_from == "answers":
             kept = keep_data(problems, number)
         else:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers import StoppingCriteriaList
@@ -16,7 +16,7 @@ from quietstar.data.pairs import encode_pairs
 from quietstar.data.pause_tokens import pause_ids
 from quietstar.data.plain_text import plain_ids
 from quietstar.data.stdlib import Document
-from quietstar.errors import UserError
+from quietstar.errors import UserError, blaming, reason
 from quietstar.files import write_whole
 from quietstar.modeling.stopping import StopAtText
 from quietstar.recipes.star_section import StarSection
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BETWEEN_SHOTS = "\n\n"
+_Record = TypeVar("_Record")
 
 
 @dataclass(frozen=True)
@@ -250,12 +251,25 @@ def _whole_batches(path: Path, sizes: Sequence[int]) -> list[Written]:
             break
         whole += size
     write_whole(path, "".join(lines[:whole]))
-    return [Written(**json.loads(line)) for line in lines[:whole]]
+    return records(path, Written)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a jsonl file that this package wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        with blaming(f"{path}, line {number} is not as it was written; remove the file"):
+            rows.append(dict(json.loads(line)))
+    return rows
+
+
+def records(path: Path, kind: type[_Record]) -> list[_Record]:
+    """The lines of such a file as records of a kind."""
+    rows = read_lines(path)
+    try:
+        return [kind(**row) for row in rows]
+    except TypeError as error:
+        raise UserError(f"{path} is not as it was written; remove the file: {reason(error)}") from error
 
 
 def write_lines(path: Path, rows: Sequence[dict[str, Any]]) -> None:
