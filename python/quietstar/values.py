@@ -206,7 +206,7 @@ def describe(annotation: Any) -> str:
         return " or ".join(dict.fromkeys(map(describe, arguments)))
     if kind is Literal:
         return " or ".join(map(repr, arguments))
-    if kind is list and arguments:
+    if kind is list and arguments and arguments[0] is not Any:
         return f"a list of {describe(arguments[0])} each"
     if _is_enum(kind):
         return "one of " + ", ".join(str(member.value) for member in kind)

@@ -118,10 +118,12 @@ def test_lengths_of_hinted_and_of_test_prompts_count(base):
     plain = writer.lengths([{"prompt": longest.prompt, "completion": ""}])[0] - 1
     room = 256 - plain
     checked(room, rationalize=False)
-    with pytest.raises(UserError, match="longest problem, hints in them, .* expected at most 256"):
+    with pytest.raises(
+        UserError, match="^the longest problem with its hint has .* expected at most 256"
+    ):
         checked(room)
     task.test[0] = type(longest)("long", longest.prompt * 60, "", "1")
-    with pytest.raises(UserError, match="the longest problem .* expected at most 256"):
+    with pytest.raises(UserError, match="^the longest problem has .* expected at most 256"):
         writer.check_lengths(128)
 
 

@@ -72,6 +72,7 @@ def on_questions(base: Path, folder: Path, data: dict[str, Any] | None = None, *
         ({"hint": "question"}, "star.hint is 'question' and the problems are sums; expected scratchpad"),
         ({"digits": 19}, "star.digits is 19; expected at most 18"),
         ({"hint": "inside"}, "star.hint is 'inside'; expected 'choice' or 'question' or 'scratchpad'"),
+        ({"shots": "1 + 1"}, "star.shots is '1 \\+ 1'; expected a list or null"),
         ({"shots": ["1 + 1"]}, "star.shots has the entry '1 \\+ 1'; expected {prompt, completion}"),
         (
             {"iteratons": 3},
@@ -150,8 +151,8 @@ def test_sections_at_odds(base, section: str, values: dict[str, Any] | None, sai
         (
             {},
             {"shots": [{"prompt": "Q: 1\nA:", "completion": " 1 " * 300 + "\n#### 1"}]},
-            r"star.shots has \d+ tokens, the longest problem \d+ and star.max_new_tokens is 60; expected"
-            " at most 256 together, the model's context",
+            r"star.shots has \d+ tokens, the longest problem has \d+ tokens and star.max_new_tokens is"
+            " 60; expected at most 256 together, the model's context",
         ),
         (
             {},

@@ -122,11 +122,11 @@ class Writer:
             shots = len(prompt_ids(self._tokenizer, before)) if before else 0
             longest = max(len(prompt_ids(self._tokenizer, prompt)) for prompt in prompts)
             if isinstance(context, int) and shots + longest + star.max_new_tokens > context:
-                hints = ", hints in them," if before != self._shots or prompts is not plain else ""
+                named = f"star.shots has {shots} tokens, " if before else ""
+                hint = " with its hint" if prompts is not plain else ""
                 raise UserError(
-                    f"star.shots has {shots} tokens, the longest problem{hints} {longest} and"
-                    f" star.max_new_tokens is {star.max_new_tokens}; expected at most {context}"
-                    " together, the model's context"
+                    f"{named}the longest problem{hint} has {longest} tokens and star.max_new_tokens is"
+                    f" {star.max_new_tokens}; expected at most {context} together, the model's context"
                 )
         lengths = [len(prompt_ids(self._tokenizer, p.prompt)) for p in problems]
         shots = len(prompt_ids(self._tokenizer, self._shots)) if self._shots else 0
