@@ -243,7 +243,6 @@ def test_a_run_does_not_take_the_folder_of_the_other_command(base, tmp_path, mon
     rejected(capsys, train, "belongs to a run of `quietstar star`, whose files would stay beside")
     said = f"{run} holds no model (no config.json); there is one in {model}"
     rejected(capsys, ["generate", run, "1"], said)
-    rejected(capsys, ["star", path, "--output", tmp_path / "new", f"model.name={run}"], said)
 
 
 def test_overwritten_a_run_is_no_longer_done_before_it_loses_anything(base, tmp_path, monkeypatch):

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from quietstar.checkpoints.adapters import grow_embeddings, quantization
-from quietstar.checkpoints.load import folder_of_run
 from quietstar.data.blocks import Blocks, StreamedBlocks, TokenBlocks, read_blocks
 from quietstar.data.pause_tokens import PAUSE_TOKEN, add_pause_tokens
 from quietstar.data.plain_text import read_special_tokens
 from quietstar.data.sources import GENERATORS, TOKENIZERS, expand_files, open_documents
 from quietstar.errors import UserError, blaming
-from quietstar.files import is_folder
 from quietstar.modeling.meta_tokens import add_meta_tokens, check_tokenizer
 from quietstar.modeling.model import QuietStarForCausalLM
 from quietstar.modeling.pretrained import load_decoder, load_tokenizer
@@ -35,8 +32,6 @@ def build_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         source = section.tokenizer or section.name
         assert source is not None  # checked with the recipe
         revision = section.revision if section.tokenizer is None else None
-        if source == section.name and is_folder(source) and not any(Path(source).glob("*token*")):
-            folder_of_run(source)  # a folder without a model is said to be one
         with blaming(f"cannot load the tokenizer of {source}"):
             tokenizer = load_tokenizer(source, revision, of_model=section.tokenizer is None)
     if section.special_tokens is not None:
