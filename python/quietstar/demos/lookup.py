@@ -229,12 +229,17 @@ def run_arms(
     arms = [arm for arm in ARMS if arm.quick or not quick]
     swept = {f"length-{length}" if f"length-{length}" in recipes else "full": length for length in SWEEP}
     names = [*dict.fromkeys([*(arm.run for arm in arms), *(swept if sweep else ())])]
+    steps = {}
     for name in names:
-        _announce(name, recipes[name], output, fresh)
-    steps = {name: recipes[name].training["max_steps"] for name in names}
-    with side_by_side(
-        train, steps, output, seed, fresh, progress, logs=output, progress=progress
-    ) as wait_for:
+        if _announce(name, recipes[name], output, fresh):
+            steps[name] = recipes[name].training["max_steps"]
+        else:
+            train(name, output, seed, fresh, progress)  # which looks whether it is the same
+    settings = str(output), seed, fresh, progress
+    with (
+        side_by_side(train, steps, *settings, logs=output, progress=progress) as wait_for,
+        one_thread(),
+    ):
         for arm in arms:
             wait_for(arm.run)
             model = QuietStarForCausalLM.from_pretrained(output / arm.run)
@@ -256,16 +261,19 @@ def run_arms(
     return metrics
 
 
-def _announce(name: str, recipe: Recipe, output: Path, fresh: bool) -> None:
-    if (output / name / METRICS_FILE).is_file() and not fresh:
+def _announce(name: str, recipe: Recipe, output: Path, fresh: bool) -> bool:
+    """Say what will be done, and return whether there is anything to do."""
+    done = (output / name / METRICS_FILE).is_file() and not fresh
+    if done:
         logger.info("%s: done before", name)
     else:
         logger.info("%s: training, %d steps at most", name, recipe.training["max_steps"])
+    return not done
 
 
 def train(
     name: str,
-    output: Path,
+    output: Path | str,
     seed: int,
     fresh: bool,
     progress: bool,
@@ -280,11 +288,11 @@ def train(
     from quietstar.recipes.run import run_recipe
 
     transformers_logging.disable_progress_bar()  # its bars for loading files; the Trainer's stays
-    folder, language = output / name, LookupLanguage(seed)
+    folder, language = Path(output) / name, LookupLanguage(seed)
     watch = Progress(language, report=report)
     before = {"skill": [SkillCheck(language)], "base": []}
     result = run_recipe(
-        stage_recipes(output, seed)[name],
+        stage_recipes(Path(output), seed)[name],
         folder,
         overwrite=fresh and folder.is_dir(),
         progress=progress and report is None,
