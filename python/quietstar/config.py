@@ -8,6 +8,7 @@ import functools
 import inspect
 import logging
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,6 +23,8 @@ START_TOKEN = "<|startthought|>"
 END_TOKEN = "<|endthought|>"
 
 ACTIVATIONS = ("identity", "sigmoid")
+# Of the first mixing weight with "identity": beyond, a thought has more to say than any model does.
+LARGEST_WEIGHT = 100
 THOUGHT_KINDS = ("sampled", "pause", "none")
 # What tools look for in a model's configuration and the decoder's own answers.
 DECODER_FIELDS = {
@@ -290,17 +293,18 @@ class QuietStarConfig(PretrainedConfig):
         self.parse_think_at()
 
 
-def check_mixing_weight(weight: float | None, activation: str) -> None:
+def check_mixing_weight(weight: Any, activation: str) -> None:
     """Require a first mixing weight that an activation can give, or none.
 
     Raises:
-        ValueError: for no finite number, or with ``"sigmoid"`` one that is not between 0 and 1.
+        ValueError: for what is no number, or with ``"sigmoid"`` is not between 0 and 1.
     """
     if weight is None:
         return
-    number = isinstance(weight, int | float) and not isinstance(weight, bool) and math.isfinite(weight)
-    if not number or (activation == "sigmoid" and not 0 < weight < 1):
-        expected = "a number between 0 and 1" if activation == "sigmoid" else "a finite number"
+    number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
+    sigmoid = activation == "sigmoid"
+    if not (number and (0 < weight < 1 if sigmoid else abs(weight) <= LARGEST_WEIGHT)):
+        expected = "a number between 0 and 1" if sigmoid else f"a number of at most {LARGEST_WEIGHT}"
         raise ValueError(
             f"init_mixing_weight is {weight!r} with mixing_activation {activation!r}; expected"
             f" {expected}"

@@ -7,10 +7,10 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 
 LONGEST_REASON = 400
+OURS = ("quietstar", "quietstar_ext")
 
 
 class UserError(ValueError):
@@ -78,12 +78,12 @@ def _is_ours(traceback: TracebackType | None) -> bool:
 
     The last frame decides that is of this package or of another than torch, which does what it is told.
     """
-    ours, here = False, Path(__file__).parent
+    ours = False
     # The first two frames are this context manager's own and that of the block.
     below = traceback.tb_next.tb_next if traceback and traceback.tb_next else None
     while below is not None:
-        package = below.tb_frame.f_globals.get("__name__", "").partition(".")[0]
-        if here in Path(below.tb_frame.f_code.co_filename).parents:
+        package = str(below.tb_frame.f_globals.get("__name__")).partition(".")[0]
+        if package in OURS:
             ours = True
         elif package != "torch" and package not in sys.stdlib_module_names:
             ours = False

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -120,6 +121,21 @@ def test_words_after_options_are_settings(monkeypatch):
     monkeypatch.setattr(train, "run", lambda args: seen.append(args))
     assert cli.main(["train", "tiny", "a=1", "--output", "x", "b=2"]) == 0
     assert seen[0].settings == ["a=1", "b=2"] and seen[0].output == Path("x")
+
+
+def test_threads_sleep_soon_unless_the_environment_says_how_they_wait(monkeypatch, capsys):
+    for given, wanted in (
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "7"}, "7"),
+        ({"OMP_WAIT_POLICY": "active"}, None),
+    ):
+        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        assert cli.main(["info", "--json"]) == 0
+        assert os.environ.get("GOMP_SPINCOUNT") == wanted
 
 
 def test_version(capsys):

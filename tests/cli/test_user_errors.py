@@ -1,5 +1,6 @@
 """What users get wrong: one sentence and exit status 2, from every command and without a traceback."""
 
+import dataclasses
 import importlib
 import io
 import json
@@ -292,10 +293,17 @@ def test_a_fault_of_ours_is_not_put_down_to_the_user():
     """Other packages' errors become a sentence; those that our code raises stay what they are."""
     with pytest.raises(UserError, match="model.config: IndexError"), blaming("model.config"):
         raise IndexError
+    from quietstar.demos.lookup import ARMS
     from quietstar.thinking.layout import text_ranges
+    from quietstar_ext import sample_tokens
 
     with pytest.raises(AttributeError), blaming("model.config"):
         text_ranges(None, "no tensor")  # type: ignore[arg-type]
+    # The operators are ours, too, and so is what a dataclass of ours has generated.
+    with pytest.raises(TypeError, match="logits is a NoneType"), blaming("model.config"):
+        sample_tokens(None, seed=0)  # type: ignore[arg-type]
+    with pytest.raises(dataclasses.FrozenInstanceError), blaming("model.config"):
+        ARMS[0].label = "x"  # type: ignore[misc]
 
 
 def test_packages_are_others_wherever_they_are_installed(tmp_path, monkeypatch):

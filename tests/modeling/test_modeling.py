@@ -1,5 +1,6 @@
 """Building, saving and loading a model, and its place among transformers' tools."""
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, VOCABULARY, thinking_model, tiny_decoder
@@ -140,10 +141,13 @@ def test_the_mixing_weight_may_begin_where_it_is_asked_to(activation: str):
         found.loss.backward()
         learns = model.mixing_head.fc3.weight.grad.abs()[0] > 0
         assert learns.sum() > 5 and (given is None or learns[-1])
-    bound = "a number between 0 and 1" if activation == "sigmoid" else "a finite number"
-    for wrong in (float("nan"), True, "x", *((0, 1, 1.5) if activation == "sigmoid" else ())):
+    begun(np.float32(0.25))
+    bound = "a number between 0 and 1" if activation == "sigmoid" else "a number of at most 100"
+    for wrong in (float("nan"), True, "x", 1e5, *((0, 1, 1.5) if activation == "sigmoid" else ())):
         with pytest.raises(ValueError, match=f"init_mixing_weight is {wrong!r} .*expected {bound}"):
             begun(wrong)
+    with pytest.raises(ValueError, match=r"init_mixing_weight is 10{400} .*expected a number"):
+        begun(10**400)
 
 
 def test_tied_embeddings_stay_tied(tmp_path):

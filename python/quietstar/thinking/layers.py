@@ -70,7 +70,8 @@ class MixingHead(nn.Module):
             return
         self.fc2.weight[-1] = 0.0
         self.fc2.bias[-1] = 1.0
-        self.fc3.weight[0, -1] = math.log(weight / (1 - weight)) if activation == "sigmoid" else weight
+        level = math.log(weight / (1 - weight)) if activation == "sigmoid" else weight
+        self.fc3.weight[0, -1] = float(level)
 
     def forward(
         self,
