@@ -61,12 +61,13 @@ def test_verdict(before: float, ours: float, plain: float, words: str):
     assert words in star.verdict({"arms": rows})
 
 
-def test_an_arm_that_fails_is_reported(tmp_path):
-    recipes = {name: star.arm_recipe(tmp_path, 0, **changes) for name, changes in star.ARMS.items()}
-    with star._running(tmp_path, recipes) as processes, pytest.raises(UserError) as error:
-        star._row(tmp_path, "with", 0, processes["with"])  # there is no base
-    assert "arm with ended with status 2" in str(error.value) and "with.log" in str(error.value)
-    assert all(process.poll() is not None for process in processes.values())
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_arm_that_fails_is_reported(tmp_path, threads: int, monkeypatch):
+    monkeypatch.setattr("quietstar.recipes.run.run_recipe", lambda *args, **options: None)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    monkeypatch.setattr(star, "PAIRS", 5)
+    with pytest.raises(UserError, match=r"base is neither a folder nor a name"):
+        star.run_arms(tmp_path)  # there is no base
 
 
 @pytest.mark.slow

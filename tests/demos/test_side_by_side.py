@@ -39,6 +39,9 @@ def test_two_run_at_once_with_a_thread_each(tmp_path, two_threads, monkeypatch):
     monkeypatch.setenv("MKL_NUM_THREADS", "2")
     logs, names = tmp_path / "logs", steps("first", "second", "third")
     with side_by_side(work, names, str(tmp_path), logs=logs, progress=False) as wait_for:
+        wait_for("second", until=lambda: True)
+        assert not (tmp_path / "second").is_file()
+        wait_for("second", until=(tmp_path / "second").is_file)
         wait_for("first")  # which ends only when the second has
         assert (tmp_path / "second").is_file()
         for name in ("second", "third", "first", "done before"):

@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
@@ -30,7 +30,20 @@ from quietstar.errors import UserError
 # work(name, *args, report=...) trains a run, and tells ``report`` of every step that is done. It is a
 # function of a module, which another process can import; its arguments are plain data.
 Work = Callable[..., None]
+
+
+class WaitFor(Protocol):
+    """Waits until a run is done, if it is one of them, or until something holds, asked at every step."""
+
+    def __call__(self, name: str, until: Callable[[], bool] = ...) -> None: ...
+
+
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def never() -> bool:
+    """For who waits until a run is done."""
+    return False
 
 
 @contextmanager
@@ -49,8 +62,8 @@ def one_thread() -> Iterator[None]:
 @contextmanager
 def side_by_side(
     work: Work, steps: Mapping[str, int], *args: Any, logs: Path, progress: bool = True
-) -> Iterator[Callable[[str], None]]:
-    """Give a function that waits until a run is done, if it is one of them; they start in their order.
+) -> Iterator[WaitFor]:
+    """Give a function that waits for a run; they start in their order.
 
     As many run at once as torch would use threads. Where that is one, or on a GPU, which they would
     share, each runs in this process when it is first waited for. Processes end with the block.
@@ -71,8 +84,8 @@ def side_by_side(
     if at_once < 2 or torch.accelerator.is_available():
         done: set[str] = set()
 
-        def wait_for(name: str) -> None:
-            if name in steps and name not in done:
+        def wait_for(name: str, until: Callable[[], bool] = never) -> None:
+            if name in steps and name not in done and not until():
                 work(name, *args)
                 done.add(name)
 
@@ -106,8 +119,8 @@ class _Runs:
         self.bar = tqdm(total=sum(steps.values()), unit="step", disable=not progress, leave=False)
         self._fill()
 
-    def wait_for(self, name: str) -> None:
-        while name in self.steps and name not in self.done:
+    def wait_for(self, name: str, until: Callable[[], bool] = never) -> None:
+        while name in self.steps and name not in self.done and not until():
             self._hear(*self.heard.get())
             self._fill()
         self.bar.clear()

@@ -12,18 +12,13 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quietstar.data.sums import CorpusMix, corpus
-from quietstar.errors import UserError
+from quietstar.demos.side_by_side import side_by_side
 from quietstar.files import METRICS_FILE, read_json, write_json, write_whole
 from quietstar.recipes.recipe import Recipe, load_recipe
 from quietstar.star.loop import ROW_FILE
@@ -39,8 +34,6 @@ logger = logging.getLogger("quietstar")
 ARMS: dict[str, dict[str, Any]] = {"with": {}, "without": {"rationalize": False}}
 CORPUS, PAIRS = "corpus.jsonl", 60_000
 QUICK: dict[str, Any] = {"base_steps": 600, "iterations": 3}
-# Seconds between looks at what the arms have done.
-LOOK = 0.5
 LINE = "{:>9}  {:>9}  {:>28}  {:>28}"
 
 
@@ -97,59 +90,40 @@ def run_arms(
     recipes = {name: arm_recipe(output, seed, quick=quick, **star) for name, star in ARMS.items()}
     for name in ARMS if fresh else ():
         shutil.rmtree(output / name, ignore_errors=True)
+    for name, recipe in recipes.items():
+        write_whole(output / f"{name}.yaml", recipe.to_yaml())
     rows: dict[str, list[Row]] = {name: [] for name in ARMS}
-    with _running(output, recipes) as processes:
-        for iteration in range(recipes["with"].star.iterations + 1):
-            found = {name: _row(output, name, iteration, processes[name]) for name in ARMS}
+    iterations = recipes["with"].star.iterations + 1
+    # The iterations go into the table: no bar.
+    with side_by_side(
+        train_arm, dict.fromkeys(ARMS, iterations), str(output), logs=output, progress=False
+    ) as wait_for:
+        for iteration in range(iterations):
+            files = [output / name / f"iteration-{iteration:02d}" / ROW_FILE for name in ARMS]
+            for name, file in zip(ARMS, files, strict=True):
+                wait_for(name, file.is_file)
+            found = {name: read_json(file) for name, file in zip(ARMS, files, strict=True)}
             for name, row in found.items():
                 rows[name].append(row)
             if show is not None:
                 show(found)
+        for name in ARMS:
+            wait_for(name)
     metrics = {"seed": seed, "arms": rows, "versions": package_versions()}
     write_json(output / METRICS_FILE, metrics)
     return metrics
 
 
-@contextmanager
-def _running(output: Path, recipes: dict[str, Recipe]) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
-    """A process for each arm; they end with the block."""
-    started = {}
-    try:
-        for name, recipe in recipes.items():
-            write_whole(output / f"{name}.yaml", recipe.to_yaml())
-            words = ["star", str(output / f"{name}.yaml"), "--output", str(output / name), "--quiet"]
-            with (output / f"{name}.log").open("wb") as log:
-                started[name] = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "quietstar", *words],
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-        yield started
-        for process in started.values():
-            process.wait()
-    finally:
-        for process in started.values():
-            process.terminate()
-            process.wait()
+def train_arm(name: str, output: str, report: Callable[[int], None] | None = None) -> None:
+    """Run the arm whose recipe is in a folder; ``report`` is told how many rows there are."""
+    from quietstar.star.loop import run_star
 
+    def told(row: Row) -> None:
+        if report is not None:
+            report(row["iteration"] + 1)
 
-def _row(output: Path, name: str, iteration: int, process: subprocess.Popen[bytes]) -> Row:
-    """A row of an arm as soon as it is there.
-
-    Raises:
-        UserError: if the arm's process has failed.
-    """
-    file = output / name / f"iteration-{iteration:02d}" / ROW_FILE
-    while not file.is_file():
-        if process.poll() is not None and not file.is_file():
-            log = output / f"{name}.log"
-            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            raise UserError(
-                f"arm {name} ended with status {process.returncode} ({log}): {(lines or ['?'])[-1]}"
-            )
-        time.sleep(LOOK)
-    return read_json(file)
+    recipe = load_recipe(str(Path(output) / f"{name}.yaml"))
+    run_star(recipe, Path(output) / name, progress=report is None, show=told)
 
 
 def print_rows(console: Console, rows: dict[str, Row]) -> None:
