@@ -163,7 +163,9 @@ def report(folder: Path) -> None:
     if not arms:
         return
     content = {"date": date.today().isoformat(), "versions": package_versions(), "arms": arms}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    # A row of a run on each line.
+    text = json.dumps(content).replace('{"iteration"', '\n{"iteration"')
+    RESULTS.write_text(text + "\n")
     head, _, rest = PAGE.read_text().partition(BEGIN)
     _, _, tail = rest.partition(END)
     PAGE.write_text(f"{head}{BEGIN}\n{table(arms)}\n{END}{tail}")
