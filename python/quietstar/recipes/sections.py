@@ -32,7 +32,8 @@ class ModelSection:
         init_start_from: the same for the start embedding alone; null: ``init_embedding_from``.
         init_end_from: the same for the end embedding alone; null: ``init_embedding_from``.
         init_mixing_weight: the weight that the mixing head gives every thought at first; null: 0, or 0.5
-            with ``thoughts.mixing_activation: sigmoid``.
+            with ``thoughts.mixing_activation: sigmoid``. Of a new model alone, like the three
+            before it: one with thoughts that is trained on keeps its own.
         fused_layers: norms, rotary embeddings, gates and residual adds as fused kernels
             (:mod:`quietstar.thinking.fused_layers`): ``auto`` (compiled on CUDA), ``compile``, ``liger``
             or ``off``.

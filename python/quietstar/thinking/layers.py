@@ -60,7 +60,8 @@ class MixingHead(nn.Module):
         """Let an untrained head give every thought this weight (before a floor); None changes nothing.
 
         A hidden unit that is 1 whatever comes in stands for the bias that the last layer lacks, as the
-        paper's does: checkpoints and operators stay as they are. It is trained like any other unit.
+        paper's does: checkpoints and operators stay as they are. It is trained like any other unit, and
+        weight decay pulls at it like at any.
 
         Raises:
             ValueError: see :func:`quietstar.config.check_mixing_weight`.
