@@ -139,4 +139,4 @@ def test_the_sentence_on_sums_is_of_the_results():
     text = " ".join(README.read_text().split())
     assert said in text
     last = arms["with"]["seeds"]["0"]["rows"][28]["accuracy"]
-    assert f"the first, run on, at {100 * last:.1f} % of up to five" in text
+    assert f"seed 0, run longer, at {100 * last:.1f} % of up to 5" in text

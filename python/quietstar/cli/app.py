@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         owner.leftover(rest[rest.index(options[0]) :] if options else rest)
     if "OMP_WAIT_POLICY" not in os.environ:
         # Read when torch is imported, later. Threads that wait for each other spin for milliseconds
-        # unless they are told to sleep soon: on a busy machine a step took 5 to 14 s instead of 0.7.
+        # unless they are told to sleep soon; what that costs is in docs/troubleshooting.md.
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     # bitsandbytes asks for another package on some CPUs, where nothing here would use it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_about_something_else)
