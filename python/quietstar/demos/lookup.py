@@ -66,10 +66,10 @@ class Arm:
 ARMS = (
     Arm("full Quiet-STaR", "full", quick=True),
     Arm("no thoughts", "no-thoughts", quick=True),
-    Arm("pause tokens in the slots", "pause"),
-    Arm("thoughts, no REINFORCE", "no-reinforce"),
     Arm("full, thoughts of another position", "full", "shuffled", quick=True),
     Arm("full, thoughts switched off", "full", "none", quick=True),
+    Arm("thoughts, no REINFORCE", "no-reinforce"),
+    Arm("pause tokens in the slots", "pause"),
 )
 _ARM_SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},
