@@ -123,19 +123,14 @@ def test_words_after_options_are_settings(monkeypatch):
     assert seen[0].settings == ["a=1", "b=2"] and seen[0].output == Path("x")
 
 
-def test_threads_sleep_soon_unless_the_environment_says_how_they_wait(monkeypatch, capsys):
-    for given, wanted in (
-        ({}, "1000"),
-        ({"GOMP_SPINCOUNT": "7"}, "7"),
-        ({"OMP_WAIT_POLICY": "active"}, None),
-    ):
-        for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
-            monkeypatch.setenv(name, "")
-            monkeypatch.delenv(name)
-        for name, value in given.items():
-            monkeypatch.setenv(name, value)
-        assert cli.main(["info", "--json"]) == 0
-        assert os.environ.get("GOMP_SPINCOUNT") == wanted
+def test_a_command_decides_about_threads_and_memory_before_it_runs(monkeypatch, capsys):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    kept: list[bool] = []
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: kept.append(True))
+    assert cli.main(["info", "--json"]) == 0
+    assert os.environ.get("GOMP_SPINCOUNT") == "1000" and kept
 
 
 def test_version(capsys):

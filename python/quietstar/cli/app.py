@@ -17,6 +17,7 @@ from quietstar.cli import completion, demo, generate, info, inspect, merge, plan
 from quietstar.cli import eval as evaluate
 from quietstar.cli.arguments import INTERRUPTED
 from quietstar.cli.parser import Parser
+from quietstar.process import keep_freed_memory, let_threads_sleep
 from quietstar.versions import package_versions
 
 COMMANDS = (info, train, star, plan, merge, generate, inspect, evaluate, demo, completion)
@@ -61,10 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif rest:
         owner = args.parser if args.command else parser
         owner.leftover(rest[rest.index(options[0]) :] if options else rest)
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Read when torch is imported, later. Threads that wait for each other spin for milliseconds
-        # unless they are told to sleep soon; what that costs is in docs/troubleshooting.md.
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    let_threads_sleep()
+    keep_freed_memory()
     # bitsandbytes asks for another package on some CPUs, where nothing here would use it.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_is_about_something_else)
     try:

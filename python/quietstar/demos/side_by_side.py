@@ -26,6 +26,7 @@ from typing import Any, Protocol
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from quietstar.errors import UserError
+from quietstar.process import keep_freed_memory
 
 # work(name, *args, report=...) trains a run, and tells ``report`` of every step that is done. It is a
 # function of a module, which another process can import; its arguments are plain data.
@@ -197,6 +198,7 @@ def main(name: str, work: str, args: str) -> int:
     answer = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what others print is no message
     threading.Thread(target=_end_with_input, daemon=True).start()
+    keep_freed_memory()
     module, _, function = work.partition(":")
     train: Work = getattr(importlib.import_module(module), function)
     try:
