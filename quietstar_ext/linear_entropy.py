@@ -15,8 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quietstar_ext.aligned_products import (
+    aligned_parts,
+    aligned_rows,
+    hidden_product,
+    vocabulary_product,
+)
 from quietstar_ext.derivatives import first_only
 from quietstar_ext.linear_cross_entropy.softmax import SoftmaxCrossEntropy
+from quietstar_ext.native import takes_cuda_path
 from quietstar_ext.precision import autocast_inputs, compute_dtype, without_autocast
 
 WORKSPACE_BYTES = 64 * 2**20
@@ -53,6 +60,40 @@ def linear_entropy_sum(
     return total
 
 
+class _Products:
+    """The products with a weight [V, d]; on CUDA, of aligned lengths."""
+
+    def __init__(self, weight: Tensor):
+        self.weight, self.aligned = weight, takes_cuda_path(weight)
+        whole = [slice(0, weight.shape[0])]
+        self.parts = aligned_parts(weight.shape[0], weight.dtype) if self.aligned else whole
+
+    def logits(self, h: Tensor) -> Tensor:
+        """[rows, d] -> [rows, V]."""
+        if not self.aligned:
+            return h @ self.weight.T
+        return vocabulary_product(h, self.weight, aligned_rows(len(h), len(self.weight), h))
+
+    def operand(self, gradient: Tensor) -> Tensor:
+        """A gradient of the logits [rows, V], as the other two products take it."""
+        if not self.aligned:
+            return gradient.to(self.weight.dtype)
+        return aligned_rows(len(gradient), len(self.weight), self.weight).copy_(gradient)
+
+    def of_hidden(self, gradient: Tensor) -> Tensor:
+        """[rows, V] -> [rows, d]."""
+        if not self.aligned:
+            return gradient @ self.weight
+        return hidden_product(
+            gradient, self.weight, self.weight.new_empty(len(gradient), self.weight.shape[1])
+        )
+
+    def add_of_weight(self, total: Tensor, gradient: Tensor, h: Tensor) -> None:
+        """Add what rows with gradient [rows, V] contribute to the weight's, ``total`` [V, d]."""
+        for part in self.parts:
+            total[part] += gradient[:, part].T @ h
+
+
 class _EntropySum(torch.autograd.Function):
     """Weighted sum of row entropies; the forward pass takes the gradients along."""
 
@@ -76,8 +117,10 @@ class _EntropySum(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=scaled.dtype) if wanted[1] else None
         # The logits, log p, p and one product of theirs are there at a time.
         rows = WORKSPACE_BYTES // (weight.shape[0] * (3 * scaled.itemsize + hidden.itemsize))
+        products = _Products(weight)
         for index in scaled.nonzero()[:, 0].split(max(1, min(MAX_ROWS, rows))):
-            x, slope = softmax.scaled(hidden[index] @ weight.T)
+            h = hidden[index]
+            x, slope = softmax.scaled(products.logits(h))
             logp = x - x.logsumexp(1, keepdim=True)
             p = logp.exp()
             logp.masked_fill_(p == 0, 0.0)  # of banned ids
@@ -86,11 +129,11 @@ class _EntropySum(torch.autograd.Function):
             if not any(wanted):
                 continue
             gradient = logp.add_(entropy[:, None]).mul_(p).mul_(-scaled[index, None]).mul_(slope)
-            gradient = gradient.to(hidden.dtype)
+            gradient = products.operand(gradient)
             if grad_hidden is not None:
-                grad_hidden[index] = gradient @ weight
+                grad_hidden[index] = products.of_hidden(gradient)
             if grad_weight is not None:
-                grad_weight += gradient.T @ hidden[index]
+                products.add_of_weight(grad_weight, gradient, h)
         ctx.save_for_backward(hidden, weight, grad_hidden, grad_weight, largest)
         return total * largest
 

@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 
 from quietstar_ext import checks
+from quietstar_ext.aligned_products import ROW_ALIGNMENT, vocabulary_product
 from quietstar_ext.dispatch import choose_impl
 from quietstar_ext.native import native_unsupported_reason, takes_cuda_path
 from quietstar_ext.operators import register
-from quietstar_ext.precision import (
-    ROW_ALIGNMENT,
-    autocast_inputs,
-    vocabulary_product,
-    without_autocast,
-)
+from quietstar_ext.precision import autocast_inputs, without_autocast
 from quietstar_ext.sample_tokens import reference as sampling_reference
 from quietstar_ext.sample_tokens.call import (
     Drawn,

@@ -25,17 +25,17 @@ from collections.abc import Iterator
 
 import torch
 
+from quietstar_ext.aligned_products import (
+    ROW_ALIGNMENT,
+    aligned_parts,
+    hidden_product,
+    vocabulary_product,
+)
 from quietstar_ext.linear_cross_entropy.call import Losses, Products
 from quietstar_ext.linear_cross_entropy.cpu import WeightGradient
 from quietstar_ext.linear_cross_entropy.softmax import SoftmaxCrossEntropy
 from quietstar_ext.native import cuda_device, cuda_kernels, fields
-from quietstar_ext.precision import (
-    ROW_ALIGNMENT,
-    aligned_parts,
-    gradient_dtype,
-    hidden_product,
-    vocabulary_product,
-)
+from quietstar_ext.precision import gradient_dtype
 
 WORKSPACE_BYTES = 256 * 2**20
 # Whole tiles of cuBLAS's kernels in a chunk.

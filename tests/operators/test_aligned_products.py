@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from quietstar.thinking.output_layer import OutputLayer
 from quietstar_ext import linear_cross_entropy, linear_cross_entropy_sum, linear_sample
-from quietstar_ext.precision import aligned_parts, hidden_product, vocabulary_product
+from quietstar_ext.aligned_products import aligned_parts, hidden_product, vocabulary_product
+from quietstar_ext.linear_entropy import linear_entropy_sum
 
 ROWS, WIDTH = 24, 16
 
@@ -33,6 +35,7 @@ def lengths(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     watch(torch, "mm", 0)
     watch(torch, "addmm", 1)
     watch(torch.Tensor, "addmm_", 1)
+    watch(torch.Tensor, "__matmul__", 0)
     return seen
 
 
@@ -51,8 +54,23 @@ def sample(hidden: torch.Tensor, weight: torch.Tensor) -> None:
     linear_sample(hidden, weight, seed=0, impl="fused")
 
 
+def entropy_sum(hidden: torch.Tensor, weight: torch.Tensor) -> None:
+    linear_entropy_sum(hidden, weight, torch.rand(ROWS)).backward()
+
+
+@torch.no_grad()
+def logits(hidden: torch.Tensor, weight: torch.Tensor) -> None:
+    layer = OutputLayer(weight, softcap=None, logit_scale=0.5)
+    made = layer.logits(hidden.view(4, -1, WIDTH))
+    wanted = torch.nn.functional.linear(hidden, weight) * 0.5
+    torch.testing.assert_close(made, wanted.view(4, -1, len(weight)))
+
+
+CALLS = {cross_entropy: 3, cross_entropy_sum: 3, entropy_sum: 3, sample: 1, logits: 1}
+
+
 @pytest.mark.cuda_on_cpu
-@pytest.mark.parametrize("call", [cross_entropy, cross_entropy_sum, sample], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("call", CALLS, ids=lambda c: c.__name__)
 @pytest.mark.parametrize("vocab", [130, 1003])
 def test_products_are_aligned(
     cuda_on_cpu: ModuleType,
@@ -65,9 +83,8 @@ def test_products_are_aligned(
     call(hidden, weight)
     aligned, tail = vocab // 8 * 8, vocab % 8
     assert all(product <= {ROWS, WIDTH, aligned, tail} for product in lengths), lengths
-    products = 1 if call is sample else 3
-    assert sum(aligned in product for product in lengths) == products
-    assert sum(tail in product for product in lengths) == products
+    assert sum(aligned in product for product in lengths) == CALLS[call]
+    assert sum(tail in product for product in lengths) == CALLS[call]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -24,6 +24,7 @@ from quietstar_ext import (
     linear_sample,
     sample_tokens,
 )
+from quietstar_ext.aligned_products import linear_logits
 from quietstar_ext.linear_entropy import linear_entropy_sum
 from quietstar_ext.precision import autocast_inputs, compute_dtype
 
@@ -65,7 +66,10 @@ class OutputLayer:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., V] at temperature 1; only for rows that a caller really asked to see."""
-        return self._shape(hidden.to(self.weight.dtype) @ self.weight.T)
+        operands = self._operands(hidden)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
+            return self._shape(operands[0] @ self.weight.T)
+        return self._shape(linear_logits(*operands))
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """nll [rows] of hidden [rows, d] and targets [rows], 0 where a target is -100
