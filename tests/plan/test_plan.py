@@ -18,6 +18,7 @@ from quietstar.cli.plan import parse_bytes
 from quietstar.errors import UserError
 from quietstar.plan import costs as plan
 from quietstar.plan.table import least_work, training_changes
+from quietstar.plan.vocabulary import vocabulary_bytes
 
 RANK = 4
 TINY = {
@@ -96,7 +97,6 @@ def drawn_case() -> tuple[dict[str, Any], dict[str, Any], int, int]:
     return decoder, thoughts, random.randint(1, 2), random.choice([96, 128])
 
 
-@pytest.mark.slow
 def step_of(batch: int, length: int, mode: str, checkpointing: bool | str) -> plan.Step:
     """What the plan is asked for a model that :func:`around` made."""
     return plan.Step(
@@ -106,9 +106,11 @@ def step_of(batch: int, length: int, mode: str, checkpointing: bool | str) -> pl
         checkpointing=bool(checkpointing),
         keep_products=checkpointing == "products",
         rank=RANK if mode == "adapters" else None,
+        device="cpu",
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, "products", True])
 @pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast", "adapters"])
 def test_peaks_are_within_ten_per_cent(mode: str, checkpointing: bool | str):
@@ -242,6 +244,15 @@ def test_the_least_work_that_fits():
     # The recipe says that it checkpoints: with enough memory that is taken back.
     recipe = {"gradient_checkpointing": True}
     assert training_changes(own, found[0], recipe) == {"gradient_checkpointing": False}
+    # What the rollout computed is taken from it, as long as there is room for it.
+    assert found[0].reuse_rollout and found[0].rows_per_backward is None
+    assert not any(best.reuse_rollout for best in found if best is not None and best.checkpointing)
+    for other in ("pause", "none"):  # which have no rollout to take it from
+        assert not least_work(
+            build("float32", False, TINY, thought_kind=other).config, sizes, own, 2e12
+        ).reuse_rollout
+    quantized = dataclasses.replace(own, quantized=True, rank=16, precision="autocast")
+    assert not least_work(config, sizes, quantized, 2e12).reuse_rollout
     work = []
     for best, memory in zip(found, memories, strict=True):
         if best is not None:
@@ -258,6 +269,23 @@ def test_the_least_work_that_fits():
     # What the trainer would refuse is not advised.
     whole = [least_work(config, sizes, own, m, keeps=False, cuts=False) for m in memories]
     assert all(w is None or (w.rows_per_backward is None and not w.keep_products) for w in whole)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_gpu_holds_larger_chunks_of_logits(precision: str):
+    config, sizes = build("float32", False, TINY).config, plan.decoder_sizes(LlamaConfig())
+    gpu = plan.Step(8, 256, precision=precision)
+    cpu = dataclasses.replace(gpu, device="cpu")
+    item = 4 if precision == "float32" else 2
+    rows = 8192
+    logits, gradient = rows * sizes.vocabulary * item, sizes.vocabulary * sizes.width * item
+    assert logits > 256 * 2**20
+    assert vocabulary_bytes(sizes, gpu, rows) == 256 * 2**20 + gradient
+    assert vocabulary_bytes(sizes, gpu, 8) == 8 * sizes.vocabulary * item + gradient
+    assert vocabulary_bytes(sizes, dataclasses.replace(gpu, rank=8), rows) == 256 * 2**20
+    difference = plan.rollout_bytes(config, sizes, gpu) - plan.rollout_bytes(config, sizes, cpu)
+    drawn = plan.Rows.of(config, gpu).columns * sizes.vocabulary * item
+    assert difference == min(drawn, 512 * 2**20) - 64 * 2**20
 
 
 def test_rows_at_a_time():

@@ -18,10 +18,8 @@ from quietstar.errors import UserError
 from quietstar.plan.hybrids import Hybrid, LayerKind, Shape
 from quietstar.plan.sizes import Sizes
 from quietstar.plan.sizes import decoder_sizes as decoder_sizes
-from quietstar_ext.linear_cross_entropy.cpu import LARGE_WORKSPACE_BYTES, MAX_ROWS, WORKSPACE_BYTES
+from quietstar.plan.vocabulary import drawn_logits_bytes, vocabulary_bytes
 
-# Rows of logits that the loss works on at a time, and the bytes they may take.
-CHUNK_ROWS, CHUNK_BYTES = MAX_ROWS, WORKSPACE_BYTES
 # What a GPU has in use before the first tensor, and what an allocator loses to gaps.
 CONTEXT_BYTES, GAPS = 0.8e9, 1.06
 
@@ -42,6 +40,7 @@ class Step:
         optimizer_bytes: Adam's states per trained parameter, None: two in the parameters' dtype.
         reuse_rollout: linear layers take the rollout's rows from the rollout.
         rows_per_backward: so many of the texts go through the packed pass at a time, None: all.
+        device: ``cuda`` or ``cpu``, which hold different amounts of logits at a time.
     """
 
     batch: int
@@ -56,6 +55,7 @@ class Step:
     optimizer_bytes: float | None = None
     reuse_rollout: bool = False
     rows_per_backward: int | None = None
+    device: str = "cuda"
 
     @property
     def part(self) -> Step:
@@ -213,11 +213,11 @@ def activation_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float
     # 1. The loss: final norm, mixing head, both cross entropies with their gradients.
     final = rows.packed * {"float32": 12, "bfloat16": 8, "autocast": 12}[step.precision] * d
     heads = d * s * (4 * rows.talk + 2 * (rows.talk + rows.base))
-    talking = _vocabulary_bytes(sizes, step, rows.talk + rows.base)
+    talking = vocabulary_bytes(sizes, step, rows.talk + rows.base)
     # While the policy term is computed the talk's gradient of the output layer waits. About half of the
     # thoughts have no positive advantage.
     waiting = v * d * ((4 if step.rank is None else 0) + (2 if step.precision == "autocast" else 0))
-    scoring = 2 * d * s * rows.scored + waiting + _vocabulary_bytes(sizes, step, rows.scored // 2)
+    scoring = 2 * d * s * rows.scored + waiting + vocabulary_bytes(sizes, step, rows.scored // 2)
     loss = stack + final + heads + max(talking, scoring)
 
     # 2. The backward pass, at its beginning (all layers kept) and at its end (all gradients there).
@@ -232,26 +232,6 @@ def activation_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float
     # The gradients of the parts before are there all the time.
     before = gradient * trained / share if parts > 1 else 0.0
     return max(loss + before, start + before, end + gradient * not_yet / share if parts > 1 else end)
-
-
-def _vocabulary_bytes(sizes: Sizes, step: Step, rows: int) -> float:
-    """What one cross entropy over ``rows`` rows holds besides them: a chunk of logits and, where the
-    output layer is trained, its gradient."""
-    d, v = sizes.width, sizes.vocabulary
-    s = 4 if step.precision == "float32" else 2
-    most, room = CHUNK_ROWS, CHUNK_BYTES
-    if s == 2 and step.rank is None and 4 * v * d > room // 2:  # as linear_cross_entropy decides it
-        most, room = max(rows, 1), LARGE_WORKSPACE_BYTES
-    chunk = min(most, max(1, room // (v * s)))
-    chunks = max(1, math.ceil(rows / chunk))
-    held = v * s * rows / chunks
-    if step.precision == "autocast":
-        held += 2 * v * d  # the weight, cast
-    if step.rank is None:
-        # In 16 bits the sum is in fp32, with a product before it is added; one chunk needs no sum.
-        sixteen = 8 if chunks > 1 else 6
-        held += v * d * (4 if s == 4 else sixteen)
-    return held
 
 
 def _trained(sizes: Sizes, step: Step) -> float:
@@ -287,7 +267,7 @@ def rollout_bytes(config: QuietStarConfig, sizes: Sizes, step: Step) -> float:
         kinds = _kinds(config, sizes.hybrid, step)
         keys = step.batch * sum(kind.count * kind.remembered for kind in kinds)
     one = max(rows.text, rows.columns) * (3 * sizes.inner + 4 * sizes.width) * s
-    logits = min(CHUNK_BYTES, rows.columns * sizes.vocabulary * s)
+    logits = min(drawn_logits_bytes(step), rows.columns * sizes.vocabulary * s)
     gathered = s * sizes.all if step.sharded and step.processes > 1 else 0
     return keys + one + logits + gathered
 

@@ -20,6 +20,7 @@ from quietstar.plan.costs import (
     fits,
     largest_batch,
     peak_bytes,
+    reuses,
     static_bytes,
     step_flops,
     step_of,
@@ -72,21 +73,31 @@ def least_work(
 ) -> Step | None:
     """The way to run a step that fits ``memory`` bytes and computes least twice; None if none fits.
 
-    Rows at a time compute nothing twice, many at a time fill the GPU best; then comes checkpointing that
-    keeps products, and last that which keeps nothing.
+    With the rollout's outputs reused nothing is computed twice, without them the rollout's rows are.
+    Rows at a time change nothing in that, and many at a time fill the GPU best. Then comes
+    checkpointing that keeps products, and last that which keeps nothing.
 
     Args:
         keeps: whether checkpointing may keep products; cuts: whether rows may be taken a few at a time.
     """
+    samples = config.thinks and config.thought_kind == "sampled"
     counts = [n for n in range(own.batch, 0, -1) if own.batch % n == 0] if cuts else [own.batch]
-    for checkpointing, kept in ((False, False), (True, True), (True, False)):
-        if kept and (own.quantized or not keeps):
+    change = functools.partial(dataclasses.replace, own, reuse_rollout=False)
+    whole = change(checkpointing=False, keep_products=False)
+    kinds = [
+        dataclasses.replace(whole, reuse_rollout=True),
+        whole,
+        change(checkpointing=True, keep_products=True),
+        change(checkpointing=True, keep_products=False),
+    ]
+    for kind in kinds:
+        if kind.reuse_rollout and not (reuses(kind) and samples):
+            continue
+        if kind.keep_products and (own.quantized or not keeps):
             continue
         for count in counts:
             rows = None if count == own.batch else count
-            way = dataclasses.replace(
-                own, checkpointing=checkpointing, keep_products=kept, rows_per_backward=rows
-            )
+            way = dataclasses.replace(kind, rows_per_backward=rows)
             if fits(config, sizes, way, memory):
                 return way
     return None
@@ -161,11 +172,17 @@ def _print_least_work(
     if way is None:
         return
     changes = training_changes(step, way, training)
-    lines = {key: "null" if value is None else str(value).lower() for key, value in changes.items()}
-    says = ", ".join(f"{key}: {value}" for key, value in lines.items()).replace("'", "")
-    says = f"training: {{{says}}}" if says else "as the recipe says"
+    reuse = {"reuse_rollout": way.reuse_rollout} if reuses(way) != reuses(step) else {}
+    sections = {"model": reuse, "training": changes}
+    says = ", ".join(f"{name}: {_as_yaml(lines)}" for name, lines in sections.items() if lines)
+    says = says or "as the recipe says"
     peak = peak_bytes(config, sizes, way) / GB
     console.print(f"least computed twice, on one GPU of {size}: {says} (peak {peak:.2f} GB)")
+
+
+def _as_yaml(changes: dict[str, Any]) -> str:
+    lines = {key: "null" if value is None else str(value).lower() for key, value in changes.items()}
+    return "{" + ", ".join(f"{key}: {value}" for key, value in lines.items()).replace("'", "") + "}"
 
 
 def print_plan(console: Console, recipe: Recipe, memory: float, size: str) -> None:
