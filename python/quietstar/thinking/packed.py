@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from quietstar.thinking.kept_outputs import taking
@@ -36,9 +35,7 @@ def packed_pass(
     layout = ThoughtLayout.over(batch.ranges, batch.columns, count, **options)
     start_end = td.start_end_embeddings()
     inputs = SlotInputs(td.config, embed, start_end, batch.input_ids, batch.columns, batch.rationales)
-    text = embed(batch.input_ids)
-    slots = [inputs.embeds(slot, thoughts.ids).to(text.dtype) for slot in range(count)]
-    embeds = torch.cat([text, *slots], dim=1)
+    embeds = inputs.packed(count, thoughts.ids)
     with taking(thoughts.kept):
         hidden = run_decoder(td.decoder, embeds, layout.packed_positions(), layout)
     return hidden[:, :n], start_repeated(hidden[:, n:], layout.num_columns, batch.rationales)

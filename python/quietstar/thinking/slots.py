@@ -92,6 +92,36 @@ class SlotInputs:
         embeds = [self.embeds(each, thought_ids) for each in range(slot, slot + count)]
         return embeds[0] if count == 1 else torch.cat(embeds, dim=1)
 
+    def packed(self, count: int, thought_ids: Tensor | None) -> Tensor:
+        """The text's embeddings and those of the first ``count`` slots, [B, N + A + (count-1)·M, d].
+
+        All tokens are looked up at once: each look-up has a gradient as large as the table, and these
+        would be added up one by one.
+        """
+        (rows, columns), length = self.anchors.shape, self.input_ids.shape[1]
+        drawn = min(count - 1, self.config.thought_length)
+        talk = max(count - depth_of_end(self.config), 0)
+        if thought_ids is None:
+            thoughts = self.anchors[:, :0]
+        else:
+            thoughts = thought_ids[:, :, :drawn].transpose(1, 2).flatten(1)
+        behind_end = torch.arange(1, talk + 1, device=self.anchors.device)[:, None]
+        # Past the end of the text anything may stand here: those rows carry no loss.
+        ahead = (self.anchors[:, None] + behind_end).clamp(max=length - 1).flatten(1)
+        ids = [self.input_ids, thoughts, self.input_ids.gather(1, ahead)]
+        found = self.embed(torch.cat(ids, dim=1)).split([each.shape[1] for each in ids], dim=1)
+        start, end = (embedding.to(found[0].dtype) for embedding in self.start_end)
+        starts = columns // self.rationales + (drawn * columns if thought_ids is None else 0)
+        ends = columns if count > drawn + 1 else 0
+        pieces = (
+            found[0],
+            start.expand(rows, starts, -1),
+            found[1],
+            end.expand(rows, ends, -1),
+            found[2],
+        )
+        return torch.cat(pieces, dim=1)
+
 
 @dataclass
 class SlotRun:
