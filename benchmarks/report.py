@@ -1,4 +1,5 @@
-"""``python -m benchmarks.report``: the tables of README and docs/results.md from what was measured.
+"""``python -m benchmarks.report``: the tables of README, docs/results.md and docs/gpu_paths.md from what
+was measured.
 
 Reads ``benchmarks/results`` and rewrites the parts of these pages between their markers; ``--check``
 says only whether they are up to date.
@@ -16,6 +17,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 REAL = README.parent / "docs" / "results.md"
+GPU_PATHS = README.parent / "docs" / "gpu_paths.md"
 
 EVERYTHING = Path(__file__).parent / "RESULTS.md"
 # What README shows; the rest is in RESULTS.md.
@@ -268,6 +270,35 @@ def render_zero_shot(results: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"95 % bootstrap intervals. {facts}."])
 
 
+def render_launches(results: dict[str, Any]) -> str:
+    """Kernel launches of a step by part, in two ways; those of the second by kind."""
+    (before, plain), (after, fused) = results["ways"].items()
+    kinds = list(dict.fromkeys(kind for part in fused.values() for kind in part))
+    lines = [f"| part | {before} | {after} | {' | '.join(kinds)} |", "|---|" + "--:|" * (2 + len(kinds))]
+
+    def row(title: str, parts: list[str]) -> str:
+        sums = [sum(sum(way[part].values()) for part in parts) for way in (plain, fused)]
+        each = [sum(fused[part].get(kind, 0) for part in parts) for kind in kinds]
+        return f"| {title} | {' | '.join(f'{count:,}' if count else '' for count in [*sums, *each])} |"
+
+    lines += [row(part, [part]) for part in fused]
+    lines.append(row("**all**", list(fused)))
+    packed = [part for part in fused if part.startswith("packed pass")]
+    counts = [sum(sum(way[part].values()) for part in packed) for way in (plain, fused)]
+    check = results["check"]
+    lines += [
+        "",
+        f"Of the packed pass {counts[1]:,} of {counts[0]:,} are left, {counts[1] / counts[0]:.0%}."
+        f" {results['what']}; torch {results['torch']}, transformers {results['transformers']},"
+        f" {results['date']}. Counted over {check['commit']}, which the H200 ran: {check['counted']:,},"
+        f" {check['counted_products']:,} of them products; its profile lists {check['profiled']:,}"
+        f" (the 60 kernels of most time), {check['profiled_products']:,} of them products, and"
+        f" {check['profiled_library_extras']} that libraries launch around products, which are not"
+        " counted here.",
+    ]
+    return "\n".join(lines)
+
+
 def _signed(value: dict[str, Any]) -> str:
     each = ", ".join(f"{seed:+.3f}" for seed in value["by_seed"])
     error = value["standard_error"]
@@ -306,9 +337,13 @@ def main() -> int:
     check = parser.parse_args().check
     measured = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     machines = [each for each in measured if "benchmarks" in each]
-    pages = {path: path.read_text() for path in (README, REAL)}
+    pages = {path: path.read_text() for path in (README, REAL, GPU_PATHS)}
     shown = "\n\n".join(render(m, HIGHLIGHTS) for m in widest(machines))
     pages[README] = replaced(pages[README], "benchmarks", shown)
+    counted = RESULTS / "launches.json"
+    pages[GPU_PATHS] = replaced(
+        pages[GPU_PATHS], "launches", render_launches(json.loads(counted.read_text()))
+    )
     for name, page, marker, show in (
         ("lookup", README, "demo", render_demo),
         ("text", README, "demo text", render_text),
