@@ -7,9 +7,9 @@ machine code, where there is a disassembler. No GPU is needed.
 
 What the package's own build reported a moment ago is not compiled again. Prints a table, a line per
 kernel. Exit status 1: a kernel of ``NO_SPILLS`` spills, one of ``WIDE`` stores its 16 bytes in pieces,
-one of ``LOOPS`` takes more instructions than it may, a pattern there names no kernel any more, or a file
-does not compile. Without nvcc it says so and checks nothing. ``kernel_reports.py`` and
-``machine_code.py`` read what the compiler and the disassembler write.
+one of ``LOOPS`` takes more instructions than it may, one of ``AHEAD`` loads too late, a pattern there
+names no kernel any more, or a file does not compile. Without nvcc it says so and checks nothing.
+``kernel_reports.py`` and ``machine_code.py`` read what the compiler and the disassembler write.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from compile_limits import KNOWN_SPILLS, LOOPS, NO_SPILLS, WIDE
+from compile_limits import AHEAD, KNOWN_SPILLS, LOOPS, NO_SPILLS, WIDE
 from kernel_reports import Kernel, accesses, parse, readable, table, taken_apart
-from machine_code import find_cuobjdump, instructions, round_of_loop
+from machine_code import find_cuobjdump, instructions, loads_ahead, round_of_loop
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCES = REPOSITORY / "csrc" / "cuda"
@@ -165,8 +165,8 @@ def narrow_faults(nvcc: str, files: Iterable[Path]) -> list[str]:
 
 
 def loop_faults(nvcc: str, cuobjdump: str, files: Iterable[Path]) -> list[str]:
-    """Prints the rounds of the LOOPS. A sentence for each that takes more than it may, and for each
-    pattern that names no loop."""
+    """Prints the rounds of the LOOPS. A sentence for each that takes more than it may, or loads later
+    than AHEAD wants, and for each pattern that names no loop."""
     files = [file for file in files if file.name in LOOPS]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         texts = list(pool.map(lambda file: sass_of(nvcc, cuobjdump, file), files))
@@ -191,6 +191,14 @@ def loop_faults(nvcc: str, cuobjdump: str, files: Iterable[Path]) -> list[str]:
                 if length is None or length > most:
                     found.append(
                         f"{name} has a {operation} loop of {length} instructions; allowed: {most}"
+                    )
+        for pattern, (operation, load, least) in AHEAD.get(file.name, {}).items():
+            for name in code:
+                ahead = loads_ahead(code[name], operation, load)
+                if fnmatchcase(names[name], pattern) and (ahead is None or ahead < least):
+                    found.append(
+                        f"{names[name]} waits for a {load} {ahead} instructions after it; "
+                        f"expected {least} or more"
                     )
     return found
 

@@ -44,9 +44,8 @@ def _successors(code: list[str]) -> list[list[int]]:
     return after
 
 
-def round_of_loop(code: list[str], operation: str) -> int | None:
-    """Instructions of the shortest way from the stretch of ``code`` that has the most of an operation
-    back to it: what a round of its loop takes where nothing unusual happens. None: there is no loop."""
+def _round(code: list[str], operation: str) -> list[int]:
+    """Where the instructions of a round stand, see :func:`round_of_loop`; empty: there is no loop."""
     after = _successors(code)
     begins = {0, *(n for at, to in enumerate(after) if to != [at + 1] for n in [*to, at + 1])}
     counts: Counter[int] = Counter()
@@ -55,14 +54,45 @@ def round_of_loop(code: list[str], operation: str) -> int | None:
         begin = at if at in begins else begin
         counts[begin] += operation in line.split()
     if not code or max(counts.values()) == 0:
-        return None
+        return []
     goal = counts.most_common(1)[0][0]
-    seen, front, steps = {goal}, {goal}, 0
+    before: dict[int, int] = {}
+    front = [goal]
     while front:
-        steps += 1
-        front = {n for at in front for n in after[at] if n < len(code)}
-        if goal in front:
-            return steps
-        front -= seen
-        seen |= front
-    return None
+        reached = []
+        for at in front:
+            for n in after[at]:
+                if n == goal:
+                    way = [at]
+                    while way[-1] != goal:
+                        way.append(before[way[-1]])
+                    return way[::-1]
+                if n < len(code) and n not in before:
+                    before[n] = at
+                    reached.append(n)
+        front = reached
+    return []
+
+
+def round_of_loop(code: list[str], operation: str) -> int | None:
+    """Instructions of the shortest way from the stretch of ``code`` that has the most of an operation
+    back to it: what a round of its loop takes where nothing unusual happens. None: there is no loop."""
+    return len(_round(code, operation)) or None
+
+
+def loads_ahead(code: list[str], operation: str, load: str) -> int | None:
+    """Instructions of such a round from a load to the first one that waits for it, at the load that has
+    the fewest. None: the round has no such load, or nothing waits for one."""
+    way = [code[at] for at in _round(code, operation)]
+    found = []
+    for at, line in enumerate(way):
+        if load not in line.split():
+            continue
+        first = int(re.search(r"\bR(\d+)", line)[1])  # type: ignore[index]
+        width = 4 if ".128" in load else 2 if ".64" in load else 1
+        loaded = re.compile("|".join(rf"\bR{first + i}\b" for i in range(width)))
+        later = [*way[at + 1 :], *way[: at + 1]]
+        waits = (n for n, text in enumerate(later) if loaded.search(text.partition(",")[2]))
+        found.append(next(waits, None))
+    known = [n for n in found if n is not None]
+    return min(known) if known and len(known) == len(found) else None

@@ -10,16 +10,20 @@
 // same maxima and sums in the workspace; the second launch finishes, a block per row.
 //
 // Two pairs of kernels: the fast ones (sample_tokens_fast.cuh) for 16-bit logits in the usual call,
-// the others for the rest. While a row's token is drawn its block loads nothing, so what counts is
-// that others do: fast blocks have 40 registers a thread, 48 warps to a multiprocessor, and as few
-// threads as the number of rows allows, 12 rows at once where there are many.
+// the others for the rest. What counts for the fast ones is that the memory always has something to
+// do: 64 registers a thread hold the chunk that is worked on and the next one, which is under way
+// meanwhile, in all of 32 warps to a multiprocessor. A block has 16 warps and as many rows as give
+// each warp some eight chunks, four rows at most: while a row's token is drawn its warps load
+// nothing, and a row that has to be added up again has the whole block for it, or its call would
+// wait for one row. Few rows of up to 64 chunks take one launch, with a block of 32 warps per row.
 //
 // Bytes: vocab elements per row, once, and one chunk of 2 KB again.
 //
 // Operations per element, in issue slots (a multiprocessor has four warps' a cycle: at 4.2 TB/s and
 // 1.8 GHz an H200 has 14 per 16-bit element and 29 per fp32 element):
-// - fast: 1 conversion, 1/4 maximum, 2 multiply-adds, 1 exp2, 1 addition, and 2 for what a chunk
-//   costs, counted in the machine code for sm_90 (scripts/compile_check.py has the limit): 7 1/4;
+// - fast: 1 conversion, 1/4 maximum, 2 multiply-adds, 1 exp2, 1 addition, 1/2 to move the next
+//   chunk, and 2 for what a chunk costs, counted in the machine code for sm_90
+//   (scripts/compile_check.py has the limits): 7 3/4;
 // - exact: 1 maximum, 1 lower limit, 4 for the argument, 6 for the polynomial, 1 for the exponent,
 //   2 for a sum in double, and 4 for the chunk: 19.
 //
@@ -29,7 +33,7 @@
 // whose relative error is 2^-22. So fp32 logits are added up exactly from the start, as csrc/cpu
 // does. 16-bit logits are added up fast, and again exactly in the rows (about one in a hundred
 // where all tokens are equally likely, else fewer) whose number falls too close to an edge: the
-// token is that of the exact sums in either case (see draw_fast()).
+// token is that of the exact sums in either case (see find_fast()).
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -48,17 +52,19 @@ using namespace sampling;
 // of loads under way.
 template <class T>
 constexpr int kBlocks = sizeof(T) == 2 ? 4 : 3;
-// The same of the fast kernels, whose blocks have 128 to 512 threads: 48 warps in all.
-constexpr int kFastThreads = 512, kFastBlocks = 3;
+// The fast kernels have 64 registers a thread, 32 warps to a multiprocessor: two blocks, or the one
+// of a row that is added up in one go.
+constexpr int kFastThreads = 1024, kFastWarps = 16;
 // Blocks per multiprocessor to plan the first of two launches for.
 constexpr int kResident = 4;
+// Up to so many chunks a row is not worth two launches to the fast kernels.
+constexpr int kOneLaunch = 2 * kFastThreads / 32;
 
 // Row n, after the banned ids have been brought to shared memory. Every thread of the block calls
 // it.
 template <class T>
 __device__ __forceinline__ Row<T> begin_row(const Options& o, std::int64_t n, int* banned) {
   load_banned(o, banned);
-  __syncthreads();
   return row_of<T>(o, n, banned);
 }
 
@@ -139,48 +145,76 @@ __global__ __launch_bounds__(kThreads,
 }
 
 template <class T>
-__global__ __launch_bounds__(kFastThreads,
-                             kFastBlocks) void scan_rows_fast(const __grid_constant__ Options o) {
+__global__ __launch_bounds__(kFastThreads) void scan_rows_fast(const __grid_constant__ Options o) {
   QUIETSTAR_SHARED(int, banned, [kFewBanned]);
   const std::int64_t n = blockIdx.y;
   const Row<T> row = begin_row<T>(o, n, banned);
   const int first = static_cast<int>(blockIdx.x) * o.per_block;
-  scan_chunks<T, false>(row, o, first, min(first + o.per_block, row.chunks),
-                        o.fast_sums + n * o.max_entries, o.maxima + n * o.max_entries);
+  const int warps = static_cast<int>(blockDim.x / 32), warp = static_cast<int>(threadIdx.x / 32);
+  scan_chunks(row, o, first, min(first + o.per_block, row.chunks), warp, warps,
+              o.fast_sums + n * o.max_entries, o.maxima + n * o.max_entries, [] {});
 }
 
+// Which row of the call a thread's warp works on, as one of which warps.
+struct Share {
+  int in_block, n, warp, warps;
+
+  __device__ __forceinline__ Share(const Options& o, int thread)
+      : in_block(thread / 32 >> o.row_shift), warps(1 << o.row_shift) {
+    n = first_row(o) + in_block;
+    warp = thread / 32 - (in_block << o.row_shift);
+  }
+  static __device__ __forceinline__ int block_rows(const Options& o) {
+    return static_cast<int>(blockDim.x) / 32 >> o.row_shift;
+  }
+  static __device__ __forceinline__ int first_row(const Options& o) {
+    return static_cast<int>(blockIdx.x) * block_rows(o);
+  }
+};
+
+// A block has one row or several, each with 2^o.row_shift warps.
 template <class T>
-__global__ __launch_bounds__(kFastThreads,
-                             kFastBlocks) void sample_rows_fast(const __grid_constant__ Options o) {
+__global__ __launch_bounds__(kFastThreads) void sample_rows_fast(
+    const __grid_constant__ Options o) {
   QUIETSTAR_SHARED(FastState, state, [1]);
-  const int thread = static_cast<int>(threadIdx.x);
-  const std::int64_t n = blockIdx.x;
-  const Row<T> row = begin_row<T>(o, n, state->banned);
-  // Before the first pass, or the end would wait for the seed.
-  if (thread == 0) {
-    state->uniform = philox_uniform(static_cast<std::uint64_t>(*o.seed),
-                                    o.offset + static_cast<std::uint64_t>(n));
-  }
-  if (o.fast_sums) {
-    for (int i = thread; i < row.chunks; i += static_cast<int>(blockDim.x)) {
-      state->sums[i] = o.fast_sums[n * o.max_entries + i];
-      state->maxima[i] = o.maxima[n * o.max_entries + i];
+  int thread = static_cast<int>(threadIdx.x);
+  load_banned(o, state->banned);
+  {
+    const Share share(o, thread);
+    FastState::OfRow& mine = state->rows[share.in_block];
+    // While the first loads are under way, or the end would wait for the seed.
+    const auto meanwhile = [&] {
+      if (share.warp != 0 || lane_id() != 0) return;
+      mine.uniform = philox_uniform(static_cast<std::uint64_t>(*o.seed),
+                                    o.offset + static_cast<std::uint64_t>(share.n));
+    };
+    if (share.n >= o.rows) {
+    } else if (o.fast_sums) {
+      const std::int64_t at = static_cast<std::int64_t>(share.n) * o.max_entries;
+      const Row<T> row = row_of<T>(o, share.n, state->banned);
+      for (int i = thread; i < row.chunks; i += static_cast<int>(blockDim.x)) {
+        mine.sums[i] = o.fast_sums[at + i];
+        mine.maxima[i] = o.maxima[at + i];
+      }
+      meanwhile();
+    } else {
+      const Row<T> row = row_of<T>(o, share.n, state->banned);
+      scan_chunks(row, o, 0, row.chunks, share.warp, share.warps, mine.sums, mine.maxima,
+                  meanwhile);
     }
-  } else {
-    scan_chunks<T, false>(row, o, 0, row.chunks, state->sums, state->maxima);
   }
   __syncthreads();
-  if (thread < 32) {
-    float row_max;
-    const Verdict verdict =
-        draw_fast(row, o, n, state->uniform, state->sums, state->maxima, row_max);
-    if (thread == 0) {
-      state->row_max = row_max;
-      state->verdict = verdict;
-    }
+  keep(thread);  // all of it is computed anew: registers are short
+  const Share share(o, thread);
+  if (share.warp == 0 && share.n < o.rows) {
+    draw_fast(row_of<T>(o, share.n, state->banned), o, share.n, state->rows[share.in_block]);
   }
   __syncthreads();
-  if (state->verdict != kDecided) draw_exactly(*state, row, o, n);
+#pragma unroll 1
+  for (int i = 0; i < Share::block_rows(o); ++i) {
+    const int n = Share::first_row(o) + i;
+    if (n < o.rows && state->rows[i].verdict != kDecided) draw_exactly<T>(*state, i, o, n);
+  }
 }
 
 __global__ void clear_bits(unsigned* bits, std::int64_t words) {
@@ -201,7 +235,9 @@ struct Plan {
   int per_entry, max_entries;
   int parts;           // blocks per row in the first of two launches; 1: there is only one launch
   int per_block;       // entries of such a block
-  int threads;         // of a fast block
+  int fast_warps;      // of a fast block
+  int row_shift;       // 2^row_shift of them work on one row
+  bool fast_at_once;   // fast kernels take one launch all the same
   std::int64_t words;  // of the bitmap of banned ids; 0: none
 };
 
@@ -215,17 +251,25 @@ Plan plan(DType dtype, std::int64_t rows, std::int64_t vocab, std::int64_t banne
   plan.words = banned_count > kFewBanned ? ceil_div(vocab, 32) : 0;
   plan.parts = 1;
   const std::int64_t multiprocessors = cuda::multiprocessors(device);
-  // While one warp draws, the others of its block have nothing to load: where there are rows enough
-  // to fill the device a block is small.
-  plan.threads = rows < 4 * multiprocessors ? 512 : rows < 8 * multiprocessors ? 256 : 128;
+  // Eight chunks to a warp, or fewer where the rows would not fill the device. The smaller a row's
+  // share of its block, the fewer warps wait while one draws.
+  const std::int64_t fair = rows < 4 * multiprocessors ? 16 : rows < 8 * multiprocessors ? 8 : 4;
+  plan.fast_warps = kFastWarps;
+  int row_warps = kFastWarps / kMaxBlockRows;
+  while (row_warps < kFastWarps && (row_warps < fair || row_warps * 8 < plan.max_entries)) {
+    row_warps *= 2;
+  }
   if (rows > 0 && rows < multiprocessors) {
     // Blocks of eight warps, all resident at once, and as many chunks for each warp.
     const std::int64_t warps = kThreads / 32 * kResident * multiprocessors;
     const std::int64_t per_block = kThreads / 32 * ceil_div(rows * plan.max_entries, warps);
     plan.per_block = static_cast<int>(std::min<std::int64_t>(per_block, plan.max_entries));
     plan.parts = static_cast<int>(ceil_div(plan.max_entries, plan.per_block));
-    plan.threads = kThreads;
+    plan.fast_at_once = plan.max_entries <= kOneLaunch;
+    if (plan.fast_at_once && plan.max_entries > kFastWarps) plan.fast_warps = kFastThreads / 32;
+    row_warps = plan.fast_warps;
   }
+  while (1 << plan.row_shift < row_warps) ++plan.row_shift;
   return plan;
 }
 
@@ -282,7 +326,9 @@ Options options_of(const SampleTokens& call, const Plan& plan) {
   o.max_entries = plan.max_entries;
   char* workspace = static_cast<char*>(call.workspace);
   const Offsets at = offsets(plan, call.rows);
-  if (plan.parts > 1) {
+  o.rows = static_cast<int>(call.rows);
+  o.row_shift = plan.row_shift;
+  if (plan.parts > 1 && !(o.fast && plan.fast_at_once)) {
     o.per_block = plan.per_block;
     if (o.fast) {
       o.fast_sums = reinterpret_cast<float*>(workspace);
@@ -302,9 +348,9 @@ void launch_rows(const Options& o, std::int64_t rows, const Plan& plan, const De
   const char *const first_name = "sample_tokens, first pass", *const name = "sample_tokens";
   const dim3 parts(static_cast<unsigned>(plan.parts), static_cast<unsigned>(rows));
   if constexpr (kFast) {
-    const dim3 block(static_cast<unsigned>(plan.threads));
-    if (plan.parts > 1) launch(first_name, device, scan_rows_fast<T>, parts, block, 0, o);
-    launch(name, device, sample_rows_fast<T>, blocks(rows), block, 0, o);
+    if (o.fast_sums) launch(first_name, device, scan_rows_fast<T>, parts, dim3(kThreads), 0, o);
+    launch(name, device, sample_rows_fast<T>, blocks(rows, plan.fast_warps >> plan.row_shift),
+           blocks(plan.fast_warps * 32), 0, o);
   } else {
     if (plan.parts > 1) launch(first_name, device, scan_rows<T>, parts, dim3(kThreads), 0, o);
     const std::size_t shared = o.truncated ? sizeof(Bins) : 0;

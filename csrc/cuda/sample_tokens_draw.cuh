@@ -10,17 +10,19 @@ namespace quietstar::cuda::sampling {
 constexpr double kLn2 = 0.6931471805599453;
 
 // Sums over the lanes up to and including this one.
-__device__ __forceinline__ double running_sum(double value) {
+template <class Number>
+__device__ __forceinline__ Number running_sum(Number value) {
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
-    const double other = __shfl_up_sync(kAllLanes, value, step);
+    const Number other = __shfl_up_sync(kAllLanes, value, step);
     if (lane_id() >= step) value += other;
   }
   return value;
 }
 // What running_sum gave the lane before, 0 for the first.
-__device__ __forceinline__ double before(double running) {
-  const double other = __shfl_up_sync(kAllLanes, running, 1);
+template <class Number>
+__device__ __forceinline__ Number before(Number running) {
+  const Number other = __shfl_up_sync(kAllLanes, running, 1);
   return lane_id() == 0 ? 0 : other;
 }
 __device__ __forceinline__ int lowest_lane(unsigned votes) {

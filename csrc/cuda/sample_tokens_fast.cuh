@@ -3,8 +3,8 @@
 // too close to an edge between two tokens is added up again, exactly.
 //
 // Everything here but the first pass is the work of one warp, in as few instructions as will do:
-// while it runs, the loads of its block stand still, and in a call of few rows the instructions
-// themselves come from memory for the first time.
+// while it runs, the others of its row have nothing to load, and in a call of few rows the
+// instructions themselves come from memory for the first time.
 #pragma once
 
 #include "quietstar/philox.h"
@@ -30,32 +30,28 @@ __device__ __forceinline__ float float_power_of_two(float n) {
   return n > -127 ? __int_as_float((static_cast<int>(fminf(n, 127)) + 127) << 23) : 0;
 }
 
-// Which of a lane's banned ids, one of 32, lie in a chunk, is asked of their chunks' numbers.
-struct BannedChunks {
-  int at[kFewBanned / 32];
+// Whether one of the few banned ids lies in a chunk.
+template <class T>
+__device__ __forceinline__ bool has_banned(const Row<T>& row, int number) {
+  bool here = false;
+#pragma unroll
+  for (int i = 0; i < kFewBanned / 32; ++i) {
+    const int id = row.banned[i * 32 + lane_id()];
+    here = here || (id >= 0 && (static_cast<unsigned>(id) + row.lead) / kChunk<T> == number);
+  }
+  return __any_sync(kAllLanes, here);
+}
 
-  template <class T>
-  __device__ __forceinline__ BannedChunks(const Row<T>& row, const Options& o) {
-#pragma unroll
-    for (int i = 0; i < kFewBanned / 32; ++i) {
-      const int id = o.banned_count > 0 ? row.banned[i * 32 + lane_id()] : -1;
-      at[i] = id < 0 ? -1 : static_cast<int>((static_cast<unsigned>(id) + row.lead) / kChunk<T>);
-    }
-  }
-  __device__ __forceinline__ bool has(int number) const {
-    bool here = false;
-#pragma unroll
-    for (int i = 0; i < kFewBanned / 32; ++i) here = here || at[i] == number;
-    return __any_sync(kAllLanes, here);
-  }
-};
+// 2^(x factor + shift), of the special-function unit. above_0 is positive, so that minus infinity
+// stays what it is.
+__device__ __forceinline__ float fast_power(float x, float shift, const Options& o) {
+  return fast_exp2(fmaf(x, o.above_0, fmaf(x, o.below_hi, shift)));
+}
 
 // Maximum and sum of a chunk that a warp holds; the sum exact, or of the special-function unit.
-// With `kNext`, as soon as a pack is added up its registers take what lies at `next`.
-template <class T, bool kExact, bool kNext, class Result>
-__device__ __forceinline__ void add_up(Chunk<T>& chunk, const Options& o, float origin,
-                                       const unsigned* next, float& max_logit, Result& total) {
-  constexpr int kSize = Pack<T>::size;
+template <class T, bool kExact, class Result>
+__device__ __forceinline__ void add_up(const Chunk<T>& chunk, const Options& o, float origin,
+                                       float& max_logit, Result& total) {
   unsigned pair = chunk.word[0];
 #pragma unroll
   for (int w = 1; w < kPacks * 4; ++w) pair = max2_nan<T>(pair, chunk.word[w]);
@@ -64,62 +60,66 @@ __device__ __forceinline__ void add_up(Chunk<T>& chunk, const Options& o, float 
   if (kExact) max_logit -= origin;
   const float shift = -scale_of(max_logit, o);
   const ExactPower power(max_logit, o);
-  Result part[4];
+  Result part[4] = {};
 #pragma unroll
-  for (int i = 0; i < kPacks; ++i) {
-#pragma unroll
-    for (int k = 0; k < kSize; ++k) {
-      const float x = element(chunk, i * kSize + k);
-      Result mine;
-      if constexpr (kExact) {
-        mine = static_cast<double>(power(x - origin));
-      } else {
-        // above_0 is positive, so that minus infinity stays what it is.
-        mine = fast_exp2(fmaf(x, o.above_0, fmaf(x, o.below_hi, shift)));
-      }
-      part[k % 4] = i == 0 && k < 4 ? mine : part[k % 4] + mine;
+  for (int j = 0; j < Chunk<T>::count; ++j) {
+    const float x = element(chunk, j);
+    Result mine;
+    if constexpr (kExact) {
+      mine = static_cast<double>(power(x - origin));
+    } else {
+      mine = fast_power(x, shift, o);
     }
-    if (kNext) set_pack(chunk, i, kExact ? load16(next + i * 128) : load16_past_l1(next + i * 128));
+    part[j % 4] = j < 4 ? mine : part[j % 4] + mine;
   }
   total = warp_reduce((part[0] + part[1]) + (part[2] + part[3]), Sum{});
   if (kExact && !has_weight(max_logit, o)) total = 0;
 }
 
-// Maxima and sums of the chunks [first, last), chunk i to maxima[i] and sums[i]. A warp goes from
-// the end of the row to its beginning, so that the chunk that the row's end cuts is its first one,
-// which has to be waited for anyway.
-template <class T, bool kExact, class Result>
+// Takes the banned ids out of a chunk; with few of them, asks first whether it has any.
+template <class T>
+__device__ __forceinline__ void ban_few(Chunk<T>& chunk, const Options& o, const Row<T>& row,
+                                        int number) {
+  if (o.banned_bits || (o.banned_count > 0 && has_banned(row, number))) ban(chunk, o, row, number);
+}
+
+// Maxima and sums of the chunks [first, last), chunk i to maxima[i] and sums[i], by `warps` warps
+// of which this is number `warp`. The next chunk is under way while one is worked on, and
+// `meanwhile` is done while the first one is. A warp goes from the end of the row to its beginning,
+// so that the chunk that the row's end cuts is its first one, which has to be waited for anyway.
+template <class T, class Meanwhile>
 __device__ __forceinline__ void scan_chunks(const Row<T>& row, const Options& o, int first,
-                                            int last, Result* sums, float* maxima) {
-  constexpr int kChunkWords = kPacks * 128;
-  const int lane = lane_id(), warps = static_cast<int>(blockDim.x / 32);
-  const BannedChunks banned(row, o);
-  int number = last - 1 - static_cast<int>(threadIdx.x / 32);
-  // Down to here the next chunk is a whole one.
-  const int last_whole = max(first, row.lead > 0 ? 1 : 0) + warps;
-  Chunk<T> chunk;
-  const auto work = [&](auto next, const unsigned* words) {
-    if (o.banned_bits || banned.has(number)) ban(chunk, o, row, number);
-    float max_logit;
-    Result total;
-    add_up<T, kExact, next.value>(chunk, o, row.origin, words, max_logit, total);
-    if (lane == 0) {
-      sums[number] = total;
-      maxima[number] = max_logit;
+                                            int last, int warp, int warps, float* sums,
+                                            float* maxima, Meanwhile meanwhile) {
+  Chunk<T> chunk, next;
+  const int first_whole = max(first, row.lead > 0 ? 1 : 0);
+  const int end_whole = static_cast<int>(row.end / kChunk<T>);
+  int after = last - 1 - warp;
+  const unsigned* words = words_of(row, after);
+  // One place to load at and one to add up at, or their code would stand here several times.
+  for (int number = last;;) {
+    if (after >= first_whole && after < end_whole) {
+#pragma unroll
+      for (int i = 0; i < kPacks; ++i) set_pack(next, i, load16(words + i * 128));
+    } else if (after >= first) {
+      load_cut_chunk(next, row, after);
     }
-    number -= warps;
-  };
-  while (number >= first) {
-    load_chunk(chunk, row, number, !kExact);
-    // This lane's part of the next chunk.
-    const auto* words = reinterpret_cast<const unsigned*>(row.data - row.lead) +
-                        static_cast<std::int64_t>(number - warps) * kChunkWords + lane * 4;
-    while (number >= last_whole) {
-      work(std::true_type{}, words);
-      words -= warps * kChunkWords;
-      keep(words);
+    words -= warps * (kPacks * 128);
+    if (number == last) {
+      meanwhile();
+    } else {
+      ban_few(chunk, o, row, number);
+      float max_logit, total;
+      add_up<T, false>(chunk, o, row.origin, max_logit, total);
+      if (lane_id() == 0) {
+        sums[number] = total;
+        maxima[number] = max_logit;
+      }
     }
-    work(std::false_type{}, nullptr);
+    if (after < first) return;
+    chunk = next;
+    number = after;
+    after -= warps;
   }
 }
 
@@ -150,20 +150,47 @@ __device__ __forceinline__ unsigned allowed(const Row<T>& row, const Options& o,
 enum Verdict { kDecided, kUndecided, kTooLarge };
 
 // The first lane whose running sum passes `left`, else the last one that has weight; -1: none has.
-__device__ __forceinline__ int choose(double mine, double running, double left, bool& passes) {
+template <class Number>
+__device__ __forceinline__ int choose(Number mine, Number running, Number left, bool& passes) {
   const unsigned hits = __ballot_sync(kAllLanes, mine > 0 && left < running);
   const unsigned some = __ballot_sync(kAllLanes, mine > 0);
   passes = hits != 0;
   return hits ? lowest_lane(hits) : some ? highest_lane(some) : -1;
 }
 
+constexpr int kMaxBlockRows = 4;
+
+// What a fast block keeps in shared memory.
+struct FastState {
+  struct OfRow {
+    float sums[kMaxEntries], maxima[kMaxEntries];
+    double uniform;
+    float row_max;
+    Verdict verdict;
+  };
+  double exact[kMaxEntries];  // of one row after the other
+  OfRow rows[kMaxBlockRows];
+  int banned[kFewBanned];
+};
+
+// log2 of a positive normal number, to 2^-22: that of its fraction is below 1.
+__device__ __forceinline__ double short_log2(double x) {
+  std::uint64_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const int exponent = static_cast<int>(bits >> 52) - 1023;
+  bits = (bits & ((std::uint64_t{1} << 52) - 1)) | std::uint64_t{1023} << 52;
+  std::memcpy(&x, &bits, sizeof x);
+  return static_cast<double>(exponent) + static_cast<double>(__log2f(static_cast<float>(x)));
+}
+
 // One warp draws from the sums of a fast pass. Taking their errors for independent from chunk to
-// chunk, an edge is off by kDoubt * sqrt(sum of squares); a number that falls closer to one than
-// that is left undecided. So the token is that of the exact sums.
+// chunk, an edge is off by kDoubt * sqrt(sum of squares), that of the chunk chosen once more for
+// the sums inside of it; a number that falls closer to one than that is left undecided. So the
+// token is that of the exact sums.
 template <class T>
-QUIETSTAR_NOINLINE __device__ Verdict draw_fast(Row<T> row, const Options& o, std::int64_t n,
-                                                double uniform, const float* sums,
-                                                const float* maxima, float& row_max) {
+__device__ __forceinline__ Verdict find_fast(const Row<T>& row, const Options& o, std::int64_t n,
+                                             double uniform, const float* sums, const float* maxima,
+                                             float& row_max) {
   const int lane = lane_id();
   // A lane has neighbouring chunks, and later neighbouring elements: one running sum each.
   const int each = (row.chunks + 31) / 32;
@@ -181,38 +208,37 @@ QUIETSTAR_NOINLINE __device__ Verdict draw_fast(Row<T> row, const Options& o, st
   const auto weighed = [&](int i) {
     return sums[i] * float_power_of_two(scale_of(maxima[i], o) - scale);
   };
-  double mine = 0;
+  double sum_of_mine = 0;
   float squares = 0;
 #pragma unroll 1
   for (int i = from; i < to; ++i) {
     const float sum = weighed(i);
-    mine += static_cast<double>(sum);
+    sum_of_mine += static_cast<double>(sum);
     squares = fmaf(sum, sum, squares);
   }
-  double running = running_sum(mine);
-  const double total = __shfl_sync(kAllLanes, running, 31);
-  double left = uniform * total;
+  const double running_chunks = running_sum(sum_of_mine);
+  const double total = __shfl_sync(kAllLanes, running_chunks, 31);
+  double rest = uniform * total;
   bool passes;
-  int chosen = choose(mine, running, left, passes);
-  left -= __shfl_sync(kAllLanes, before(running), chosen);
+  int chosen = choose(sum_of_mine, running_chunks, rest, passes);
+  rest -= __shfl_sync(kAllLanes, before(running_chunks), chosen);
   int number = chosen * each;
   const int stop = min(number + each, row.chunks) - 1;
 #pragma unroll 1
   for (; number < stop; ++number) {
     const double sum = static_cast<double>(weighed(number));
-    if (left < sum) break;
-    left -= sum;
+    if (rest < sum) break;
+    rest -= sum;
   }
 
-  // In units of the chunk from here on, whose powers are exact.
-  const float max_logit = maxima[number], up = scale - scale_of(max_logit, o);
-  left = fmax(left, 0.0) * power_of_two(up);
-  const ExactPower power(max_logit, o);
-  const auto weight = [&](float x) { return static_cast<double>(power.above(x, kLowest)); };
+  // In units of the chunk from here on.
+  const float max_logit = maxima[number], chunk_scale = scale_of(max_logit, o);
+  const float up = float_power_of_two(scale - chunk_scale);
+  float left = static_cast<float>(fmax(rest, 0.0) * static_cast<double>(up));
   const std::int64_t first = static_cast<std::int64_t>(number) * kChunk<T>;
   const T* const chunk_at = row.data - row.lead + first;
   const unsigned mask = allowed(row, o, first + lane * 32);
-  mine = 0;
+  float mine = 0;
   if (mask == kAllLanes) {
     Chunk<T> chunk;
 #pragma unroll
@@ -220,18 +246,18 @@ QUIETSTAR_NOINLINE __device__ Verdict draw_fast(Row<T> row, const Options& o, st
       const auto* words = reinterpret_cast<const unsigned*>(chunk_at) + lane * 16;
       set_pack(chunk, i, load16(words + i * 4));
     }
-    double odd = 0;
+    float part[4] = {};
 #pragma unroll
-    for (int j = 0; j < 32; ++j) (j % 2 ? odd : mine) += weight(element(chunk, j));
-    mine += odd;
+    for (int j = 0; j < 32; ++j) part[j % 4] += fast_power(element(chunk, j), -chunk_scale, o);
+    mine = (part[0] + part[1]) + (part[2] + part[3]);
   } else {
 #pragma unroll 1
     for (int j = 0; j < 32; ++j) {
-      if (mask >> j & 1) mine += weight(to_float(chunk_at[lane * 32 + j]));
+      if (mask >> j & 1) mine += fast_power(to_float(chunk_at[lane * 32 + j]), -chunk_scale, o);
     }
   }
   __syncwarp();
-  running = running_sum(mine);
+  float running = running_sum(mine);
   chosen = choose(mine, running, left, passes);
   if (!passes) return kUndecided;  // rounding let the search run off the end
   left -= __shfl_sync(kAllLanes, before(running), chosen);
@@ -239,43 +265,63 @@ QUIETSTAR_NOINLINE __device__ Verdict draw_fast(Row<T> row, const Options& o, st
   const bool may = __shfl_sync(kAllLanes, mask, chosen) >> lane & 1;
   const int place = chosen * 32 + lane;
   const float x = may ? to_float(chunk_at[place]) : -kInf;
-  mine = weight(x);
+  mine = fast_power(x, -chunk_scale, o);
   running = running_sum(mine);
   chosen = choose(mine, running, left, passes);
   if (!passes) return kUndecided;
-  const double margin = fmin(left - (running - mine), running - left);
-  const float doubt = kDoubt * sqrtf(warp_reduce(squares, Sum{}));
-  if (!(__shfl_sync(kAllLanes, margin, chosen) > doubt * power_of_two(up))) return kUndecided;
+  const float margin = fminf(left - (running - mine), running - left);
+  const float in_chunk = weighed(number);
+  squares = fmaf(in_chunk, in_chunk, warp_reduce(squares, Sum{}));
+  if (!(__shfl_sync(kAllLanes, margin, chosen) > kDoubt * sqrtf(squares) * up)) return kUndecided;
   if (lane == chosen) {
-    const double log2p = x * o.factor - scale - log2(total);
+    const double log2p = x * o.factor - scale - short_log2(total);
     write_row(o, n, first + place - row.lead, static_cast<float>(log2p < 0 ? log2p * kLn2 : 0));
   }
   return kDecided;
 }
 
-// What the block of a row keeps in shared memory.
-struct FastState {
-  double exact[kMaxEntries];
-  float sums[kMaxEntries], maxima[kMaxEntries];
-  int banned[kFewBanned];
-  double uniform;
-  float row_max;
-  Verdict verdict;
-};
-
-// Every thread of the block calls it: adds the row up exactly, and draws again.
 template <class T>
-QUIETSTAR_NOINLINE __device__ void draw_exactly(FastState& state, Row<T> row, const Options& o,
+__device__ __forceinline__ void draw_fast(const Row<T>& row, const Options& o, std::int64_t n,
+                                          FastState::OfRow& state) {
+  float row_max;
+  const Verdict verdict = find_fast(row, o, n, state.uniform, state.sums, state.maxima, row_max);
+  if (lane_id() == 0) {
+    state.row_max = row_max;
+    state.verdict = verdict;
+  }
+}
+
+// Every thread of the block calls it, whichever row it has worked on before: adds the row up
+// exactly, and draws again.
+template <class T>
+QUIETSTAR_NOINLINE __device__ void draw_exactly(FastState& block, int in_block, const Options& o,
                                                 std::int64_t n) {
+  FastState::OfRow& state = block.rows[in_block];
+  double* const exact = block.exact;
+  Row<T> row = row_of<T>(o, n, block.banned);
   float row_max = state.row_max;
   if (state.verdict == kTooLarge) {
     row.origin = row_max;
     row_max = 0;
   }
-  scan_chunks<T, true>(row, o, 0, row.chunks, state.exact, state.maxima);
+  const int warps = static_cast<int>(blockDim.x / 32), warp = static_cast<int>(threadIdx.x / 32);
+  // The warps of a whole block do not wait for memory; registers for two chunks would be spilled.
+  for (int number = warp; number < row.chunks; number += warps) {
+    Chunk<T> chunk;
+    load_chunk(chunk, row, number, false);
+    ban_few(chunk, o, row, number);
+    float max_logit;
+    double total;
+    add_up<T, true>(chunk, o, row.origin, max_logit, total);
+    if (lane_id() == 0) {
+      exact[number] = total;
+      state.maxima[number] = max_logit;
+    }
+  }
   __syncthreads();
-  weigh(o, row.chunks, state.maxima, row_max, state.exact);
-  if (threadIdx.x < 32) draw(row, o, n, state.exact, state.maxima, row_max, kLowest);
+  weigh(o, row.chunks, state.maxima, row_max, exact);
+  if (threadIdx.x < 32) draw(row, o, n, exact, state.maxima, row_max, kLowest);
+  __syncthreads();
 }
 
 }  // namespace quietstar::cuda::sampling

@@ -56,6 +56,9 @@ struct Options {
   // fast ones.
   double* sums;
   float *fast_sums, *maxima;
+  // Of the fast kernels:
+  int rows;
+  int row_shift;  // 2^row_shift warps of a block work on one row
 };
 
 template <class T>
@@ -115,19 +118,23 @@ __device__ __forceinline__ Row<T> row_of(const Options& o, std::int64_t n, const
   row.lead = static_cast<int>((reinterpret_cast<std::uintptr_t>(row.data) & 15) / sizeof(T));
   row.end = row.lead + o.vocab;
   row.chunks = static_cast<int>((row.end + kChunk<T> - 1) / kChunk<T>);
-  row.entries = (row.chunks + o.per_entry - 1) / o.per_entry;
+  // A division is some hundred cycles, before the first load.
+  row.entries = o.per_entry == 1 ? row.chunks : (row.chunks + o.per_entry - 1) / o.per_entry;
   row.origin = 0;
   row.banned = banned;
   return row;
 }
 
-// Every thread of the block calls it, kFewBanned at least; the ids may be used after the next
-// barrier, where there are any.
+// Brings the ids to shared memory, where there are few. Every thread of the block calls it,
+// kFewBanned at least.
 __device__ __forceinline__ void load_banned(const Options& o, int* banned) {
+  if (o.banned_count == 0) return;
   const int i = static_cast<int>(threadIdx.x);
-  if (o.banned_count == 0 || i >= kFewBanned) return;
-  const std::int64_t id = i < o.banned_count ? o.banned[i] : -1;
-  banned[i] = id >= 0 && id < o.vocab ? static_cast<int>(id) : -1;
+  if (i < kFewBanned) {
+    const std::int64_t id = i < o.banned_count ? o.banned[i] : -1;
+    banned[i] = id >= 0 && id < o.vocab ? static_cast<int>(id) : -1;
+  }
+  __syncthreads();
 }
 
 // Place, within its chunk, of a lane's element number j.
@@ -143,22 +150,25 @@ __device__ __forceinline__ void set_pack(Chunk<T>& chunk, int i, const Pack<unsi
   for (int w = 0; w < 4; ++w) chunk.word[i * 4 + w] = pack.at[w];
 }
 
+// Whether all of a chunk lies inside the row.
 template <class T>
-__device__ __forceinline__ void load_chunk(Chunk<T>& chunk, const Row<T>& row, int number,
-                                           bool once) {
+__device__ __forceinline__ bool is_whole(const Row<T>& row, int number) {
+  const std::int64_t base = static_cast<std::int64_t>(number) * kChunk<T>;
+  return base >= row.lead && base + kChunk<T> <= row.end;
+}
+
+// This lane's first words of a chunk that is whole.
+template <class T>
+__device__ __forceinline__ const unsigned* words_of(const Row<T>& row, int number) {
+  const std::int64_t base = static_cast<std::int64_t>(number) * kChunk<T>;
+  return reinterpret_cast<const unsigned*>(row.data + (base - row.lead)) + lane_id() * 4;
+}
+
+// A chunk that an end of the row cuts.
+template <class T>
+__device__ __forceinline__ void load_cut_chunk(Chunk<T>& chunk, const Row<T>& row, int number) {
   constexpr int kSize = Pack<T>::size;
   const std::int64_t base = static_cast<std::int64_t>(number) * kChunk<T>;
-  if (base >= row.lead && base + kChunk<T> <= row.end) {
-    const auto* p = reinterpret_cast<const unsigned*>(row.data + (base - row.lead)) + lane_id() * 4;
-    if (once) {
-#pragma unroll
-      for (int i = 0; i < kPacks; ++i) set_pack(chunk, i, load16_once(p + i * 128));
-    } else {
-#pragma unroll
-      for (int i = 0; i < kPacks; ++i) set_pack(chunk, i, load16(p + i * 128));
-    }
-    return;
-  }
   const unsigned missing = bits_of(from_float<T>(-kInf));
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
@@ -173,6 +183,20 @@ __device__ __forceinline__ void load_chunk(Chunk<T>& chunk, const Row<T>& row, i
       const bool inside = first + k >= row.lead && first + k < row.end;
       set_element(chunk, i * kSize + k, inside ? bits_of(p[k]) : missing);
     }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void load_chunk(Chunk<T>& chunk, const Row<T>& row, int number,
+                                           bool once) {
+  if (!is_whole(row, number)) return load_cut_chunk(chunk, row, number);
+  const unsigned* const p = words_of(row, number);
+  if (once) {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) set_pack(chunk, i, load16_once(p + i * 128));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) set_pack(chunk, i, load16(p + i * 128));
   }
 }
 

@@ -24,7 +24,7 @@ __device__ __forceinline__ bool has_weight(float max_logit, const Options& o) {
 // 2^n for an integer n; 0 where that is no normal number.
 __device__ __forceinline__ double power_of_two(float n) {
   if (!(n > -1022)) return 0;
-  const std::uint64_t bits = static_cast<std::uint64_t>(static_cast<std::int64_t>(n) + 1023) << 52;
+  const std::uint64_t bits = static_cast<std::uint64_t>(static_cast<int>(n) + 1023) << 52;
   double value;
   std::memcpy(&value, &bits, sizeof value);
   return value;

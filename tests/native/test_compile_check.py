@@ -216,6 +216,34 @@ def test_counts_the_usual_round_of_a_loop(check) -> None:
     assert check.round_of_loop(code["_Z5plainPf"], "MUFU.EX2") is None
 
 
+# A round of six instructions that loads twice, for soon and for at once.
+AHEAD = """
+		Function : _Z5aheadPf
+        /*0000*/                   LDG.E.128 R8, desc[UR4][R2.64] ;  /* 0x00000a00ff017b82 */
+        /*0010*/                   MUFU.EX2 R3, R4 ;                 /* 0x00000a00ff017b82 */
+        /*0020*/                   MUFU.EX2 R3, R5 ;                 /* 0x00000a00ff017b82 */
+        /*0030*/                   LDG.E R7, desc[UR4][R2.64] ;      /* 0x00000a00ff017b82 */
+        /*0040*/                   FADD R4, R7, R11 ;                /* 0x00000a00ff017b82 */
+        /*0050*/               @P0 BRA 0x0 ;                         /* 0x00000a00ff017b82 */
+        /*0060*/                   EXIT ;                            /* 0x00000a00ff017b82 */
+"""
+
+
+def test_counts_how_far_ahead_a_loop_loads(check, monkeypatch, tmp_path) -> None:
+    (code,) = check.instructions(AHEAD).values()
+    assert check.loads_ahead(code, "MUFU.EX2", "LDG.E.128") == 3  # instructions between
+    assert check.loads_ahead(code, "MUFU.EX2", "LDG.E") == 0
+    assert check.loads_ahead(code, "MUFU.EX2", "LDS") is None
+    monkeypatch.setattr(check, "sass_of", lambda *arguments: AHEAD)
+    monkeypatch.setattr(check, "LOOPS", {"loop.cu": {"*ahead*": ("MUFU.EX2", 6)}})
+    for least, faults in ((3, 0), (4, 1)):
+        limit = {"loop.cu": {"*ahead*": ("MUFU.EX2", "LDG.E.128", least)}}
+        monkeypatch.setattr(check, "AHEAD", limit)
+        found = check.loop_faults("nvcc", "cuobjdump", [tmp_path / "loop.cu"])
+        assert len(found) == faults
+    assert "waits for a LDG.E.128 3 instructions after it; expected 4 or more" in found[0]
+
+
 def test_a_loop_that_is_too_long_fails(check, tmp_path, monkeypatch, capsys) -> None:
     source = tmp_path / "loop.cu"
     monkeypatch.setattr(check, "sass_of", lambda *arguments: SASS)

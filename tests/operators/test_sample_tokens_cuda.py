@@ -65,13 +65,15 @@ def test_draws_at_the_edges_are_those_of_the_cpu_kernel(kernel_device: str, dtyp
     if dtype == torch.float32:
         row = torch.randn(4096)
     seed = fresh_seed()
-    for counter in draws_near_edges(row, seed, 24).tolist():
-        # Three rows of which the middle one counts: one launch with a block per row.
-        options = {"seed": seed, "offset": counter - 1}
-        rows = row.expand(3, -1)
-        ours = fused(rows.to(kernel_device), **options)[0][1]
+    # Of so many rows the middle one counts: one alone, a block per row, blocks of several rows.
+    counts = (1, 3, 25) if kernel_device == "cpu" else (1, 300, 1200)
+    for i, counter in enumerate(draws_near_edges(row, seed, 24).tolist()):
+        count = counts[i % 3]
+        options = {"seed": seed, "offset": counter - count // 2}
+        rows = row.expand(count, -1)
+        ours = fused(rows.to(kernel_device), **options)[0][count // 2]
         with native.cuda_on_cpu(None):  # type: ignore[arg-type]
-            assert int(ours) == int(fused(rows, **options)[0][1])
+            assert int(ours) == int(fused(rows, **options)[0][count // 2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -80,6 +82,7 @@ def test_draws_at_the_edges_are_those_of_the_cpu_kernel(kernel_device: str, dtyp
     [
         *((3200, options) for options in ({}, {"top_k": 30}, {"temperature": 0.7})),
         *((17_000, options) for options in ({}, {"top_p": 0.8}, {"temperature": 0.0})),
+        (70_000, {}),
     ],
     ids=str,
 )
@@ -105,6 +108,24 @@ def test_blocks_of_every_size_find_the_same(kernel_device: str, banned: Any) -> 
     options = {"seed": fresh_seed(), "banned": None if banned is None else list(banned)}
     tokens, logprobs = fused(logits, **options)
     same_draws((tokens, logprobs), reference(logits, **options))
+    for rows in (few, some):
+        fewer = fused(logits[:rows], **options)
+        assert torch.equal(fewer[0], tokens[:rows])
+        assert torch.equal(fewer[1], logprobs[:rows])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_that_a_whole_block_adds_up_again(kernel_device: str, dtype: torch.dtype) -> None:
+    """Two of three rows are too large for the first pass, so that most blocks of several rows have some.
+    Half of their tokens tie."""
+    few, some, many = (2, 14, 25) if kernel_device == "cpu" else (100, 800, 1200)
+    logits = random(many, 2101, kernel_device, dtype)
+    large = torch.arange(many, device=kernel_device) % 3 > 0
+    logits[large] = torch.randint(299, 301, (int(large.sum()), 2101), device=kernel_device).to(dtype)
+    options = {"seed": fresh_seed(), "temperature": 2e-4}
+    tokens, logprobs = fused(logits, **options)
+    same_draws((tokens, logprobs), reference(logits, **options))
+    assert (logits[large].gather(1, tokens[large, None]) == 300).all()
     for rows in (few, some):
         fewer = fused(logits[:rows], **options)
         assert torch.equal(fewer[0], tokens[:rows])
@@ -167,6 +188,19 @@ def test_the_order_of_threads_changes_nothing(cuda_on_cpu: ModuleType, rows: int
             for tokens, logprobs in found[1:]:
                 assert torch.equal(tokens, found[0][0])
                 assert torch.equal(logprobs, found[0][1])
+
+
+@pytest.mark.cuda_on_cpu
+def test_how_many_launches_few_rows_take(cuda_on_cpu: ModuleType) -> None:
+    for vocab, dtype, launches in (
+        (9000, torch.float32, 2),
+        (9000, torch.bfloat16, 1),
+        (65_528, torch.bfloat16, 1),  # 64 chunks wherever the row begins
+        (65_530, torch.bfloat16, 2),
+    ):
+        before = cuda_on_cpu.launches()
+        fused(torch.randn(FEW, vocab).to(dtype))
+        assert cuda_on_cpu.launches() == before + launches
 
 
 @pytest.mark.cuda_on_cpu
