@@ -251,9 +251,9 @@ Plan plan(DType dtype, std::int64_t rows, std::int64_t vocab, std::int64_t banne
   plan.words = banned_count > kFewBanned ? ceil_div(vocab, 32) : 0;
   plan.parts = 1;
   const std::int64_t multiprocessors = cuda::multiprocessors(device);
-  // Eight chunks to a warp, or fewer where the rows would not fill the device. The smaller a row's
-  // share of its block, the fewer warps wait while one draws.
-  const std::int64_t fair = rows < 4 * multiprocessors ? 16 : rows < 8 * multiprocessors ? 8 : 4;
+  // Eight chunks to a warp, or fewer where the rows are resident all at once even so. The smaller a
+  // row's share of its block, the fewer warps wait while one draws.
+  const std::int64_t fair = rows <= 2 * multiprocessors ? 16 : rows <= 4 * multiprocessors ? 8 : 4;
   plan.fast_warps = kFastWarps;
   int row_warps = kFastWarps / kMaxBlockRows;
   while (row_warps < kFastWarps && (row_warps < fair || row_warps * 8 < plan.max_entries)) {

@@ -19,6 +19,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ORDERS = ["forward", "reverse", "shuffled"]
 # The pretended device of cuda_on_cpu has three multiprocessors: fewer rows than that take two launches.
 FEW, SOME = 2, 5
+# Numbers of rows that take blocks of one row, of two and of four, by device.
+BLOCK_SHAPES = {"cpu": (2, 11, 25), "cuda": (100, 500, 1200)}
 MODEL_SHAPES = [(1, 128_256), (64, 151_936), (300, 32_000), (600, 50_257)]
 
 needs_gpu = [
@@ -103,7 +105,7 @@ def test_a_row_does_not_depend_on_the_others(
 @pytest.mark.parametrize("banned", [None, [7, 3333, 7001], range(0, 7003, 100)], ids=str)
 def test_blocks_of_every_size_find_the_same(kernel_device: str, banned: Any) -> None:
     """The more rows, the smaller are the blocks of 16-bit logits. Rows lie at every alignment."""
-    few, some, many = (2, 14, 25) if kernel_device == "cpu" else (100, 800, 1200)
+    few, some, many = BLOCK_SHAPES[kernel_device]
     logits = random(many, 7003, kernel_device, torch.bfloat16)
     options = {"seed": fresh_seed(), "banned": None if banned is None else list(banned)}
     tokens, logprobs = fused(logits, **options)
@@ -114,15 +116,19 @@ def test_blocks_of_every_size_find_the_same(kernel_device: str, banned: Any) -> 
         assert torch.equal(fewer[1], logprobs[:rows])
 
 
+def large_rows(rows: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Logits of which two of three rows are too large for the first pass, so that most blocks of several
+    rows have some; which rows these are (half of their tokens tie, at 300); and options."""
+    logits = random(rows, 2101, device, dtype)
+    large = torch.arange(rows, device=device) % 3 > 0
+    logits[large] = torch.randint(299, 301, (int(large.sum()), 2101), device=device).to(dtype)
+    return logits, large, {"seed": fresh_seed(), "temperature": 2e-4}
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rows_that_a_whole_block_adds_up_again(kernel_device: str, dtype: torch.dtype) -> None:
-    """Two of three rows are too large for the first pass, so that most blocks of several rows have some.
-    Half of their tokens tie."""
-    few, some, many = (2, 14, 25) if kernel_device == "cpu" else (100, 800, 1200)
-    logits = random(many, 2101, kernel_device, dtype)
-    large = torch.arange(many, device=kernel_device) % 3 > 0
-    logits[large] = torch.randint(299, 301, (int(large.sum()), 2101), device=kernel_device).to(dtype)
-    options = {"seed": fresh_seed(), "temperature": 2e-4}
+    few, some, many = BLOCK_SHAPES[kernel_device]
+    logits, large, options = large_rows(many, kernel_device, dtype)
     tokens, logprobs = fused(logits, **options)
     same_draws((tokens, logprobs), reference(logits, **options))
     assert (logits[large].gather(1, tokens[large, None]) == 300).all()
@@ -188,6 +194,15 @@ def test_the_order_of_threads_changes_nothing(cuda_on_cpu: ModuleType, rows: int
             for tokens, logprobs in found[1:]:
                 assert torch.equal(tokens, found[0][0])
                 assert torch.equal(logprobs, found[0][1])
+
+
+@pytest.mark.cuda_on_cpu
+def test_the_order_of_threads_in_blocks_of_several_rows(cuda_on_cpu: ModuleType) -> None:
+    logits, _, options = large_rows(BLOCK_SHAPES["cpu"][-1], "cpu", torch.bfloat16)
+    want = reference(logits, **options)
+    for order in ORDERS:
+        cuda_on_cpu.set_order(order, 11)
+        same_draws(fused(logits, **options), want)
 
 
 @pytest.mark.cuda_on_cpu
