@@ -200,8 +200,8 @@ def test_the_order_of_threads_changes_nothing(cuda_on_cpu: ModuleType, rows: int
 def test_the_order_of_threads_in_blocks_of_several_rows(cuda_on_cpu: ModuleType) -> None:
     logits, _, options = large_rows(BLOCK_SHAPES["cpu"][-1], "cpu", torch.bfloat16)
     want = reference(logits, **options)
-    for order in ORDERS:
-        cuda_on_cpu.set_order(order, 11)
+    for order, seed in [*((order, 11) for order in ORDERS), *(("uneven", seed) for seed in range(4))]:
+        cuda_on_cpu.set_order(order, seed)
         same_draws(fused(logits, **options), want)
 
 
