@@ -70,13 +70,14 @@ unsigned rows_of(const ThoughtDiagonal& call) {
   return static_cast<unsigned>(call.q_heads / call.kv_heads * call.query_slots);
 }
 
-// Whether the rows of a column and key head lie less than 2^32 bytes apart.
+// Whether the rows of a column and key head lie less than 2^32 bytes apart. The address of a row
+// past the end, which nobody reads, may be another one's.
 bool is_near(const AttentionTensor& t, std::int64_t heads, std::int64_t slots) {
-  constexpr std::int64_t kFar = std::int64_t{1} << 30;  // elements, also of rows past the end
+  constexpr std::int64_t kFar = std::int64_t{1} << 30;  // elements
   const auto reach = [](std::int64_t extent, std::int64_t stride) {
     return stride >= 0 && stride < kFar ? extent * stride : kFar;
   };
-  return reach(heads, t.head) + reach(slots + 64, t.slot) < kFar;
+  return reach(heads, t.head) + reach(slots, t.slot) < kFar;
 }
 
 // Whether the place of a slot that is not there is aligned, too: its address is computed all the

@@ -37,6 +37,7 @@ def thought_attention(
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
     every_position: bool = False,
+    rationale_major: bool = False,
     impl: str = "auto",
 ) -> torch.Tensor:
     """Softmax attention of slot queries over ranged text keys and the keys of their own column.
@@ -76,6 +77,10 @@ def thought_attention(
         every_position: Promise (unchecked) that every position thinks and sees the whole text before it:
             M is R·N, text_start 0, and text_stop of column m is ``m // R + 1``. It is not checked (that
             would wait for the device) and changes no result, but allows ``"composed"``.
+        rationale_major: With ``every_position``, promise (unchecked, too) of the other order of columns:
+            text_stop of column m is ``m % N + 1``, one rationale of all positions behind the other.
+            ``"composed"`` then makes one call of the stock kernel a row instead of R, and where q and
+            out's gradient lie in memory as [B, Sq, R, N, Hq, D] it copies neither of them, nor out.
         impl: ``"auto"``, ``"fused"`` (one kernel), ``"composed"`` (stock attention on the text and
             a kernel for the slots, merged; CUDA only) or ``"reference"``. ``"auto"`` chooses between the
             two by :func:`quietstar_ext.thought_attention.composed.takes_composed`.
@@ -87,7 +92,8 @@ def thought_attention(
 
     Raises:
         TypeError: an argument that must be a tensor is not one.
-        ValueError: a shape, dtype, device or option does not fit; the message names the argument.
+        ValueError: a shape, dtype, device or option does not fit, or ``rationale_major`` without
+            ``every_position``; the message names the argument.
         RuntimeError: ``impl`` is ``"fused"`` or ``"composed"`` and there is no kernel for this call,
             or a second derivative is taken through a kernel (the reference has them).
 
@@ -103,6 +109,8 @@ def thought_attention(
         checks.check_whole("sliding_window", sliding_window, 1)
     if softcap is not None:
         checks.check_positive("softcap", softcap)
+    if rationale_major:
+        _check_rationale_major(call, every_position)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     call = call._replace(scale=scale, window=sliding_window or 0, softcap=float(softcap or 0.0))
 
@@ -115,7 +123,7 @@ def thought_attention(
         with without_autocast(q):
             out, lse = reference(call)
     else:
-        out, lse = attend(call, chosen == "composed")
+        out, lse = attend(call, chosen == "composed", bool(rationale_major))
     return (out, lse) if return_lse else out  # type: ignore[return-value]
 
 
@@ -128,6 +136,20 @@ def thought_attention_with_lse(
     inputs) and carries gradients as out does.
     """
     return thought_attention(*tensors, **options, return_lse=True)  # type: ignore[return-value]
+
+
+def _check_rationale_major(call: ThoughtAttention, every_position: bool) -> None:
+    columns, length = call.q.shape[3], call.k_text.shape[2]
+    if not every_position:
+        raise ValueError(
+            "rationale_major is True and every_position False; expected both, as the one says in which"
+            " order the columns of the other lie"
+        )
+    if columns % length if length else columns:
+        raise ValueError(
+            f"rationale_major is True, q has {columns} columns and k_text {length} tokens; expected a"
+            " multiple of them"
+        )
 
 
 def _check(call: ThoughtAttention) -> None:

@@ -55,6 +55,19 @@ def last_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def rows_at_packs(tensor: Tensor, first: int) -> bool:
+    """Whether rows begin at multiples of 16 bytes and their elements lie side by side; ``first`` is the
+    address of the first one, or its distance from one that is such a multiple."""
+    return (
+        tensor.stride(-1) == 1
+        and first % 16 == 0
+        and all(
+            size == 1 or stride * tensor.itemsize % 16 == 0
+            for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+        )
+    )
+
+
 def new_lse(q: Tensor) -> Tensor:
     """Uninitialised [B, Hq, Sq, M], one number per query row."""
     return q.new_empty(q.shape[:-1], dtype=torch.float32)

@@ -3,8 +3,9 @@
 Where every text position thinks and sees the whole text before it, one slot of one rationale of all
 columns is N queries over N keys under an ordinary causal mask. So the text part of all slots is one
 call of a stock flash kernel per row and rationale, with the slots as its batch and the keys of every
-slot at the same place (stride 0). ``csrc/cuda/thought_diagonal.cu`` adds the slot part and merges the
-two by their log-sum-exps.
+slot at the same place (stride 0). With the columns of one rationale behind those of the other
+(``rationale_major``) all rationales of a row are one call, with S·R as its batch.
+``csrc/cuda/thought_diagonal.cu`` adds the slot part and merges the two by their log-sum-exps.
 
 Backward, a softmax weight is exp(x - lse) and its gradient needs sum(dout * out) besides: the stock
 backward, given the *merged* out and lse, therefore finds exactly the text's share of the gradients, as
@@ -16,7 +17,7 @@ The stock kernels are in ``stock.py``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -28,10 +29,10 @@ from quietstar_ext.operators import register
 from quietstar_ext.thought_attention.call import (
     Gradients,
     ThoughtAttention,
-    ThoughtAttentionBackward,
     last_contiguous,
     new_lse,
     place,
+    rows_at_packs,
 )
 from quietstar_ext.thought_attention.stock import stock_backward, stock_forward, stock_unsupported_reason
 
@@ -41,9 +42,9 @@ PATHS = ("auto", "fused", "composed")
 class Borders(NamedTuple):
     """From how many text tokens on a path is the fastest, forward and backward together.
 
-    The composed path writes the text part and reads it again, backward it copies out and its gradient if
-    there are several rationales and sums the text gradients of all slots: work linear in N. The stock
-    kernel's advantage is a share of the quadratic part.
+    The composed path writes the text part and reads it again, backward it sums the text gradients of all
+    slots, and copies out and its gradient if several rationales are not rationale-major: work linear in
+    N. The stock kernel's advantage is a share of the quadratic part.
     """
 
     composed: int  # ahead of the fused kernel
@@ -54,7 +55,8 @@ class Borders(NamedTuple):
 UNMEASURED = Borders(composed=2048, cudnn=2**62)
 # By compute capability and head size, for one rationale and for two or more: an H200, 32 heads over 8,
 # 15 slots (benchmarks/results/nvidia-h200.json). Heads of 128, two rationales, 256 tokens: level, and
-# 512 was not measured. Heads of 64 were measured at 256 and 1,024 tokens.
+# 512 was not measured. Heads of 64 were measured at 256 and 1,024 tokens. All of it is from before one
+# call took several rationales, and before cuDNN's kernel read queries where they lie.
 MEASURED = {
     ((9, 0), 64): (Borders(composed=256, cudnn=2**62), Borders(composed=256, cudnn=1024)),
     ((9, 0), 128): (Borders(composed=256, cudnn=2048), Borders(composed=1024, cudnn=1024)),
@@ -117,7 +119,8 @@ def path_of(impl: str, call: ThoughtAttention, every_position: bool) -> str:
 def composed_unsupported_reason(call: ThoughtAttention, every_position: bool) -> str | None:
     """Half a sentence on why the composed path cannot serve this call, or None where it can.
 
-    ``every_position`` is the caller's promise that M is R·N and column m has the text 0 .. m // R.
+    ``every_position`` is the caller's promise that M is R·N and column m has the text 0 .. m // R, or
+    0 .. m % N.
     """
     columns, size = call.q.shape[3:]
     length, key_slots = call.k_text.shape[2], call.k_thought.shape[2]
@@ -136,6 +139,23 @@ def composed_unsupported_reason(call: ThoughtAttention, every_position: bool) ->
     return stock_unsupported_reason(call.q)
 
 
+def gains_by_rationale_major(
+    rows: Tensor, k_text: Tensor, grid: tuple[int, int], window: int | None, softcap: float | None
+) -> bool:
+    """Whether a call over every position would go the composed path, for which columns are best
+    rationale-major. The fused kernels want neighbours with near anchors.
+
+    Args:
+        rows: [B, Hq, rows, D], from which the queries of the call will come.
+        k_text: [B, Hkv, N, D].
+        grid: slots and columns of the call.
+    """
+    q, k_thought = (t[:, :, :1, None].expand(-1, -1, *grid, -1) for t in (rows, k_text))
+    nothing = rows.new_empty(0)  # the ranges are not looked at
+    tensors = q, k_text, k_text, k_thought, k_thought, nothing, nothing, None
+    return path_of("auto", ThoughtAttention(*tensors, 1.0, window or 0, softcap or 0.0), True) != "fused"
+
+
 def _preferred(call: ThoughtAttention) -> str:
     """Torch's kernel for a call."""
     return "cudnn" if call.k_text.shape[2] >= borders(call).cudnn else "flash"
@@ -143,28 +163,45 @@ def _preferred(call: ThoughtAttention) -> str:
 
 def _whole_packs(tensor: Tensor) -> Tensor:
     """The tensor, copied only where its rows do not start at multiples of 16 bytes."""
-    fine = tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0
-    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
-        fine = fine and (size == 1 or stride * tensor.itemsize % 16 == 0)
-    return tensor if fine else tensor.contiguous()
+    return tensor if rows_at_packs(tensor, tensor.data_ptr()) else tensor.contiguous()
 
 
-def _pieces(batch: int, rationales: int) -> Iterator[tuple[slice, ...]]:
-    """Which part of [B, H, S, M, ...] each call takes: one rationale of all positions of a row."""
-    for row in range(batch):
-        for rationale in range(rationales):
-            every = slice(None)
-            yield slice(row, row + 1), every, every, slice(rationale, None, rationales)
+def _by_call(tensor: Tensor, length: int, rationale_major: bool) -> Tensor:
+    """[B, H, S, M, ...] -> [B, C, P, H, S, N, ...], a view: C calls a row, of P rationales each."""
+    if rationale_major:
+        return tensor.unflatten(3, (-1, length)).movedim(3, 1)[:, None]
+    return tensor.unflatten(3, (length, -1)).movedim(4, 1)[:, :, None]
 
 
-def _slots_first(piece: Tensor) -> Tensor:
-    """[1, H, S, N, ...] -> [S, H, N, ...], a view."""
-    return piece[0].transpose(0, 1)
+def _as_batch(piece: Tensor) -> Tensor:
+    """[P, H, S, N, ...] -> [S·P, H, N, ...], a view where slots and rationales are one stride."""
+    return piece.movedim(2, 0).flatten(0, 1)
 
 
-def _as_piece(tensor: Tensor) -> Tensor:
-    """[S, H, N, ...] -> [1, H, S, N, ...], a view."""
-    return tensor.transpose(0, 1)[None]
+def _as_piece(tensor: Tensor, slots: int) -> Tensor:
+    """[S·P, H, N, ...] -> [P, H, S, N, ...], a view."""
+    return tensor.unflatten(0, (slots, -1)).movedim(0, 2)
+
+
+class ComposedAttention(NamedTuple):
+    """A call of the composed path; of the other its forward pass is a :class:`ThoughtAttention`.
+
+    Column m has the text 0 .. m // R, or, if they are rationale-major, 0 .. m % N.
+    """
+
+    call: ThoughtAttention
+    rationale_major: bool = False
+
+
+class ComposedAttentionBackward(NamedTuple):
+    """Its backward pass, as of :class:`ThoughtAttentionBackward`."""
+
+    forward: ThoughtAttention
+    out: Tensor
+    lse: Tensor
+    dout: Tensor
+    dlse: Tensor | None  # None
+    rationale_major: bool = False
 
 
 class ThoughtDiagonal(NamedTuple):
@@ -213,53 +250,72 @@ def _fields(call: ThoughtDiagonal) -> tuple[Any, ...]:
     )
 
 
-def _forward(call: ThoughtAttention) -> tuple[Tensor, Tensor]:
-    call = call.laid_out(_whole_packs)
+def _calls(
+    tensors: Iterable[Tensor], length: int, rationale_major: bool
+) -> Iterator[tuple[int, int, list[Tensor]]]:
+    """The row, its number and the pieces [P, H, S, N, ...] of every call of the stock kernel."""
+    by_call = [_by_call(t, length, rationale_major) for t in tensors]
+    rows, calls = by_call[0].shape[:2]
+    for row in range(rows):
+        for number in range(calls):
+            yield row, number, [t[row, number] for t in by_call]
+
+
+def _forward(composed: ComposedAttention) -> tuple[Tensor, Tensor]:
+    call, rationale_major = composed.call.laid_out(_whole_packs), composed.rationale_major
     q, k_text, v_text, k_thought, v_thought, *_ = call
-    batch, _, slots, columns, _ = q.shape
-    out, lse = _fake(call)
+    slots, length = q.shape[2], k_text.shape[2]
+    out, lse = _fake(composed)
     kernel = _preferred(call)
-    for at in _pieces(batch, columns // k_text.shape[2]):
-        k, v = (t[at[0]].expand(slots, -1, -1, -1) for t in (k_text, v_text))
-        text_out, text_lse = stock_forward(_slots_first(q[at]), k, v, call.scale, kernel)
-        text = _as_piece(last_contiguous(text_out)), _as_piece(text_lse)
-        slot = q[at], k_thought[at], v_thought[at]
-        diagonal_forward(ThoughtDiagonal(*slot, *text, call.sinks, out[at], lse[at], call.scale))
+    whole = q, k_thought, v_thought, out, lse
+    for row, _, (of_q, of_k, of_v, of_out, of_lse) in _calls(whole, length, rationale_major):
+        query = _as_batch(of_q)
+        k, v = (t[row].expand(len(query), -1, -1, -1) for t in (k_text, v_text))
+        text_out, text_lse = stock_forward(query, k, v, call.scale, kernel)
+        slot = of_q, of_k, of_v
+        text = _as_piece(last_contiguous(text_out), slots), _as_piece(text_lse, slots)
+        diagonal_forward(ThoughtDiagonal(*slot, *text, call.sinks, of_out, of_lse, call.scale))
     return out, lse
 
 
-def _backward(call: ThoughtAttentionBackward) -> Gradients:
+def _backward(composed: ComposedAttentionBackward) -> Gradients:
     """As the fused kernel's, for no gradient of lse."""
-    forward = call.forward.laid_out(_whole_packs)
+    forward, rationale_major = composed.forward.laid_out(_whole_packs), composed.rationale_major
     q, k_text, v_text, k_thought, v_thought, *_ = forward
-    scale, lse, kernel = forward.scale, call.lse, _preferred(forward)
-    out, dout = _whole_packs(call.out), _whole_packs(call.dout)
-    batch, _, slots, columns, _ = q.shape
+    slots, length = q.shape[2], k_text.shape[2]
+    scale, lse, kernel = forward.scale, composed.lse, _preferred(forward)
+    out, dout = _whole_packs(composed.out), _whole_packs(composed.dout)
     dq, dk_thought, dv_thought = (torch.empty_like(t) for t in (q, k_thought, v_thought))
-    # Each slot and rationale has its own part; they are added up in fp32.
-    dk_text, dv_text = (torch.zeros_like(t, dtype=torch.float32) for t in (k_text, v_text))
+    # Each slot has its own part, and each call; they are added up in fp32.
+    one_call = rationale_major or q.shape[3] == length
+    dk_text, dv_text = (
+        torch.empty_like(t, dtype=None if one_call else torch.float32) for t in (k_text, v_text)
+    )
     delta = torch.empty_like(lse)
-    for at in _pieces(batch, columns // k_text.shape[2]):
-        k, v = (t[at[0]].expand(slots, -1, -1, -1) for t in (k_text, v_text))
-        grad, query, result, of_rows = (_slots_first(t[at]) for t in (dout, q, out, lse))
+    whole = q, k_thought, v_thought, out, lse, dout, dq, dk_thought, dv_thought, delta
+    for row, number, pieces in _calls(whole, length, rationale_major):
+        of_q, of_k, of_v, of_out, of_lse, of_dout, *gradients = pieces
+        grad, query, result, of_rows = map(_as_batch, (of_dout, of_q, of_out, of_lse))
+        k, v = (t[row].expand(len(query), -1, -1, -1) for t in (k_text, v_text))
         text_dq, dk, dv = stock_backward(grad, query, k, v, result, of_rows, scale, kernel)
-        dk_text[at[0]] += dk.sum(0, dtype=torch.float32)
-        dv_text[at[0]] += dv.sum(0, dtype=torch.float32)
-        slot = q[at], k_thought[at], v_thought[at]
-        merged = ThoughtDiagonal(*slot, None, None, None, out[at], lse[at], scale)
-        text_dq = _as_piece(last_contiguous(text_dq))
-        gradients = dq[at], dk_thought[at], dv_thought[at], delta[at]
-        diagonal_backward(ThoughtDiagonalBackward(merged, dout[at], text_dq, *gradients))
+        for total, parts in ((dk_text[row], dk), (dv_text[row], dv)):
+            if number == 0:
+                torch.sum(parts, 0, dtype=total.dtype, out=total)
+            else:
+                total += parts.sum(0, dtype=torch.float32)
+        merged = ThoughtDiagonal(of_q, of_k, of_v, None, None, None, of_out, of_lse, scale)
+        text_dq = _as_piece(last_contiguous(text_dq), slots)
+        diagonal_backward(ThoughtDiagonalBackward(merged, of_dout, text_dq, *gradients))
     return dq, dk_text.to(q.dtype), dv_text.to(q.dtype), dk_thought, dv_thought, delta
 
 
-def _fake(call: ThoughtAttention) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(call.q), new_lse(call.q)
+def _fake(composed: ComposedAttention) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(composed.call.q), new_lse(composed.call.q)
 
 
-def _backward_fake(call: ThoughtAttentionBackward) -> Gradients:
-    dq, dk_text, dv_text, dk_thought, dv_thought = map(torch.empty_like, call.forward[:5])
-    return dq, dk_text, dv_text, dk_thought, dv_thought, torch.empty_like(call.lse)
+def _backward_fake(composed: ComposedAttentionBackward) -> Gradients:
+    dq, dk_text, dv_text, dk_thought, dv_thought = map(torch.empty_like, composed.forward[:5])
+    return dq, dk_text, dv_text, dk_thought, dv_thought, torch.empty_like(composed.lse)
 
 
 operator = register("thought_attention_composed", _forward, _fake)

@@ -60,11 +60,18 @@ def _shared_memory(dtype_code: int, device: int) -> tuple[int, int]:
     return needed, available
 
 
-def attend(call: ThoughtAttention, is_composed: bool) -> tuple[Tensor, Tensor]:
-    """out and lse of the fused or the composed path, with gradients where they are wanted."""
+def attend(
+    call: ThoughtAttention, is_composed: bool, rationale_major: bool = False
+) -> tuple[Tensor, Tensor]:
+    """out and lse of the fused or the composed path, with gradients where they are wanted.
+
+    The order of the columns (:class:`~quietstar_ext.thought_attention.composed.ComposedAttention`) is
+    the composed path's alone.
+    """
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in call):
-        return _ThoughtAttention.apply(is_composed, call[TENSORS:], *call[:TENSORS])
-    return (composed.operator if is_composed else operator)(*call)
+        options = (*call[TENSORS:], rationale_major)
+        return _ThoughtAttention.apply(is_composed, options, *call[:TENSORS])
+    return composed.operator(*call, rationale_major) if is_composed else operator(*call)
 
 
 class _ThoughtAttention(torch.autograd.Function):
@@ -72,9 +79,13 @@ class _ThoughtAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, is_composed: bool, options: tuple[float, int, float], *tensors: Tensor | None
+        ctx: Any, is_composed: bool, options: tuple[float, int, float, bool], *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        out, lse = (composed.operator if is_composed else operator)(*tensors, *options)
+        *rest, rationale_major = options
+        if is_composed:
+            out, lse = composed.operator(*tensors, *rest, rationale_major)
+        else:
+            out, lse = operator(*tensors, *rest)
         ctx.save_for_backward(*tensors, out, lse)
         ctx.is_composed, ctx.options = is_composed, options
         ctx.set_materialize_grads(False)
@@ -84,13 +95,16 @@ class _ThoughtAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         *inputs, out, lse = ctx.saved_tensors
         sinks, dsinks = inputs[7], None
-        # The stock backward cannot take a gradient of lse.
-        is_composed = ctx.is_composed and dlse is None
-        backward = composed.backward_operator if is_composed else backward_operator
+        *rest, rationale_major = ctx.options
         with torch.no_grad():
             if dout is None:
                 dout = torch.zeros_like(out)
-            *gradients, delta = backward(*inputs, *ctx.options, out, lse, dout, dlse)
+            call = (*inputs, *rest, out, lse, dout, dlse)
+            # The stock backward cannot take a gradient of lse.
+            if ctx.is_composed and dlse is None:
+                *gradients, delta = composed.backward_operator(*call, rationale_major)
+            else:
+                *gradients, delta = backward_operator(*call)
             if sinks is not None and ctx.needs_input_grad[2 + 7]:
                 # A sink is a logit with the value 0, so its share of the gradient is p (0 - delta).
                 p = torch.exp(sinks.float()[:, None, None] - lse)

@@ -2,7 +2,19 @@
 
 Queries [S, Hq, N, D] over keys [S, Hkv, N, D], as many queries as keys, forward and backward. The
 backward takes any ``out`` and ``lse``, also those of a softmax over more keys than these (see
-``composed.py``).
+``composed.py``). Rows have to begin at multiples of 16 bytes.
+
+What is copied (``in_order``), and why nothing else:
+
+- The flash kernels take any strides of q, k and v, among them 0, and leave out in the memory order of q.
+  Backward they want out and its gradient contiguous as [S, N, Hq, D], and would copy them themselves.
+- cuDNN's kernel is compiled for the strides of q, k and v, which torch hands on as they are
+  (``run_cudnn_SDP_fprop`` and ``_bprop`` in its aten/src/ATen/native/cudnn/MHA.cpp): heads behind
+  positions, or cut out of one product for all three, are what every model gives it. It wants a last
+  stride of 1. Keys of stride 0 are no everyday input, and their gradients have other strides: a copy.
+- Out is to lie as cuDNN's forward leaves it, dense and in the memory order of q, and its gradient, too.
+  cuDNN since 9.5.1 takes other strides of the gradient, but torch keeps what it compiled by the strides
+  of q, k and v alone (pytorch pull request 191576): it would read another gradient at the wrong places.
 
 This file holds all private operators of torch that the package uses; ``SCHEMAS`` is what it relies on.
 """
@@ -10,10 +22,12 @@ This file holds all private operators of torch that the package uses; ``SCHEMAS`
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 
 from quietstar_ext.dispatch import Setting
+from quietstar_ext.thought_attention.call import rows_at_packs
 
 #: The private operators and how torch 2.11 and 2.13 declare them, returns apart (their names have
 #: changed before). Where the torch that runs declares one otherwise, its kernel is not used.
@@ -49,7 +63,7 @@ SCHEMAS = {
 
 KERNELS = ("flash", "cudnn")
 # ``auto`` is what the caller prefers. cuDNN's is the faster kernel for long texts on sm_90 (Shah et al.
-# 2024, arXiv 2407.08608), but is given contiguous copies of what it reads here.
+# 2024, arXiv 2407.08608), but is given copies of the keys for every slot.
 _kernel = Setting("QUIETSTAR_STOCK_ATTENTION", ("auto", *KERNELS))
 
 
@@ -117,6 +131,25 @@ def in_order(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.complex128).contiguous().view(tensor.dtype)
 
 
+def _in_order_of(tensor: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+    """The tensor, dense in memory with its dimensions in this order, outermost first."""
+    return in_order(tensor.permute(*dims)).permute(*(dims.index(d) for d in range(tensor.dim())))
+
+
+def _memory_order(tensor: torch.Tensor) -> list[int]:
+    """The dimensions by their strides, outermost first."""
+    return sorted(range(tensor.dim()), key=tensor.stride().__getitem__, reverse=True)
+
+
+def _read_by_cudnn(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, contiguous where its strides are none that cuDNN's kernel is given every day."""
+    repeated = any(
+        size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    fine = not repeated and rows_at_packs(tensor, int(tensor.storage_offset()) * tensor.itemsize)
+    return tensor if fine else in_order(tensor)
+
+
 def stock_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, preferred: str = "flash"
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,7 +159,7 @@ def stock_forward(
         op = aten._scaled_dot_product_flash_attention_for_cpu
         return op(q, k, v, 0.0, True, scale=scale)
     if kernel_for(q, preferred) == "cudnn":
-        q, k, v = (in_order(t) for t in (q, k, v))
+        q, k, v = map(_read_by_cudnn, (q, k, v))
         op = aten._scaled_dot_product_cudnn_attention
         out, lse, *_ = op(q, k, v, None, True, 0.0, True, False, scale=scale)
         return out, lse.reshape(q.shape[:-1])
@@ -155,14 +188,15 @@ def stock_backward(
     no_numbers = torch.empty(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is not
     if kernel_for(q, preferred) == "cudnn":
         # It takes out to lie as its forward would have left it, and the statistics with a last 1.
-        dout, q, k, v, out = (in_order(t) for t in (dout, q, k, v, out))
+        q, k, v = map(_read_by_cudnn, (q, k, v))
+        dout, out = (_in_order_of(t, _memory_order(q)) for t in (dout, out))
         return aten._scaled_dot_product_cudnn_attention_backward(
             *(dout, q, k, v, out, lse.contiguous()[..., None], no_numbers, no_numbers),
             *(None, None, None, length, length, 0.0, True),
             scale=scale,
         )
     # It wants these two contiguous with the heads behind the positions, and would copy them itself.
-    dout, out = (in_order(t.transpose(1, 2)).transpose(1, 2) for t in (dout, out))
+    dout, out = (_in_order_of(t, (0, 2, 1, 3)) for t in (dout, out))
     return aten._scaled_dot_product_flash_attention_backward(
         *(dout, q, k, v, out, lse.contiguous(), None, None, length, length, 0.0, True),
         *(no_numbers, no_numbers),

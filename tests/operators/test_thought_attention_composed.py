@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_budget import ROUNDING, budget, reference
-from attention_cases import TENSORS, dense, gradients, make
+from attention_cases import TENSORS, dense, every_position, gradients
 from contract import captured
 from families import tiny_decoder
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,19 +21,6 @@ from quietstar_ext.thought_attention import composed, stock
 from quietstar_ext.thought_attention.call import ThoughtAttention
 
 DTYPES = list(ROUNDING)
-
-
-def every_position(b, hq, hkv, slots, key_slots, length, rationales, size, dtype, device, sinks=False):
-    """Inputs with a column per position and rationale, as leaves, and their ranges."""
-    columns = length * rationales
-    tensors, _, _, options = make(
-        b, hq, hkv, slots, key_slots, columns, length, size, {"sinks": sinks}, dtype=dtype
-    )
-    tensors = [t.detach().to(device).requires_grad_() for t in tensors]
-    stop = torch.arange(columns, dtype=torch.int32, device=device) // rationales + 1
-    stop = stop.expand(b, -1).contiguous()
-    sink = options["sinks"].detach().float().to(device).requires_grad_() if sinks else None
-    return tensors, torch.zeros_like(stop), stop, sink
 
 
 NAMES = ["out", *TENSORS]
@@ -171,11 +158,14 @@ def test_operators_are_registered_well(cuda_on_cpu):
     operators = torch.ops.quietstar
     checked, rest = ("test_schema", "test_faketensor"), (0.3, 0, 0.0)
     forward = operators.thought_attention_composed
-    torch.library.opcheck(forward, (*inputs, start, stop, sinks.detach(), *rest), test_utils=checked)
+    for order in ((), (True,)):
+        call = (*inputs, start, stop, sinks.detach(), *rest, *order)
+        torch.library.opcheck(forward, call, test_utils=checked)
     out, lse = forward(*inputs, start, stop, None, *rest)
     backward = operators.thought_attention_composed_backward
     arguments = (*inputs, start, stop, None, *rest, out, lse, out, None)
-    torch.library.opcheck(backward, arguments, test_utils=checked)
+    for order in ((), (True,)):
+        torch.library.opcheck(backward, (*arguments, *order), test_utils=checked)
 
 
 def test_the_rule_can_be_overruled():

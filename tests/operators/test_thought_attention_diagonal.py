@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import pytest
 import torch
 from attention_budget import ROUNDING, budget, reference
@@ -133,6 +135,27 @@ def test_which_kernel_runs(cuda_on_cpu):
     assert kernel_of(cuda_on_cpu, 0, paper) == f"{forward} (staged)"
     assert kernel_of(cuda_on_cpu, 1, paper) == backward
     assert kernel_of(cuda_on_cpu, 1, (1, 8, 2, 15, 15, 1, 64)) == f"{backward} (staged)"
+
+
+@pytest.mark.cuda_on_cpu
+def test_rows_past_the_end_are_far(cuda_on_cpu):
+    """Slots half a gigabyte apart: the place of a row that is not there is beyond 32 bits."""
+    made, *_ = make(1, 2, 1, 2, 2, 1, 0, 64, dtype=torch.bfloat16)
+    tensors = [made[i].detach() for i in (0, 3, 4)]
+    near, _, dout, results, _ = diagonal(tensors, 0.2)
+    apart = 2**28
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * (apart + 128)), dtype=torch.bfloat16)  # pages of zeros
+    far = memory.as_strided((1, 2, 2, 1, 64), (0, 64, apart, 0, 1)).copy_(tensors[0])
+    out, lse = torch.empty_like(near), near.new_empty(near.shape[:-1], dtype=torch.float32)
+    call = ThoughtDiagonal(far, *tensors[1:], None, None, None, out, lse, 0.2)
+    diagonal_forward(call)
+    found = [torch.empty_like(t) for t in (*results, lse)]
+    diagonal_backward(ThoughtDiagonalBackward(call, dout, None, *found))
+    cuda_on_cpu.fail_launch(0)
+    with pytest.raises(RuntimeError, match=r"thought_diagonal \(staged\)"):
+        diagonal_forward(call)
+    assert torch.equal(out, near)
+    assert all(torch.equal(a, b) for a, b in zip(found[:3], results, strict=True))
 
 
 @pytest.mark.cuda_on_cpu

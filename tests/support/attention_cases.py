@@ -60,6 +60,33 @@ def make(b, hq, hkv, sq, sk, m, n, d, options=None, dtype=torch.float64):
     return tensors, start, stop, options
 
 
+def every_position(
+    b,
+    hq,
+    hkv,
+    slots,
+    key_slots,
+    length,
+    rationales,
+    size,
+    dtype,
+    device,
+    sinks=False,
+    rationale_major=False,
+):
+    """Inputs with a column per position and rationale, as leaves, and their ranges."""
+    columns = length * rationales
+    tensors, _, _, options = make(
+        b, hq, hkv, slots, key_slots, columns, length, size, {"sinks": sinks}, dtype=dtype
+    )
+    tensors = [t.detach().to(device).requires_grad_() for t in tensors]
+    column = torch.arange(columns, dtype=torch.int32, device=device)
+    stop = (column % length if rationale_major else column // rationales) + 1
+    stop = stop.expand(b, -1).contiguous()
+    sink = options["sinks"].detach().float().to(device).requires_grad_() if sinks else None
+    return tensors, torch.zeros_like(stop), stop, sink
+
+
 def made(place, *shape, dtype=None):
     """The same on a place's device, in its dtype."""
     tensors, start, stop, options = make(*shape, dtype=dtype or place.dtype)

@@ -24,9 +24,10 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_
 
 from quietstar.thinking.layout import HandedKeys, LayerKeys, ThoughtLayout
 from quietstar.thinking.recurrent.mixers import hand_layouts_to_mixers, layers_of_both_kinds
-from quietstar.thinking.shared_start import join_rows, split_rows
+from quietstar.thinking.shared_start import Columns, join_rows, split_rows
 from quietstar.thinking.text_part import kind_of, text_config_of
 from quietstar_ext import thought_attention
+from quietstar_ext.thought_attention.composed import gains_by_rationale_major
 
 # Neutral names: transformers dispatches on names that contain "sdpa", "flash", "flex" or "paged".
 # "thought_plain" serves families without torch's fused attention, "thought_eager" those that were loaded
@@ -151,18 +152,33 @@ def _with_thoughts(call: _Call, layout: ThoughtLayout, plain_products: bool) -> 
     if layout.phase == "text":
         layout.keys[layer] = layer_keys(call.key, call.value)
         return text_rows(call, layout)
-    sizes = (layout.text_length, layout.num_columns, layout.rationales)
-    (query, q), (key, k), (value, v) = (split_rows(tensor, *sizes) for tensor in call[1:4])
+    columns = _columns_of(call, layout)
+    (query, q), (key, k), (value, v) = (
+        split_rows(tensor, layout.text_length, columns) for tensor in call[1:4]
+    )
     text = text_rows(_Call(call.module, query, key, value, call.scaling, call.others), layout)
     slots = _attend(
         *(q, key, value, k, v),
-        layout.text_start,
-        layout.text_stop,
+        *layout.column_ranges(columns.rationale_major),
         every_position=layout.every_position,
+        rationale_major=columns.rationale_major,
         **call.options(),
     )
     slots = slots[..., : value.shape[-1]]
-    return join_rows(text, slots, layout.rationales)
+    return join_rows(text, slots, columns)
+
+
+def _columns_of(call: _Call, layout: ThoughtLayout) -> Columns:
+    """How the columns are to lie for the operator, where rationales are copied anyway."""
+    columns = layout.columns
+    if columns.rationales == 1 or not layout.every_position:
+        return columns
+    options, grid = call.options(), (layout.num_slots, columns.total)
+    k_text = call.key[:, :, : layout.text_length]
+    gains = gains_by_rationale_major(
+        call.query, k_text, grid, options["sliding_window"], options["softcap"]
+    )
+    return columns._replace(rationale_major=gains)
 
 
 # A graph break for torch.compile, so that what it makes of a layer serves all layers and all slots.

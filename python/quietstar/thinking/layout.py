@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from quietstar.thinking.shared_start import Columns
+
 if TYPE_CHECKING:
     from quietstar.thinking.recurrent.linear_attention import Folding, SlotMemory, TextMemory
 
@@ -139,6 +141,7 @@ class ThoughtLayout:
         self.layers_seen: dict[int, int] = {}
         self.recurrent_seen: dict[int, int] = {}
         self.apart = False
+        self._rationale_major_ranges: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def over(cls, ranges: TextRanges, anchors: Tensor, num_slots: int, **options: Any) -> ThoughtLayout:
@@ -152,9 +155,24 @@ class ThoughtLayout:
         return self.anchors.shape[1]
 
     @property
+    def columns(self) -> Columns:
+        """How the columns lie in a pass."""
+        return Columns(self.num_columns, self.rationales)
+
+    @property
     def repeats(self) -> int:
         """How many columns a row of the pass that a rollout is at stands for."""
         return self.rationales if self.slot == 0 else 1
+
+    def column_ranges(self, rationale_major: bool = False) -> tuple[Tensor, Tensor]:
+        """``text_start`` and ``text_stop``, or those of all positions once for each rationale, one
+        behind the other, where every position thinks."""
+        if not rationale_major:
+            return self.text_start, self.text_stop
+        if self._rationale_major_ranges is None:
+            start, stop = (t.repeat(1, self.rationales) for t in (self.row_start, self.row_stop))
+            self._rationale_major_ranges = start, stop
+        return self._rationale_major_ranges
 
     def slot_rows(self, last: int) -> tuple[int, ...]:
         """How many rows each of the first ``last`` slots has in a pass."""

@@ -38,4 +38,4 @@ def packed_pass(
     embeds = inputs.packed(count, thoughts.ids)
     with taking(thoughts.kept):
         hidden = run_decoder(td.decoder, embeds, layout.packed_positions(), layout)
-    return hidden[:, :n], start_repeated(hidden[:, n:], layout.num_columns, batch.rationales)
+    return hidden[:, :n], start_repeated(hidden[:, n:], layout.columns)

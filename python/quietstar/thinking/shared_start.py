@@ -4,81 +4,128 @@ Before anything is drawn the rationales of a position are the same, so a pass ru
 behind the text its rows are ``[start: A | slot 2: M | ... | slot S: M]`` with M = A·R. The operator
 takes a full grid [S, M]. Forward and backward every number is copied once at most, and what is kept for
 the backward pass holds no other rows in memory.
+
+In a grid as in the rows the rationales of a position are neighbours, unless it is ``rationale_major``:
+then column m is rationale m // A of position m % A, and memory holds it as [B, S, R, A, H, D], which is
+what torch's attention kernels read and write in place (``quietstar_ext/thought_attention/composed.py``).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def split_rows(rows: Tensor, text: int, columns: int, rationales: int) -> tuple[Tensor, Tensor]:
+class Columns(NamedTuple):
+    """How the M columns of a grid lie: R rationales of A positions."""
+
+    total: int  # M
+    rationales: int = 1  # R
+    rationale_major: bool = False
+
+    @property
+    def anchors(self) -> int:
+        """A."""
+        return self.total // self.rationales
+
+    def by_position(self, grid: Tensor) -> Tensor:
+        """[B, H, S, M, D] -> [B, H, S, A, R, D], a view."""
+        if self.rationale_major:
+            return grid.unflatten(3, (self.rationales, self.anchors)).transpose(3, 4)
+        return grid.unflatten(3, (self.anchors, self.rationales))
+
+    def empty_grid(self, rows: Tensor) -> Tensor:
+        """[B, H, S, M, D] for slot rows [B, H, A + (S-1)·M, D]."""
+        batch, heads, count, size = rows.shape
+        slots = (count - self.anchors) // self.total + 1
+        if not self.rationale_major:
+            return rows.new_empty(batch, heads, slots, self.total, size)
+        grid = rows.new_empty(batch, slots, self.total, heads, size)
+        return grid.permute(0, 3, 1, 2, 4)
+
+    def later_slots(self, rows: Tensor) -> Tensor:
+        """Slot rows [B, H, A + (S-1)·M, D] behind the start slot -> [B, H, S-1, A, R, D], a view."""
+        return rows[:, :, self.anchors :].unflatten(2, (-1, self.anchors, self.rationales))
+
+
+def split_rows(rows: Tensor, text: int, columns: Columns) -> tuple[Tensor, Tensor]:
     """[B, H, N + A + (S-1)·M, D] -> text [B, H, N, D] and grid [B, H, S, M, D], the start slot
     repeated; both are views where R = 1."""
-    if rationales == 1:
+    if columns.rationales == 1:
         first, rest = rows.split([text, rows.shape[2] - text], dim=2)
-        return first, rest.unflatten(2, (-1, columns))
-    return _Split.apply(rows, text, columns, rationales)
+        return first, rest.unflatten(2, (-1, columns.total))
+    return _Split.apply(rows, text, *columns)
 
 
-def join_rows(text: Tensor, grid: Tensor, rationales: int) -> Tensor:
+def join_rows(text: Tensor, grid: Tensor, columns: Columns) -> Tensor:
     """Text [B, N, H, E] and grid [B, H, S, M, E] -> [B, N + A + (S-1)·M, H, E]: of the start slot each
     position's first column."""
-    if rationales == 1:
+    if columns.rationales == 1:
         return torch.cat([text, grid.flatten(2, 3).transpose(1, 2)], dim=1)
-    rows: Tensor = _Join.apply(text, grid, rationales)
+    rows: Tensor = _Join.apply(text, grid, *columns)
     return rows
 
 
-def start_repeated(slots: Tensor, columns: int, rationales: int) -> Tensor:
+def start_repeated(slots: Tensor, columns: Columns) -> Tensor:
     """[B, A + (S-1)·M, d] -> [B, S, M, d]; a view where R = 1."""
-    return split_rows(slots[:, None], 0, columns, rationales)[1][:, 0]
+    return split_rows(slots[:, None], 0, columns)[1][:, 0]
 
 
-def _grid_of(rows: Tensor, columns: int, rationales: int) -> tuple[Tensor, Tensor]:
-    """An empty grid for slot rows [B, H, A + (S-1)·M, D] whose later slots are filled, and a view of
-    its start slot, [B, H, A, R, D]."""
-    anchors = columns // rationales
-    slots = (rows.shape[2] - anchors) // columns + 1
-    grid = rows.new_empty(*rows.shape[:2], slots, columns, rows.shape[3])
-    grid[:, :, 1:] = rows[:, :, anchors:].unflatten(2, (slots - 1, columns))
-    return grid, grid[:, :, 0].unflatten(2, (anchors, rationales))
+def _rows_of(text: Tensor, start: Tensor, by_position: Tensor, columns: Columns) -> Tensor:
+    """Text [B, N, H, D], start slot [B, H, A, D] and a grid [B, H, S, A, R, D], of which the other slots
+    are taken -> [B, N + A + (S-1)·M, H, D]."""
+    start, later = start.transpose(1, 2), by_position[:, :, 1:].movedim(1, 4)
+    if not columns.rationale_major:
+        return torch.cat([text, start, later.flatten(1, 3)], dim=1)
+    counts = [text.shape[1], start.shape[1], later.shape[1] * columns.total]
+    rows = text.new_empty(text.shape[0], sum(counts), *text.shape[2:])
+    of_text, of_start, of_later = rows.split(counts, dim=1)
+    of_text.copy_(text)
+    of_start.copy_(start)
+    of_later.unflatten(1, later.shape[1:4]).copy_(later)
+    return rows
 
 
 class _Split(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, text: int, columns: int, rationales: int
-    ) -> tuple[Tensor, Tensor]:
-        ctx.rationales = rationales
+    def forward(ctx: Any, rows: Tensor, text: int, *sizes: Any) -> tuple[Tensor, Tensor]:
+        ctx.columns = columns = Columns(*sizes)
         slots = rows[:, :, text:]
-        grid, start = _grid_of(slots, columns, rationales)
-        start.copy_(slots[:, :, : columns // rationales, None])
+        grid = columns.empty_grid(slots)
+        by_position = columns.by_position(grid)
+        by_position[:, :, 0] = slots[:, :, : columns.anchors, None]
+        by_position[:, :, 1:] = columns.later_slots(slots)
         return rows[:, :, :text].clone(), grid
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtext: Tensor, dgrid: Tensor) -> tuple[Tensor | None, ...]:
-        start = dgrid[:, :, 0].unflatten(2, (-1, ctx.rationales)).sum(3)
-        return torch.cat([dtext, start, dgrid[:, :, 1:].flatten(2, 3)], dim=2), None, None, None
+        by_position = ctx.columns.by_position(dgrid)
+        start = by_position[:, :, 0].sum(3)
+        rows = _rows_of(dtext.transpose(1, 2), start, by_position, ctx.columns)
+        return rows.transpose(1, 2), *(None,) * (1 + len(Columns._fields))
 
 
 class _Join(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, text: Tensor, grid: Tensor, rationales: int) -> Tensor:
-        ctx.text, ctx.columns, ctx.rationales = text.shape[1], grid.shape[3], rationales
-        start, rest = grid[:, :, 0, ::rationales], grid[:, :, 1:].flatten(2, 3)
-        return torch.cat([text, start.transpose(1, 2), rest.transpose(1, 2)], dim=1)
+    def forward(ctx: Any, text: Tensor, grid: Tensor, *sizes: Any) -> Tensor:
+        ctx.text, ctx.columns = text.shape[1], Columns(*sizes)
+        columns = ctx.columns
+        by_position = columns.by_position(grid)
+        return _rows_of(text, by_position[:, :, 0, :, 0], by_position, columns)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        columns: Columns = ctx.columns
         slots = dout[:, ctx.text :].transpose(1, 2)
-        dgrid, start = _grid_of(slots, ctx.columns, ctx.rationales)
+        dgrid = columns.empty_grid(slots)
+        by_position = columns.by_position(dgrid)
         # The other columns' start slots were not handed on.
-        start[:, :, :, 0] = slots[:, :, : ctx.columns // ctx.rationales]
-        start[:, :, :, 1:] = 0
-        return dout[:, : ctx.text], dgrid, None
+        by_position[:, :, 0, :, 0] = slots[:, :, : columns.anchors]
+        by_position[:, :, 0, :, 1:] = 0
+        by_position[:, :, 1:] = columns.later_slots(slots)
+        return dout[:, : ctx.text], dgrid, *(None,) * len(Columns._fields)

@@ -57,13 +57,12 @@ class LayerPass:
             states.inputs = x
             return over_text(x, weight, bias, text_start)
         if layout.phase == "packed":
-            sizes = (layout.text_length, layout.num_columns, layout.rationales)
-            text, slots = split_rows(x[:, None], *sizes)
+            text, slots = split_rows(x[:, None], layout.text_length, layout.columns)
             text, slots = text[:, 0], slots[:, 0]
             behind = inputs_behind(text, layout.anchors, layout.text_start, before)
             out = over_columns(torch.cat([behind, slots], dim=1), weight, bias)
             text = over_text(text, weight, bias, text_start)
-            return join_rows(text[:, :, None], out[:, None], layout.rationales)[:, :, 0]
+            return join_rows(text[:, :, None], out[:, None], layout.columns)[:, :, 0]
         columns = x.unflatten(1, (layout.at_once, -1))
         if states.behind is None:
             assert states.inputs is not None
@@ -111,12 +110,12 @@ class LayerPass:
             out, states.memory, _ = attend_over_text(rows, layout.row_start)
             return out
         if layout.phase == "packed":
-            sizes = (layout.text_length, layout.num_columns, layout.rationales)
+            sizes = (layout.text_length, layout.columns)
             parts: list[Any] = [(None, None) if t is None else split_rows(t, *sizes) for t in rows]
             text, slots = (Rows(*found) for found in zip(*parts, strict=True))
             out, memory, _ = attend_over_text(text, layout.row_start)
             grid, _ = over_slots(slots, AnchorStates(memory, _folding(layout, memory)))
-            joined = join_rows(out.transpose(1, 2), grid, layout.rationales)
+            joined = join_rows(out.transpose(1, 2), grid, layout.columns)
             return joined.transpose(1, 2)
         assert states.memory is not None
         count = (layout.at_once, layout.num_columns // layout.repeats)
