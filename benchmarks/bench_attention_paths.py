@@ -6,9 +6,10 @@ table says what this device would put into ``MEASURED`` there: the shortest text
 composed path is ahead, forward and backward together, at every longer length that was tried.
 
 Shapes: the heads of Mistral-7B and Llama-3.1-8B (32 over 8, size 128), 15 slots, bf16; one rationale
-and two, because the composed path copies more where there are several. The composed path is timed with
-either of torch's kernels. ``flash on the text`` and ``cuDNN on the text`` are the stock kernels' part
-alone, as the composed path calls it: no path can be expected to be faster than the better of them.
+and two, which a packed pass lays out for the path it takes: as neighbours for the fused kernel, one
+behind the other (``rationale_major``) for the composed path. That one is timed with either of torch's
+kernels. ``flash on the text`` and ``cuDNN on the text`` are the stock kernels' part alone, as the
+composed path calls it: no path can be expected to be faster than the better of them.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ LENGTHS = (256, 512, 1024, 2048, 4096)
 
 
 def inputs(length: int, rationales: int, heads: tuple[int, int], slots: int, size: int) -> list[Tensor]:
-    """q, keys and values as a model leaves them, heads next to each other, and the ranges."""
+    """q, keys and values as a model leaves them, heads next to each other."""
     q_heads, kv_heads = heads
     columns = length * rationales
 
@@ -40,8 +41,14 @@ def inputs(length: int, rationales: int, heads: tuple[int, int], slots: int, siz
 
     text = [rows(kv_heads, length) for _ in range(2)]
     thought = [rows(kv_heads, slots, columns) for _ in range(2)]
-    stop = torch.arange(columns, dtype=torch.int32, device=DEVICE)[None] // rationales + 1
-    return [rows(q_heads, slots, columns), *text, *thought, torch.zeros_like(stop), stop]
+    return [rows(q_heads, slots, columns), *text, *thought]
+
+
+def ranges(length: int, rationales: int, rationale_major: bool) -> tuple[Tensor, Tensor]:
+    """text_start and text_stop of columns of every position."""
+    column = torch.arange(length * rationales, dtype=torch.int32, device=DEVICE)[None]
+    stop = (column % length if rationale_major else column // rationales) + 1
+    return torch.zeros_like(stop), stop
 
 
 def paths(
@@ -53,12 +60,14 @@ def paths(
     rounds: int = 15,
 ) -> dict[str, Table]:
     """Both paths and the stock kernel's part, forward and forward with backward."""
-    tensors = inputs(length, rationales, heads, slots, size)
-    leaves = tensors[:5]
+    leaves = inputs(length, rationales, heads, slots, size)
     dout = torch.randn_like(leaves[0])
 
     def forward(impl: str) -> Callable[[], Tensor]:
-        return lambda: thought_attention(*tensors, every_position=True, impl=impl)
+        rationale_major = impl == "composed" and rationales > 1
+        seen = ranges(length, rationales, rationale_major)
+        promises = {"every_position": True, "rationale_major": rationale_major}
+        return lambda: thought_attention(*leaves, *seen, **promises, impl=impl)
 
     def both(impl: str) -> Callable[[], object]:
         return lambda: torch.autograd.grad(forward(impl)(), leaves, dout)
@@ -72,15 +81,15 @@ def paths(
 
     def stock_part(backward: bool) -> Callable[[], object]:
         q, k, v = (t.detach() for t in leaves[:3])
-        k, v = (t[0].expand(slots, -1, -1, -1) for t in (k, v))
-        rows = [q[0, :, :, r::rationales].transpose(0, 1) for r in range(rationales)]
-        grads = [dout[0, :, :, r::rationales].transpose(0, 1).contiguous() for r in range(rationales)]
+        k, v = (t[0].expand(slots * rationales, -1, -1, -1) for t in (k, v))
+        rows, grads = (
+            t[0].unflatten(2, (rationales, length)).movedim(0, 2).flatten(0, 1) for t in (q, dout)
+        )
 
         def run() -> None:
-            for row, grad in zip(rows, grads, strict=True):
-                out, lse = stock_forward(row, k, v, size**-0.5)
-                if backward:
-                    stock_backward(grad, row, k, v, out, lse, size**-0.5)
+            out, lse = stock_forward(rows, k, v, size**-0.5)
+            if backward:
+                stock_backward(grads, rows, k, v, out, lse, size**-0.5)
 
         return run
 

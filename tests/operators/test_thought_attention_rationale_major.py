@@ -224,6 +224,31 @@ def test_what_cudnn_reads_in_place(monkeypatch, cut, is_read):
         assert backward["dout"].stride() == backward["out"].stride() == out.stride()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", stock.KERNELS)
+@pytest.mark.parametrize(
+    "shape", [(2, 32, 8, 15, 15, 256, 1, 128), (1, 8, 8, 15, 15, 1000, 2, 64)], ids=str
+)
+def test_agrees_with_the_fused_kernel(shape, kernel):
+    """In a model's memory order, where nothing of q, out and its gradient is copied, and called twice:
+    the second time torch has its cuDNN graph."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    made, start, stop, _ = every_position(*shape, torch.bfloat16, "cuda", rationale_major=True)
+    tensors = [as_model(t) for t in made]
+    weights = as_model(torch.randn_like(made[0])).detach()
+    promises = {"every_position": True, "rationale_major": True, "return_lse": True}
+    found = []
+    for impl in ("fused", "composed", "composed"):
+        with stock.use_stock(kernel):
+            out, lse = thought_attention(*tensors, start, stop, impl=impl, **promises)
+            found.append([lse, out, *torch.autograd.grad(out, tensors, weights)])
+    for others in found[1:]:
+        for a, b in zip(others, found[0], strict=True):
+            error = float((a - b).float().abs().max() / b.float().abs().max())
+            assert error < 2e-2
+
+
 def test_copies_hold_the_same_numbers():
     """Out and gradient of any strides, laid out as queries are."""
     q = torch.empty(3, 5, 4, 16, dtype=torch.bfloat16).transpose(1, 2)

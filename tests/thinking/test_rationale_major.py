@@ -112,6 +112,12 @@ def test_a_training_step_makes_one_call_a_row(monkeypatch, cuda_on_cpu, family, 
     def attend(*tensors, **options):
         if tensors[0].shape[2] > 1:
             said.append(options["rationale_major"])
+            # The composed path does not look at the ranges, but its gradient of lse would.
+            start, stop = tensors[5:7]
+            column, seen = torch.arange(7 * rationales), start < stop
+            wanted = (column % 7 if said[-1] else column // rationales) + 1
+            assert torch.equal(stop[seen], wanted.int().expand_as(stop)[seen])
+            assert seen.sum() == 12 * rationales and (start[seen] == 0).all()
         return thought_attention(*tensors, **options)
 
     monkeypatch.setattr(composed, "stock_forward", watch("forward", composed.stock_forward, (0,)))
