@@ -26,6 +26,7 @@ from torch import Tensor
 from quietstar_ext.dispatch import Setting
 from quietstar_ext.native import cuda_device, cuda_kernels, fields, takes_cuda_path
 from quietstar_ext.operators import register
+from quietstar_ext.precision import autocast_inputs
 from quietstar_ext.thought_attention.call import (
     Gradients,
     ThoughtAttention,
@@ -150,8 +151,10 @@ def gains_by_rationale_major(
         k_text: [B, Hkv, N, D].
         grid: slots and columns of the call.
     """
-    q, k_thought = (t[:, :, :1, None].expand(-1, -1, *grid, -1) for t in (rows, k_text))
-    nothing = rows.new_empty(0)  # the ranges are not looked at
+    (nothing,) = autocast_inputs(rows.new_empty(0))  # numbers are not looked at, but their dtype
+    batch, heads, _, size = rows.shape
+    q = nothing.new_empty(batch, heads, 1, 1, size).expand(-1, -1, *grid, -1)
+    k_thought = k_text[:, :, :1, None].expand(-1, -1, *grid, -1)
     tensors = q, k_text, k_text, k_thought, k_thought, nothing, nothing, None
     return path_of("auto", ThoughtAttention(*tensors, 1.0, window or 0, softcap or 0.0), True) != "fused"
 

@@ -195,6 +195,35 @@ def test_position_major_columns_are_a_call_each(monkeypatch):
     assert [c["q"].shape for c in calls["forward"]] == [(3, 4, 16, 64)] * 6
 
 
+@pytest.mark.cuda_on_cpu
+def test_where_the_order_gains(cuda_on_cpu):
+    """Where the composed path would be taken, for the dtype in which autocast calls it."""
+    rows, k_text = torch.empty(1, 4, 30, 16), torch.empty(1, 2, 4, 16)
+
+    def gains(rows=rows, k_text=k_text, grid=(3, 8), window=None, softcap=None):
+        return composed.gains_by_rationale_major(rows, k_text, grid, window, softcap)
+
+    assert not gains()  # a short text
+    with composed.use_path("composed"):
+        assert gains() and gains(window=7)
+        assert not gains(window=6) and not gains(softcap=2.0) and not gains(grid=(3, 7))
+    with composed.use_path("fused"):
+        assert not gains()
+
+
+def test_dtype_of_autocast_decides(monkeypatch):
+    """Layers may hand on fp32 that the call casts."""
+    asked = []
+    monkeypatch.setattr(
+        composed, "path_of", lambda impl, call, every: asked.append(call.q) or "composed"
+    )
+    rows = torch.empty(1, 4, 30, 16)
+    for on, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            assert composed.gains_by_rationale_major(rows, rows, (3, 8), None, None)
+        assert asked[-1].dtype == dtype and asked[-1].shape == (1, 4, 3, 8, 16)
+
+
 @pytest.mark.parametrize(
     ("cut", "is_read"),
     [
