@@ -74,18 +74,17 @@ def start_repeated(slots: Tensor, columns: Columns) -> Tensor:
     return split_rows(slots[:, None], 0, columns)[1][:, 0]
 
 
-def _rows_of(text: Tensor, start: Tensor, by_position: Tensor, columns: Columns) -> Tensor:
-    """Text [B, N, H, D], start slot [B, H, A, D] and a grid [B, H, S, A, R, D], of which the other slots
-    are taken -> [B, N + A + (S-1)·M, H, D]."""
-    start, later = start.transpose(1, 2), by_position[:, :, 1:].movedim(1, 4)
+def _rows_of(dim: int, text: Tensor, start: Tensor, later: Tensor, columns: Columns) -> Tensor:
+    """One behind the other along ``dim``, contiguous: N rows of text, A of the start slot, and (S-1)·M
+    of the others, which have the dimensions S-1, A and R from there on."""
     if not columns.rationale_major:
-        return torch.cat([text, start, later.flatten(1, 3)], dim=1)
-    counts = [text.shape[1], start.shape[1], later.shape[1] * columns.total]
-    rows = text.new_empty(text.shape[0], sum(counts), *text.shape[2:])
-    of_text, of_start, of_later = rows.split(counts, dim=1)
+        return torch.cat([text, start, later.flatten(dim, dim + 2)], dim=dim)
+    counts = [text.shape[dim], start.shape[dim], later.shape[dim] * columns.total]
+    rows = text.new_empty(*text.shape[:dim], sum(counts), *text.shape[dim + 1 :])
+    of_text, of_start, of_later = rows.split(counts, dim=dim)
     of_text.copy_(text)
     of_start.copy_(start)
-    of_later.unflatten(1, later.shape[1:4]).copy_(later)
+    of_later.unflatten(dim, later.shape[dim : dim + 3]).copy_(later)
     return rows
 
 
@@ -105,8 +104,9 @@ class _Split(torch.autograd.Function):
     def backward(ctx: Any, dtext: Tensor, dgrid: Tensor) -> tuple[Tensor | None, ...]:
         by_position = ctx.columns.by_position(dgrid)
         start = by_position[:, :, 0].sum(3)
-        rows = _rows_of(dtext.transpose(1, 2), start, by_position, ctx.columns)
-        return rows.transpose(1, 2), *(None,) * (1 + len(Columns._fields))
+        # Contiguous as the gradient of a single rationale: compiled layers would copy another order.
+        rows = _rows_of(2, dtext, start, by_position[:, :, 1:], ctx.columns)
+        return rows, *(None,) * (1 + len(Columns._fields))
 
 
 class _Join(torch.autograd.Function):
@@ -115,7 +115,8 @@ class _Join(torch.autograd.Function):
         ctx.text, ctx.columns = text.shape[1], Columns(*sizes)
         columns = ctx.columns
         by_position = columns.by_position(grid)
-        return _rows_of(text, by_position[:, :, 0, :, 0], by_position, columns)
+        start = by_position[:, :, 0, :, 0].transpose(1, 2)
+        return _rows_of(1, text, start, by_position[:, :, 1:].movedim(1, 4), columns)
 
     @staticmethod
     @once_differentiable
