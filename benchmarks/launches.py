@@ -254,13 +254,18 @@ class _Counting(SimpleNamespace):
         self._count("other operators of ours", "linear_cross_entropy", 1)
 
     def cuda_sample_tokens(self, call: tuple[Any, ...], device: Any) -> None:
-        """A row's parts first where rows are few; a bitmap (cleared, filled) where many are banned."""
+        """A row's parts first where rows are few, unless the fast kernels take such rows in one go; a
+        bitmap (cleared, filled) where many are banned."""
         dtype, rows, vocab, banned = call[1], call[2], call[3], call[10]
-        pack = 4 if dtype == DTYPE_CODES[torch.float32] else 8
+        wide = dtype == DTYPE_CODES[torch.float32]
+        pack = 4 if wide else 8
         chunks = -(-(vocab + pack - 1) // (128 * pack))
         entries = -(-chunks // -(-chunks // 512))
         block = 8 * -(-rows * entries // (32 * MULTIPROCESSORS))
-        launches = 1 + (rows < MULTIPROCESSORS and entries > block) + 2 * (banned > 64)
+        temperature, top_k, top_p, min_p = call[5:9]
+        plain = temperature > 0 and top_k == 0 and top_p == 1 and min_p == 0 and call[17:] == (1, 0)
+        at_once = plain and not wide and entries <= 64
+        launches = 1 + (rows < MULTIPROCESSORS and entries > block and not at_once) + 2 * (banned > 64)
         self._count("other operators of ours", "sample_tokens", launches)
 
     def cuda_thought_attention(self, call: tuple[Any, ...], device: Any) -> None:

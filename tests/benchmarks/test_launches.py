@@ -97,9 +97,10 @@ def mixing(rows: int) -> None:
     (mixed.sum() + w.sum()).backward()
 
 
-def sample(rows: int, banned: int, vocab: int = 30000) -> None:
+def sample(rows: int, banned: int, vocab: int = 30000, **options: float) -> None:
     ids = torch.arange(banned) if banned else None
-    ext.sample_tokens(torch.randn(rows, vocab).bfloat16(), seed=1, banned=ids, impl="fused")
+    logits = torch.randn(rows, vocab).bfloat16()
+    ext.sample_tokens(logits, seed=1, banned=ids, impl="fused", **options)
 
 
 @pytest.mark.cuda_on_cpu
@@ -117,6 +118,8 @@ def sample(rows: int, banned: int, vocab: int = 30000) -> None:
         functools.partial(sample, 2, 0, vocab=3000),
         functools.partial(sample, 6, 0),
         functools.partial(sample, 2, 70),
+        functools.partial(sample, 2, 0, vocab=70000),
+        functools.partial(sample, 2, 0, top_p=0.9),
     ],
 )
 def test_our_operators_launch_so_many(run: Callable[[], None], monkeypatch):
