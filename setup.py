@@ -18,6 +18,8 @@ class CMakeBuild(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         cuda = build_backend.plan()
+        if cuda.nvcc and cuda.reason:
+            print(f"quietstar: {cuda.reason}", flush=True)
         destination = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)

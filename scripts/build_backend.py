@@ -26,13 +26,15 @@ from setuptools.build_meta import *  # noqa: F403  (the hooks that are not repla
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 OLDEST_NVCC, BLACKWELL_NVCC = (12, 5), (12, 8)
+BLACKWELL = 100  # the first architecture of which nvcc before 12.8 has not heard
 # 125 MB. The compiler's parts carry one version: ptxas rejects the PTX of a newer front end.
 PIP_TOOLKIT = [f"nvidia-{part}==13.0.*" for part in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime")]
 
 
 @dataclass(frozen=True)
 class CudaBuild:
-    """What to compile: nothing for CUDA where ``nvcc`` is None, and then ``reason`` says why."""
+    """What to compile: nothing for CUDA where ``nvcc`` is None, and then ``reason`` says why; else
+    ``reason`` says what is left out, if anything is."""
 
     nvcc: Path | None
     archs: tuple[str, ...] = ()
@@ -78,9 +80,23 @@ def plan() -> CudaBuild:
     archs = wanted_archs(gpus)
     if not archs and mode == "auto":
         return CudaBuild(None, reason=f"no GPU is visible; {HOW}")
-    if not archs:
-        archs = ARCHS if version >= BLACKWELL_NVCC else tuple(a for a in ARCHS if len(a) == 5)
-    return CudaBuild(nvcc, archs)
+    return CudaBuild(nvcc, *known_archs(archs or ARCHS, version))
+
+
+def known_archs(archs: tuple[str, ...], version: tuple[int, int]) -> tuple[tuple[str, ...], str]:
+    """Those that a release of nvcc can compile for, and a sentence on the others; never none."""
+    if version >= BLACKWELL_NVCC:
+        return archs, ""
+    known = tuple(arch for arch in archs if _number(arch) < BLACKWELL)
+    if known == archs:
+        return archs, ""
+    others = ", ".join(arch for arch in archs if arch not in known)
+    if not any(arch[-1].isdigit() for arch in known):  # with which a build has PTX, too
+        known = (ARCHS[0], *known)
+    return known, (
+        f"nvcc {_dotted(version)} does not know {others}, for which it takes {_dotted(BLACKWELL_NVCC)}; "
+        "the driver compiles the kernels there when they are first used"
+    )
 
 
 HOW = "QUIETSTAR_CUDA=on compiles the CUDA kernels all the same"
@@ -115,7 +131,7 @@ def wanted_archs(gpus: tuple[str, ...]) -> tuple[str, ...]:
         if not re.fullmatch(r"(sm_)?\d+[af]?", name):
             raise SystemExit(f"QUIETSTAR_CUDA_ARCHS has {name!r}; expected names like sm_90, or native")
     names = {"sm_" + name.removeprefix("sm_") for name in asked}
-    return tuple(sorted(names, key=lambda name: (int(re.sub(r"\D", "", name)), name)))
+    return tuple(sorted(names, key=lambda name: (_number(name), name)))
 
 
 def installed_nvcc() -> Path | None:
@@ -168,6 +184,11 @@ def visible_gpus() -> tuple[str, ...]:
         if major.value >= 8:
             found.add((major.value, minor.value))
     return tuple(f"sm_{a}{b}" for a, b in sorted(found))
+
+
+def _number(arch: str) -> int:
+    """90 of sm_90a."""
+    return int(re.sub(r"\D", "", arch))
 
 
 def _dotted(version: tuple[int, int]) -> str:

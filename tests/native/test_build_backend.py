@@ -79,7 +79,38 @@ class TestPlan:
         monkeypatch.setenv("CUDACXX", str(nvcc(tmp_path, release)))
         monkeypatch.setenv("QUIETSTAR_CUDA", "on")
         assert backend.plan().archs == archs
+        assert ("does not know sm_100, sm_120" in backend.plan().reason) == (len(archs) == 2)
         assert backend.toolkit_requirements() == []
+
+    @pytest.mark.parametrize(
+        ("gpus", "asked", "archs", "others"),
+        [
+            (("sm_120",), "", ("sm_80",), "sm_120"),  # an RTX 5090, and Ubuntu's toolkit
+            (("sm_89", "sm_120"), "", ("sm_89",), "sm_120"),
+            (("sm_90",), "", ("sm_90",), ""),
+            ((), "sm_90a,sm_100f", ("sm_80", "sm_90a"), "sm_100f"),
+        ],
+    )
+    def test_gpus_that_are_newer_than_nvcc_get_ptx(
+        self,
+        backend: ModuleType,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        gpus: tuple[str, ...],
+        asked: str,
+        archs: tuple[str, ...],
+        others: str,
+    ) -> None:
+        """An option that nvcc does not know would be a failed installation."""
+        monkeypatch.setattr(backend, "visible_gpus", lambda: gpus)
+        monkeypatch.setenv("QUIETSTAR_CUDA_ARCHS", asked)
+        monkeypatch.setenv("CUDACXX", str(nvcc(tmp_path, "12.6")))
+        made = backend.plan()
+        assert made.archs == archs and made.nvcc is not None
+        expected = f"nvcc 12.6 does not know {others}, for which it takes 12.8; " if others else ""
+        assert made.reason.startswith(expected) and bool(made.reason) == bool(others)
+        monkeypatch.setenv("CUDACXX", str(nvcc(tmp_path, "12.8")))
+        assert backend.plan().reason == "" and set(others.split()) <= set(backend.plan().archs)
 
     def test_an_old_toolkit_is_a_line_or_is_replaced(
         self, backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
