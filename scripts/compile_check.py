@@ -86,17 +86,31 @@ def ptx_of(nvcc: str, source: Path) -> str:
 
 
 def sass_of(nvcc: str, cuobjdump: str, source: Path) -> str:
-    """The file's machine code for sm_90, as the package's build makes it, from PTX for compute_80."""
+    """The file's machine code for sm_90, from PTX for compute_80: the package's last build has it, or it
+    is compiled."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "out.cubin"
-        run_nvcc(nvcc, source, ["-cubin", "-gencode=arch=compute_80,code=sm_90", "-o", str(out)])
-        done = subprocess.run([cuobjdump, "-sass", str(out)], capture_output=True, text=True, check=True)
+        code = built_objects(["sm_90"]).get(source.name)
+        if code is None:
+            code = Path(folder) / "out.cubin"
+            run_nvcc(nvcc, source, ["-cubin", "-gencode=arch=compute_80,code=sm_90", "-o", str(code)])
+        command = [cuobjdump, "-sass", "-arch", "sm_90", str(code)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         return done.stdout
 
 
 def reports_of_build(archs: Iterable[str]) -> dict[str, str]:
     """The reports in the log of the package's last build, by file name: those for all ``archs``, if no
     source has changed since."""
+    return {name: text for name, (_, text) in last_build(archs).items()}
+
+
+def built_objects(archs: Iterable[str]) -> dict[str, Path]:
+    """Its object files, by file name."""
+    return {name: path for name, (path, _) in last_build(archs).items() if path.is_file()}
+
+
+def last_build(archs: Iterable[str]) -> dict[str, tuple[Path, str]]:
+    """The object files and reports of the package's last build, by file name, as above."""
     logs = sorted(REPOSITORY.glob("build/*/build.log"), key=lambda log: log.stat().st_mtime)
     headers = (REPOSITORY / "csrc" / "include").rglob("*.h")
     changed = max(path.stat().st_mtime for path in [*SOURCES.iterdir(), *headers])
@@ -106,9 +120,9 @@ def reports_of_build(archs: Iterable[str]) -> dict[str, str]:
     pieces = re.split(r"^\[\d+/\d+\] (.*)$", logs[-1].read_text(), flags=re.MULTILINE)[1:]
     found = {}
     for title, text in zip(pieces[::2], pieces[1::2], strict=True):
-        name = re.fullmatch(r"Building CUDA object \S*/cuda(?:_instances)?/(\w+\.cu)\.o", title)
+        name = re.fullmatch(r"Building CUDA object (\S*/cuda(?:_instances)?/(\w+\.cu)\.o)", title)
         if name and all(f"' for '{arch}'" in text for arch in archs):
-            found[name[1]] = text
+            found[name[2]] = logs[-1].parent / name[1], text
     return found
 
 

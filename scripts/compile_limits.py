@@ -36,6 +36,8 @@ LOOPS = {
     "mixing_head.cu": {
         "mixing_first_kernel<*Float16, true>": ("FADD", 60),  # 8 elements
         "mixing_tail_kernel<*Float16, true, *>": ("FFMA", 79),  # 16 elements of the dot product
+        "mixing_tail_backward_kernel<*Float16, true, 256>": ("FFMA", 215),  # 8 elements
+        "mixing_first_backward_kernel<*Float16, true>": ("LDG.E.128", 104),  # 8 elements of a row
     },
     # A tile of 32 keys forward, of 32 (heads of 64: 64) in the row kernel, 32 rows in the key kernel;
     # without loads, and one round of the loops over the head.

@@ -9,16 +9,23 @@ from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
+# Packages of PyPI that bring the disassembler, and where they keep it.
+_PACKAGES = {"nvidia": "cu*/bin", "triton": "backends/nvidia/bin"}
+
 
 def find_cuobjdump(nvcc: str) -> str | None:
-    """The disassembler: beside nvcc, or the one that triton brings."""
-    triton = find_spec("triton")
-    homes = [Path(place) for place in (triton.submodule_search_locations or [])] if triton else []
-    folders = [Path(shutil.which(nvcc) or nvcc).resolve().parent]
-    folders += [home / "backends" / "nvidia" / "bin" for home in homes]
-    return shutil.which("cuobjdump") or shutil.which(
-        "cuobjdump", path=os.pathsep.join(map(str, folders))
-    )
+    """The disassembler: on the PATH, beside nvcc, or in a package. It calls nvdisasm, which has to be
+    there, too."""
+    folders = [Path(folder) for folder in os.get_exec_path()]
+    folders += [Path(shutil.which(nvcc) or nvcc).resolve().parent]
+    for package, below in _PACKAGES.items():
+        spec = find_spec(package)
+        for home in (spec.submodule_search_locations or []) if spec else []:
+            folders += sorted(Path(home).glob(below))
+    for folder in map(str, folders):
+        if all(shutil.which(tool, path=folder) for tool in ("cuobjdump", "nvdisasm")):
+            return shutil.which("cuobjdump", path=folder)
+    return None
 
 
 def instructions(sass: str) -> dict[str, list[str]]:

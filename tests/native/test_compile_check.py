@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -206,6 +206,25 @@ def test_a_kernel_whose_packs_are_taken_apart_fails(check, tmp_path, monkeypatch
     assert "no packs taken apart where none may be" in capsys.readouterr().out
 
 
+def test_finds_a_disassembler_in_a_package(check, monkeypatch, tmp_path) -> None:
+    """Which needs the other program beside it."""
+    machine_code, empty = sys.modules["machine_code"], tmp_path / "empty"
+    tools = tmp_path / "nvidia" / "cu13" / "bin"
+    for folder in (empty, tools):
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("PATH", str(empty))
+    monkeypatch.setattr(
+        machine_code,
+        "find_spec",
+        lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path / name)]),
+    )
+    for name in ("cuobjdump", "nvdisasm"):
+        assert check.find_cuobjdump(str(empty / "nvcc")) is None
+        (tools / name).write_text("#!/bin/sh\n")
+        (tools / name).chmod(0o755)
+    assert check.find_cuobjdump(str(empty / "nvcc")) == str(tools / "cuobjdump")
+
+
 def test_counts_the_usual_round_of_a_loop(check) -> None:
     code = check.instructions(SASS)
     assert {name: len(lines) for name, lines in code.items()} == {"_Z4loopPf": 14, "_Z5plainPf": 2}
@@ -277,6 +296,18 @@ def test_reads_the_log_of_a_build(check, monkeypatch, tmp_path) -> None:
     (report,) = check.reports_of_build(["sm_80", "sm_90"]).values()
     assert check.parse(report) == check.parse(REPORT)
     assert check.reports_of_build(["sm_80", "sm_100"]) == {}
+    built = log.parent / "CMakeFiles" / "kernels_cuda.dir" / "csrc" / "cuda" / "row.cu.o"
+    assert check.built_objects(["sm_90"]) == {}
+    built.parent.mkdir(parents=True)
+    built.write_bytes(b"an object")
+    assert check.built_objects(["sm_90"]) == {"row.cu": built}
+    assert check.built_objects(["sm_100"]) == {}
+    # What was built is read, not compiled again.
+    monkeypatch.setattr(check, "run_nvcc", lambda *given: pytest.fail("compiled again"))
+    lists = tmp_path / "cuobjdump"
+    lists.write_text('#!/bin/sh\necho "$1 $2 $3"; cat "$4"\n')
+    lists.chmod(0o755)
+    assert check.sass_of("nvcc", str(lists), sources / "row.cu") == "-sass -arch sm_90\nan object"
     later = log.stat().st_mtime + 5
     os.utime(sources / "row.cu", (later, later))
     assert check.reports_of_build(["sm_80"]) == {}
@@ -302,6 +333,7 @@ def test_a_kernel_that_spills_fails(check, tmp_path, capsys) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # where nothing was built, everything is compiled here
 def test_no_kernel_spills_that_must_not(check, capsys) -> None:
     need_nvcc(check)
     # For what this package was built, if it was: the build's log has the reports.
