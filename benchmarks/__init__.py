@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 import quietstar_ext
@@ -32,6 +34,9 @@ RESULTS = Path(__file__).parent / "results"
 Table = dict[str, dict[str, float]]
 # What this process has measured, by benchmark: the file holds one set of tables for each.
 _tables: dict[str, dict[str, Table]] = defaultdict(dict)
+
+# What a person has written into a file about its machine.
+KEPT_FACTS = ("notes", "not_measured")
 
 # The method's settings in the paper (the constants of REINFORCE do not change the work).
 PAPER = {"thought_length": 9, "talk_length": 4, "num_rationales": 2}
@@ -109,7 +114,10 @@ def record(
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{machine_name()}.json"
     content = json.loads(path.read_text()) if path.is_file() else {}
-    content["machine"] = machine()
+    before = content.get("machine", {})
+    # What is missing is known to whoever reads the figures, and is kept until they say otherwise.
+    kept = {name: before[name] for name in KEPT_FACTS if name in before}
+    content["machine"] = {**machine(), **kept}
     measured: dict[str, Any] = {"date": date.today().isoformat(), "tables": _tables[stem]}
     if os.getloadavg()[0] > 1 + (os.cpu_count() or 1):
         measured["busy"] = True  # times are then longer than the machine's ceilings let expect
@@ -143,14 +151,29 @@ def _slug(text: str) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
+# Some virtual machines call every generation of a maker's processors the same.
+_ALL_ALIKE = "AMD EPYC"
+
+
 def processor() -> str:
     """The processor's own name, where the system tells it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        text = ""
+    facts = dict(re.findall(r"^(.*?)\s*:\s*(.*?)\s*$", text.partition("\n\n")[0], flags=re.M))
+    name = facts.get("model name") or platform.processor() or platform.machine()
+    return f"{name} ({_generation(facts)})" if name == _ALL_ALIKE else name
+
+
+def _generation(facts: dict[str, str]) -> str:
+    """Of an AMD processor, by what /proc/cpuinfo says of it."""
+    family, model = facts.get("cpu family", "?"), facts.get("model", "?")
+    if family == "26":
+        return "Zen 5"
+    if family == "25":
+        return "Zen 4" if "avx512_bf16" in facts.get("flags", "") else "Zen 3"
+    return f"family {family}, model {model}"
 
 
 def machine() -> dict[str, Any]:
@@ -171,7 +194,28 @@ def machine_facts() -> dict[str, Any]:
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
         facts["cuda_archs"] = quietstar_ext.build_info().get("cuda_archs")
-    return facts
+        facts["transformers"] = transformers.__version__
+        facts |= {"driver": driver(), "commit": commit(), "date": date.today().isoformat()}
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def driver() -> str | None:
+    """Of the first GPU, as nvidia-smi says it."""
+    return _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+
+
+def commit() -> str | None:
+    """Of the sources here, where they are under git."""
+    return _said("git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD")
+
+
+def _said(*command: str) -> str | None:
+    """The first line that a program writes; None where it fails or is not there."""
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return lines[0].strip() if lines else None
 
 
 def ceilings() -> dict[str, float]:

@@ -5,11 +5,12 @@ length of the text alone (``quietstar_ext.thought_attention.composed.takes_compo
 table says what this device would put into ``MEASURED`` there: the shortest text from which the
 composed path is ahead, forward and backward together, at every longer length that was tried.
 
-Shapes: the heads of Mistral-7B and Llama-3.1-8B (32 over 8, size 128), 15 slots, bf16; one rationale
-and two, which a packed pass lays out for the path it takes: as neighbours for the fused kernel, one
-behind the other (``rationale_major``) for the composed path. That one is timed with either of torch's
-kernels. ``flash on the text`` and ``cuDNN on the text`` are the stock kernels' part alone, as the
-composed path calls it: no path can be expected to be faster than the better of them.
+Shapes: the heads of Llama-3.2-1B (32 over 8, size 64), and of Mistral-7B and Llama-3.1-8B (size 128), 15
+slots, bf16; one rationale and two, which a packed pass lays out for the path it takes: as neighbours for
+the fused kernel, one behind the other (``rationale_major``) for the composed path. That one is timed
+with either of torch's kernels. ``flash on the text`` and ``cuDNN on the text`` are the stock kernels'
+part alone, as the composed path calls it; ``cuDNN on the text, contiguous`` is given tensors that it
+need not copy: no path can be expected to be faster than the best of the three.
 """
 
 from __future__ import annotations
@@ -79,12 +80,14 @@ def paths(
 
         return chosen
 
-    def stock_part(backward: bool) -> Callable[[], object]:
+    def stock_part(backward: bool, contiguous: bool = False) -> Callable[[], object]:
         q, k, v = (t.detach() for t in leaves[:3])
         k, v = (t[0].expand(slots * rationales, -1, -1, -1) for t in (k, v))
         rows, grads = (
             t[0].unflatten(2, (rationales, length)).movedim(0, 2).flatten(0, 1) for t in (q, dout)
         )
+        if contiguous:
+            k, v, rows, grads = (t.contiguous() for t in (k, v, rows, grads))
 
         def run() -> None:
             out, lse = stock_forward(rows, k, v, size**-0.5)
@@ -100,6 +103,7 @@ def paths(
             "composed, cuDNN": with_stock("cudnn", make("composed")),
             "flash on the text": stock_part(backward),
             "cuDNN on the text": with_stock("cudnn", stock_part(backward)),
+            "cuDNN on the text, contiguous": with_stock("cudnn", stock_part(backward, contiguous=True)),
         }
 
     with torch.no_grad():
@@ -119,14 +123,16 @@ def border(tables: dict[int, Table], path: str = "composed") -> int | None:
 
 @needs_gpu
 @pytest.mark.parametrize("rationales", [1, 2])
-def bench_paths(rationales: int) -> None:
+@pytest.mark.parametrize("size", [64, 128])
+def bench_paths(size: int, rationales: int) -> None:
     """All lengths, and from which on the composed path should be taken."""
     steps: dict[int, Table] = {}
     for length in LENGTHS:
-        for part, table in paths(length, rationales).items():
-            title = f"thought_attention paths, {part}, N{length} R{rationales} S15 Hq32 Hkv8 D128 bf16"
-            record("attention_paths", title, table)
+        for part, table in paths(length, rationales, size=size).items():
+            shape = f"B1 Hq32 Hkv8 N{length} R{rationales} S15 D{size} bfloat16"
+            record("attention_paths", f"thought_attention {part}, {shape}", table)
             if part != "forward":
                 steps[length] = table
     for path in ("composed", "composed, cuDNN"):
-        print(f"  {path}: ahead from N = {border(steps, path)} on ({rationales} rationales)")
+        ahead = border(steps, path)
+        print(f"  {path}: ahead from N = {ahead} on (heads of {size}, {rationales} rationales)")

@@ -1,4 +1,4 @@
-"""A whole training step of large decoders on a GPU, and a slot step beside a decoding step.
+"""A whole training step of large decoders on a GPU.
 
 Mistral-7B and Llama-3.2-1B, randomly initialised from the shapes below (nothing is downloaded), all in
 bf16 as the paper's code: weights, gradients and AdamW's states. The paper's settings: n_ahead 12 (9
@@ -7,7 +7,8 @@ dropping the gradients; memory is the most that was allocated, everything includ
 ``benchmarks.flops`` (what the algorithm needs) over the time and the measured rate of a bf16 product.
 
 ``pytest benchmarks/bench_gpu_step.py -s`` on a machine with a GPU; without one they skip, and
-tests/benchmarks/test_benchmark_step.py runs the same functions with a tiny decoder.
+tests/benchmarks/test_benchmark_step.py runs the same functions with a tiny decoder. What a slot and a
+generated token take is in bench_gpu_generation.py.
 """
 
 from __future__ import annotations
@@ -20,17 +21,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MistralConfig, StaticCache
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from benchmarks import DEVICE, ON_GPU, PAPER, Table, compare, device, listening, needs_gpu, record
 from benchmarks.flops import training_step_flops
 from benchmarks.sequential import sequential_step
 from quietstar import QuietStarForCausalLM
-from quietstar.modeling.text_cache import cache_argument
 from quietstar.plan.costs import decoder_sizes
-from quietstar.thinking.cuda_graphs import run_slots, use_graphs
-from quietstar.thinking.layout import LayerKeys, ThoughtLayout
-from quietstar.thinking.slots import SlotRun, depth_of_end
+from quietstar.thinking.batch_share import WHOLE_BATCH
+from quietstar.thinking.cuda_graphs import use_graphs
 
 pytestmark = pytest.mark.device
 
@@ -89,15 +88,19 @@ class Way(NamedTuple):
     fused_layers: str = "auto"
     reuse_rollout: bool = False
     graphs: str = "auto"
-    checkpointing: bool = False
+    checkpointing: dict[str, str] | None = None
+    texts: int | None = None  # through the packed pass at a time
 
 
+# What was not measured yet comes first.
 WAYS = {
     "quietstar": Way(),
     "quietstar, outputs of the rollout reused": Way(reuse_rollout=True),
+    "quietstar, a text per backward pass": Way(texts=1),
+    "quietstar, checkpointing, products kept": Way("off", checkpointing={"keep": "products"}),
+    "quietstar, gradient checkpointing": Way(checkpointing={}),
     "quietstar, layers as they are": Way("off"),
     "quietstar, layers as they are, no graph": Way("off", graphs="off"),
-    "quietstar, gradient checkpointing": Way(checkpointing=True),
 }
 
 
@@ -106,8 +109,8 @@ def run_as(model: QuietStarForCausalLM, way: Way) -> Iterator[None]:
     """The model in this way, and as it was afterwards."""
     model.fuse_layers(way.fused_layers)
     model.reuse_rollout(way.reuse_rollout)
-    if way.checkpointing:
-        model.gradient_checkpointing_enable()
+    if way.checkpointing is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=way.checkpointing or None)
     try:
         with use_graphs(way.graphs):
             yield
@@ -117,173 +120,86 @@ def run_as(model: QuietStarForCausalLM, way: Way) -> Iterator[None]:
         model.fuse_layers("off")
 
 
-def training_step(name: str, batch: int, length: int, rounds: int = 5) -> Table:
+def training_step(
+    name: str,
+    batch: int,
+    length: int,
+    rounds: int = 5,
+    measured: Callable[[Table], None] = lambda table: None,
+) -> Table:
     """Time, memory and utilisation of our step in several ways, and of the published algorithm.
 
     One after the other, each timed ``rounds`` times when it is warm: what one has captured and compiled
     is gone when the next begins. What runs out of memory is left out of the table, and said so.
+
+    Args:
+        measured: is given the table after each row, so that a run that is cut off keeps the others.
     """
     model = build(name).train()
     ids = torch.randint(0, SHAPES[name]().vocab_size - 2, (batch, length), device=DEVICE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=ON_GPU)
     rewarded = []
 
-    def step(loss_of: Callable[[], torch.Tensor]) -> None:
-        loss_of().backward()
+    def whole() -> None:
+        output = model(ids, labels=ids)
+        rewarded.append((output.advantage.detach() > 0).float().mean())
+        output.loss.backward()
+
+    def in_parts(texts: int) -> None:
+        with torch.no_grad():
+            over = model(ids, labels=ids, batch_part=WHOLE_BATCH.thinking()).thought_over
+        for start in range(0, batch, texts):
+            rows = slice(start, min(start + texts, batch))
+            model(ids[rows], labels=ids[rows], batch_part=over.part(rows)).loss.backward()
+
+    def step(gradients: Callable[[], None]) -> None:
+        gradients()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def ours() -> torch.Tensor:
-        output = model(ids, labels=ids)
-        rewarded.append((output.advantage.detach() > 0).float().mean())
-        return output.loss
-
-    runs: list[tuple[str, Way, Callable[[], torch.Tensor]]]
-    runs = [(title, way, ours) for title, way in WAYS.items()]
-    sequential = functools.partial(sequential_step, model, ids)
-    runs.append(("sequential, dense (as published)", Way("off", graphs="off"), sequential))
+    runs: list[tuple[str, Way, Callable[[], None]]] = [
+        (title, way, whole if way.texts is None else functools.partial(in_parts, way.texts))
+        for title, way in WAYS.items()
+        if way.texts is None or way.texts < batch
+    ]
+    published = Way("off", graphs="off")
+    runs.append(
+        (
+            "sequential, dense (as published)",
+            published,
+            lambda: sequential_step(model, ids).backward(),
+        )
+    )
     table: Table = {}
-    for title, way, loss_of in runs:
-        run = functools.partial(step, loss_of)
+    for title, way, gradients in runs:
+        run = functools.partial(step, gradients)
         with run_as(model, way):
             peak = peak_mb(run)
             if peak is None:
                 print(f"  {title}: does not fit this device")
                 optimizer.zero_grad(set_to_none=True)
                 continue
-            table[title] = compare({title: run}, rounds, graph=False)[title]
+            row = table[title] = compare({title: run}, rounds, graph=False)[title]
         if ON_GPU:
-            table[title]["peak_mb"] = peak
-        table[title]["times_ours"] = table[title]["ms"] / next(iter(table.values()))["ms"]
-    flops = training_step_flops(
-        model.config,
-        decoder_sizes(model.base.config),
-        batch,
-        length,
-        rewarded=float(torch.stack(rewarded).mean()),
-    )
+            row["peak_mb"] = peak
+        row["times_ours"] = row["ms"] / next(iter(table.values()))["ms"]
+        share = float(torch.stack(rewarded).mean()) if rewarded else 0.5
+        row.update(rates(model, batch, length, share, row["ms"]))
+        measured(table)
+    return table
+
+
+def rates(
+    model: QuietStarForCausalLM, batch: int, length: int, rewarded: float, ms: float
+) -> dict[str, float]:
+    """What a step needs, and its share of a product's rate, without the rollout and with."""
+    sizes = decoder_sizes(model.base.config)
+    flops = training_step_flops(model.config, sizes, batch, length, rewarded=rewarded)
     rate = matmul_gflop_per_s()
-    for title, row in table.items():
-        row["needed_gflop"] = flops.needed / 1e9
-        row["matmul_gflop_per_s"] = rate
-        row["utilisation"] = flops.needed / 1e9 / row["ms"] * 1e3 / rate
-        if title.startswith("quietstar"):
-            both = flops.needed + flops.rollout
-            row["utilisation_with_rollout"] = both / 1e9 / row["ms"] * 1e3 / rate
-    return table
-
-
-def slot_step(name: str, batch: int, context: int, rounds: int = 5) -> Table:
-    """One slot of a thought behind each of ``batch`` texts, beside a decoding step of the decoder.
-
-    A slot's time is a chain's (start, nine tokens drawn, end) over its length. A decoding step runs one
-    token per row and takes the most likely next: with a growing cache, as ``generate`` does it, and with
-    a static one; on a GPU both are graphs, too.
-    """
-    model = build(name).eval()
-    with torch.no_grad():
-        chain, slots = slot_chain(model, batch, context)
-        runs = {"slot step": chain}
-        for title, make in (
-            ("decoding step, growing cache", growing_step),
-            ("decoding step, static cache", static_step),
-        ):
-            runs[title] = captured(make(model, batch, context))
-        table = compare(runs, rounds, graph=False)
-    for key in ("ms", "best_ms"):
-        table["slot step"][key] /= slots
-    for row in table.values():
-        row["times_ours"] = row["ms"] / table["slot step"]["ms"]
-    return table
-
-
-def slot_chain(
-    model: QuietStarForCausalLM, batch: int, context: int
-) -> tuple[Callable[[], object], int]:
-    """A thought behind every text from given keys, as generation runs it, and its number of slots."""
-    config, base = model.config, model.base.config
-    slots = depth_of_end(config)
-    whole = torch.full((batch, 1), context, dtype=torch.int32, device=DEVICE)
-    anchors = torch.zeros(batch, 1, dtype=torch.int64, device=DEVICE)
-    steps = ThoughtLayout(torch.zeros_like(whole), whole, anchors, slots, phase="slot")
-    for layer, (keys, values) in enumerate(random_keys(base, batch, context)):
-        steps.keys[layer] = LayerKeys(keys, values)
-    meta = model.thought_embedding(config.embedding_scale)
-
-    def chain() -> object:
-        with use_graphs("auto"):
-            return run_slots(model.base, config, SlotRun(meta, anchors, steps, slots, 1.0, 1))
-
-    return chain, slots
-
-
-def growing_step(model: QuietStarForCausalLM, batch: int, context: int) -> Callable[[], object]:
-    """One token more behind a cache of ``context`` tokens, which is as long again afterwards."""
-    cache = DynamicCache()
-    for layer, (keys, values) in enumerate(random_keys(model.base.config, batch, context)):
-        cache.update(keys, values, layer)
-    kept = [(layer.keys, layer.values) for layer in cache.layers]
-    ids = torch.ones(batch, 1, dtype=torch.int64, device=DEVICE)
-    positions = torch.full_like(ids, context)
-
-    def step() -> object:
-        found = next_tokens(model, ids, positions, cache)
-        for layer, (keys, values) in zip(cache.layers, kept, strict=True):
-            layer.keys, layer.values = keys, values
-        return found
-
-    return step
-
-
-def static_step(model: QuietStarForCausalLM, batch: int, context: int) -> Callable[[], object]:
-    """The same with a cache whose tensors stay."""
-    cache = StaticCache(model.base.config, max_cache_len=context + 1)
-    for layer, (keys, values) in enumerate(random_keys(model.base.config, batch, context)):
-        cache.update(keys, values, layer)
-    lengths = [layer.cumulative_length for layer in cache.layers]
-    ids = torch.ones(batch, 1, dtype=torch.int64, device=DEVICE)
-    positions = torch.full_like(ids, context)
-
-    def step() -> object:
-        found = next_tokens(model, ids, positions, cache)
-        torch._foreach_sub_(lengths, 1)
-        return found
-
-    return step
-
-
-def next_tokens(
-    model: QuietStarForCausalLM, ids: torch.Tensor, positions: torch.Tensor, cache: Any
-) -> torch.Tensor:
-    """The most likely tokens behind one given token per row."""
-    decoder = model.base.base_model
-    hidden = decoder(
-        input_ids=ids, position_ids=positions, use_cache=True, **cache_argument(decoder, cache)
-    ).last_hidden_state
-    return model.thought_decoder.output.logits(hidden[:, -1]).argmax(-1)
-
-
-def random_keys(config: Any, batch: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values of every layer, [B, Hkv, N, D]."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (2, batch, config.num_key_value_heads, length, size)
-    pairs = (torch.randn(shape, device=DEVICE).bfloat16() for _ in range(config.num_hidden_layers))
-    return [(pair[0], pair[1]) for pair in pairs]
-
-
-def captured(run: Callable[[], object]) -> Callable[[], object]:
-    """The call as a graph on a GPU, elsewhere as it is."""
-    if not ON_GPU:
-        return run
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    found = {"needed_gflop": flops.needed / 1e9, "matmul_gflop_per_s": rate}
+    found["utilisation"] = flops.needed / 1e6 / ms / rate
+    found["utilisation_with_rollout"] = (flops.needed + flops.rollout) / 1e6 / ms / rate
+    return found
 
 
 def matmul_gflop_per_s() -> float:
@@ -313,29 +229,16 @@ def peak_mb(run: Callable[[], object]) -> float | None:
 
 
 # The texts of a step: for the larger model one, the paper's batch of 8 by accumulation.
-STEPS = [("Llama-3.2-1B", 1), ("Llama-3.2-1B", 4), ("Mistral-7B", 1), ("Mistral-7B", 2)]
+STEPS = [("Llama-3.2-1B", 4), ("Mistral-7B", 1), ("Mistral-7B", 2), ("Llama-3.2-1B", 1)]
 
 
 @needs_gpu
 @pytest.mark.parametrize(("name", "batch"), STEPS)
 def bench_training_step_on_a_gpu(name: str, batch: int) -> None:
     """Time, memory, utilisation, and the factor to the published algorithm where that fits."""
-    title = f"training step with AdamW, {name}, {batch} x 256 tokens, bf16"
-    table = training_step(name, batch, 256)
-    record("gpu_step", title, table)
+    title = f"training step, {name} shape, {batch} x 256 tokens, T 9, K 4, R 2"
+    table = training_step(name, batch, 256, measured=lambda table: record("gpu_step", title, table))
     for row_name, row in table.items():
-        print(f"  {row_name:36} {row['peak_mb']:9.0f} MB   utilisation {row['utilisation']:.1%}")
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-@needs_gpu
-@pytest.mark.parametrize("batch", [1, 16])
-@pytest.mark.parametrize("name", ["Llama-3.2-1B", "Mistral-7B"])
-def bench_slot_step_on_a_gpu(name: str, batch: int) -> None:
-    """A slot step may take 1.2 times a decoding step."""
-    title = f"slot step, {name}, {batch} rows behind 256 tokens, bf16"
-    table = slot_step(name, batch, 256, rounds=20)
-    record("gpu_step", title, table)
+        print(f"  {row_name:42} {row['peak_mb']:9.0f} MB   utilisation {row['utilisation']:.1%}")
     gc.collect()
     torch.cuda.empty_cache()

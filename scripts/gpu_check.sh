@@ -5,15 +5,18 @@
 #
 # Stages: device build test memcheck racecheck initcheck synccheck bench; without any, all of them.
 # Every stage has a time limit of its own, and what fails does not keep the others from running. A
-# table of the stages comes last; the exit status is 1 where one failed. Where a call may not last as long,
-# `device build test memcheck racecheck` and `build bench` are two halves.
+# table of the stages comes last; the exit status is 1 where one failed. Two calls in less than twelve
+# minutes together, with a wheel:
+#
+#   WHEEL=... scripts/gpu_check.sh device build test memcheck racecheck
+#   WHEEL=... scripts/gpu_check.sh build bench
 #
 #   PYTHON                python3    with torch, pytest, pytest-benchmark, and for a build pybind11, cmake, ninja
 #   WHEEL                 unset      a wheel built elsewhere, which is installed instead of a build:
 #                                    QUIETSTAR_CUDA=on QUIETSTAR_CUDA_ARCHS=sm_90 python3.12 -m pip wheel --no-deps .
 #   TEST_PROCESSES        8          of the tests, where pytest-xdist is installed
 #   QUIETSTAR_CUDA_ARCHS  the GPU's own
-#   TIME_LIMIT            570        seconds for everything
+#   TIME_LIMIT            570        seconds for everything; for stages that are named 270, with bench 430
 #   OUT                   unset      a folder that gets logs, the table and the results, too
 #
 # Needs no network. Results: benchmarks/results/<gpu>.json.
@@ -22,7 +25,8 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root"
 
 python=${PYTHON:-python3}
-deadline=$((SECONDS + ${TIME_LIMIT:-570}))
+if ((!$#)); then limit=570; elif [[ " $* " == *" bench "* ]]; then limit=430; else limit=270; fi
+deadline=$((SECONDS + ${TIME_LIMIT:-$limit}))
 logs=${OUT:-$root/build/gpu_check}
 mkdir -p "$logs"
 rm -f "$logs"/{device,build,test,sanitize,bench}.log "$logs"/stages.txt "$logs"/*.json
@@ -158,13 +162,13 @@ PYTHON
 
 # Errors count where a report names a kernel of ours; the libraries' own are counted apart.
 check_sanitizer() {
-  local tool=$1 out all_errors status only=()
-  # racecheck does not survive the kernels of some libraries.
-  [[ $tool == racecheck ]] && only=(--kernel-regex kns=quietstar)
+  local tool=$1 out all_errors status only=() calls=()
+  # racecheck does not survive the kernels of some libraries, watched or not.
+  [[ $tool == racecheck ]] && only=(--kernel-regex kns=quietstar) calls=(--without-libraries)
   out=$(mktemp)
   # Without PyTorch's pool every tensor has an allocation of its own, with its own bounds.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" "${only[@]}" --print-limit 30 \
-    "$python" -P scripts/small_calls.py 2>&1 | tee -i "$out"
+    "$python" -P scripts/small_calls.py "${calls[@]}" 2>&1 | tee -i "$out"
   status=${PIPESTATUS[0]}
   all_errors=$(sed -nE 's/.*(ERROR|RACECHECK) SUMMARY: ([0-9]+) .*/\2/p' "$out" | tail -n 1)
   local ours
@@ -193,10 +197,10 @@ for tool in memcheck racecheck initcheck synccheck; do
   wants "$tool" && stage "sanitizer $tool" 80 sanitize "check_sanitizer $tool"
 done
 if wants bench; then
-  # What a reader asks for first, with its limit in seconds; then whatever else can run on a device. Every
-  # table is written when it is measured, so that a limit costs only the rest.
-  limits=(gpu_step:150 attention_paths:60 thought_attention:40 linear_cross_entropy:40
-    linear_sample:20 sample_tokens:30 mixing_head:30)
+  # What was not measured yet first, with its limit in seconds; then whatever else can run on a device. Every
+  # row or table is written when it is measured, so that a limit costs only the rest.
+  limits=(gpu_generation:80 gpu_step:150 attention_paths:80 linear_cross_entropy:40
+    linear_sample:20 mixing_head:20 thought_attention:30 sample_tokens:30)
   for name in $(collected device benchmarks | sed 's/::.*//; s/.*bench_//; s/\.py//' | sort -u); do
     [[ " ${limits[*]} " == *" $name:"* ]] || limits+=("$name:30")
   done

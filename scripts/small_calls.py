@@ -2,20 +2,25 @@
 """Every operator once per dtype and option on small, awkward shapes, forward and backward, with the
 kernels of one device: what compute-sanitizer watches in scripts/gpu_check.sh.
 
-    python scripts/small_calls.py [--device cuda]
+    python scripts/small_calls.py [--device cuda] [--without-libraries]
 
-Nothing is compared here; the tests do that. Exit status 1: a call failed, or gave what is not finite.
+``--without-libraries`` makes matrix products of elementwise ones and sums: some tools do not survive the
+kernels of cuBLAS. Nothing is compared here; the tests do that. Exit status 1: a call failed, or gave
+what is not finite.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quietstar_ext import (
     linear_cross_entropy,
@@ -25,6 +30,7 @@ from quietstar_ext import (
     sample_tokens,
     thought_attention,
 )
+from quietstar_ext.operators import implementations
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Call = Callable[[], object]
@@ -118,6 +124,39 @@ def attention(device: str, dtype: torch.dtype) -> Iterator[tuple[str, Call]]:
             yield f"thought_attention {n} {sq} {sk} {d} {option}", run
 
 
+class WithoutLibraries(TorchDispatchMode):
+    """In the block no matrix product is a library's, inside the operators or out of them.
+
+    Attributes:
+        replaced: how many were made otherwise.
+    """
+
+    replaced = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, packet, aten = kwargs or {}, func.overloadpacket, torch.ops.aten
+        if func.namespace == "quietstar":
+            with self:  # which a call of the operator itself would not be
+                return implementations[func.name()](*args, **kwargs)
+        if packet in (aten.matmul, aten.linear):
+            with self:
+                return func.decompose(*args, **kwargs)
+        if packet not in (aten.mm, aten.addmm, aten.addmm_):
+            return func(*args, **kwargs)
+        self.replaced += 1
+        names = [argument.name for argument in func._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        a, b = (given[name] for name in (("self", "mat2") if packet is aten.mm else ("mat1", "mat2")))
+        wide = torch.promote_types(a.dtype, torch.float32)
+        product = (a.to(wide)[:, :, None] * b.to(wide)[None]).sum(1) * given.get("alpha", 1)
+        beta = 0 if packet is aten.mm else given.get("beta", 1)
+        if beta:  # 0: what stands there may be anything
+            product += beta * given["self"]
+        if packet is aten.addmm_ or "out" in given:
+            return given["self" if packet is aten.addmm_ else "out"].copy_(product)
+        return product.to(given.get("out_dtype", a.dtype))
+
+
 def finite(result: object) -> bool:
     tensors = result if isinstance(result, tuple) else (result,)
     return all(bool(t.isfinite().all()) for t in tensors if isinstance(t, Tensor))
@@ -127,7 +166,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--only", default="", help="names that contain this")
+    parser.add_argument(
+        "--without-libraries", action="store_true", help="no matrix product of a library"
+    )
     options = parser.parse_args()
+    with WithoutLibraries() if options.without_libraries else contextlib.nullcontext():
+        called, failed = run(options)
+    print(f"{called} calls, {failed} failed")
+    return 1 if failed or not called else 0
+
+
+def run(options: argparse.Namespace) -> tuple[int, int]:
+    """How many calls were made, and how many of them failed."""
     failed = called = 0
     for dtype in DTYPES:
         for operator in (sampling, cross_entropy, mixing, attention):
@@ -143,8 +193,7 @@ def main() -> int:
                     good = False
                     print(f"failed: {name} {dtype}\n{traceback.format_exc(limit=-3)}", flush=True)
                 failed += not good
-    print(f"{called} calls, {failed} failed")
-    return 1 if failed or not called else 0
+    return called, failed
 
 
 if __name__ == "__main__":

@@ -38,29 +38,37 @@ def test_operations_by_hand():
 
 
 @pytest.mark.slow
-def test_the_benchmark_runs():
-    """Both halves with a tiny decoder: all rows are there, and nothing is written."""
+def test_the_benchmarks_run():
+    """With a tiny decoder: all rows are there, each is told when it is measured, nothing is written."""
     code = """
 import json
-from benchmarks import bench_gpu_step as bench
-tables = bench.training_step("tiny", 1, 24, rounds=1), bench.slot_step("tiny", 2, 20, rounds=1)
-print(json.dumps(tables))
+from benchmarks import bench_gpu_generation as generation, bench_gpu_step as bench
+told = []
+step = bench.training_step("tiny", 2, 24, rounds=1, measured=lambda table: told.append(len(table)))
+one = bench.training_step("tiny", 1, 24, rounds=1)
+tokens = generation.generation("tiny", 2, 20, new=3, rounds=1)
+print(json.dumps([told, step, list(one), tokens, generation.slot_step("tiny", 2, 20, rounds=1)]))
 """
     done = run_python("-c", code, PYTHONPATH=PATH)
-    step, slots = json.loads(done.stdout.splitlines()[-1])
-    assert list(step) == [
+    told, step, one, tokens, slots = json.loads(done.stdout.splitlines()[-1])
+    ways = [
         "quietstar",
         "quietstar, outputs of the rollout reused",
+        "quietstar, a text per backward pass",
+        "quietstar, checkpointing, products kept",
+        "quietstar, gradient checkpointing",
         "quietstar, layers as they are",
         "quietstar, layers as they are, no graph",
-        "quietstar, gradient checkpointing",
         "sequential, dense (as published)",
     ]
+    assert list(step) == ways and told == [*range(1, 9)]
+    assert one == [way for way in ways if "a text per" not in way]
     assert all(row["ms"] > 0 for row in step.values())
     ours = step["quietstar"]
-    assert ours["needed_gflop"] > 0 and 0 < ours["utilisation"] < 1
+    assert ours["needed_gflop"] > 0 and 0 < ours["utilisation"] < ours["utilisation_with_rollout"] < 1
     assert ours["utilisation"] == pytest.approx(
         ours["needed_gflop"] / ours["ms"] * 1e3 / ours["matmul_gflop_per_s"], rel=1e-6
     )
-    assert {"slot step", "decoding step, growing cache"} <= set(slots)
-    assert all(row["ms"] > 0 for row in slots.values())
+    assert list(tokens) == ["quietstar", "quietstar, no graph", "plain generation, no thoughts"]
+    assert {"slot step", "decoding step, growing cache", "decoding step, static cache"} == set(slots)
+    assert all(row["ms"] > 0 for row in (*tokens.values(), *slots.values()))
