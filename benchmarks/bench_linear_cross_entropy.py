@@ -1,7 +1,8 @@
 """linear_cross_entropy, forward and backward, against its bare matrix products and what else there is.
 
 On a CPU
-- 2048 x 256 onto 8192: the small model's training step; 2048 x 1024 onto 32000: a Llama-2 vocabulary.
+- 2048 x 256 onto 8192: the small model's training step; 1024 x 576 onto 49152: SmolLM2-135M's;
+  2048 x 1024 onto 32000: a Llama-2 vocabulary.
 On a GPU
 - 8192 x 4096 onto 32,000 and 128,256: rows of a training step at the width and the vocabularies of
   Mistral 7B and Llama 3; 8192 x 1024 onto 128,256, where the products hide less of the rest.
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.device
 SHAPES = (
     [(8192, 4096, 32_000), (8192, 4096, 128_256), (8192, 1024, 128_256)]
     if ON_GPU
-    else [(2048, 256, 8192), (2048, 1024, 32_000)]
+    else [(2048, 256, 8192), (1024, 576, 49_152), (2048, 1024, 32_000)]
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 if ON_GPU:

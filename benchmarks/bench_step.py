@@ -2,8 +2,9 @@
 
 The shape is that of a model that a person with two cores would train: 7.9 M parameters, hidden 256, 4
 layers, 8 heads over 4, inner size 896, vocabulary 8194; 256 tokens, 9 thought tokens, 4 talk tokens, 2
-rationales (the paper's n_ahead 12, 4 ahead, 2 passes). Contestants run in one process, in turn; memory
-is measured in a process of its own for each, as the growth of the peak resident size over the model's.
+rationales (the paper's n_ahead 12, 4 ahead, 2 passes). All in fp32, but for ``bf16 autocast``.
+Contestants run in one process, in turn; memory is measured in a process of its own for each, as the
+growth of the peak resident size over the model's.
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ def contestants(model: QuietStarForCausalLM, ids: torch.Tensor) -> dict[str, Cal
         loss.backward()
         return loss.detach()
 
+    def in_bf16() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return ours()
+
     def with_checkpointing(settings: dict[str, str] | None = None) -> torch.Tensor:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
         try:
@@ -72,6 +77,7 @@ def contestants(model: QuietStarForCausalLM, ids: torch.Tensor) -> dict[str, Cal
 
     return {
         "quietstar": ours,
+        "quietstar, bf16 autocast": in_bf16,
         "quietstar, gradient checkpointing": with_checkpointing,
         "quietstar, checkpointing, products kept": partial(with_checkpointing, {"keep": "products"}),
         "packed, reference operators": packed_with_references,

@@ -1,14 +1,17 @@
 """README: its size and promises, and the longer Python examples, a small model in place of a large."""
 
+import inspect
 import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from benchmark_files import PATH
 from families import tiny_decoder
 from small_recipes import run_python
 
+import quietstar_ext
 from quietstar.data.lookup import LookupLanguage, TextMix, build_tokenizer
 
 README = Path(__file__).parents[2] / "README.md"
@@ -43,6 +46,17 @@ def test_operators_from_plain_pytorch():
     exec(compile(code, "README.md", "exec"), names)
     assert names["tokens"].shape == (64 * 6,)
     assert names["q"].grad.abs().sum() > 0
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.nn.functional, "linear_cross_entropy"), reason="this torch has none of its own"
+)
+def test_what_torch_has_not():
+    """README says what our linear_cross_entropy takes and torch's does not."""
+    assert "What torch's `linear_cross_entropy` has not: weights per row" in README.read_text("utf-8")
+    ours = inspect.signature(quietstar_ext.linear_cross_entropy_sum).parameters
+    theirs = inspect.signature(torch.nn.functional.linear_cross_entropy).parameters
+    assert {"row_weights", "banned", "temperature"} <= set(ours) - set(theirs)
 
 
 def test_training(tmp_path, monkeypatch):
