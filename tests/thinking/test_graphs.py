@@ -161,15 +161,32 @@ class Pretended:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.captures = self.replays = 0
         self.memory = True
+        self.hides = False  # whether the end of a capture raises an error of its own
+        self.failed = weakref.WeakSet()
+        self.given_back: list[int] = []  # failed chains that were there when the memory was
         monkeypatch.setattr(graphs, "_can_capture", lambda device: True)
         monkeypatch.setattr(graphs.Chain, "replay", self.replay())
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        empty_cache = torch.cuda.empty_cache
+        monkeypatch.setattr(
+            torch.cuda,
+            "empty_cache",
+            lambda: (self.given_back.append(len(self.failed)), empty_cache()),
+        )
+
+    def run_out(self):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        finally:
+            if self.hides:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
     def replay(outer):
         def replay(chain):
             if not chain.captured:
                 if not outer.memory:
-                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+                    outer.failed.add(chain)
+                    outer.run_out()
                 outer.captures += 1
                 chain._graph = object()
             outer.replays += 1
@@ -208,8 +225,10 @@ def test_lengths_that_keep_changing_are_not_captured_again_and_again(monkeypatch
     assert torch.equal(thoughts_of(model, 9), expected)
 
 
-def test_without_memory_for_a_graph_it_goes_on_kernel_by_kernel(monkeypatch, caplog):
+@pytest.mark.parametrize("hides", [False, True])
+def test_without_memory_for_a_graph_it_goes_on_kernel_by_kernel(monkeypatch, caplog, hides):
     pretended, model = Pretended(monkeypatch), build()
+    pretended.hides = hides
     for length in (5, 6):
         for _ in range(2):
             thoughts_of(model, length)
@@ -220,8 +239,10 @@ def test_without_memory_for_a_graph_it_goes_on_kernel_by_kernel(monkeypatch, cap
         expected = thoughts_of(model, 7)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(thoughts_of(model, 7), expected)
-    assert "not captured in a graph: CUDA out of memory" in caplog.text
+    reason = "CUDA error: operation failed" if hides else "CUDA out of memory"
+    assert f"not captured in a graph: {reason}" in caplog.text
     assert captured(model) == 0  # their memory is what the step needs
+    assert pretended.given_back == [0]  # and that of the one which failed is among it
     pretended.memory = True
     for _ in range(3):
         thoughts_of(model, 6)

@@ -137,13 +137,21 @@ def _run_known(
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if mode == "buffers":
                 raise
-            reason = str(error).splitlines()[0]
-            if isinstance(error, torch.OutOfMemoryError):
-                known.give_back_memory()
-            known[key] = reason
+            reason, full = str(error).splitlines()[0], _is_out_of_memory(error)
         logger.warning("slot steps are not captured in a graph: %s", reason)
         torch.cuda.synchronize(run.layout.anchors.device)
+        known[key] = reason
+        if full:  # here, where the error's frames hold nothing of the failed capture any more
+            known.give_back_memory()
+            known[key] = reason
     return run_slots_singly(decoder, config, run)
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """An error, or one behind it: ending a capture that has failed raises another."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 _NEW = "a chain is to be made"
