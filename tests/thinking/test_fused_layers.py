@@ -3,15 +3,20 @@
 import copy
 import functools
 import pickle
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from sampled_steps import IDS, build, same, step
 from small_training import rows, small_model, trainer
+from transformers.models.llama import modeling_llama
 
 from quietstar.thinking.cuda_graphs import use_graphs
-from quietstar.thinking.fused_layers import FusedForward, fuse_layers
+from quietstar.thinking.fused_layers import RECOMPILE_LIMIT, FusedForward, fuse_layers
 from quietstar.thinking.text_part import decoder_layers
+from quietstar.training.around_the_step import AroundTheStep
 
 pytestmark = pytest.mark.slow  # torch.compile takes a while
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -126,6 +131,61 @@ def test_liger_kernel():
     same(step(other), wanted_cpu)  # rotary embeddings are patched for the whole family
     with pytest.raises(ValueError, match="fused_layers is 'off', but liger-kernel is in the decoder's"):
         model.fuse_layers("off")
+
+
+@pytest.fixture
+def liger(monkeypatch) -> list[tuple[torch.nn.Module, dict]]:
+    """A package of that name, which notes what it is given and, as the real one does, puts a rotary
+    embedding that no CPU can run into the whole family."""
+    given: list[tuple[torch.nn.Module, dict]] = []
+
+    def rotary(*args, **kwargs):
+        raise RuntimeError("a kernel on a CPU")
+
+    def apply(model: torch.nn.Module, **options: bool) -> None:
+        given.append((model, options))
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotary)
+
+    patch = SimpleNamespace(
+        MODEL_TYPE_TO_APPLY_LIGER_FN={"llama": apply}, _apply_liger_kernel_to_instance=apply
+    )
+    for name, fields in (("", {}), (".transformers", {"monkey_patch": patch})):
+        module = ModuleType(f"liger_kernel{name}")
+        module.__spec__ = ModuleSpec(module.__name__, None)
+        vars(module).update(fields)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return given
+
+
+def test_liger_gets_the_decoder_inside(liger, tmp_path):
+    """Without its losses, once; by fuse_layers and by transformers' own use_liger_kernel."""
+    model, other = build(), build()
+    wanted = step(model)
+    model.fuse_layers("liger")
+    model.fuse_layers("liger")
+    without_losses = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    assert liger == [(model.base, without_losses)]
+    for one in (model, other):  # the family's others are not on a GPU either
+        same(step(one), wanted)
+    trained = small_model()
+    run = trainer(tmp_path, trained, rows(4), max_steps=1)
+    (around,) = (c for c in run.callback_handler.callbacks if isinstance(c, AroundTheStep))
+    for asked in (False, True):
+        arguments = copy.copy(run.args)
+        arguments.use_liger_kernel = asked
+        around.on_train_begin(arguments, run.state, run.control)
+        assert len(liger) == 1 + asked
+    assert liger[1] == (trained.base, without_losses)
+    with pytest.raises(ValueError, match="which does not know"):
+        build("gpt2").fuse_layers("liger")
+
+
+@pytest.mark.parametrize("before", [8, 100])
+def test_enough_may_be_compiled(before: int):
+    """torch's eight are fewer than a layer's passes with dtypes, kinds and lengths; more are left."""
+    with torch._dynamo.config.patch(recompile_limit=before):
+        build().fuse_layers("compile")
+        assert torch._dynamo.config.recompile_limit == max(before, RECOMPILE_LIMIT) >= 64
 
 
 def test_two_backward_passes_go_through_layers_as_they_are(tmp_path):
