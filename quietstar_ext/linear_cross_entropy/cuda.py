@@ -4,15 +4,16 @@ A chunk of rows is multiplied with the vocabulary layer, one kernel turns the lo
 into losses and gradients, and two more products take them before the next chunk has the same memory.
 
 How many rows make a chunk: as many as ``WORKSPACE_BYTES`` holds. For R rows of width d onto V tokens in
-16 bits, the three products are 6·R·V·d operations. What comes on top, at an H200's measured 790 TFLOP/s
-and 4.3 TB/s and if nothing of it overlaps:
+16 bits, the three products are 6·R·V·d operations. What comes on top, at an H200's measured 697 TFLOP/s
+and 4.2 TB/s and if nothing of it overlaps:
 
-- the weight's gradient is read and written once per chunk, 4·V·d bytes, 122 / R of the products' time:
-  48 per cent for 256 rows, 12 for 1024, 3 for 4096 (twice that where it is summed in fp32);
-- the kernel reads and writes the logits once, 4·R·V bytes, 122 / d: 3 per cent at a width of 4096.
+- the weight's gradient is read and written once per chunk, 4·V·d bytes, 111 / R of the products' time:
+  43 per cent for 256 rows, 11 for 1024, 3 for 4096 (twice that where it is summed in fp32);
+- the kernel reads and writes the logits once, 4·R·V bytes, 111 / d: 3 per cent at a width of 4096.
 
 Chunks small enough for their logits to stay in 50 MB of L2 (195 rows of 128,256 tokens, 780 of 32,000)
-would save part of the second at several times that in the first. These are counts, not measurements.
+would save part of the second at several times that in the first. These are counts. Measured, 8192 x 4096
+onto 32,000 took 1.22, 1.09, 1.01, 1, 1 and 0.99 of the time with 32, 64, 128, 256, 512 and 1024 MiB.
 
 Nothing here waits for the device but, outside of a graph's capture and where some 50 microseconds can
 save products (``may_wait``), for which rows take part and whether incoming gradients are all equal. In a
