@@ -32,14 +32,20 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def test_compiled():
-    """By inductor, as a user gets it."""
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_compiled(family: str):
+    """By inductor, as a user gets it; outputs of the rollout and checkpointing, too."""
     torch._dynamo.reset()
-    model = build()
+    model = build(family)
     wanted, before = step(model), compiled_graphs()
     model.fuse_layers("compile")
     same(step(model), wanted)
     assert compiled_graphs() > before
+    model.reuse_rollout()
+    same(step(model), wanted)
+    model.reuse_rollout(False)
+    model.gradient_checkpointing_enable()
+    same(step(model), wanted)
 
 
 @pytest.mark.slow
