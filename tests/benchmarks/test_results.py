@@ -1,12 +1,12 @@
 """benchmarks: what is written into a machine's file, and what the machine is called."""
 
 import json
+import sys
 
 import pytest
 from benchmark_files import benchmark
 
-benchmark("device")  # and with it the package
-import benchmarks  # noqa: E402
+benchmarks = sys.modules[str(benchmark("device").__package__)]
 
 ROW = {"ms": 2.0, "best_ms": 1.0, "times_ours": 1.0}
 

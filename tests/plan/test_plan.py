@@ -328,6 +328,26 @@ def test_sizes_are_read(text: str, size: float):
     assert parse_bytes(text) == size
 
 
+@pytest.mark.parametrize(
+    ("setting", "advised"),
+    [
+        ("model.fused_layers=compile", True),
+        ("model.fused_layers=liger", False),
+        ("training.use_liger_kernel=true", False),
+    ],
+)
+def test_with_liger_kernel_no_outputs_are_advised_to_be_reused(capsys, setting: str, advised: bool):
+    assert cli.main(["plan", "tiny", setting, "--gpu-memory", "24G"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("least")]
+    assert ("reuse_rollout: true" in line) == advised
+
+
+def test_the_names_of_an_older_version():
+    import quietstar.plan as package
+
+    assert (package.CHUNK_ROWS, package.CHUNK_BYTES) == (512, 64 * 2**20)
+
+
 def test_the_command(capsys):
     assert cli.main(["plan", "tiny", "--gpu-memory", "2G"]) == 0
     said = capsys.readouterr().out

@@ -18,6 +18,8 @@ from quietstar.errors import UserError
 from quietstar.plan.hybrids import Hybrid, LayerKind, Shape
 from quietstar.plan.sizes import Sizes
 from quietstar.plan.sizes import decoder_sizes as decoder_sizes
+from quietstar.plan.vocabulary import CHUNK_BYTES as CHUNK_BYTES
+from quietstar.plan.vocabulary import CHUNK_ROWS as CHUNK_ROWS
 from quietstar.plan.vocabulary import drawn_logits_bytes, vocabulary_bytes
 
 # What a GPU has in use before the first tensor, and what an allocator loses to gaps.

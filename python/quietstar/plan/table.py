@@ -70,6 +70,7 @@ def least_work(
     *,
     keeps: bool = True,
     cuts: bool = True,
+    takes: bool = True,
 ) -> Step | None:
     """The way to run a step that fits ``memory`` bytes and computes least twice; None if none fits.
 
@@ -78,7 +79,8 @@ def least_work(
     checkpointing that keeps products, and last that which keeps nothing.
 
     Args:
-        keeps: whether checkpointing may keep products; cuts: whether rows may be taken a few at a time.
+        keeps: whether checkpointing may keep products; cuts: whether rows may be taken a few at a time;
+            takes: whether linear layers may take the rollout's outputs.
     """
     samples = config.thinks and config.thought_kind == "sampled"
     counts = [n for n in range(own.batch, 0, -1) if own.batch % n == 0] if cuts else [own.batch]
@@ -91,7 +93,7 @@ def least_work(
         change(checkpointing=True, keep_products=False),
     ]
     for kind in kinds:
-        if kind.reuse_rollout and not (reuses(kind) and samples):
+        if kind.reuse_rollout and not (takes and reuses(kind) and samples):
             continue
         if kind.keep_products and (own.quantized or not keeps):
             continue
@@ -167,8 +169,9 @@ def _print_least_work(
     training, fused = recipe.training, recipe.model.fused_layers
     optim = str(training.get("optim", ""))
     alone = "lomo" in optim or optim.endswith("layerwise") or training.get("deepspeed")
-    keeps = not training.get("torch_compile") and fused not in ("compile", "liger")
-    way = least_work(*case, keeps=keeps, cuts=not alone)
+    liger = fused == "liger" or training.get("use_liger_kernel")  # which overwrites what layers gave
+    keeps = not training.get("torch_compile") and fused != "compile" and not liger
+    way = least_work(*case, keeps=keeps, cuts=not alone, takes=not liger)
     if way is None:
         return
     changes = training_changes(step, way, training)

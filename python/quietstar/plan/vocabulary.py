@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from quietstar.plan.costs import Step
     from quietstar.plan.sizes import Sizes
 
+CHUNK_ROWS = cpu.MAX_ROWS
+
 
 def vocabulary_bytes(sizes: Sizes, step: Step, rows: int) -> float:
     """What one cross entropy over ``rows`` rows holds besides them: a chunk of logits and, where the
