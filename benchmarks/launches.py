@@ -270,24 +270,26 @@ class _Counting(SimpleNamespace):
 
     def cuda_thought_attention(self, call: tuple[Any, ...], device: Any) -> None:
         """Keys are split, and the parts merged, where blocks of rows are fewer than multiprocessors."""
-        rows, pairs, length, _ = _attention_sizes(call)
+        rows, pairs, length, *_ = _attention_sizes(call)
         split = -(-rows // 128) * pairs < MULTIPROCESSORS and length > 64
         self._count("attention", "thought_attention", 1 + split)
 
     def cuda_thought_attention_backward(self, call: tuple[Any, ...], device: Any) -> None:
-        """Ranges, rows, keys, and the sum of the keys' parts where these are few."""
-        rows, pairs, length, size = _attention_sizes(call[0])
+        """Ranges, rows, slot keys, text keys, and the sum of these keys' parts where they are few."""
+        rows, pairs, length, size, slots = _attention_sizes(call[0])
         keys, block = (64, 32) if size <= 64 else (128, 64) if size <= 96 else (128, 32)
         tiles = -(-length // keys)
         parts = min(-(-2 * MULTIPROCESSORS // (pairs * (tiles + 1))), -(-rows // block) // 2)
-        self._count("attention", "thought_attention_backward", 3 + (parts > 1 and tiles > 0))
+        self._count(
+            "attention", "thought_attention_backward", 3 + (slots > 0) + (parts > 1 and tiles > 0)
+        )
 
 
-def _attention_sizes(call: tuple[Any, ...]) -> tuple[int, int, int, int]:
+def _attention_sizes(call: tuple[Any, ...]) -> tuple[int, int, int, int, int]:
     """Rows for a key head, pairs of text and key head, text tokens, a head's size (16 bits an element,
-    128 at most)."""
-    _, batch, heads, kv_heads, slots, _, columns, length, size = call[:9]
-    return slots * columns * (heads // kv_heads), batch * kv_heads, length, size
+    128 at most), slots with keys."""
+    _, batch, heads, kv_heads, slots, key_slots, columns, length, size = call[:9]
+    return slots * columns * (heads // kv_heads), batch * kv_heads, length, size, key_slots
 
 
 @contextlib.contextmanager

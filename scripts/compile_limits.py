@@ -7,7 +7,8 @@ NO_SPILLS = (
     *("mixing_*", "softmax_cross_entropy_rows*", "scale_elements*", "scan_rows*"),
     # thought_attention in 16 bits
     *("forward_kernel<*Float16, *", "row_gradients_kernel<*Float16, *"),
-    *("key_gradients_kernel<*Float16, *", "merge_kernel<*", "diagonal_*"),
+    *("key_gradients_kernel<*Float16, *", "slot_gradients_kernel<*Float16, *"),
+    *("merge_kernel<*", "diagonal_*"),
 )
 # What they spill all the same, in bytes at most: where nothing was measured, so that nothing was tuned.
 KNOWN_SPILLS = {
@@ -25,7 +26,8 @@ WIDE = {
     "mixing_head.cu": ("mixing_*_kernel<*, true*>",),
 }
 
-HMMA, LDGSTS = "HMMA.16816.F32.BF16", "LDGSTS.E.BYPASS.128"
+HMMA, EX2 = "HMMA.16816.F32.BF16", "MUFU.EX2"
+LDGSTS, LDGSTS_4 = "LDGSTS.E.BYPASS.128", "LDGSTS.E"  # of 16 bytes and of 4
 # The loops that a file's kernels spend their time in: the operation that a loop has more of than any
 # other, and the most instructions of sm_90 that a round of it may take.
 LOOPS = {
@@ -40,16 +42,21 @@ LOOPS = {
         "mixing_first_backward_kernel<*Float16, true>": ("LDG.E.128", 104),  # 8 elements of a row
     },
     # A tile of 32 keys forward, of 32 (heads of 64: 64) in the row kernel, 32 rows in the key kernel;
-    # without loads, and one round of the loops over the head.
+    # without loads, and one round of the loops over the head. In the slot kernel, fetching 32 rows, and
+    # p and ds of 32 rows.
     "thought_attention_forward_128.cu": {"forward_kernel<BFloat16, *": (HMMA, 435)},
     "thought_attention_forward_64.cu": {"forward_kernel<BFloat16, *": (HMMA, 348)},
     "thought_attention_backward_128.cu": {
         "row_gradients_kernel<BFloat16, *": (HMMA, 483),
-        "key_gradients_kernel<BFloat16, *": (HMMA, 426),
+        "key_gradients_kernel<BFloat16, *": (HMMA, 423),
+        "slot_gradients_kernel<BFloat16, 128>": (LDGSTS_4, 454),
+        "slot_gradients_kernel<BFloat16, *": (EX2, 393),
     },
     "thought_attention_backward_64.cu": {
         "row_gradients_kernel<BFloat16, *": (HMMA, 617),
-        "key_gradients_kernel<BFloat16, *": (HMMA, 311),
+        "key_gradients_kernel<BFloat16, *": (HMMA, 310),
+        "slot_gradients_kernel<BFloat16, 64>": (LDGSTS_4, 387),
+        "slot_gradients_kernel<BFloat16, *": (EX2, 344),
     },
     # 16 rows of a column, forward and backward, rows past the end and the loops' second rounds left out.
     "thought_diagonal.cu": {

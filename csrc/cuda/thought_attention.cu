@@ -1,6 +1,6 @@
 // Checks, plan and launches of thought_attention on a device. The kernels are in
-// thought_attention_{forward,merge,backward,row_gradients,key_gradients}.cuh, compiled for each
-// head size in a file of its own; what they share is in thought_attention.cuh and
+// thought_attention_{forward,merge,backward,row_gradients,key_gradients,slot_gradients}.cuh,
+// compiled for each head size in a file of its own; what they share is in thought_attention.cuh and
 // thought_attention_mma.cuh.
 #include <algorithm>
 #include <string>
@@ -121,6 +121,8 @@ Arguments arguments(const ThoughtAttention& call) {
   a.by_rows = Divider::by(std::max(column_rows, 1));
   a.by_groups = Divider::by(std::max(a.groups, 1));
   a.by_slot_stride = Divider::by(a.slot_stride);
+  a.by_pairs = Divider::by(std::max(a.pairs, 1));
+  a.by_kv_heads = Divider::by(std::max(a.kv_heads, 1));
   a.scale = static_cast<float>(call.scale);
   constexpr double kLog2E = 1.4426950408889634;
   if (call.softcap > 0) {

@@ -55,7 +55,7 @@ struct Arguments {
   int slot_stride;  // slot keys per column, with those that do not exist
   int slot_keys;    // columns * slot_stride, or 0
   int slot_window;  // slots that a row sees at most: the window, or more than there are
-  Divider by_rows, by_groups, by_slot_stride;
+  Divider by_rows, by_groups, by_slot_stride, by_pairs, by_kv_heads;
   Scores scores;
   float inner, outer, scale;
   bool precise;  // fp32 products keep all bits
@@ -74,8 +74,8 @@ struct Arguments {
   int row_blocks;
 };
 
-// What the key kernel has to know of a row: the first and the last text key and slot key that it
-// sees, and as floats its lse to the base of 2 and its delta.
+// What the kernels of keys have to know of a row: the first and the last text key and slot key that
+// it sees, and as floats its lse to the base of 2 and its delta.
 constexpr int kRowConstants = 6;
 
 // Instantiated in thought_attention_forward_*.cu and thought_attention_backward_*.cu: the kernels

@@ -4,6 +4,7 @@
 
 #include "thought_attention_key_gradients.cuh"
 #include "thought_attention_row_gradients.cuh"
+#include "thought_attention_slot_gradients.cuh"
 
 namespace quietstar::cuda::attention {
 
@@ -69,6 +70,7 @@ void launch_backward(const Arguments& a, const Device& device) {
          blocks(static_cast<std::int64_t>(batch) * a.row_blocks, kSmallThreads / 32),
          dim3(kSmallThreads), 0, a, a.block_ranges, batch);
   launch_row_gradients<T, kSize, kSmall>(a, device);
+  launch_slot_gradients<T, kSize>(a, device);
   if constexpr (kSize <= 128) {
     launch_key_gradients<T, kSize, Pass::both, kSmall>(a, device);
   } else {

@@ -4,8 +4,8 @@
 //
 // A block takes the rows of a pair as the forward kernel does, and a warp its 16 or 32 of them: q
 // and dout stay in shared memory, keys and values come in tiles of two turns, three products are
-// taken per tile, and dq is summed in registers. out is read once, for delta, which the second
-// kernel (thought_attention_key_gradients.cuh) needs, too.
+// taken per tile, and dq is summed in registers. out is read once, for delta, which the kernels
+// of the keys' gradients (thought_attention_{key,slot}_gradients.cuh) need, too.
 //
 // Bytes from memory: q, out, dout, dq once; keys and values once per block. Operations: 6 D and one
 // exponential per row and key.
@@ -126,7 +126,7 @@ __device__ __forceinline__ void dots_of_rows(const Arguments& a, const Pair& pai
 }
 
 // delta of the warp's rows, to memory and, with lse to the base of 2, to shared memory; and what
-// the key kernel has to know of them. A lane per row.
+// the kernels of keys have to know of them. A lane per row.
 template <class T, int kSize, int kRows>
 __device__ __forceinline__ void put_row_constants(const Arguments& a, int pair_number,
                                                   int first_row, const SeenBy& mine, float* lse,

@@ -13,7 +13,7 @@
 namespace quietstar::cuda::attention {
 
 // Tiles, by bytes of an element and by the head size that they are made for. A warp has row_tiles
-// times 16 rows in the row kernels, and 16 keys in the key kernel.
+// times 16 rows in the row kernels and the slot kernel, and 16 keys in the key kernel.
 struct Shape {
   int warps, row_tiles, keys;
   constexpr int rows() const { return warps * row_tiles * 16; }
@@ -39,6 +39,15 @@ constexpr KeyShape key_gradient_shape(int bytes, int size, bool small) {
   if (size <= 128) return {8, size <= 96 ? 64 : 32, 32};
   return small ? KeyShape{4, 16, 16} : KeyShape{4, 32, 32};
 }
+struct SlotShape {
+  int warps, row_tiles;                                  // at most so many warps
+  constexpr int rows() const { return row_tiles * 16; }  // of a warp
+  constexpr int threads() const { return warps * 32; }
+};
+constexpr SlotShape slot_gradient_shape(int bytes, int size) {
+  if (bytes == 4) return {size <= 128 ? 4 : 2, 1};
+  return {2, 2};
+}
 
 constexpr int kSeenBy = 3;  // numbers that say what a row sees
 constexpr std::size_t kSpanBytes = 4 * sizeof(int);
@@ -61,11 +70,17 @@ constexpr std::size_t key_gradient_bytes(int bytes, int size, bool small) {
   return static_cast<std::size_t>(bytes) * size * (2 * s.keys() + 4 * s.rows) +
          sizeof(int) * 2 * 4 * s.rows;
 }
+// 16 keys and values; per warp q and dout of its rows, and p and ds of them and the keys.
+constexpr std::size_t slot_gradient_bytes(int bytes, int size, int warps) {
+  const SlotShape s = slot_gradient_shape(bytes, size);
+  return static_cast<std::size_t>(bytes) * 2 * (16 * size + warps * s.rows() * (size + 16));
+}
 // Of the kernel that needs the largest number.
 constexpr std::size_t max_bytes(int bytes, int size, bool small) {
-  const std::size_t all[] = {forward_bytes(bytes, size, small),
-                             row_gradient_bytes(bytes, size, small),
-                             key_gradient_bytes(bytes, size, small)};
+  const std::size_t all[] = {
+      forward_bytes(bytes, size, small), row_gradient_bytes(bytes, size, small),
+      key_gradient_bytes(bytes, size, small),
+      slot_gradient_bytes(bytes, size, slot_gradient_shape(bytes, size).warps)};
   std::size_t max = 0;
   for (const std::size_t each : all) max = each > max ? each : max;
   return max;

@@ -21,7 +21,7 @@ compiled = benchmark("launches_compiled")
 
 # What a layer and all else of a packed pass launches at most, forward and backward: whoever makes it
 # less writes the smaller number here.
-LAYER, REST = {"off": 150, "compile": 71}, 76
+LAYER, REST = {"off": 151, "compile": 72}, 76
 SHAPE_LAYERS = 32
 
 

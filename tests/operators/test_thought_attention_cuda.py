@@ -1,7 +1,8 @@
 """thought_attention's CUDA kernels: the same tests on the CPU (cuda_on_cpu) and on a device (gpu).
 
 Tiles: 128 rows forward (fp32: 64), 32 keys; backward 128 rows x 32 keys (D to 64: 64 keys), then
-64 keys x 32 rows (D over 64: 128 keys; D over 128: smaller). Rows are (column, slot, grouped head).
+64 text keys x 32 rows (D over 64: 128 keys; D over 128: smaller) and 16 slot keys x 64 rows. Rows are
+(column, slot, grouped head).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ TILES = {
     "D128": (1, 4, 1, 5, 5, 8, 135, 128, {"sinks": True}),
     "D256": (1, 2, 1, 6, 6, 6, 40, 256, {}),
     "few rows per column": (1, 1, 1, 1, 5, 70, 40, 32, {}),
+    "many columns to 16 slot keys": (1, 15, 1, 1, 1, 20, 9, 64, {}),
     "many slots": (1, 1, 1, 37, 37, 4, 33, 32, {}),
     "slots in a window": (1, 4, 1, 21, 21, 3, 20, 64, {"sliding_window": 6, "sinks": True}),
     "many slots in a window": (1, 1, 1, 37, 37, 4, 33, 32, {"sliding_window": 5}),
@@ -65,13 +67,17 @@ def test_several_tiles(device: str, name: str) -> None:
 
 @pytest.mark.cuda_on_cpu
 @pytest.mark.parametrize("order", ["reverse", "shuffled", "uneven"])
-def test_the_order_of_threads_changes_no_bit(cuda_on_cpu: ModuleType, order: str) -> None:
+@pytest.mark.parametrize("shape", [(1, 4, 1, 5, 5, 8, 40, 64), (1, 4, 1, 33, 33, 1, 5, 64)], ids=str)
+def test_the_order_of_threads_changes_no_bit(
+    cuda_on_cpu: ModuleType, order: str, shape: tuple[int, ...]
+) -> None:
     for dtype in (torch.bfloat16, torch.float32):
-        inputs = case((1, 4, 1, 5, 5, 8, 40, 64, {"sinks": True}), dtype, "cpu")
+        inputs = case((*shape, {"sinks": True}), dtype, "cpu")
         cuda_on_cpu.set_order("forward", 0)
         wanted = ours(*inputs)
-        cuda_on_cpu.set_order(order, torch.initial_seed())
-        assert all(torch.equal(a, b) for a, b in zip(ours(*inputs), wanted, strict=True))
+        for seed in range(5 if order == "uneven" else 1):
+            cuda_on_cpu.set_order(order, torch.initial_seed() + seed)
+            assert all(torch.equal(a, b) for a, b in zip(ours(*inputs), wanted, strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

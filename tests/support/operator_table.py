@@ -317,7 +317,7 @@ OPERATORS = [
             attention_call(torch.float32, 1, 4, 2, 3, 3, 5, 5, 4)
             | {"text_start": torch.zeros(1, 5).int(), "text_stop": torch.arange(1, 6).int()[None]}
         ),
-        launches=4,
+        launches=5,
         same_bits=True,
         plain=attention_by_torch,
         budget=lambda dtype: attention_call(dtype, 2, 4, 2, 4, 4, 20, 33, 32),
