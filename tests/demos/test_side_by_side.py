@@ -12,7 +12,7 @@ import pytest
 import torch
 from side_by_side_work import wait_until, work
 
-from quietstar.demos.side_by_side import one_thread, side_by_side
+from quietstar.demos.side_by_side import at_most_threads, side_by_side
 from quietstar.errors import UserError
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -122,13 +122,15 @@ def ended(goes_on: Callable[[], bool]) -> None:
     raise AssertionError("a process goes on")
 
 
-def test_one_thread_within_the_block():
+def test_so_many_threads_within_the_block():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with pytest.raises(KeyError), one_thread():
+        with pytest.raises(KeyError), at_most_threads(1):
             assert torch.get_num_threads() == 1
             raise KeyError
+        with at_most_threads(3):
+            assert torch.get_num_threads() == 2
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

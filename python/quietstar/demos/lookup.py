@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from quietstar.data import lookup
 from quietstar.data.lookup import LookupLanguage, TextMix
-from quietstar.demos.side_by_side import one_thread, side_by_side
+from quietstar.demos.side_by_side import at_most_threads, side_by_side
 from quietstar.errors import UserError
 from quietstar.evaluation.perplexity import estimate
 from quietstar.evaluation.scores import Thoughts, TokenScores, token_scores
@@ -214,7 +214,7 @@ def run_arms(
 
     recipes = stage_recipes(output, seed)
     language = LookupLanguage(seed)
-    with one_thread():
+    with at_most_threads(2):  # of which the second gains a third; nothing else is to be done meanwhile
         for name in ("skill", "base"):
             _announce(name, recipes[name], output, fresh)
             train(name, output, seed, fresh, progress)
@@ -238,7 +238,7 @@ def run_arms(
     settings = str(output), seed, fresh, progress
     with (
         side_by_side(train, steps, *settings, logs=output, progress=progress) as wait_for,
-        one_thread(),
+        at_most_threads(1),
     ):
         for arm in arms:
             wait_for(arm.run)

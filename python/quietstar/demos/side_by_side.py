@@ -48,12 +48,12 @@ def never() -> bool:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch and the operators use one thread within the block."""
+def at_most_threads(count: int) -> Iterator[None]:
+    """Let torch and the operators use so many threads at most within the block."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(min(count, before))
     try:
         yield
     finally:
