@@ -117,12 +117,30 @@ def record(
     before = content.get("machine", {})
     # What is missing is known to whoever reads the figures, and is kept until they say otherwise.
     kept = {name: before[name] for name in KEPT_FACTS if name in before}
-    content["machine"] = {**machine(), **kept}
-    measured: dict[str, Any] = {"date": date.today().isoformat(), "tables": _tables[stem]}
+    now = machine()
+    content["machine"] = {**now, **kept}
+    tables = dict(_tables[stem])
+    if ON_GPU:
+        # A call may be cut off: what it did not come to stays, and each row names the sources it timed.
+        if "commit" in now:
+            tables[title] = {name: {**row, "commit": now["commit"]} for name, row in results.items()}
+            _tables[stem][title] = tables[title]
+        old = content.get("benchmarks", {}).get(stem, {}).get("tables", {})
+        tables = {**old, **tables}
+        content["machine"] |= _span(before, now)
+    measured: dict[str, Any] = {"date": date.today().isoformat(), "tables": tables}
     if os.getloadavg()[0] > 1 + (os.cpu_count() or 1):
         measured["busy"] = True  # times are then longer than the machine's ceilings let expect
     content.setdefault("benchmarks", {})[stem] = measured
     path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _span(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """What a file says of facts in which its rows differ."""
+    first = str(before.get("commit", "")).split(" to ")[0]
+    if not first or now.get("commit") in (None, first):
+        return {}
+    return {"commit": f"{first} to {now['commit']}"}
 
 
 def _show(title: str, results: Table, megabytes: float | None, gflop: float | None) -> None:
@@ -161,7 +179,7 @@ def processor() -> str:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         text = ""
-    facts = dict(re.findall(r"^(.*?)\s*:\s*(.*?)\s*$", text.partition("\n\n")[0], flags=re.M))
+    facts = dict(re.findall(r"^(.*?)[ \t]*:[ \t]*(.*?)[ \t]*$", text.partition("\n\n")[0], flags=re.M))
     name = facts.get("model name") or platform.processor() or platform.machine()
     return f"{name} ({_generation(facts)})" if name == _ALL_ALIKE else name
 

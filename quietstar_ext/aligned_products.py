@@ -54,6 +54,6 @@ def linear_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     parts = aligned_parts(weight.shape[0], weight.dtype)
     if not takes_cuda_path(hidden) or len(parts) == 1 or taken.dtype != weight.dtype:
         return hidden @ weight.T
-    rows = hidden.flatten(0, -2)
+    rows = hidden.reshape(-1, hidden.shape[-1])
     product = vocabulary_product(rows, weight, aligned_rows(rows.shape[0], weight.shape[0], rows))
-    return product.unflatten(0, hidden.shape[:-1])
+    return product.view(*hidden.shape[:-1], weight.shape[0])

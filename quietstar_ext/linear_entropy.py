@@ -64,7 +64,7 @@ class _Products:
     """The products with a weight [V, d]; on CUDA, of aligned lengths."""
 
     def __init__(self, weight: Tensor):
-        self.weight, self.aligned = weight, takes_cuda_path(weight)
+        self.weight, self.aligned = weight, takes_cuda_path(weight) and weight.dtype.itemsize == 2
         whole = [slice(0, weight.shape[0])]
         self.parts = aligned_parts(weight.shape[0], weight.dtype) if self.aligned else whole
 

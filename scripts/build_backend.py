@@ -26,7 +26,8 @@ from setuptools.build_meta import *  # noqa: F403  (the hooks that are not repla
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
 OLDEST_NVCC, BLACKWELL_NVCC = (12, 5), (12, 8)
-BLACKWELL = 100  # the first architecture of which nvcc before 12.8 has not heard
+# Since which release nvcc knows an architecture, from its release notes; before these it knows all.
+KNOWN_SINCE = {100: (12, 8), 101: (12, 8), 120: (12, 8), 103: (12, 9), 121: (12, 9), 110: (13, 0)}
 # 125 MB. The compiler's parts carry one version: ptxas rejects the PTX of a newer front end.
 PIP_TOOLKIT = [f"nvidia-{part}==13.0.*" for part in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime")]
 
@@ -85,17 +86,15 @@ def plan() -> CudaBuild:
 
 def known_archs(archs: tuple[str, ...], version: tuple[int, int]) -> tuple[tuple[str, ...], str]:
     """Those that a release of nvcc can compile for, and a sentence on the others; never none."""
-    if version >= BLACKWELL_NVCC:
-        return archs, ""
-    known = tuple(arch for arch in archs if _number(arch) < BLACKWELL)
+    known = tuple(arch for arch in archs if _knows(version, _number(arch)))
     if known == archs:
         return archs, ""
     others = ", ".join(arch for arch in archs if arch not in known)
     if not any(arch[-1].isdigit() for arch in known):  # with which a build has PTX, too
         known = (ARCHS[0], *known)
     return known, (
-        f"nvcc {_dotted(version)} does not know {others}, for which it takes {_dotted(BLACKWELL_NVCC)}; "
-        "the driver compiles the kernels there when they are first used"
+        f"nvcc {_dotted(version)} does not know {others}, which needs a newer one; there the driver "
+        "compiles the kernels when they are first used"
     )
 
 
@@ -184,6 +183,12 @@ def visible_gpus() -> tuple[str, ...]:
         if major.value >= 8:
             found.add((major.value, minor.value))
     return tuple(f"sm_{a}{b}" for a, b in sorted(found))
+
+
+def _knows(version: tuple[int, int], number: int) -> bool:
+    if number <= max(KNOWN_SINCE):
+        return version >= KNOWN_SINCE.get(number, OLDEST_NVCC)
+    return False  # an architecture of which this file has not heard
 
 
 def _number(arch: str) -> int:

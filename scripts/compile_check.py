@@ -207,9 +207,16 @@ def loop_faults(nvcc: str, cuobjdump: str, files: Iterable[Path]) -> list[str]:
                         f"{name} has a {operation} loop of {length} instructions; allowed: {most}"
                     )
         for pattern, (operation, load, least) in AHEAD.get(file.name, {}).items():
-            for name in code:
+            matching = [name for name in code if fnmatchcase(names[name], pattern)]
+            if not matching:
+                found.append(
+                    f"no kernel of {file.name} is called {pattern}; AHEAD should follow its name"
+                )
+            for name in matching:
                 ahead = loads_ahead(code[name], operation, load)
-                if fnmatchcase(names[name], pattern) and (ahead is None or ahead < least):
+                if ahead is None:
+                    found.append(f"{names[name]} has no {operation} loop that loads by {load}")
+                elif ahead < least:
                     found.append(
                         f"{names[name]} waits for a {load} {ahead} instructions after it; "
                         f"expected {least} or more"

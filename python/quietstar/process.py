@@ -24,10 +24,11 @@ def let_threads_sleep() -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep up to 1 GiB of freed memory, where the environment says nothing about it.
+    """Have the C library keep freed memory, where the environment says nothing about it.
 
     A training step frees what the next one needs again. Given back to the system in between, every page
-    is fetched, and filled with zeros, anew: a tenth or more of a small model's step on a CPU.
+    is fetched, and filled with zeros, anew. Pieces of more than 32 MiB are given back all the same, and
+    so is what is free at the end of the heap beyond 1 GiB.
 
     Returns:
         Whether it was done; only glibc has such settings.

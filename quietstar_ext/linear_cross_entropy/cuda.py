@@ -13,7 +13,7 @@ and 4.2 TB/s and if nothing of it overlaps:
 
 Chunks small enough for their logits to stay in 50 MB of L2 (195 rows of 128,256 tokens, 780 of 32,000)
 would save part of the second at several times that in the first. These are counts. Measured, 8192 x 4096
-onto 32,000 took 1.22, 1.09, 1.01, 1, 1 and 0.99 of the time with 32, 64, 128, 256, 512 and 1024 MiB.
+onto 32,000 took 1.21, 1.08, 1.01, 1, 1 and 0.99 of the time with 32, 64, 128, 256, 512 and 1024 MiB.
 
 Nothing here waits for the device but, outside of a graph's capture and where some 50 microseconds can
 save products (``may_wait``), for which rows take part and whether incoming gradients are all equal. In a

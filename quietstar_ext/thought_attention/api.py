@@ -142,13 +142,13 @@ def _check_rationale_major(call: ThoughtAttention, every_position: bool) -> None
     columns, length = call.q.shape[3], call.k_text.shape[2]
     if not every_position:
         raise ValueError(
-            "rationale_major is True and every_position False; expected both, as the one says in which"
-            " order the columns of the other lie"
+            "rationale_major is True and every_position False; expected every_position=True, of whose"
+            " columns it is the order"
         )
     if columns % length if length else columns:
         raise ValueError(
-            f"rationale_major is True, q has {columns} columns and k_text {length} tokens; expected a"
-            " multiple of them"
+            f"rationale_major is True, q has {columns} columns and k_text {length} tokens; expected the"
+            " columns to be a multiple of the tokens"
         )
 
 

@@ -131,6 +131,8 @@ def composed_unsupported_reason(call: ThoughtAttention, every_position: bool) ->
         return "the columns may be any (every_position is False)"
     if not length or not columns or columns % length:
         return f"{columns} columns are not a multiple of {length} text tokens"
+    if not call.q.shape[2]:
+        return "there is no query"
     if call.softcap:
         return "the stock kernel has no soft-cap"
     if call.window and call.window < length + key_slots:

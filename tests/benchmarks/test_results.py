@@ -29,6 +29,26 @@ def test_a_file_keeps_what_a_person_wrote_about_the_machine(tmp_path, monkeypatc
     assert list(written["benchmarks"]["a stem of this test"]["tables"]) == ["first", "second"]
 
 
+def test_a_call_that_is_cut_off_loses_only_the_rest(tmp_path, monkeypatch):
+    """On a GPU: what it did not come to stays, and every row says which sources it timed."""
+    monkeypatch.setattr(benchmarks, "RESULTS", tmp_path)
+    monkeypatch.setattr(benchmarks, "ON_GPU", True)
+    monkeypatch.setattr(benchmarks, "_show", lambda *args: None)
+    monkeypatch.setattr(benchmarks, "machine", lambda: {"gpu": "A GPU", "commit": "def"})
+    monkeypatch.setattr(benchmarks, "machine_name", lambda: "a-gpu")
+    old = {"first": {"ours": {**ROW, "commit": "abc"}}, "second": {"ours": {**ROW, "commit": "abc"}}}
+    before = {"machine": {"commit": "abc"}, "benchmarks": {"of one call": {"tables": old}}}
+    path = tmp_path / "a-gpu.json"
+    path.write_text(json.dumps(before))
+    for _ in range(2):
+        benchmarks.record("of one call", "first", {"ours": {**ROW, "ms": 1.0}})
+    written = json.loads(path.read_text())
+    assert written["machine"]["commit"] == "abc to def"
+    tables = written["benchmarks"]["of one call"]["tables"]
+    assert tables["first"] == {"ours": {**ROW, "ms": 1.0, "commit": "def"}}
+    assert tables["second"] == old["second"]
+
+
 @pytest.mark.parametrize(
     ("facts", "name"),
     [
@@ -46,7 +66,9 @@ def test_a_file_keeps_what_a_person_wrote_about_the_machine(tmp_path, monkeypatc
 def test_processors_that_call_themselves_the_same(facts, name, tmp_path, monkeypatch):
     text = "".join(f"{key}\t: {value}\n" for key, value in facts.items())
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(f"processor\t: 0\n{text}\nprocessor\t: 1\nmodel name\t: another\n\n")
+    cpuinfo.write_text(
+        f"processor\t: 0\n{text}power management:\n\nprocessor\t: 1\nmodel name\t: another\n\n"
+    )
     real = benchmarks.Path
     monkeypatch.setattr(
         benchmarks, "Path", lambda path: cpuinfo if path == "/proc/cpuinfo" else real(path)

@@ -53,7 +53,7 @@ def test_operators_from_plain_pytorch():
 )
 def test_what_torch_has_not():
     """README says what our linear_cross_entropy takes and torch's does not."""
-    assert "What torch's `linear_cross_entropy` has not: weights per row" in README.read_text("utf-8")
+    assert "What torch's `linear_cross_entropy` lacks: weights per row" in README.read_text("utf-8")
     ours = inspect.signature(quietstar_ext.linear_cross_entropy_sum).parameters
     theirs = inspect.signature(torch.nn.functional.linear_cross_entropy).parameters
     assert {"row_weights", "banned", "temperature"} <= set(ours) - set(theirs)

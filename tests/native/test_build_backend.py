@@ -83,12 +83,18 @@ class TestPlan:
         assert backend.toolkit_requirements() == []
 
     @pytest.mark.parametrize(
-        ("gpus", "asked", "archs", "others"),
+        ("release", "gpus", "asked", "archs", "others"),
         [
-            (("sm_120",), "", ("sm_80",), "sm_120"),  # an RTX 5090, and Ubuntu's toolkit
-            (("sm_89", "sm_120"), "", ("sm_89",), "sm_120"),
-            (("sm_90",), "", ("sm_90",), ""),
-            ((), "sm_90a,sm_100f", ("sm_80", "sm_90a"), "sm_100f"),
+            ("12.6", ("sm_120",), "", ("sm_80",), "sm_120"),  # an RTX 5090, and Ubuntu's toolkit
+            ("12.6", ("sm_89", "sm_120"), "", ("sm_89",), "sm_120"),
+            ("12.6", ("sm_90",), "", ("sm_90",), ""),
+            ("12.6", (), "sm_90a,sm_100f", ("sm_80", "sm_90a"), "sm_100f"),
+            ("12.8", ("sm_121",), "", ("sm_80",), "sm_121"),  # a DGX Spark
+            ("12.8", ("sm_103", "sm_120"), "", ("sm_120",), "sm_103"),  # a B300
+            ("12.9", ("sm_121",), "", ("sm_121",), ""),
+            ("12.9", ("sm_110",), "", ("sm_80",), "sm_110"),
+            ("13.0", ("sm_110",), "", ("sm_110",), ""),
+            ("13.0", ("sm_150",), "", ("sm_80",), "sm_150"),  # of which nobody has heard yet
         ],
     )
     def test_gpus_that_are_newer_than_nvcc_get_ptx(
@@ -96,6 +102,7 @@ class TestPlan:
         backend: ModuleType,
         monkeypatch: pytest.MonkeyPatch,
         tmp_path: Path,
+        release: str,
         gpus: tuple[str, ...],
         asked: str,
         archs: tuple[str, ...],
@@ -104,13 +111,14 @@ class TestPlan:
         """An option that nvcc does not know would be a failed installation."""
         monkeypatch.setattr(backend, "visible_gpus", lambda: gpus)
         monkeypatch.setenv("QUIETSTAR_CUDA_ARCHS", asked)
-        monkeypatch.setenv("CUDACXX", str(nvcc(tmp_path, "12.6")))
+        monkeypatch.setenv("CUDACXX", str(nvcc(tmp_path, release)))
         made = backend.plan()
         assert made.archs == archs and made.nvcc is not None
-        expected = f"nvcc 12.6 does not know {others}, for which it takes 12.8; " if others else ""
+        expected = f"nvcc {release} does not know {others}, which needs a newer one; " if others else ""
         assert made.reason.startswith(expected) and bool(made.reason) == bool(others)
-        monkeypatch.setenv("CUDACXX", str(nvcc(tmp_path, "12.8")))
-        assert backend.plan().reason == "" and set(others.split()) <= set(backend.plan().archs)
+        if others != "sm_150":
+            monkeypatch.setenv("CUDACXX", str(nvcc(tmp_path, "13.0")))
+            assert backend.plan().reason == "" and set(others.split()) <= set(backend.plan().archs)
 
     def test_an_old_toolkit_is_a_line_or_is_replaced(
         self, backend: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -61,12 +61,13 @@ def entropy_sum(hidden: torch.Tensor, weight: torch.Tensor) -> None:
 @torch.no_grad()
 def logits(hidden: torch.Tensor, weight: torch.Tensor) -> None:
     layer = OutputLayer(weight, softcap=None, logit_scale=0.5)
+    assert layer.logits(hidden[0]).shape == (len(weight),)
     made = layer.logits(hidden.view(4, -1, WIDTH))
     wanted = torch.nn.functional.linear(hidden, weight) * 0.5
     torch.testing.assert_close(made, wanted.view(4, -1, len(weight)))
 
 
-CALLS = {cross_entropy: 3, cross_entropy_sum: 3, entropy_sum: 3, sample: 1, logits: 1}
+CALLS = {cross_entropy: 3, cross_entropy_sum: 3, entropy_sum: 3, sample: 1, logits: 2}
 
 
 @pytest.mark.cuda_on_cpu
@@ -82,7 +83,7 @@ def test_products_are_aligned(
     weight = torch.randn(vocab, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     call(hidden, weight)
     aligned, tail = vocab // 8 * 8, vocab % 8
-    assert all(product <= {ROWS, WIDTH, aligned, tail} for product in lengths), lengths
+    assert all(product <= {1, ROWS, WIDTH, aligned, tail} for product in lengths), lengths
     assert sum(aligned in product for product in lengths) == CALLS[call]
     assert sum(tail in product for product in lengths) == CALLS[call]
 

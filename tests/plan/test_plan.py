@@ -247,6 +247,12 @@ def test_the_least_work_that_fits():
     # What the rollout computed is taken from it, as long as there is room for it.
     assert found[0].reuse_rollout and found[0].rows_per_backward is None
     assert not any(best.reuse_rollout for best in found if best is not None and best.checkpointing)
+    # But not at the cost of many rows at a time.
+    for gigabytes in range(20, 400, 10):
+        best = least_work(config, sizes, own, gigabytes * 1e9)
+        plain = least_work(config, sizes, own, gigabytes * 1e9, takes=False)
+        if best is not None and best.reuse_rollout:
+            assert 2 * best.part.batch >= plain.part.batch
     for other in ("pause", "none"):  # which have no rollout to take it from
         assert not least_work(
             build("float32", False, TINY, thought_kind=other).config, sizes, own, 2e12

@@ -192,7 +192,7 @@ ATTENTION_ERRORS: list[tuple[Call, str]] = [
     ({"q": lambda t: t[:, :3]}, "q has 3 heads and k_text 2; expected .* multiple"),
     ({"q": lambda t: t.repeat(1, 1, 2, 1, 1)}, "k_thought has 2 slots and q has 4"),
     ({"sliding_window": 0}, "sliding_window is 0"),
-    ({"rationale_major": True}, "rationale_major is True and every_position False; expected both"),
+    ({"rationale_major": True}, "rationale_major is True and every_position False; expected every_pos"),
     (
         {"rationale_major": True, "every_position": True},
         "rationale_major is True, q has 3 columns and k_text 5 tokens; expected a multiple",

@@ -49,7 +49,7 @@ def never() -> bool:
 
 @contextmanager
 def at_most_threads(count: int) -> Iterator[None]:
-    """Let torch and the operators use so many threads at most within the block."""
+    """Let torch and the operators use at most ``count`` threads within the block."""
     import torch
 
     before = torch.get_num_threads()

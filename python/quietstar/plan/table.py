@@ -75,34 +75,38 @@ def least_work(
     """The way to run a step that fits ``memory`` bytes and computes least twice; None if none fits.
 
     With the rollout's outputs reused nothing is computed twice, without them the rollout's rows are.
-    Rows at a time change nothing in that, and many at a time fill the GPU best. Then comes
-    checkpointing that keeps products, and last that which keeps nothing.
+    Rows at a time change nothing in that, but many at a time fill the GPU best: outputs are reused where
+    that leaves at least half as many rows at a time. Then comes checkpointing that keeps products, and
+    last that which keeps nothing.
 
     Args:
         keeps: whether checkpointing may keep products; cuts: whether rows may be taken a few at a time;
             takes: whether linear layers may take the rollout's outputs.
     """
-    samples = config.thinks and config.thought_kind == "sampled"
     counts = [n for n in range(own.batch, 0, -1) if own.batch % n == 0] if cuts else [own.batch]
-    change = functools.partial(dataclasses.replace, own, reuse_rollout=False)
-    whole = change(checkpointing=False, keep_products=False)
-    kinds = [
-        dataclasses.replace(whole, reuse_rollout=True),
-        whole,
-        change(checkpointing=True, keep_products=True),
-        change(checkpointing=True, keep_products=False),
-    ]
-    for kind in kinds:
-        if kind.reuse_rollout and not (takes and reuses(kind) and samples):
-            continue
-        if kind.keep_products and (own.quantized or not keeps):
-            continue
+
+    def most_rows(kind: Step) -> Step | None:
         for count in counts:
             rows = None if count == own.batch else count
             way = dataclasses.replace(kind, rows_per_backward=rows)
             if fits(config, sizes, way, memory):
                 return way
-    return None
+        return None
+
+    change = functools.partial(dataclasses.replace, own, reuse_rollout=False)
+    plain = most_rows(change(checkpointing=False, keep_products=False))
+    if plain is not None:
+        reusing = dataclasses.replace(plain, reuse_rollout=True)
+        if takes and reuses(reusing) and config.thinks and config.thought_kind == "sampled":
+            found = most_rows(reusing)
+            if found is not None and 2 * found.part.batch >= plain.part.batch:
+                return found
+        return plain
+    if keeps and not own.quantized:
+        kept = most_rows(change(checkpointing=True, keep_products=True))
+        if kept is not None:
+            return kept
+    return most_rows(change(checkpointing=True, keep_products=False))
 
 
 def training_changes(own: Step, way: Step, training: Mapping[str, Any]) -> dict[str, Any]:

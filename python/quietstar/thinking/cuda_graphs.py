@@ -21,7 +21,7 @@ and buffers on the device: about what a rollout needs while it runs. Batches who
 stop being captured (:class:`_Known`), and so does what does not fit the memory.
 
 It is on for CUDA devices; ``QUIETSTAR_GRAPHS=off`` (or :func:`use_graphs`) switches it off. On an H200
-it took 7 to 28 per cent off a training step of the Mistral-7B shape, 1 to 4 off one of the
+it took 7 to 28 per cent off a training step of the Mistral-7B shape, up to 4 off one of the
 Llama-3.2-1B shape (docs/gpu_paths.md).
 """
 
