@@ -37,3 +37,18 @@ def test_packed(rationales: int, kind: str):
         with embed.register_forward_hook(lambda *call: tables.append(call[2])):
             inputs.packed(slots, thoughts)
     assert len(tables) == config.num_slots
+
+
+def test_a_16_bit_table_on_a_cpu_is_looked_up_slot_by_slot():
+    """Its gradient adds occurrences up in 16 bits, of which a long sum loses more."""
+    model = build().bfloat16()
+    config, embed = model.config, model.base.get_input_embeddings()
+    ids = torch.full((4, 100), 5)
+    anchors = torch.arange(100).expand(4, -1)
+    thoughts = torch.full((4, 100, config.thought_length), 5)
+    start_end = model.thought_embedding(config.embedding_scale)
+    inputs = SlotInputs(config, embed, start_end, ids, anchors, 1)
+    (made,) = torch.autograd.grad(inputs.packed(config.num_slots, thoughts).sum(), [embed.weight])
+    looked_up = 1 + config.thought_length + config.num_slots - config.thought_length - 2
+    assert made[5].float().mean() == pytest.approx(400 * looked_up, rel=0.4)
+    assert made[5].float().mean() > 256  # where a single sum of ones stops in bfloat16

@@ -7,7 +7,7 @@ the start token with the text's newest token, where that one has not been throug
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,6 +20,7 @@ from quietstar.thinking.kept_outputs import KeptOutputs, keeping
 from quietstar.thinking.layout import ThoughtLayout, first_keys
 from quietstar.thinking.output_layer import output_layer
 from quietstar.thinking.text_pass import run_decoder
+from quietstar_ext.native import takes_cuda_path
 
 StartEnd = tuple[Tensor, Tensor]
 # Slots of a rollout that run together: one pass less for the two that every prediction needs, and rows
@@ -96,31 +97,40 @@ class SlotInputs:
         """The text's embeddings and those of the first ``count`` slots, [B, N + A + (count-1)·M, d].
 
         All tokens are looked up at once: each look-up has a gradient as large as the table, and these
-        would be added up one by one.
+        would be added up one by one. A CPU's 16-bit table is looked up slot by slot all the same: the
+        longer a token's sum, the more of it is rounded away there.
         """
         (rows, columns), length = self.anchors.shape, self.input_ids.shape[1]
         drawn = min(count - 1, self.config.thought_length)
         talk = max(count - depth_of_end(self.config), 0)
-        if thought_ids is None:
-            thoughts = self.anchors[:, :0]
-        else:
-            thoughts = thought_ids[:, :, :drawn].transpose(1, 2).flatten(1)
         behind_end = torch.arange(1, talk + 1, device=self.anchors.device)[:, None]
-        # Past the end of the text anything may stand here: those rows carry no loss.
+        # Past the end of the text anything may stand there: those rows carry no loss.
         ahead = (self.anchors[:, None] + behind_end).clamp(max=length - 1).flatten(1)
-        ids = [self.input_ids, thoughts, self.input_ids.gather(1, ahead)]
-        found = self.embed(torch.cat(ids, dim=1)).split([each.shape[1] for each in ids], dim=1)
+        ids = [self.input_ids]
+        if thought_ids is not None:
+            ids += thought_ids[:, :, :drawn].unbind(2)
+        before_end = len(ids)
+        ids += self.input_ids.gather(1, ahead).split(columns, dim=1) if talk else ()
+        found = self._looked_up(ids)
         start, end = (embedding.to(found[0].dtype) for embedding in self.start_end)
         starts = columns // self.rationales + (drawn * columns if thought_ids is None else 0)
         ends = columns if count > drawn + 1 else 0
-        pieces = (
+        pieces = [
             found[0],
             start.expand(rows, starts, -1),
-            found[1],
+            *found[1:before_end],
             end.expand(rows, ends, -1),
-            found[2],
-        )
+            *found[before_end:],
+        ]
         return torch.cat(pieces, dim=1)
+
+    def _looked_up(self, ids: list[Tensor]) -> Sequence[Tensor]:
+        """The embeddings of tokens [B, n] each."""
+        table = getattr(self.embed, "weight", None)
+        if isinstance(table, Tensor) and table.dtype.itemsize == 2 and not takes_cuda_path(table):
+            return [self.embed(each) for each in ids]
+        found: Tensor = self.embed(torch.cat(ids, dim=1))
+        return found.split([each.shape[1] for each in ids], dim=1)
 
 
 @dataclass
