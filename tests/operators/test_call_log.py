@@ -72,7 +72,7 @@ def test_the_composed_path_is_named(lines: Lines, monkeypatch) -> None:
     from quietstar_ext.thought_attention import api
 
     monkeypatch.setattr(api, "path_of", lambda *given: "composed")
-    monkeypatch.setattr(api, "attend", lambda call, is_composed: (call.q, is_composed))
+    monkeypatch.setattr(api, "attend", lambda call, is_composed, order: (call.q, is_composed))
     (operator,) = (o for o in OPERATORS if o.name == "thought_attention")
     _, is_composed = operator.function(**operator.calls(torch.float32)[0])
     assert is_composed and "thought_attention composed (" in lines()[0]

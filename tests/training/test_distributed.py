@@ -82,8 +82,9 @@ def test_gradients_are_those_of_one_process(out: Path, name: str, tmp_path):
     run, gradients = two.alone(two.CASES[name], tmp_path)
     for step, expected in enumerate(gradients.steps):
         found = load_file(out / f"{name}-gradients-{step}.safetensors")
-        # The second step follows an update by Adam, which magnifies the rounding of small gradients.
-        assert difference(found, expected) < (5e-6, 1e-4)[step], step
+        # Sums in another order; a wrong share would be off by 1e-2 (below). The second step follows an
+        # update by Adam, which magnifies the rounding of small gradients.
+        assert difference(found, expected) < (2e-5, 1e-4)[step], step
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert json.loads((out / f"{name}-losses.json").read_text()) == pytest.approx(losses, rel=1e-5)
 
