@@ -36,7 +36,9 @@ endif()
 string(REGEX REPLACE "[ ,;]+" ";" archs "${archs}")
 # The front end runs once, for compute_80, and ptxas makes every architecture's code from that; its PTX
 # is kept as well, which lets other devices compile the kernels for themselves. Architectures of a
-# letter have instructions of their own and are compiled on their own.
+# letter have instructions of their own and are compiled on their own. Of mixing_head.cu (nvcc 13.0) that
+# changes no byte for sm_90; for sm_100 and sm_120 it leaves 9 and 8 per cent of the instructions out, those
+# of loops unrolled further, and neither was timed.
 set(assembled "")
 set(generate "")
 foreach(arch IN LISTS archs)
