@@ -195,7 +195,7 @@ ATTENTION_ERRORS: list[tuple[Call, str]] = [
     ({"rationale_major": True}, "rationale_major is True and every_position False; expected every_pos"),
     (
         {"rationale_major": True, "every_position": True},
-        "rationale_major is True, q has 3 columns and k_text 5 tokens; expected a multiple",
+        "rationale_major is True, q has 3 columns and k_text 5 tokens; expected the columns",
     ),
     ({"softcap": -1.0}, "softcap is -1.0"),
     ({"sinks": torch.zeros(3)}, r"sinks has shape \[3\]; expected \[4\]"),
