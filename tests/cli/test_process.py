@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from quietstar.process import keep_freed_memory, let_threads_sleep
+from quietstar.training.process import keep_freed_memory, let_threads_sleep
 
 # Writes 48 MiB and frees them, several times over, as a step does; prints how many pages were new.
 STEPS = """
 import resource, sys
-from quietstar.process import keep_freed_memory
+from quietstar.training.process import keep_freed_memory
 done = keep_freed_memory() if sys.argv[1] == "kept" else None
 def step():
     pieces = [bytearray(b"x") * (4 << 20) for _ in range(12)]

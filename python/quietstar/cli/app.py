@@ -17,7 +17,7 @@ from quietstar.cli import completion, demo, generate, info, inspect, merge, plan
 from quietstar.cli import eval as evaluate
 from quietstar.cli.arguments import INTERRUPTED
 from quietstar.cli.parser import Parser
-from quietstar.process import keep_freed_memory, let_threads_sleep
+from quietstar.training.process import keep_freed_memory, let_threads_sleep
 from quietstar.versions import package_versions
 
 COMMANDS = (info, train, star, plan, merge, generate, inspect, evaluate, demo, completion)

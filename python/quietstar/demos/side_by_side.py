@@ -26,7 +26,7 @@ from typing import Any, Protocol
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from quietstar.errors import UserError
-from quietstar.process import keep_freed_memory
+from quietstar.training.process import keep_freed_memory
 
 # work(name, *args, report=...) trains a run, and tells ``report`` of every step that is done. It is a
 # function of a module, which another process can import; its arguments are plain data.
